@@ -1,0 +1,92 @@
+"""Plain records about attention heads and the model they belong to. No torch, no numpy."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class HeadType(enum.IntEnum):
+    """What the runtime does with a KV head (HybridKV, arXiv 2604.05887, section 3)."""
+
+    STATIC = 0
+    """Pruned once, at the end of prefill; the rest is gone for good."""
+    DYNAMIC = 1
+    """Kept whole in host memory, indexed on the device, fetched on demand at every step."""
+
+
+class Modality(enum.IntEnum):
+    """What a prompt position holds. `CONTEXT` is long text that plays the part of vision tokens."""
+
+    TEXT = 0
+    IMAGE = 1
+    VIDEO = 2
+    CONTEXT = 3
+
+
+@dataclass(frozen=True)
+class HeadGrid:
+    """The attention geometry of a decoder: `layers` x `kv_heads`, each shared by `group` queries."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def total(self) -> int:
+        """KV heads in all layers together."""
+        return self.layers * self.kv_heads
+
+    def token_bytes(self, itemsize: int) -> int:
+        """Bytes of dense keys and values of one token in all layers."""
+        return 2 * self.total * self.head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """Identity of a model in three tiers.
+
+    `grid`, `architecture`, `rope` and `vision` must match; a differing `config_hash` only warns;
+    the rest is provenance. `weights_digest` is a sampled digest of the query, key and value
+    projections that tells a fine-tune from its base.
+    """
+
+    architecture: str
+    grid: HeadGrid
+    rope: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    config_hash: str = ""
+    weights_digest: str = ""
+    hub_id: str = ""
+    commit: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict; the inverse of `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelFingerprint:
+        """Build from the dict that `to_json` made. Raises KeyError or TypeError on wrong data."""
+        return cls(**{**data, "grid": HeadGrid(**data["grid"])})
+
+    def mismatches(self, other: ModelFingerprint) -> list[str]:
+        """The fields that must match and do not, each as `name: mine != theirs`."""
+        pairs = [("architecture", self.architecture, other.architecture)]
+        pairs += [
+            (f"grid.{name}", mine, getattr(other.grid, name))
+            for name, mine in asdict(self.grid).items()
+        ]
+        for tier in ("rope", "vision"):
+            mine, theirs = getattr(self, tier), getattr(other, tier)
+            pairs += [
+                (f"{tier}.{key}", mine.get(key), theirs.get(key))
+                for key in sorted(mine.keys() | theirs.keys())
+            ]
+        return [f"{name}: {a!r} != {b!r}" for name, a, b in pairs if a != b]
