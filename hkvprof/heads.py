@@ -90,3 +90,57 @@ class ModelFingerprint:
                 for key in sorted(mine.keys() | theirs.keys())
             ]
         return [f"{name}: {a!r} != {b!r}" for name, a, b in pairs if a != b]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to treat a KV head: an entry of a profile's menu.
+
+    A static strategy scores the prompt once (average pooling over `pool` neighbours; `text_prior`
+    is the largest share of the kept tokens that text positions may claim first). A dynamic one
+    keeps chunks of `chunk` tokens in host memory behind an index: `mean` or `minmax` digests per
+    chunk, or `projected`, `bits` bits per token (method: docs/method.md, "The projected index").
+    """
+
+    head_type: HeadType
+    pool: int = 1
+    text_prior: float = 0.0
+    index: str = ""
+    chunk: int = 1
+    bits: int = 0
+
+    @property
+    def name(self) -> str:
+        """Short unique name, for tables and command lines."""
+        if self.head_type is HeadType.STATIC:
+            prior = f"-text{self.text_prior:g}" if self.text_prior else ""
+            return f"static-pool{self.pool}{prior}"
+        detail = f"{self.bits}bit" if self.index == "projected" else f"chunk{self.chunk}"
+        return f"dynamic-{self.index}-{detail}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict; the inverse of `from_json`."""
+        return {**asdict(self), "head_type": self.head_type.name.lower()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Strategy:
+        """Build from the dict that `to_json` made. Raises KeyError or TypeError on wrong data."""
+        return cls(**{**data, "head_type": HeadType[data["head_type"].upper()]})
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """Tokens that every compressed head keeps, and how static scores are observed.
+
+    The first `sinks` and the last `recent` prompt tokens always stay; static scores come from the
+    last `window` prompt rows.
+    """
+
+    sinks: int = 4
+    recent: int = 8
+    window: int = 16
+
+    @property
+    def floor_tokens(self) -> int:
+        """Fewest tokens a compressed head may hold: sinks, recent and one more."""
+        return self.sinks + self.recent + 1

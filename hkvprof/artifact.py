@@ -1,0 +1,353 @@
+"""The profile file: a versioned safetensors artefact that needs numpy and safetensors alone.
+
+The only module that knows tensor keys. docs/profile-format.md describes the bytes for readers in
+other languages. A profile is data from strangers: everything is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+
+from hkvprof.errors import ProfileError
+from hkvprof.files import write_atomically
+from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.policy.budget import INFEASIBLE, Allocation, Budget, allocate, token_floor
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "hkvprof"
+MAX_FILE_BYTES = 256 * 2**20
+MAX_METADATA_BYTES = 4 * 2**20
+_LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
+
+
+@dataclass(frozen=True)
+class ProjectedIndexTables:
+    """Constants of the projected index, per KV head (method: docs/method.md).
+
+    `key_projection`, `query_projection` [layers, kv_heads, head_dim, channels] float16; `key_mean`
+    [layers, kv_heads, head_dim] float32; `deviation` [layers, kv_heads, channels] float32, the
+    standard deviation of every projected key channel; `bits` [sizes, layers, kv_heads, channels]
+    uint8, the bits of every channel for each total in `sizes` (bits per token).
+    """
+
+    sizes: tuple[int, ...]
+    key_projection: NDArray[np.float16]
+    query_projection: NDArray[np.float16]
+    key_mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+    bits: NDArray[np.uint8]
+
+
+_INDEX_KEYS = ("key_projection", "query_projection", "key_mean", "deviation", "bits")
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What calibration found: curves for any budget, and a decision for the default one.
+
+    Arrays are read-only; L layers, Hq query heads, Hkv KV heads, S strategies, R ratios, K kappas.
+
+    - `strategies` [S]: the menu; `strategy` uint8 [L, Hkv] and `budget` float32 [L, Hkv] are the
+      choice and the kept share of every head at `default_budget`.
+    - `sparsity_mean`, `sparsity_std` float32 [K, L, Hq]: text-centric sparsity over samples, the
+      attention mass of the top `kappas[k]` share of visible keys (HybridKV, stage 1).
+    - `ratios` float32 [R], ascending to 1; `loss` float32 [S, L, Hkv, R]: what planning minimises
+      (INFEASIBLE, 1e30, where the strategy's fixed bytes exceed the ratio); `output_error` float32,
+      same shape: || (o - o') W_O || / || y ||, the relative change of the layer's output.
+    - `provenance`: recipe, counts of samples by task, skipped samples, library versions.
+    """
+
+    fingerprint: ModelFingerprint
+    recipe: str
+    default_budget: float
+    keep: KeepRule
+    strategies: tuple[Strategy, ...]
+    kappas: tuple[float, ...]
+    ratios: NDArray[np.float32]
+    strategy: NDArray[np.uint8]
+    budget: NDArray[np.float32]
+    sparsity_mean: NDArray[np.float32]
+    sparsity_std: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    output_error: NDArray[np.float32]
+    index: ProjectedIndexTables | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        for array in self._tensors().values():
+            array.flags.writeable = False
+
+    @property
+    def grid(self) -> HeadGrid:
+        """The model's attention geometry."""
+        return self.fingerprint.grid
+
+    @cached_property
+    def head_types(self) -> NDArray[np.uint8]:
+        """[L, Hkv] HeadType values at the default budget."""
+        types = np.array([s.head_type for s in self.strategies], dtype=np.uint8)[self.strategy]
+        types.flags.writeable = False
+        return types
+
+    def allocation(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
+                   rows: int = 1) -> Allocation:  # fmt: skip
+        """Strategy and ratio of every head for one budget and prompt length.
+
+        `tokens` is the prompt's length, `itemsize` bytes per K/V element and `rows` the batch; the
+        last two matter for budgets in bytes alone. A `paper` profile keeps its types and scales
+        its ratios; a `measured` one is planned anew. Raises BudgetError.
+        """
+        dense = rows * tokens * self.grid.token_bytes(itemsize)
+        share = Budget.parse(budget).resolve(tokens, dense)
+        floor = token_floor(self.keep.floor_tokens, tokens)
+        loss = self.loss
+        if self.recipe != "measured":
+            loss = self._loss_of_fixed_types()
+        return allocate(loss, self.ratios, share, floor)
+
+    def _loss_of_fixed_types(self) -> NDArray[np.float32]:
+        """Curves that leave every head its type: other strategies infeasible."""
+        menu = np.arange(len(self.strategies))[:, None, None]
+        chosen = menu == self.strategy[None]
+        return np.where(chosen[..., None], self.loss, INFEASIBLE).astype(np.float32)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the profile atomically, deterministic to the byte. Raises HkvError on I/O errors."""
+        path = Path(path)
+        write_atomically(path, self.to_bytes())
+        return path
+
+    def to_bytes(self) -> bytes:
+        """The safetensors serialisation (canonical JSON metadata under one key)."""
+        metadata = {METADATA_KEY: json.dumps(self._metadata(), sort_keys=True, separators=(",", ":"))}
+        return bytes(to_bytes({k: np.ascontiguousarray(v) for k, v in self._tensors().items()}, metadata))
+
+    def _tensors(self) -> dict[str, NDArray[Any]]:
+        tensors: dict[str, NDArray[Any]] = {
+            "ratios": self.ratios,
+            "strategy": self.strategy,
+            "budget": self.budget,
+            "sparsity_mean": self.sparsity_mean,
+            "sparsity_std": self.sparsity_std,
+            "loss": self.loss,
+            "output_error": self.output_error,
+        }
+        if self.index is not None:
+            tensors |= {f"index.{key}": getattr(self.index, key) for key in _INDEX_KEYS}
+        return tensors
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint.to_json(),
+            "recipe": self.recipe,
+            "default_budget": self.default_budget,
+            "keep": {"sinks": self.keep.sinks, "recent": self.keep.recent, "window": self.keep.window},
+            "strategies": [s.to_json() for s in self.strategies],
+            "kappas": list(self.kappas),
+            "index_sizes": list(self.index.sizes) if self.index else [],
+            "provenance": dict(self.provenance),
+        }
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read and check a profile. Raises ProfileError for anything that is not a sound profile."""
+    path = Path(path)
+    metadata, tensors = _read(path)
+    schema = metadata.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise ProfileError(f"{path}: expected an integer schema version, found {schema!r}")
+    if schema > SCHEMA_VERSION:
+        raise ProfileError(
+            f"{path} has schema version {schema}; this hkvprof reads up to {SCHEMA_VERSION}: "
+            "upgrade with `pip install -U hkvprof`, or calibrate again with this version"
+        )
+    try:
+        return _build(metadata, tensors)
+    except ProfileError as error:
+        raise ProfileError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ProfileError(
+            f"{path}: the profile's metadata is incomplete or of the wrong kind "
+            f"({type(error).__name__}: {error}); it may be damaged: fetch or calibrate it again"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ProfileError(
+                f"{path} has {size:,} bytes; a profile has at most {MAX_FILE_BYTES:,}: is this a "
+                "model checkpoint?"
+            )
+        with safe_open(path, framework="numpy") as stream:
+            text = (stream.metadata() or {}).get(METADATA_KEY)
+            if text is None:
+                raise ProfileError(
+                    f"{path} is a safetensors file without hkvprof metadata: expected a profile "
+                    "made by `hkvprof calibrate`"
+                )
+            if len(text) > MAX_METADATA_BYTES:
+                raise ProfileError(f"{path}: metadata of {len(text):,} bytes is over the limit")
+            metadata = json.loads(text)
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ProfileError(
+            f"no profile at {path}: make one with `hkvprof calibrate --model MODEL -o {path}`"
+        ) from None
+    except (SafetensorError, ValueError, OSError, RecursionError, TypeError, AttributeError) as error:
+        raise ProfileError(
+            f"{path} is not a readable profile ({error}): expected a safetensors file made by "
+            "`hkvprof calibrate`; fetch it again or recalibrate"
+        ) from error
+    if not isinstance(metadata, dict):
+        raise ProfileError(f"{path}: expected a JSON object as metadata, found {type(metadata).__name__}")
+    return metadata, tensors
+
+
+def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profile:
+    tables = None
+    if any(key.startswith("index.") for key in tensors):
+        arrays = {key: tensors.pop(f"index.{key}") for key in _INDEX_KEYS}
+        sizes = tuple(int(size) for size in metadata["index_sizes"])
+        tables = ProjectedIndexTables(sizes=sizes, **arrays)
+    return Profile(
+        fingerprint=ModelFingerprint.from_json(metadata["fingerprint"]),
+        recipe=metadata["recipe"],
+        default_budget=metadata["default_budget"],
+        keep=KeepRule(**metadata["keep"]),
+        strategies=tuple(Strategy.from_json(entry) for entry in metadata["strategies"]),
+        kappas=tuple(float(kappa) for kappa in metadata["kappas"]),
+        provenance=metadata["provenance"],
+        index=tables,
+        **tensors,
+    )
+
+
+def _check(profile: Profile) -> None:
+    """Raise ProfileError unless every bound holds; called for built and for loaded profiles."""
+    _check_grid(profile.fingerprint.grid)
+    _check_header(profile)
+    grid, menu = profile.grid, len(profile.strategies)
+    heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
+    ratios, kappas = len(profile.ratios), len(profile.kappas)
+    _expect("ratios", profile.ratios, (ratios,), np.float32)
+    _expect("strategy", profile.strategy, heads, np.uint8)
+    _expect("budget", profile.budget, heads, np.float32)
+    for name in ("sparsity_mean", "sparsity_std"):
+        _expect(name, getattr(profile, name), (kappas, *queries), np.float32)
+    for name in ("loss", "output_error"):
+        _expect(name, getattr(profile, name), (menu, *heads, ratios), np.float32)
+        _require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
+    _require(
+        ratios >= 1
+        and bool((profile.ratios > 0).all())
+        and bool((np.diff(profile.ratios) > 0).all())
+        and profile.ratios[-1] == 1,
+        "ratios must rise strictly from above 0 to exactly 1",
+    )
+    _require(bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries")
+    _require(
+        bool((profile.budget > 0).all()) and bool((profile.budget <= 1).all()),
+        "budget holds shares outside (0, 1]",
+    )
+    if profile.index is not None:
+        _check_index(profile.index, grid)
+    needed = {s.bits for s in profile.strategies if s.index == "projected"}
+    have = set(profile.index.sizes) if profile.index else set()
+    _require(needed <= have, f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}")
+
+
+def _check_grid(grid: HeadGrid) -> None:
+    for name in ("layers", "query_heads", "kv_heads", "head_dim"):
+        value, limit = getattr(grid, name), getattr(_LIMITS, name)
+        ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
+        _require(ok, f"{name} must be an integer from 1 to {limit}, found {value!r}")
+    _require(
+        grid.query_heads % grid.kv_heads == 0,
+        f"{grid.query_heads} query heads cannot share {grid.kv_heads} KV heads evenly",
+    )
+
+
+def _check_header(profile: Profile) -> None:
+    _require(profile.recipe in ("paper", "measured", "uniform"), f"unknown recipe {profile.recipe!r}")
+    budget = profile.default_budget
+    _require(
+        isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0 < budget <= 1,
+        f"default_budget must lie in (0, 1], found {budget!r}",
+    )
+    for name, low, high in (("sinks", 0, 4096), ("recent", 1, 65536), ("window", 1, 4096)):
+        value = getattr(profile.keep, name)
+        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        _require(ok, f"keep.{name} must be an integer from {low} to {high}, found {value!r}")
+    _require(1 <= len(profile.strategies) <= 64, "expected 1 to 64 strategies")
+    for strategy in profile.strategies:
+        _check_strategy(strategy)
+    _require(
+        all(0 < kappa <= 1 for kappa in profile.kappas) and len(profile.kappas) <= 16,
+        "kappas must lie in (0, 1], at most 16 of them",
+    )
+    _require(isinstance(profile.provenance, Mapping), "provenance must be an object")
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    whole = all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 65536
+        for v in (strategy.pool, strategy.chunk, strategy.bits)
+    )
+    _require(whole, f"strategy {strategy} has a size that is no integer in 0..65536")
+    prior = strategy.text_prior
+    _require(isinstance(prior, (int, float)) and 0 <= prior <= 1, f"text_prior {prior!r} is not in [0, 1]")
+    if strategy.head_type is HeadType.STATIC:
+        _require(strategy.pool % 2 == 1, f"pooling width {strategy.pool} must be odd")
+        return
+    known = strategy.index in ("mean", "minmax", "projected")
+    _require(known, f"unknown index {strategy.index!r}: expected mean, minmax or projected")
+    _require(strategy.chunk >= 1, "chunk must be at least 1")
+    _require(
+        strategy.index != "projected" or (strategy.bits in (16, 32, 64) and strategy.chunk == 1),
+        "a projected index has 16, 32 or 64 bits per token and chunks of one token",
+    )
+
+
+def _check_index(index: ProjectedIndexTables, grid: HeadGrid) -> None:
+    heads = (grid.layers, grid.kv_heads)
+    channels = index.deviation.shape[-1] if index.deviation.ndim == 3 else 0
+    _require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
+    for name in ("key_projection", "query_projection"):
+        _expect(f"index.{name}", getattr(index, name), (*heads, grid.head_dim, channels), np.float16)
+    _expect("index.key_mean", index.key_mean, (*heads, grid.head_dim), np.float32)
+    _expect("index.deviation", index.deviation, (*heads, channels), np.float32)
+    _expect("index.bits", index.bits, (len(index.sizes), *heads, channels), np.uint8)
+    _require(bool((index.bits <= 5).all()), "index.bits holds more than 5 bits for a channel")
+    totals = index.bits.sum(axis=-1, dtype=np.int64)
+    limits = np.array(index.sizes, dtype=np.int64)[:, None, None]
+    _require(bool((totals <= limits).all()), "index.bits sums to more bits than its size")
+    _require(bool((index.deviation >= 0).all()), "index.deviation holds negative values")
+
+
+def _expect(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
+    found = (getattr(array, "shape", None), getattr(array, "dtype", None))
+    _require(
+        found == (shape, np.dtype(dtype)),
+        f"tensor {name} should be {np.dtype(dtype).name} of shape {shape}, found {found[1]} {found[0]}",
+    )
+    if array.dtype.kind == "f":
+        _require(bool(np.isfinite(array).all()), f"tensor {name} holds NaN or infinite values")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ProfileError(message)

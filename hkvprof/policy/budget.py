@@ -1,0 +1,205 @@
+"""From loss curves and a budget to a strategy and a ratio for every KV head (numpy only).
+
+The problem: choose a strategy s and a kept share r for every head so that the summed loss is
+least while the mean share, all bytes included, stays within the budget. Ratios in the curves are
+all-in (a dynamic head's index is inside its ratio), and all heads have equal dense bytes, so bytes
+are simply the mean of the ratios. Every head's best curve over the menu is made monotone and
+convex (lower hull); then the steepest segments of all heads together are bought first, which is
+the Lagrangian optimum of the convexified problem.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.errors import BudgetError
+
+INFEASIBLE = np.float32(1e30)
+"""Loss of a strategy whose fixed bytes alone exceed the ratio."""
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a request may keep: exactly one of a share of dense bytes, tokens per head, or bytes."""
+
+    share: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+
+    @classmethod
+    def parse(cls, value: float | int | str | Budget) -> Budget:
+        """Read `0.10` (share), `4096` (tokens, an int above 1), `"2GiB"`, `"10%"` or `"0.1"`.
+
+        Raises BudgetError on anything else.
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, bool):
+            raise BudgetError(_expected(value))
+        if isinstance(value, (int, np.integer)) and value > 1:
+            return cls(tokens=int(value))
+        if isinstance(value, (int, float, np.floating)):
+            if not 0 < float(value) <= 1:
+                raise BudgetError(_expected(value))
+            return cls(share=float(value))
+        return cls._parse_text(str(value))
+
+    @classmethod
+    def _parse_text(cls, text: str) -> Budget:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)\s*", text)
+        if not match:
+            raise BudgetError(_expected(text))
+        number, unit = match[1], match[2].lower()
+        if unit == "%":
+            return cls.parse(float(number) / 100)
+        if unit in _UNITS:
+            size = int(float(number) * _UNITS[unit])
+            if size < 1:
+                raise BudgetError(_expected(text))
+            return cls(bytes=size)
+        if unit:
+            raise BudgetError(_expected(text))
+        return cls.parse(int(number) if number.isdigit() else float(number))
+
+    def resolve(self, tokens: int, dense_bytes: int) -> float:
+        """The share in (0, 1] for a prompt of `tokens` tokens and `dense_bytes` of dense K/V."""
+        if self.share is not None:
+            return self.share
+        if self.tokens is not None:
+            return min(1.0, self.tokens / max(tokens, 1))
+        assert self.bytes is not None
+        return min(1.0, self.bytes / max(dense_bytes, 1))
+
+    def __str__(self) -> str:
+        if self.share is not None:
+            return f"{self.share:.4g} of dense bytes"
+        return f"{self.tokens} tokens per head" if self.tokens is not None else f"{self.bytes} bytes"
+
+
+def _expected(value: object) -> str:
+    return (
+        f"budget {value!r} is not understood: expected a share in (0, 1] such as 0.10 or '10%', "
+        "a number of tokens such as 4096, or bytes such as '2GiB'"
+    )
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Decisions for every head; arrays are [layers, kv_heads]."""
+
+    strategy: NDArray[np.uint8]
+    ratio: NDArray[np.float32]
+    expected_loss: float
+
+
+def allocate(
+    loss: NDArray[np.float32], ratios: NDArray[np.float32], share: float, floor: float
+) -> Allocation:
+    """Choose strategy and ratio per head within a mean ratio of `share`.
+
+    `loss` is [strategies, layers, kv_heads, ratios] (INFEASIBLE where a strategy does not fit),
+    `ratios` ascending and ending at 1, `floor` the least ratio any head may get. Raises
+    BudgetError when `share` is below `floor`. Never exceeds `share`; monotone in it.
+    """
+    strategies, layers, kv_heads, _ = loss.shape
+    if share < floor:
+        raise BudgetError(
+            f"budget {share:.4g} is too small: sinks, recent tokens and the floor alone need "
+            f"{floor:.4g} of this prompt; raise the budget or use longer prompts"
+        )
+    heads = layers * kv_heads
+    flat = loss.transpose(1, 2, 0, 3).reshape(heads, strategies, -1).astype(np.float64)
+    grid = np.concatenate([[floor], ratios[ratios > floor]]).astype(np.float64)
+    curves = _interpolate(np.log(ratios.astype(np.float64)), flat, np.log(grid))
+    ratio = _spend(curves.min(axis=1), grid, share, floor)
+    at_ratio = np.stack(
+        [
+            _interpolate(np.log(ratios.astype(np.float64)), flat[h : h + 1], np.log(ratio[h : h + 1]))[
+                0, :, 0
+            ]
+            for h in range(heads)
+        ]
+    )
+    choice = at_ratio.argmin(axis=1)
+    return Allocation(
+        strategy=choice.astype(np.uint8).reshape(layers, kv_heads),
+        ratio=_round_down(ratio).reshape(layers, kv_heads),
+        expected_loss=float(at_ratio.min(axis=1).sum()),
+    )
+
+
+def _interpolate(
+    known: NDArray[np.float64], values: NDArray[np.float64], wanted: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Monotone curves at `wanted` abscissae; values [heads, strategies, known].
+
+    A point whose left neighbour is infeasible is infeasible too (never promise what may not fit).
+    """
+    values = np.minimum.accumulate(values, axis=-1)
+    right = np.clip(np.searchsorted(known, wanted, side="left"), 0, len(known) - 1)
+    left = np.maximum(right - 1, 0)
+    exact = (known[right] <= wanted) | (right == 0)
+    span = np.where(exact, 1.0, known[right] - known[left])
+    part = np.where(exact, 1.0, np.clip((wanted - known[left]) / span, 0, 1))
+    low, high = values[..., left], values[..., right]
+    blend = low + part * (high - low)
+    blocked = ~exact & (low >= INFEASIBLE)
+    below = wanted < known[0] - 1e-12
+    blend = np.where(blocked | (below & (high >= INFEASIBLE)), float(INFEASIBLE), blend)
+    return np.asarray(blend)
+
+
+def _spend(
+    best: NDArray[np.float64], grid: NDArray[np.float64], share: float, floor: float
+) -> NDArray[np.float64]:
+    """Kept ratio per head: buy the steepest hull segments first. best is [heads, grid]."""
+    heads = len(best)
+    segments = [
+        (-(curve[j] - curve[i]) / (grid[j] - grid[i]), head, grid[j] - grid[i])
+        for head, curve in enumerate(best)
+        for i, j in _hull(grid, curve)
+    ]
+    segments.sort(key=lambda item: (-item[0], item[1]))
+    ratio = np.full(heads, floor, dtype=np.float64)
+    left = max(0.0, (share - floor) * heads)
+    for _, head, width in segments:
+        step = min(width, left)
+        ratio[head] = min(1.0, ratio[head] + step)
+        left -= step
+        if left <= 0:
+            break
+    return ratio
+
+
+def _hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[tuple[int, int]]:
+    """Index pairs of the lower convex hull's segments, left to right."""
+    vertices: list[int] = []
+    for i in range(len(x)):
+        while len(vertices) > 1:
+            a, b = vertices[-2], vertices[-1]
+            if (y[b] - y[a]) * (x[i] - x[b]) >= (y[i] - y[b]) * (x[b] - x[a]):
+                vertices.pop()
+            else:
+                break
+        vertices.append(i)
+    return list(zip(vertices[:-1], vertices[1:], strict=True))
+
+
+def _round_down(ratio: NDArray[np.float64]) -> NDArray[np.float32]:
+    """float32 that never exceeds the float64 it came from."""
+    single = ratio.astype(np.float32)
+    above = single.astype(np.float64) > ratio
+    single[above] = np.nextafter(single[above], np.float32(0))
+    return single
+
+
+def token_floor(floor_tokens: int, tokens: int) -> float:
+    """The least ratio at which a prompt of `tokens` holds `floor_tokens`; 1 when it cannot."""
+    return min(1.0, floor_tokens / max(tokens, 1) + 1e-9) if tokens else math.inf

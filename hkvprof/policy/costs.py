@@ -1,0 +1,68 @@
+"""How many tokens a share of a head's dense bytes buys, everything counted (plain integers)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hkvprof.heads import HeadType, KeepRule, Strategy
+
+SLOT_BYTES = 4
+"""Bytes of the device-side slot map per hot item (int32 item number)."""
+
+
+@dataclass(frozen=True)
+class DynamicLayout:
+    """How a dynamic head's prompt of `tokens` tokens is divided.
+
+    The first `sinks` and the last `recent` tokens stay resident; between them lie `items` chunks of
+    `chunk` tokens in host memory, of which `hot` have a resident copy.
+    """
+
+    sinks: int
+    recent: int
+    items: int
+    chunk: int
+    hot: int
+
+    @property
+    def resident_tokens(self) -> int:
+        """Tokens with K/V on the device: sinks, recent and the hot buffer."""
+        return self.sinks + self.recent + self.hot * self.chunk
+
+
+def static_tokens(ratio: float, tokens: int, keep: KeepRule) -> int:
+    """Tokens a static head keeps of `tokens`: floor(ratio * tokens), at least sinks and recent."""
+    return min(tokens, max(int(ratio * tokens + 1e-6), keep.sinks + keep.recent))
+
+
+def index_item_bytes(strategy: Strategy, head_dim: int, itemsize: int) -> int:
+    """Device bytes that the index spends on one item (a chunk, or a token when `chunk` is 1)."""
+    match strategy.index:
+        case "mean":
+            return head_dim * itemsize
+        case "minmax":
+            return 2 * head_dim * itemsize
+        case "projected":
+            return strategy.bits // 8
+    raise AssertionError(f"no index named {strategy.index!r}")
+
+
+def dynamic_layout(
+    strategy: Strategy, ratio: float, tokens: int, keep: KeepRule, head_dim: int, itemsize: int
+) -> DynamicLayout | None:
+    """The layout a dynamic head gets for `ratio` of its dense bytes, or None if nothing is left.
+
+    Index and slot map come out of the share. The chunked region starts after the sinks; what does
+    not fill a chunk joins the recent tokens.
+    """
+    assert strategy.head_type is HeadType.DYNAMIC
+    region = tokens - keep.sinks - keep.recent
+    items = max(0, region // strategy.chunk)
+    recent = tokens - keep.sinks - items * strategy.chunk
+    unit = 2 * head_dim * itemsize
+    left = ratio * tokens * unit - (keep.sinks + recent) * unit
+    left -= items * index_item_bytes(strategy, head_dim, itemsize)
+    hot = int(left // (strategy.chunk * unit + SLOT_BYTES))
+    if items < 1 or hot < 1:
+        return None
+    return DynamicLayout(keep.sinks, recent, items, strategy.chunk, min(hot, items))

@@ -1,0 +1,85 @@
+"""Which prompt tokens a static head keeps. Pure functions; calibration and runtime share them.
+
+Text-prior pruning (HybridKV, stage 3): sinks and recent tokens always, then the tokens that the
+last text rows attend to most. Scores: softmax per query head, maximum over the observation window,
+mean over the group, average pooling over neighbours (method: docs/method.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hkvprof.heads import KeepRule, Strategy
+
+
+def window_attention(
+    query: Float[Tensor, "query_heads window dim"],
+    key: Float[Tensor, "kv_heads tokens dim"],
+    scaling: float,
+) -> Float[Tensor, "kv_heads tokens"]:
+    """Attention of the last `window` prompt rows on every token: max over rows, mean over group.
+
+    Rows are the last ones of the prompt (row j sees tokens up to tokens - window + j). float32.
+    """
+    kv_heads, tokens, dim = key.shape
+    window = query.shape[1]
+    grouped = query.reshape(kv_heads, -1, dim).float()
+    logits = torch.matmul(grouped, key.float().transpose(1, 2)) * scaling
+    logits = logits.view(kv_heads, -1, window, tokens)
+    future = torch.ones(window, tokens, dtype=torch.bool, device=key.device)
+    logits.masked_fill_(future.triu(tokens - window + 1), -torch.inf)
+    return logits.softmax(dim=-1).amax(dim=2).mean(dim=1)
+
+
+def pool(score: Float[Tensor, "*heads tokens"], width: int) -> Float[Tensor, "*heads tokens"]:
+    """Average over `width` neighbours (odd), borders averaged over what exists."""
+    if width == 1:
+        return score
+    flat = score.reshape(1, -1, score.shape[-1])
+    pooled = F.avg_pool1d(flat, width, stride=1, padding=width // 2, count_include_pad=False)
+    return pooled.view_as(score)
+
+
+def rank_tokens(
+    attention: Float[Tensor, "kv_heads tokens"],
+    pool_width: int,
+    keep: KeepRule,
+) -> Int[Tensor, "kv_heads tokens"]:
+    """Token numbers in order of preference: a head that keeps k tokens keeps the first k.
+
+    Sinks and recent tokens come first (in any order among themselves), then by pooled score. Ties
+    go to the earlier token. NaN scores count as zero.
+    """
+    score = pool(torch.nan_to_num(attention, nan=0.0), pool_width)
+    tokens = score.shape[-1]
+    score = score.clone()
+    score[:, : min(keep.sinks, tokens)] = torch.inf
+    score[:, max(0, tokens - keep.recent) :] = torch.inf
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices
+
+
+def select_tokens(
+    ranking: Int[Tensor, " tokens"],
+    count: int,
+    strategy: Strategy,
+    keep: KeepRule,
+    text: Bool[Tensor, " tokens"] | None = None,
+) -> Int[Tensor, " count"]:
+    """The `count` tokens to keep, ascending; `ranking` is one row of `rank_tokens`.
+
+    With a text prior, text tokens (in ranking order) may claim up to that share of the count
+    before the ranking decides over the rest.
+    """
+    chosen = ranking[:count]
+    if strategy.text_prior and text is not None and count < len(ranking):
+        forced = ranking[: min(count, keep.sinks + keep.recent)]
+        rest = ranking[len(forced) :]
+        is_text = text.to(rest.device)[rest]
+        room = min(int(strategy.text_prior * count), count - len(forced))
+        first = rest[is_text][:room]
+        others = rest[~torch.isin(rest, first)]
+        chosen = torch.cat([forced, first, others])[:count]
+    return chosen.sort().values
