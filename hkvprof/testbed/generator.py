@@ -1,0 +1,148 @@
+"""Samples for profiling and evaluation, drawn from a seed.
+
+Calibration and held-out samples cannot share a picture: the parity of a scene's digest decides
+the split that it belongs to, and scenes are redrawn until it fits. The random streams differ too,
+because the name of the split is part of the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from hkvprof.errors import UsageError
+from hkvprof.profile.samples import Sample, Turn
+from hkvprof.testbed.questions import TASKS, Question, ask_questions
+from hkvprof.testbed.rendering import render_grid
+from hkvprof.testbed.scenes import Scene, consecutive_labels, draw_scene, random_labels
+from hkvprof.testbed.vocabulary import MAX_LABEL, MAX_ROWS
+
+Split = Literal["calibration", "heldout"]
+Labels = Literal["consecutive", "random"]
+
+_PARITY: dict[str, int] = {"calibration": 0, "heldout": 1}
+_MAX_DRAWS = 10_000
+
+
+def scene_split(scene: Scene) -> Split:
+    """The one split whose samples may show this scene."""
+    return "heldout" if int(scene.digest[-1], 16) % 2 else "calibration"
+
+
+def _check_request(
+    task: str, images: int, rows: int, cols: int, split: str, followups: int, labels: str
+) -> None:
+    """Refuse what no scene can satisfy, saying what is possible."""
+    if task not in TASKS:
+        raise UsageError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
+    if split not in _PARITY:
+        raise UsageError(f"unknown split {split!r}: expected calibration or heldout")
+    if labels not in ("consecutive", "random"):
+        raise UsageError(f"unknown labels {labels!r}: expected consecutive or random")
+    if not (2 <= rows <= MAX_ROWS and 2 <= cols <= MAX_ROWS):
+        raise UsageError(f"grid {rows}x{cols}: expected 2 to {MAX_ROWS} rows and columns")
+    least = 2 if TASKS[task].needs_several_images else 1
+    if not least <= images <= MAX_LABEL:
+        raise UsageError(f"task {task!r} takes {least} to {MAX_LABEL} images, not {images}")
+    if not 0 <= followups <= 8:
+        raise UsageError(f"expected 0 to 8 followups, not {followups}")
+
+
+def draw_question(
+    task: str,
+    rng: random.Random,
+    images: int,
+    rows: int,
+    cols: int,
+    split: Split,
+    followups: int = 0,
+    labels: Labels = "consecutive",
+) -> tuple[Scene, list[Question]]:
+    """A scene of the split with a question of the task, and further questions of any task."""
+    for _ in range(_MAX_DRAWS):
+        shown = consecutive_labels(images) if labels == "consecutive" else None
+        scene = draw_scene(rng, shown or random_labels(images, rng), rows, cols, rng.randint(1, 3))
+        if scene_split(scene) != split:
+            continue
+        first = ask_questions(scene, rng, 1, names=[task])
+        if not first:
+            continue
+        more = [
+            question
+            for question in ask_questions(scene, rng, followups + 1)
+            if (question.task, question.key) != (first[0].task, first[0].key)
+        ]
+        if len(more) >= followups:
+            return scene, first + more[:followups]
+    raise UsageError(
+        f"no scene of {images} images, {rows}x{cols}, admits {task!r} with {followups} followups "
+        f"({_MAX_DRAWS} tried): ask for more images, a larger grid or fewer followups"
+    )
+
+
+def scene_messages(
+    scene: Scene, question: str, render_rng: random.Random | None = None
+) -> tuple[dict[str, Any], ...]:
+    """The chat messages of a question: context parts with in-memory images, the question last."""
+    content: list[dict[str, Any]] = []
+    for part in scene.prompt_parts():
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        else:
+            image = render_grid(scene.images[part], scene.rows, scene.columns, render_rng)
+            content.append({"type": "image", "image": image})
+    content.append({"type": "text", "text": question})
+    return ({"role": "user", "content": content},)
+
+
+def make_sample(
+    task: str,
+    seed: int,
+    images: int = 8,
+    rows: int = 4,
+    cols: int = 4,
+    split: Split = "calibration",
+    followups: int = 0,
+    labels: Labels = "consecutive",
+) -> Sample:
+    """The sample number `seed` of a task and split: a pure function of its arguments.
+
+    The checkpoint was trained on 1 to 16 images with grids from 2x4 to 6x6 cells.
+    """
+    _check_request(task, images, rows, cols, split, followups, labels)
+    stream = f"{split}/{task}/{seed}/{images}/{rows}x{cols}/{followups}/{labels}"
+    scene, questions = draw_question(
+        task,
+        random.Random(f"hkvprof testbed scene {stream}"),
+        images,
+        rows,
+        cols,
+        split,
+        followups,
+        labels,
+    )
+    render_rng = random.Random(f"hkvprof testbed rendering {stream}")
+    return Sample(
+        id=f"{split}-{task}-{seed:06d}",
+        task=task,
+        messages=scene_messages(scene, questions[0].text, render_rng),
+        reply=questions[0].reply,
+        followups=tuple(Turn(question.text, question.reply) for question in questions[1:]),
+    )
+
+
+def heldout_samples(
+    tasks: Iterable[str] = tuple(TASKS),
+    per_task: int = 16,
+    images: int = 8,
+    rows: int = 4,
+    cols: int = 4,
+    followups: int = 0,
+    labels: Labels = "consecutive",
+    first: int = 0,
+) -> Iterator[Sample]:
+    """`per_task` held-out samples of each task, seeds from `first` on."""
+    for task in tasks:
+        for seed in range(first, first + per_task):
+            yield make_sample(task, seed, images, rows, cols, "heldout", followups, labels)
