@@ -1,0 +1,362 @@
+"""Training batches: many questions packed on one shared context.
+
+One row holds a scene's context and then its questions one after another. Every question has its
+own segment: it sees the context and itself, and its positions restart after the context, so that
+each question gets exactly the logits it would get alone, at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hkvprof.testbed.questions import TASKS, Question
+from hkvprof.testbed.scenes import Fact, ImageKind, Scene
+from hkvprof.testbed.vocabulary import (
+    COLOUR_NAMES,
+    END_OF_TURN,
+    GLYPHS,
+    IMAGE_PAD,
+    MAX_COLUMNS,
+    MAX_LABEL,
+    MAX_ROWS,
+    PAD,
+    ROW_NAMES,
+    SHAPE_NAMES,
+    START_OF_TURN,
+    TOKEN_IDS,
+    VISION_END,
+    VISION_START,
+    colour_of,
+    encode_text,
+    is_glyph,
+    is_item,
+    shape_of,
+)
+
+IGNORE = -100
+TASK_INDEX = {name: index for index, name in enumerate(TASKS)}
+
+_COLOUR_CLASSES = len(COLOUR_NAMES) + 1
+_SHAPE_CLASSES = len(SHAPE_NAMES) + 1
+_GLYPH_CLASSES = len(GLYPHS) + 1
+HISTOGRAM_SIZE = _COLOUR_CLASSES + _SHAPE_CLASSES
+
+ROLES: dict[str, int] = {
+    "label": MAX_LABEL + 1,
+    "row": MAX_ROWS,
+    "column": MAX_COLUMNS,
+    "colour": _COLOUR_CLASSES,
+    "shape": _SHAPE_CLASSES,
+    "glyph": _GLYPH_CLASSES,
+    "changed": 2,
+    "previous colour": _COLOUR_CLASSES,
+    "previous shape": _SHAPE_CLASSES,
+    "previous glyph": _GLYPH_CLASSES,
+}
+"""What the auxiliary heads of training predict from a token, with the number of classes."""
+ROLE_INDEX = {name: index for index, name in enumerate(ROLES)}
+
+Ints = npt.NDArray[np.int64]
+_NO_ROLE = np.full(len(ROLES), IGNORE, np.int64)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One scene with its questions as token arrays of one length."""
+
+    ids: Ints
+    positions: Ints
+    """[3, length]: temporal, height, width."""
+    segments: Ints
+    """0 for the context, then 1, 2, ... per question."""
+    targets: Ints
+    roles: Ints
+    """[length, roles]"""
+    first_answers: list[int]
+    """Per question, the row whose logits give the first token of the reply."""
+
+
+class _RowBuilder:
+    """Collects the pieces of a row; `position` is the next free text position."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.length = 0
+        self._ids: list[Ints] = []
+        self._positions: list[Ints] = []
+        self._segments: list[Ints] = []
+        self._targets: list[Ints] = []
+        self._roles: list[Ints] = []
+
+    def add(
+        self,
+        ids: Sequence[int],
+        positions: Ints | None = None,
+        roles: Ints | None = None,
+        targets: Sequence[int] | None = None,
+        segment: int = 0,
+    ) -> None:
+        """Append tokens; without positions they are text and take the next ones."""
+        count = len(ids)
+        if positions is None:
+            positions = np.tile(np.arange(self.position, self.position + count), (3, 1))
+            self.position += count
+        self._ids.append(np.asarray(ids, np.int64))
+        self._positions.append(positions)
+        self._segments.append(np.full(count, segment, np.int64))
+        self._targets.append(np.full(count, IGNORE) if targets is None else np.asarray(targets))
+        self._roles.append(np.tile(_NO_ROLE, (count, 1)) if roles is None else roles)
+        self.length += count
+
+    def build(self, first_answers: list[int]) -> PackedRow:
+        return PackedRow(
+            ids=np.concatenate(self._ids),
+            positions=np.concatenate(self._positions, axis=1),
+            segments=np.concatenate(self._segments),
+            targets=np.concatenate(self._targets).astype(np.int64),
+            roles=np.concatenate(self._roles),
+            first_answers=first_answers,
+        )
+
+
+@lru_cache(maxsize=256)
+def _cell_roles(cell: int) -> tuple[int, int, int]:
+    """Colour, shape and glyph of a cell; the last class of each stands for none."""
+    colour = colour_of(cell) if is_item(cell) else _COLOUR_CLASSES - 1
+    shape = shape_of(cell) if is_item(cell) else _SHAPE_CLASSES - 1
+    glyph = cell - 1 if is_glyph(cell) else _GLYPH_CLASSES - 1
+    return colour, shape, glyph
+
+
+def _image_roles(scene: Scene, image: int) -> Ints:
+    """[cells, roles] of the visual tokens of an image."""
+    cells = scene.images[image]
+    roles = np.full((len(cells), len(ROLES)), IGNORE, np.int64)
+    roles[:, 0] = scene.labels[image]
+    places = np.arange(len(cells))
+    roles[:, 1], roles[:, 2] = places // scene.columns, places % scene.columns
+    roles[:, 3:6] = [_cell_roles(cell) for cell in cells]
+    if scene.kinds[image] is ImageKind.ITEMS:
+        roles[:, 6] = 0
+    if image in scene.changes:
+        roles[scene.changes[image].position, 6] = 1
+    if image:
+        roles[:, 7:10] = [_cell_roles(cell) for cell in scene.images[image - 1]]
+    return roles
+
+
+def _fact_roles(fact: Fact) -> Ints:
+    """Colour and shape on the tokens `is d d d` of `code colour shape is d d d .`."""
+    roles = np.tile(_NO_ROLE, (8, 1))
+    roles[3:7, ROLE_INDEX["colour"]] = COLOUR_NAMES.index(fact.colour)
+    roles[3:7, ROLE_INDEX["shape"]] = SHAPE_NAMES.index(fact.shape)
+    return roles
+
+
+@lru_cache(maxsize=65536)
+def _question_roles(text: str) -> tuple[int, ...]:
+    """What a question asks about; a role that it names twice is left out."""
+    named: dict[str, list[int]] = {}
+    words = text.split()
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("#"):
+            named.setdefault("label", []).append(int(word[1:]))
+        elif word == "row":
+            named.setdefault("row", []).append(ROW_NAMES.index(following))
+        elif word == "at":
+            named.setdefault("row", []).append(ROW_NAMES.index(following[0]))
+            named.setdefault("column", []).append(int(following[1:]) - 1)
+        elif word in COLOUR_NAMES:
+            named.setdefault("colour", []).append(COLOUR_NAMES.index(word))
+        elif word in SHAPE_NAMES:
+            named.setdefault("shape", []).append(SHAPE_NAMES.index(word))
+    values = {role: found[0] for role, found in named.items() if len(found) == 1}
+    return tuple(values.get(role, IGNORE) for role in ROLES)
+
+
+def _image_positions(start: int, rows: int, columns: int) -> Ints:
+    """M-RoPE positions [3, rows * columns] of an image that starts at text position `start`."""
+    places = np.arange(rows * columns)
+    return np.stack(
+        [np.full_like(places, start), start + places // columns, start + places % columns]
+    )
+
+
+def _add_context(row: _RowBuilder, scene: Scene) -> None:
+    row.add([TOKEN_IDS[START_OF_TURN], TOKEN_IDS["user"]])
+    for part in scene.prompt_parts():
+        if isinstance(part, str):
+            row.add(encode_text(part), roles=_roles_of_text(scene, part))
+            continue
+        row.add([TOKEN_IDS[VISION_START]])
+        positions = _image_positions(row.position, scene.rows, scene.columns)
+        count = scene.rows * scene.columns
+        row.add([TOKEN_IDS[IMAGE_PAD]] * count, positions, _image_roles(scene, part))
+        row.position += max(scene.rows, scene.columns)
+        row.add([TOKEN_IDS[VISION_END]])
+
+
+def _roles_of_text(scene: Scene, text: str) -> Ints | None:
+    for fact in scene.facts:
+        if fact.sentence == text:
+            return _fact_roles(fact)
+    return None
+
+
+def pack_scene(scene: Scene, questions: Sequence[Question]) -> PackedRow:
+    """The chat layout of the prompt (as the chat template gives it) with all questions packed."""
+    row = _RowBuilder()
+    _add_context(row, scene)
+    after_context = row.position
+    first_answers: list[int] = []
+    turn_end = (TOKEN_IDS[END_OF_TURN],)
+    reply_start = (*turn_end, TOKEN_IDS[START_OF_TURN], TOKEN_IDS["assistant"])
+    for segment, question in enumerate(questions, start=1):
+        prompt = encode_text(question.text) + reply_start
+        reply = encode_text(question.reply) + turn_end
+        roles = np.tile(_NO_ROLE, (len(prompt) - 1 + len(reply), 1))
+        roles[len(prompt) - 1 :] = _question_roles(question.text)
+        first_answers.append(row.length + len(prompt) - 1)
+        row.position = after_context
+        row.add(
+            prompt + reply[:-1],
+            roles=roles,
+            targets=(IGNORE,) * (len(prompt) - 1) + reply,
+            segment=segment,
+        )
+    return row.build(first_answers)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows of scenes of one grid, padded on the right to length L.
+
+    T counts target tokens, Q questions, N images, in the order of the rows.
+    """
+
+    rows: int
+    columns: int
+    ids: Tensor
+    """[B, L]"""
+    positions: Tensor
+    """[3, B, L]"""
+    mask: Tensor
+    """bool [B, 1, L, L]: who sees whom."""
+    selected: Tensor
+    """bool [B, L]: rows with a target."""
+    targets: Tensor
+    """[T]"""
+    question_of: Tensor
+    """[T]: the question that a target belongs to."""
+    tasks: Tensor
+    """[Q]"""
+    roles: Tensor
+    """[B, L, roles]"""
+    cells: Tensor
+    """[N, rows * columns]: class ids, or positions in an atlas of drawings (see vary_cells)."""
+    histogram_rows: Tensor
+    """[H]: first answer rows (b * L + l) of questions that sum up a scope."""
+    histograms: Tensor
+    """[H, 18]: shares of colours and of shapes (each with none) in the scope."""
+    share_rows: Tensor
+    shares: Tensor
+    """[S, labels + 1]: what part of the items asked for each label holds."""
+    number_rows: Tensor
+    numbers: Tensor
+    """[K]: the number that is the reply."""
+
+    def vary_cells(self, variants: int, rng: np.random.Generator) -> Batch:
+        """Each cell as one of the drawings of an atlas with `variants` per class."""
+        drawn = torch.from_numpy(rng.integers(0, variants, tuple(self.cells.shape)))
+        return replace(self, cells=self.cells * variants + drawn)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            if isinstance(getattr(self, field.name), Tensor)
+            else getattr(self, field.name)
+            for field in fields(self)
+        }
+        return Batch(**moved)
+
+
+def scope_histogram(scene: Scene, scope: Sequence[int]) -> list[float]:
+    """Shares of the colours (8 and none), then of the shapes, over all cells of the images."""
+    histogram = [0.0] * HISTOGRAM_SIZE
+    weight = 1 / (len(scope) * scene.rows * scene.columns)
+    for image in scope:
+        for cell in scene.images[image]:
+            colour, shape, _ = _cell_roles(cell)
+            histogram[colour] += weight
+            histogram[_COLOUR_CLASSES + shape] += weight
+    return histogram
+
+
+def _label_shares(question: Question) -> list[float]:
+    shares = [0.0] * (MAX_LABEL + 1)
+    for label, share in question.shares:
+        shares[label] = share
+    return shares
+
+
+def _visibility(segments: Tensor) -> Tensor:
+    """bool [B, 1, L, L]: earlier tokens of the context or of the own segment."""
+    length = segments.shape[1]
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return (((keys == 0) | (keys == queries)) & causal)[:, None]
+
+
+def collate(scenes: Sequence[Scene], questions: Sequence[Sequence[Question]]) -> Batch:
+    """Pack and pad scenes of one grid, each with its questions."""
+    packed = [pack_scene(scene, asked) for scene, asked in zip(scenes, questions, strict=True)]
+    count, length = len(packed), max(len(row.ids) for row in packed)
+    ids = torch.full((count, length), TOKEN_IDS[PAD])
+    positions = torch.zeros((3, count, length), dtype=torch.long)
+    segments = torch.full((count, length), -1)
+    targets = torch.full((count, length), IGNORE)
+    roles = torch.full((count, length, len(ROLES)), IGNORE)
+    for index, row in enumerate(packed):
+        size = len(row.ids)
+        ids[index, :size] = torch.from_numpy(row.ids)
+        positions[:, index, :size] = torch.from_numpy(row.positions)
+        segments[index, :size] = torch.from_numpy(row.segments)
+        targets[index, :size] = torch.from_numpy(row.targets)
+        roles[index, :size] = torch.from_numpy(row.roles)
+    selected = targets != IGNORE
+    before = torch.tensor([0, *(len(asked) for asked in questions)]).cumsum(0)[:-1]
+    numbered = [
+        (index * length + first, scene, question)
+        for index, (row, scene, asked) in enumerate(zip(packed, scenes, questions, strict=True))
+        for first, question in zip(row.first_answers, asked, strict=True)
+    ]
+    with_scope = [entry for entry in numbered if entry[2].scope]
+    with_shares = [entry for entry in numbered if entry[2].shares]
+    with_number = [entry for entry in numbered if entry[2].number is not None]
+    return Batch(
+        rows=scenes[0].rows,
+        columns=scenes[0].columns,
+        ids=ids,
+        positions=positions,
+        mask=_visibility(segments),
+        selected=selected,
+        targets=targets[selected],
+        question_of=(segments - 1 + before[:, None])[selected],
+        tasks=torch.tensor([TASK_INDEX[question.task] for _, _, question in numbered]),
+        roles=roles,
+        cells=torch.tensor([cells for scene in scenes for cells in scene.images]),
+        histogram_rows=torch.tensor([row for row, _, _ in with_scope], dtype=torch.long),
+        histograms=torch.tensor([scope_histogram(s, q.scope) for _, s, q in with_scope]),
+        share_rows=torch.tensor([row for row, _, _ in with_shares], dtype=torch.long),
+        shares=torch.tensor([_label_shares(q) for _, _, q in with_shares]),
+        number_rows=torch.tensor([row for row, _, _ in with_number], dtype=torch.long),
+        numbers=torch.tensor([float(q.number or 0) for _, _, q in with_number]),
+    )
