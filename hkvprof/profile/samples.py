@@ -1,41 +1,223 @@
-"""Calibration and evaluation samples: the record, and the readers of what users have on disk.
+"""Calibration and evaluation samples: the records, and the readers of what users have on disk.
 
 The format is documented in docs/sample-format.md.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hkvprof.errors import SampleError, UsageError
+from hkvprof.profile import images, sample_hub
+from hkvprof.profile.sample_parse import parse_line
+from hkvprof.profile.sample_record import Message, Sample, Turn
 
-Message = Mapping[str, Any]
+__all__ = ["LoadedSamples", "Message", "Sample", "Turn", "load_samples", "open_images"]
+
+MAX_LINE_BYTES = 16 * 2**20
+FILE_NAME = "samples.jsonl"
+
+OnError = Literal["raise", "skip"]
+_Entry = tuple[str, Callable[[], Sample]]
+"""Where a sample stands (`samples.jsonl:17`), and a function that reads and checks it."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A later question about the same context, with the expected reply."""
+class LoadedSamples:
+    """What `load_samples` read.
 
-    question: str
-    reply: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt in the chat format of transformers.
-
-    `messages` hold content parts: `{"type": "text", "text": ...}` (optionally with
-    `"modality": "context"` for long text that plays the part of vision tokens) and
-    `{"type": "image", "path": ...}` or, in memory, `{"type": "image", "image": PIL.Image}`.
-    `reply` is the expected answer; without it the model's own greedy answer is used.
+    `skipped` holds the reason of every bad sample left out; `digest` is the SHA-256 of the chosen
+    samples' text and images, whatever their order and the names of the image files.
     """
 
-    id: str
-    task: str
-    messages: tuple[Message, ...]
-    reply: str | None = None
-    followups: tuple[Turn, ...] = field(default=())
+    samples: tuple[Sample, ...]
+    skipped: tuple[str, ...]
+    digest: str
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """Number of samples per task, tasks sorted by name."""
+        names = [sample.task for sample in self.samples]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+
+def load_samples(
+    source: str | Path,
+    *,
+    max_samples: int | None = None,
+    seed: int = 0,
+    on_error: OnError = "raise",
+) -> LoadedSamples:
+    """Read samples from a folder with samples.jsonl, a .jsonl file, or a Hugging Face dataset.
+
+    Images are checked (present, inside the folder, readable header, at most 64 megapixels) but not
+    decoded; see `open_images`. `max_samples` picks a subset balanced over tasks that depends on
+    `seed`, tasks and ids alone, not on the order of lines. `on_error="skip"` leaves bad samples
+    out and reports them. Raises SampleError naming file, line and field; UsageError.
+    """
+    if on_error not in ("raise", "skip"):
+        raise UsageError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
+    if max_samples is not None and max_samples < 1:
+        raise UsageError(f"max_samples is {max_samples}: expected at least 1")
+    entries = _entries(str(source), max_samples, seed)
+    samples, skipped = _read(entries, on_error)
+    if not samples:
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise SampleError(f"{source} holds no usable sample ({len(skipped)} skipped{first})")
+    if max_samples is not None:
+        chosen = choose([(s.task, s.id) for s in samples], max_samples, seed)
+        samples = [samples[i] for i in chosen]
+    return LoadedSamples(tuple(samples), tuple(skipped), _digest(samples))
+
+
+def open_images(sample: Sample) -> tuple[Message, ...]:
+    """The sample's messages with every image part holding a decoded RGB PIL image under `image`.
+
+    Raises SampleError naming file and sample.
+    """
+    return tuple(
+        {**message, "content": [_opened(sample.id, part) for part in message["content"]]}
+        if not isinstance(message["content"], str)
+        else message
+        for message in sample.messages
+    )
+
+
+def _opened(sample_id: str, part: Message) -> Message:
+    if part["type"] != "image":
+        return part
+    source = part["path"] if "path" in part else part["image"]
+    name = str(part.get("path", "in memory"))
+    try:
+        return {"type": "image", "image": images.decode(source, name)}
+    except SampleError as error:
+        raise SampleError(f"sample {sample_id!r}: {error}") from None
+
+
+def choose(names: Sequence[tuple[str, str]], count: int, seed: int) -> list[int]:
+    """Positions of `count` of the (task, id) pairs, balanced over tasks, ascending.
+
+    Every task's ids are ordered by a hash of seed, task and id, and tasks take turns.
+    """
+    by_task: dict[str, list[int]] = {}
+    ranked = sorted(range(len(names)), key=lambda i: _rank(seed, *names[i]))
+    for position in ranked:
+        by_task.setdefault(names[position][0], []).append(position)
+    tasks = sorted(by_task, key=lambda task: _rank(seed, task))
+    turns = zip_longest(*(by_task[task] for task in tasks))
+    taken = [position for turn in turns for position in turn if position is not None]
+    return sorted(taken[:count])
+
+
+def _rank(seed: int, *names: str) -> str:
+    text = json.dumps([seed, *names])
+    return hashlib.sha256(text.encode("utf-8")).hexdigest() + text
+
+
+def _entries(source: str, max_samples: int | None, seed: int) -> Iterator[_Entry]:
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / FILE_NAME).is_file():
+        return _lines(path / FILE_NAME)
+    if path.is_dir() and sample_hub.is_saved_dataset(path):
+        return _dataset_rows(sample_hub.open_saved(path), path.name, max_samples, seed)
+    if path.is_dir():
+        raise UsageError(f"the folder {source} holds no {FILE_NAME} (docs/sample-format.md)")
+    if path.is_file():
+        return _lines(path)
+    hub = None if path.suffix in (".jsonl", ".json") else sample_hub.HubSource.parse(source)
+    if hub is None:
+        raise UsageError(
+            f"no data at {source}: expected a folder with {FILE_NAME}, a .jsonl file, or the id "
+            "of a Hugging Face dataset"
+        )
+    return _dataset_rows(sample_hub.open_hub(hub), hub.name, max_samples, seed)
+
+
+def _dataset_rows(dataset: Any, name: str, limit: int | None, seed: int) -> Iterator[_Entry]:
+    """Rows of a dataset; a subset is chosen first, so that no other row is read."""
+    names = sample_hub.tasks_and_ids(dataset, name)
+    chosen = list(range(len(names))) if limit is None else choose(names, limit, seed)
+    for where, make in sample_hub.rows(dataset, names, chosen):
+        yield f"{name}: {where}", make
+
+
+def _lines(path: Path) -> Iterator[_Entry]:
+    """Every line that is not blank, each at most MAX_LINE_BYTES long."""
+    find = partial(images.find_image, path.parent)
+    try:
+        with path.open("rb") as stream:
+            for number in range(1, 2**31):
+                line = stream.readline(MAX_LINE_BYTES + 1)
+                if not line:
+                    return
+                if len(line) > MAX_LINE_BYTES:
+                    raise SampleError(
+                        f"{path}:{number}: the line has over {MAX_LINE_BYTES:,} bytes: expected "
+                        "one JSON object per line"
+                    )
+                if line.strip():
+                    yield f"{path}:{number}", partial(_parse_bytes, line, number, find)
+    except OSError as error:
+        raise SampleError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _parse_bytes(line: bytes, number: int, find: Callable[[str], str]) -> Sample:
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleError(f"expected UTF-8, found other bytes at byte {error.start + 1}") from None
+    return parse_line(text, find)
+
+
+def _read(entries: Iterable[_Entry], on_error: OnError) -> tuple[list[Sample], list[str]]:
+    samples: list[Sample] = []
+    skipped: list[str] = []
+    seen: dict[str, str] = {}
+    for where, make in entries:
+        try:
+            sample = make()
+            if sample.id in seen:
+                raise SampleError(f"field 'id': {sample.id!r} occurs already at {seen[sample.id]}")
+        except SampleError as error:
+            message = f"{where}: {error}"
+            if on_error == "raise":
+                raise SampleError(f"{message}; `--on-error skip` leaves such samples out") from None
+            skipped.append(message)
+            continue
+        seen[sample.id] = where
+        samples.append(sample)
+    return samples, skipped
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    total = hashlib.sha256()
+    for sample in sorted(samples, key=lambda s: s.id):
+        record = {
+            "id": sample.id,
+            "task": sample.task,
+            "messages": [_hashable(message) for message in sample.messages],
+            "reply": sample.reply,
+            "followups": [[turn.question, turn.reply] for turn in sample.followups],
+        }
+        total.update(json.dumps(record, sort_keys=True).encode("utf-8") + b"\n")
+    return total.hexdigest()
+
+
+def _hashable(message: Message) -> dict[str, Any]:
+    """The message with the SHA-256 of every image in its place."""
+    if isinstance(message["content"], str):
+        return dict(message)
+    parts = [
+        {"type": "image", "sha256": hashlib.sha256(images.image_bytes(part)).hexdigest()}
+        if part["type"] == "image"
+        else dict(part)
+        for part in message["content"]
+    ]
+    return {"role": message["role"], "content": parts}

@@ -1,0 +1,35 @@
+"""The records that every reader of samples makes and everything else consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A later question about the same context, with the expected reply."""
+
+    question: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt in the chat format of transformers.
+
+    `messages` hold content parts: `{"type": "text", "text": ...}` (optionally with
+    `"modality": "context"` for long text that plays the part of vision tokens) and
+    `{"type": "image", "path": ...}` or, in memory, `{"type": "image", "image": ...}` with a
+    PIL.Image or the bytes of an image file. `reply` is the expected answer; without it the model's
+    own greedy answer is used.
+    """
+
+    id: str
+    task: str
+    messages: tuple[Message, ...]
+    reply: str | None = None
+    followups: tuple[Turn, ...] = field(default=())
