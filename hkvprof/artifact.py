@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from hkvprof.errors import ProfileError
+from hkvprof.errors import BudgetError, ProfileError
 from hkvprof.files import write_atomically
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
-from hkvprof.policy.budget import INFEASIBLE, Allocation, Budget, allocate, token_floor
+from hkvprof.policy.costs import dynamic_layout
+from hkvprof.policy.budget import INFEASIBLE, Allocation, Budget, allocate, scale_ratios, token_floor
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "hkvprof"
@@ -111,16 +112,36 @@ class Profile:
         dense = rows * tokens * self.grid.token_bytes(itemsize)
         share = Budget.parse(budget).resolve(tokens, dense)
         floor = token_floor(self.keep.floor_tokens, tokens)
-        loss = self.loss
-        if self.recipe != "measured":
-            loss = self._loss_of_fixed_types()
-        return allocate(loss, self.ratios, share, floor)
+        fits = self._fits(tokens, itemsize)
+        if self.recipe == "measured":
+            return allocate(np.where(fits, self.loss, INFEASIBLE), self.ratios, share, floor)
+        return self._scaled(share, floor, tokens, itemsize)
 
-    def _loss_of_fixed_types(self) -> NDArray[np.float32]:
-        """Curves that leave every head its type: other strategies infeasible."""
-        menu = np.arange(len(self.strategies))[:, None, None]
-        chosen = menu == self.strategy[None]
-        return np.where(chosen[..., None], self.loss, INFEASIBLE).astype(np.float32)
+    def _scaled(self, share: float, floor: float, tokens: int, itemsize: int) -> Allocation:
+        """Types as they are, ratios in proportion to those of the default budget."""
+        ratio = scale_ratios(self.budget, share, floor)
+        for choice, kept in zip(self.strategy.flat, ratio.flat, strict=True):
+            if kept < 1 and not self._strategy_fits(self.strategies[choice], kept, tokens, itemsize):
+                raise BudgetError(
+                    f"budget {share:.4g} gives a dynamic head {kept:.4g} of a prompt of {tokens} "
+                    f"tokens, less than its index ({self.strategies[choice].name}), sinks and "
+                    "recent tokens need: raise the budget or use a longer prompt"
+                )
+        return Allocation(self.strategy, ratio, float("nan"))
+
+    def _strategy_fits(self, strategy: Strategy, ratio: float, tokens: int, itemsize: int) -> bool:
+        if strategy.head_type is HeadType.STATIC:
+            return True
+        dim = self.grid.head_dim
+        return dynamic_layout(strategy, float(ratio), tokens, self.keep, dim, itemsize) is not None
+
+    def _fits(self, tokens: int, itemsize: int) -> NDArray[np.bool_]:
+        """Which strategies fit which ratio at this prompt length, [S, 1, 1, R]."""
+        fits = [
+            [self._strategy_fits(strategy, ratio, tokens, itemsize) for ratio in self.ratios]
+            for strategy in self.strategies
+        ]
+        return np.array(fits)[:, None, None, :]
 
     def save(self, path: str | Path) -> Path:
         """Write the profile atomically, deterministic to the byte. Raises HkvError on I/O errors."""

@@ -109,11 +109,7 @@ def allocate(
     BudgetError when `share` is below `floor`. Never exceeds `share`; monotone in it.
     """
     strategies, layers, kv_heads, _ = loss.shape
-    if share < floor:
-        raise BudgetError(
-            f"budget {share:.4g} is too small: sinks, recent tokens and the floor alone need "
-            f"{floor:.4g} of this prompt; raise the budget or use longer prompts"
-        )
+    _check_share(share, floor)
     heads = layers * kv_heads
     flat = loss.transpose(1, 2, 0, 3).reshape(heads, strategies, -1).astype(np.float64)
     grid = np.concatenate([[floor], ratios[ratios > floor]]).astype(np.float64)
@@ -133,6 +129,32 @@ def allocate(
         ratio=_round_down(ratio).reshape(layers, kv_heads),
         expected_loss=float(at_ratio.min(axis=1).sum()),
     )
+
+
+def scale_ratios(
+    base: NDArray[np.float32], share: float, floor: float
+) -> NDArray[np.float32]:
+    """Ratios in proportion to `base`, clipped to [floor, 1], with a mean of at most `share`.
+
+    Raises BudgetError when `share` is below `floor`.
+    """
+    _check_share(share, floor)
+    low, high = 0.0, 1.0 / float(base.min())
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float(np.clip(base.astype(np.float64) * middle, floor, 1).mean()) <= share:
+            low = middle
+        else:
+            high = middle
+    return _round_down(np.clip(base.astype(np.float64) * (high if share >= 1 else low), floor, 1))
+
+
+def _check_share(share: float, floor: float) -> None:
+    if share < floor:
+        raise BudgetError(
+            f"budget {share:.4g} is too small: sinks, recent tokens and the floor alone need "
+            f"{floor:.4g} of this prompt; raise the budget or use longer prompts"
+        )
 
 
 def _interpolate(

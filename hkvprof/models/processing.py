@@ -1,0 +1,285 @@
+"""From chat messages to model inputs, with and without torchvision.
+
+Where torchvision works, transformers' AutoProcessor does everything. Where it does not, images go
+through the image processor (Pillow) and the image placeholders are expanded here; the inputs are
+equal (tests/models/test_processing.py). Text-only models need a tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hkvprof.errors import ModelError, SampleError
+from hkvprof.heads import Modality
+
+Conversation = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Model inputs of a left-padded batch, and what every position holds (Modality values)."""
+
+    inputs: dict[str, Tensor]
+    modality: Int[Tensor, "batch tokens"]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the longest prompt."""
+        return int(self.inputs["input_ids"].shape[1])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The inputs on a device, floating-point ones in the model's dtype."""
+        return {
+            key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for key, value in self.inputs.items()
+        }
+
+
+class ChatProcessor(ABC):
+    """Encodes conversations in the chat format of transformers; decodes replies."""
+
+    def __init__(self, tokenizer: Any, config: Any) -> None:
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = tokenizer
+        self.config = config
+
+    @abstractmethod
+    def render(self, conversation: Conversation, *, reply_next: bool) -> str:
+        """The conversation through the chat template; `reply_next` opens the assistant's turn."""
+
+    @abstractmethod
+    def encode(self, conversations: Sequence[Conversation]) -> Encoded:
+        """Inputs for the assistant's reply to every conversation, left padded."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of already rendered text."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """The reply as text, special tokens removed."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+class TextProcessor(ChatProcessor):
+    """For text-only models; parts of a message are joined by a blank line."""
+
+    def render(self, conversation: Conversation, *, reply_next: bool) -> str:
+        """See ChatProcessor."""
+        flat = [{"role": m["role"], "content": _flatten(m["content"])} for m in conversation]
+        return str(
+            self.tokenizer.apply_chat_template(
+                flat, tokenize=False, add_generation_prompt=reply_next
+            )
+        )
+
+    def encode(self, conversations: Sequence[Conversation]) -> Encoded:
+        """See ChatProcessor. Parts marked `"modality": "context"` are labelled CONTEXT."""
+        texts = [self.render(conversation, reply_next=True) for conversation in conversations]
+        batch = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+        )
+        modality = torch.zeros_like(batch["input_ids"])
+        for row, conversation in enumerate(conversations):
+            starts, ends = batch["offset_mapping"][row].unbind(-1)
+            for begin, end in _context_ranges(texts[row], conversation):
+                modality[row][(starts < end) & (ends > begin)] = Modality.CONTEXT
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return Encoded(inputs, modality)
+
+
+class _VisionProcessor(ChatProcessor):
+    """What both vision paths share: rendering, and the modality of every position."""
+
+    renderer: Any
+
+    def render(self, conversation: Conversation, *, reply_next: bool) -> str:
+        """See ChatProcessor."""
+        listed = [{"role": m["role"], "content": _parts(m["content"])} for m in conversation]
+        return str(
+            self.renderer.apply_chat_template(
+                listed, tokenize=False, add_generation_prompt=reply_next
+            )
+        )
+
+    def _modality(self, ids: Tensor) -> Tensor:
+        modality = torch.zeros_like(ids)
+        for name, kind in (("image_token_id", Modality.IMAGE), ("video_token_id", Modality.VIDEO)):
+            token = getattr(self.config, name, None)
+            if token is not None:
+                modality[ids == token] = kind
+        return modality
+
+
+class AutoVisionProcessor(_VisionProcessor):
+    """transformers' AutoProcessor (needs torchvision)."""
+
+    def __init__(self, processor: Any, config: Any) -> None:
+        super().__init__(processor.tokenizer, config)
+        self.renderer = self.processor = processor
+
+    def encode(self, conversations: Sequence[Conversation]) -> Encoded:
+        """See ChatProcessor."""
+        _refuse_context(conversations)
+        images = [_images(conversation) for conversation in conversations]
+        batch = self.processor(
+            text=[self.render(conversation, reply_next=True) for conversation in conversations],
+            images=images if any(images) else None,
+            padding=True,
+            return_tensors="pt",
+        )
+        inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        return Encoded(inputs, self._modality(inputs["input_ids"]))
+
+
+class PillowVisionProcessor(_VisionProcessor):
+    """Image processor and tokenizer of the Qwen-VL family, without torchvision (images only)."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, config: Any) -> None:
+        super().__init__(tokenizer, config)
+        self.renderer = tokenizer
+        self.image_processor = image_processor
+        self.placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)
+
+    def encode(self, conversations: Sequence[Conversation]) -> Encoded:
+        """See ChatProcessor."""
+        _refuse_context(conversations)
+        texts = [self.render(conversation, reply_next=True) for conversation in conversations]
+        images = [image for conversation in conversations for image in _images(conversation)]
+        inputs: dict[str, Tensor] = {}
+        if images:
+            vision = self.image_processor(images=images, return_tensors="pt")
+            inputs = {key: vision[key] for key in ("pixel_values", "image_grid_thw")}
+            texts = self._expand(texts, inputs["image_grid_thw"])
+        batch = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        inputs |= {key: batch[key] for key in ("input_ids", "attention_mask")}
+        modality = self._modality(inputs["input_ids"])
+        inputs["mm_token_type_ids"] = modality.to(inputs["input_ids"].dtype)
+        return Encoded(inputs, modality)
+
+    def _expand(self, texts: list[str], grids: Int[Tensor, "images 3"]) -> list[str]:
+        """Repeat every image placeholder once per merged patch of its image."""
+        merge = self.image_processor.merge_size**2
+        counts = iter((grids.prod(dim=-1) // merge).tolist())
+        expanded = []
+        for text in texts:
+            head, *rest = text.split(self.placeholder)
+            expanded.append(head + "".join(self.placeholder * next(counts) + part for part in rest))
+        return expanded
+
+
+@cache
+def torchvision_works() -> bool:
+    """Whether torchvision is installed and loads beside this torch."""
+    if importlib.util.find_spec("torchvision") is None:
+        return False
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError, AttributeError):
+        return False
+    return True
+
+
+def load_processor(source: str, config: Any) -> ChatProcessor:
+    """The processor that fits a checkpoint. Raises ModelError if none can be built."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    local = Path(source).is_dir()
+    if getattr(config, "vision_config", None) is None:
+        return TextProcessor(AutoTokenizer.from_pretrained(source, local_files_only=local), config)
+    if torchvision_works():
+        processor = AutoProcessor.from_pretrained(source, local_files_only=local)
+        return AutoVisionProcessor(processor, config)
+    image_processor = _pillow_image_processor(source, local)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    return PillowVisionProcessor(image_processor, tokenizer, config)
+
+
+def _pillow_image_processor(source: str, local: bool) -> Any:
+    """The Pillow variant of a Qwen-VL image processor, from its saved settings."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    settings: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        settings = _load_json(source, name, local)
+        settings = settings.get("image_processor", settings)
+        if settings:
+            break
+    kind = str(settings.get("image_processor_type", ""))
+    if not kind.startswith("Qwen2VLImageProcessor"):
+        raise ModelError(
+            f"{source} uses the image processor {kind or 'unknown'}, which needs torchvision: "
+            "install one that matches your torch (`pip install 'hkvprof[video]'`)"
+        )
+    known = {k: v for k, v in settings.items() if k != "image_processor_type"}
+    return Qwen2VLImageProcessorPil(**known)
+
+
+def _load_json(source: str, name: str, local: bool) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        source, name, local_files_only=local, _raise_exceptions_for_missing_entries=False
+    )
+    if path is None:
+        return {}
+    return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _parts(content: Any) -> list[Mapping[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _flatten(content: Any) -> str:
+    parts = _parts(content)
+    if any(part["type"] != "text" for part in parts):
+        raise SampleError("the sample holds images, but the model is text-only: use another model or data set")
+    return "\n\n".join(part["text"] for part in parts)
+
+
+def _images(conversation: Conversation) -> list[Any]:
+    """The conversation's images in order; each part holds an opened PIL image under `image`."""
+    parts = [part for message in conversation for part in _parts(message["content"])]
+    if any(part["type"] == "video" for part in parts):
+        raise SampleError("video input is not supported yet: use samples with images and text only")
+    return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def _context_ranges(text: str, conversation: Conversation) -> list[tuple[int, int]]:
+    """Character ranges in the rendered text of the parts marked as context."""
+    ranges, at = [], 0
+    for message in conversation:
+        for part in _parts(message["content"]):
+            if part["type"] == "text" and part.get("modality") == "context":
+                begin = text.find(part["text"].strip(), at)
+                if begin < 0:
+                    raise SampleError("the chat template changed a context part: it cannot be located")
+                at = begin + len(part["text"].strip())
+                ranges.append((begin, at))
+    return ranges
+
+
+def _refuse_context(conversations: Sequence[Conversation]) -> None:
+    if any(
+        part.get("modality") == "context"
+        for conversation in conversations
+        for message in conversation
+        for part in _parts(message["content"])
+    ):
+        raise SampleError('"modality": "context" is for text-only models: remove it from this sample')

@@ -1,0 +1,213 @@
+"""`apply(model, profile)`: from then on plain `model.generate(...)` compresses its KV cache."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from hkvprof.artifact import Profile, load_profile
+from hkvprof.errors import BudgetError, CompressionError, ModelError, ProfileError, UsageError
+from hkvprof.models.adapter import ModelView, view_model
+from hkvprof.models.attention import hook_attention, refuse_features
+from hkvprof.policy.budget import Budget
+from hkvprof.runtime.cache import CompressedCache, make_receipt
+from hkvprof.runtime.plan import Planner
+from hkvprof.runtime.receipt import LayerAccount, Receipt
+
+_HANDLE = "_hkvprof_handle"
+MIN_TOKENS = 64
+
+
+def apply(
+    model: Any,
+    profile: Profile | str | Path,
+    budget: float | int | str | None = None,
+    strict: bool = True,
+    min_tokens: int = MIN_TOKENS,
+) -> Handle:
+    """Compress the KV cache of every following generation of `model`.
+
+    `budget` is the all-in share of dense K/V bytes to keep (0.10), a number of tokens per head
+    (4096), or bytes ("2GiB"); default: the profile's own. Prompts shorter than `min_tokens` stay
+    dense and the receipt says so. With `strict`, a covered layer that was not compressed, a foreign
+    cache and a budget that does not fit a prompt raise; without, they stay dense with a reason.
+
+    Returns a handle that is also a context manager; `detach()` restores the model. Raises
+    ProfileError if the profile is for another model, ModelError for unsupported models,
+    BudgetError for budgets that cannot be met, UsageError if the model is already hooked.
+    """
+    if isinstance(profile, (str, Path)):
+        profile = load_profile(profile)
+    view = view_model(model)
+    check_fingerprint(profile, view)
+    if getattr(model, _HANDLE, None) is not None:
+        raise UsageError("this model already has a profile applied: call handle.detach() first")
+    if min_tokens < 1:
+        raise UsageError(f"min_tokens must be at least 1, found {min_tokens}")
+    parsed = Budget.parse(profile.default_budget if budget is None else budget)
+    floor = profile.keep.floor_tokens
+    if parsed.tokens is not None and parsed.tokens < floor:
+        raise BudgetError(
+            f"a budget of {parsed.tokens} tokens is too small: sinks, recent tokens and the floor "
+            f"need {floor}; raise the budget"
+        )
+    return Handle(model, view, Planner(profile, parsed, min_tokens, strict), strict)
+
+
+def check_fingerprint(profile: Profile, view: ModelView) -> None:
+    """Raise ProfileError naming the fields in which the profile's model differs; warn on others."""
+    mismatches = profile.fingerprint.mismatches(view.fingerprint)
+    if mismatches:
+        raise ProfileError(
+            "this profile was made for another model (profile != model): "
+            + "; ".join(mismatches)
+            + ". Calibrate this model with `hkvprof calibrate`"
+        )
+    mine, theirs = profile.fingerprint, view.fingerprint
+    if mine.weights_digest and theirs.weights_digest and mine.weights_digest != theirs.weights_digest:
+        warnings.warn(
+            "the profile was calibrated on other weights of this architecture (a fine-tune, or "
+            "another checkpoint): head types may not carry over; calibrate this model to be sure",
+            stacklevel=3,
+        )
+    elif mine.config_hash != theirs.config_hash:
+        warnings.warn(
+            "the model's config differs from the one calibrated in fields that do not change "
+            "attention; compression works, its measured quality may not carry over",
+            stacklevel=3,
+        )
+
+
+class Handle:
+    """An applied profile. Use as a context manager, or call `detach()` when done."""
+
+    def __init__(self, model: Any, view: ModelView, planner: Planner, strict: bool) -> None:
+        self.model = model
+        self.profile = planner.profile
+        self.strict = strict
+        self._view = view
+        self._planner = planner
+        self._accounts: list[LayerAccount] = []
+        self._restore = hook_attention(model)
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        model.generate = _generate_with_cache(model.generate, self)
+        setattr(model, _HANDLE, self)
+
+    def new_cache(self) -> CompressedCache:
+        """A cache for one's own forward loop: `model(input_ids=..., past_key_values=cache)`.
+
+        Compression happens at the end of the first pass of several tokens.
+        """
+        self._require_attached()
+        view = self._view
+        cache = CompressedCache(self._planner, view.grid, view.layer_ids, view.text_config)
+        self._accounts = [layer.account for layer in cache.covered]
+        return cache
+
+    def receipt(self) -> Receipt:
+        """The account of the latest cache that this handle made; it outlives the cache."""
+        if not self._accounts:
+            raise CompressionError("nothing has been generated yet: there is no receipt")
+        return make_receipt(self._accounts, self._planner)
+
+    def detach(self) -> None:
+        """Give the model back as it was; harmless when called twice."""
+        if getattr(self.model, _HANDLE, None) is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        del self.model.generate
+        delattr(self.model, _HANDLE)
+        self._restore()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def _require_attached(self) -> None:
+        if getattr(self.model, _HANDLE, None) is not self:
+            raise UsageError("this handle is detached: call hkvprof.runtime.apply again")
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        refuse_features({"output_attentions": kwargs.get("output_attentions")})
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            if module.training or kwargs.get("use_cache") is False:
+                return None
+            cache = kwargs["past_key_values"] = self.new_cache()
+        if not isinstance(cache, CompressedCache):
+            self._foreign_cache(cache)
+            return None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None and cache.get_seq_length() == 0:
+            cache.conversation.token_ids = ids
+        self._exchange_rope_deltas(cache)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, CompressedCache):
+            holder = _rope_holder(self.model)
+            if holder is not None:
+                cache.conversation.rope_deltas = holder.rope_deltas
+            if self.strict:
+                cache.check_compressed()
+
+    def _foreign_cache(self, cache: Any) -> None:
+        if self.strict:
+            raise CompressionError(
+                f"expected a cache made by hkvprof, found {type(cache).__name__}, which would not be "
+                "compressed: leave past_key_values out, pass handle.new_cache(), or apply with "
+                "strict=False"
+            )
+
+    def _exchange_rope_deltas(self, cache: CompressedCache) -> None:
+        """Qwen-VL keeps a conversation's M-RoPE offset on the model: put this cache's own there."""
+        holder = _rope_holder(self.model)
+        if holder is not None and cache.get_seq_length() > 0:
+            holder.rope_deltas = cache.conversation.rope_deltas
+
+
+def _rope_holder(model: Any) -> Any:
+    inner = getattr(model, "model", None)
+    return inner if hasattr(inner, "rope_deltas") else None
+
+
+def _generate_with_cache(generate: Callable[..., Any], handle: Handle) -> Callable[..., Any]:
+    """`generate` that brings its own compressed cache unless it was given one."""
+
+    @functools.wraps(generate)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config")
+        kind = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+        if kind not in (None, "dynamic"):
+            raise ModelError(
+                f"cache_implementation={kind!r} cannot be combined with hkvprof, which brings its "
+                "own cache: leave it out, or detach first"
+            )
+        cache = kwargs.get("past_key_values")
+        if cache is None and kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False:
+            kwargs["past_key_values"] = handle.new_cache()
+        elif isinstance(cache, CompressedCache):
+            handle._exchange_rope_deltas(cache)
+        elif cache is not None:
+            handle._foreign_cache(cache)
+        return generate(*args, **kwargs)
+
+    return wrapped

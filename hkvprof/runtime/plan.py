@@ -1,0 +1,124 @@
+"""From a profile and a budget to what every layer does with a prompt of a given length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from hkvprof.artifact import Profile
+from hkvprof.errors import BudgetError
+from hkvprof.heads import HeadType, Strategy
+from hkvprof.policy.budget import Allocation, Budget
+from hkvprof.policy.index import HeadTables
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What one KV head does: its strategy and the share of its dense bytes, all included."""
+
+    strategy: Strategy
+    ratio: float
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Plans of a layer's KV heads, or the reason why the layer stays dense."""
+
+    heads: tuple[HeadPlan, ...] = ()
+    dense_reason: str = ""
+
+
+class Planner:
+    """Answers, for every prompt, what each layer does; and holds the index tables on the device.
+
+    `budget` is a share, tokens or bytes (None: the profile's default); prompts shorter than
+    `min_tokens` stay dense. `strict` decides whether a budget that does not fit raises or leaves
+    the prompt dense with a reason.
+    """
+
+    def __init__(
+        self, profile: Profile, budget: Budget, min_tokens: int, strict: bool = True
+    ) -> None:
+        self.profile = profile
+        self.budget = budget
+        self.min_tokens = min_tokens
+        self.strict = strict
+        self._tables: dict[tuple[torch.device, int, int, int], HeadTables] = {}
+        self._allocate = lru_cache(maxsize=256)(self._allocation)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether the budget is the whole cache."""
+        return self.budget.share is not None and self.budget.share >= 1
+
+    def layers(self, tokens: int, rows: int, itemsize: int) -> tuple[LayerPlan, ...]:
+        """One plan per covered layer for prompts of up to `tokens` tokens in `rows` rows.
+
+        Raises BudgetError when the budget cannot hold sinks, recent tokens and the floor.
+        """
+        count = self.profile.grid.layers
+        if self.keeps_everything:
+            return (LayerPlan(dense_reason="the budget is 1.0"),) * count
+        if tokens < self.min_tokens:
+            reason = f"prompt of {tokens} tokens is shorter than min_tokens={self.min_tokens}"
+            return (LayerPlan(dense_reason=reason),) * count
+        try:
+            allocation = self._allocate(tokens, rows, itemsize)
+        except BudgetError as error:
+            if self.strict:
+                raise
+            return (LayerPlan(dense_reason=str(error)),) * count
+        if bool((allocation.ratio >= 1).all()):
+            return (LayerPlan(dense_reason="the budget holds the whole prompt"),) * count
+        menu = self.profile.strategies
+        return tuple(
+            LayerPlan(
+                tuple(
+                    HeadPlan(menu[choice], float(ratio))
+                    for choice, ratio in zip(choices, ratios, strict=True)
+                )
+            )
+            for choices, ratios in zip(allocation.strategy, allocation.ratio, strict=True)
+        )
+
+    def _allocation(self, tokens: int, rows: int, itemsize: int) -> Allocation:
+        return self.profile.allocation(self.budget, tokens, itemsize, rows)
+
+    def tables(
+        self, layer: int, head: int, strategy: Strategy, device: torch.device
+    ) -> HeadTables | None:
+        """The projected-index constants of one head on `device`; None for other strategies."""
+        index = self.profile.index
+        if strategy.head_type is HeadType.STATIC or strategy.index != "projected" or index is None:
+            return None
+        key = (device, layer, head, strategy.bits)
+        if key not in self._tables:
+            def load(array: np.ndarray) -> torch.Tensor:
+                return torch.from_numpy(array[layer, head].astype(np.float32)).to(device)
+
+            size = index.sizes.index(strategy.bits)
+            self._tables[key] = HeadTables(
+                key_projection=load(index.key_projection),
+                query_projection=load(index.query_projection),
+                key_mean=load(index.key_mean),
+                deviation=load(index.deviation),
+                bits=tuple(index.bits[size, layer, head].tolist()),
+            )
+        return self._tables[key]
+
+    @property
+    def shared_bytes(self) -> int:
+        """Device bytes of the index tables loaded so far, shared by all requests."""
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for table in self._tables.values()
+            for tensor in (
+                table.key_projection,
+                table.query_projection,
+                table.key_mean,
+                table.deviation,
+            )
+        )

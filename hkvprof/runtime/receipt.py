@@ -1,0 +1,152 @@
+"""The receipt: what was kept, where, and what it cost; plain numbers, no tensors.
+
+Layers write their account as they work, so that a receipt outlives the cache it speaks of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from hkvprof.runtime.host import HostChunks
+
+
+@dataclass
+class HeadAccount:
+    """One (batch row, KV head) of a layer. Bytes count K/V, index, slot map and slack."""
+
+    row: int
+    head: int
+    strategy: str
+    tokens_seen: int
+    tokens_resident: int
+    resident_bytes: int
+    host_bytes: int = 0
+    chunks_requested: int = 0
+    chunks_fetched: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of requested chunks that were hot already; None for heads that fetch nothing."""
+        if not self.chunks_requested:
+            return None
+        return 1 - self.chunks_fetched / self.chunks_requested
+
+
+@dataclass
+class LayerAccount:
+    """A layer's state: `empty`, `dense` (and why) or `compressed`."""
+
+    layer: int
+    state: str = "empty"
+    reason: str = ""
+    dense_bytes: int = 0
+    resident_bytes: int = 0
+    heads: list[HeadAccount] = field(default_factory=list)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host chunks."""
+        return sum(head.host_bytes for head in self.heads)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A request's account. `dense_bytes` is what an uncompressed cache of the covered layers holds.
+
+    `shared_bytes` are index tables held once per model, not per request. `same_memory` says that
+    device and host are one memory, so that only `resident_bytes + host_bytes` is what a request
+    really takes.
+    """
+
+    resident_bytes: int
+    host_bytes: int
+    dense_bytes: int
+    shared_bytes: int
+    same_memory: bool
+    layers: tuple[LayerAccount, ...]
+
+    @property
+    def resident_share(self) -> float:
+        """Resident bytes over dense bytes: the all-in share."""
+        return self.resident_bytes / self.dense_bytes if self.dense_bytes else 0.0
+
+    @property
+    def compressed_layers(self) -> int:
+        """Number of layers that hold ragged, compressed storage."""
+        return sum(layer.state == "compressed" for layer in self.layers)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of requested chunks that were hot already, over all dynamic heads."""
+        heads = [head for layer in self.layers for head in layer.heads]
+        requested = sum(head.chunks_requested for head in heads)
+        if not requested:
+            return None
+        return 1 - sum(head.chunks_fetched for head in heads) / requested
+
+    def __str__(self) -> str:
+        mib = 2**20
+        text = (
+            f"{self.resident_bytes / mib:.2f} MiB resident of {self.dense_bytes / mib:.2f} MiB dense "
+            f"({self.resident_share:.1%}), {self.host_bytes / mib:.2f} MiB on the host"
+        )
+        if self.same_memory:
+            text += " (device and host are the same memory here)"
+        text += f", {self.compressed_layers} of {len(self.layers)} layers compressed"
+        reasons = sorted({layer.reason for layer in self.layers if layer.reason})
+        return text + (f"; dense because {'; '.join(reasons)}" if reasons else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {
+            **{k: v for k, v in asdict(self).items() if k != "layers"},
+            "resident_share": self.resident_share,
+            "hit_rate": self.hit_rate,
+            "layers": [
+                {**asdict(layer), "heads": [self._head(head) for head in layer.heads]}
+                for layer in self.layers
+            ],
+        }
+
+    @staticmethod
+    def _head(head: HeadAccount) -> dict[str, Any]:
+        return {**asdict(head), "hit_rate": head.hit_rate}
+
+
+def measure_storage(cache: Any) -> tuple[int, int]:
+    """(resident, host) bytes by walking every tensor that the cache's layers reach.
+
+    Independent of the accounts: storages are found through attributes and containers and counted
+    once each. Tensors inside HostChunks are host bytes; lengths kept on the host do not count.
+    """
+    resident: dict[int, int] = {}
+    host: dict[int, int] = {}
+    for layer in cache.layers:
+        for tensor, on_host in _tensors(layer, False, set()):
+            storage = tensor.untyped_storage()
+            (host if on_host else resident)[storage.data_ptr()] = storage.nbytes()
+    return sum(resident.values()), sum(host.values())
+
+
+def _tensors(value: Any, on_host: bool, seen: set[int]) -> Iterator[tuple[torch.Tensor, bool]]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value, on_host
+        return
+    if isinstance(value, (list, tuple)):
+        children: list[Any] = list(value)
+    elif isinstance(value, dict):
+        children = list(value.values())
+    elif type(value).__module__.startswith("hkvprof.") and hasattr(value, "__dict__"):
+        skip = getattr(value, "shared_attributes", ())
+        children = [child for name, child in vars(value).items() if name not in skip]
+    else:
+        return
+    for child in children:
+        yield from _tensors(child, on_host or isinstance(value, HostChunks), seen)
