@@ -1,0 +1,30 @@
+"""The command line: parsing, printing and exit codes; one file per verb."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hkvprof.cli.app import app
+from hkvprof.cli.errors import guarded
+
+__all__ = ["app", "main", "run"]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line in this process and return its exit code; never raises HkvError."""
+    import typer
+
+    command = typer.main.get_command(app)
+    rest = [argument for argument in arguments if argument != "--debug"]
+
+    def invoke() -> None:
+        with command.make_context("hkvprof", rest) as context:
+            command.invoke(context)
+
+    return guarded(invoke, debug=len(rest) < len(arguments))
+
+
+def main() -> None:
+    """The entry point `hkvprof`."""
+    sys.exit(run(sys.argv[1:]))

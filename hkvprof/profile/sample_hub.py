@@ -103,13 +103,13 @@ def rows(
 
 def _without_decoding(dataset: Any) -> Any:
     """The dataset with image columns as bytes."""
-    from datasets import Image, List
+    from datasets import Image
 
     for name, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), Image):
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
+            dataset = dataset.cast_column(name, type(feature)(Image(decode=False)))
     return dataset
 
 

@@ -1,0 +1,42 @@
+"""The typer app: global options and the verbs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import hkvprof
+from hkvprof.cli import calibrate, inspect, models
+
+app = typer.Typer(
+    name="hkvprof",
+    help="Profile the attention heads of a model once; compress its KV cache ever after.",
+    epilog="\b\nStart here:\n  hkvprof calibrate --model tinyvl --data calibration/mini",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hkvprof {hkvprof.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (at any place).")
+    ] = False,
+) -> None:
+    """See `help` above; `--debug` is taken out by `run` before parsing."""
+
+
+app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("models", epilog=models.EXAMPLES)(models.models)

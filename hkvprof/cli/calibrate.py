@@ -1,0 +1,163 @@
+"""`hkvprof calibrate`: from a model and samples to a profile file."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hkvprof.errors import BudgetError, UsageError
+
+if TYPE_CHECKING:
+    from hkvprof.artifact import Profile
+    from hkvprof.profile.samples import LoadedSamples
+
+EXAMPLES = """\b
+Examples:
+  hkvprof calibrate --model tinyvl --data calibration/mini
+  hkvprof calibrate --model qwen2.5-vl-7b --data my-samples --dtype bfloat16
+  hkvprof calibrate --model ./finetune --data owner/dataset:validation \\
+    --max-samples 128 --on-error skip -o finetune.profile.safetensors"""
+
+_MOST_REASONS = 20
+
+
+class Recipe(StrEnum):
+    """How types and budgets are decided."""
+
+    PAPER = "paper"
+    MEASURED = "measured"
+
+
+class OnError(StrEnum):
+    """What a bad sample does."""
+
+    RAISE = "raise"
+    SKIP = "skip"
+
+
+def calibrate(
+    model: Annotated[
+        str, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")
+    ],
+    data: Annotated[
+        str, typer.Option("--data", help="Folder with samples.jsonl, .jsonl file or dataset id.")
+    ],
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present."),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option("--device-map", help="Spread the model, for example `auto`.")
+    ] = None,
+    max_samples: Annotated[
+        int | None, typer.Option("--max-samples", min=1, help="Use a subset balanced over tasks.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the subset and of sampling.")] = 0,
+    recipe: Annotated[
+        Recipe, typer.Option("--recipe", help="Types by sparsity (paper) or by measured loss.")
+    ] = Recipe.MEASURED,
+    theta: Annotated[
+        float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
+    ] = 0.9,
+    budget: Annotated[
+        str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
+    ] = "0.10",
+    on_error: Annotated[
+        OnError, typer.Option("--on-error", help="Stop at a bad sample, or skip and count it.")
+    ] = OnError.RAISE,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Profile; default ./<model>.profile.safetensors."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Observe a model on samples and write its profile."""
+    from hkvprof.cli.output import check_output, default_profile_path, say
+
+    share = _share(budget)
+    if not 0 < theta <= 1:
+        raise UsageError(f"--theta is {theta}: expected a sparsity in (0, 1]")
+    if device is not None and device_map is not None:
+        raise UsageError("--device and --device-map exclude each other: give one of them")
+    path = output or default_profile_path(model)
+    check_output(path, force)
+    samples = _samples(data, max_samples, seed, on_error)
+    loaded, processor = _model(model, dtype, device, device_map)
+    profile = _calibrated(
+        loaded, processor, samples, recipe=recipe.value, theta=theta, budget=share, seed=seed,
+        on_error=on_error.value,
+    )  # fmt: skip
+    profile = with_source(profile, data, samples)
+    check_output(path, force)
+    profile.save(path)
+    say("")
+    _announce(profile, path)
+
+
+def _share(text: str) -> float:
+    from hkvprof.policy.budget import Budget
+
+    share = Budget.parse(text).share
+    if share is None:
+        raise BudgetError(
+            f"--budget {text} is not a share: a profile's default is a share in (0, 1] such as "
+            "0.10 or 10%; tokens and bytes are for hkvprof.runtime.apply"
+        )
+    return share
+
+
+def _samples(data: str, limit: int | None, seed: int, on_error: OnError) -> LoadedSamples:
+    from hkvprof.cli.output import say
+    from hkvprof.profile.samples import load_samples
+
+    loaded = load_samples(data, max_samples=limit, seed=seed, on_error=on_error.value)
+    say(f"{len(loaded.samples)} samples of {len(loaded.tasks)} tasks from {data}")
+    for reason in loaded.skipped[:_MOST_REASONS]:
+        say(f"skipped: {reason}")
+    if len(loaded.skipped) > _MOST_REASONS:
+        say(f"skipped: {len(loaded.skipped) - _MOST_REASONS} more")
+    return loaded
+
+
+def _model(name: str, dtype: str, device: str | None, device_map: str | None) -> tuple[Any, Any]:
+    from hkvprof.cli.output import quiet_transformers, say
+    from hkvprof.models import load_model
+
+    quiet_transformers()
+    say(f"loading {name}")
+    return load_model(name, dtype=dtype, device=device, device_map=device_map)
+
+
+def _calibrated(model: Any, processor: Any, samples: LoadedSamples, **options: Any) -> Profile:
+    from hkvprof.cli.progress import track
+    from hkvprof.profile.calibrate import calibrate as measure
+
+    return measure(model, processor, samples.samples, track=track, **options)
+
+
+def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
+    """The profile with the data's name, digest and the loader's skipped samples in provenance."""
+    later = profile.provenance.get("skipped", 0)
+    origin = {
+        **profile.provenance,
+        "data": data,
+        "data_digest": samples.digest,
+        "skipped": len(samples.skipped) + (later if isinstance(later, int) else len(later)),
+    }
+    return dataclasses.replace(profile, provenance=origin)
+
+
+def _announce(profile: Profile, path: Path) -> None:
+    from hkvprof.report.summary import human, sentence
+
+    typer.echo(f"{sentence(profile, 32768)}.")
+    typer.echo(f"Profile: {path} ({human(path.stat().st_size)})")
+    typer.echo(f"Next:    hkvprof inspect {path}")
+    typer.echo(f'         in Python: hkvprof.runtime.apply(model, "{path}")')

@@ -1,0 +1,110 @@
+"""From exceptions to one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from hkvprof.errors import HkvError, UsageError
+
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+_ClickError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+"""Click's own base class; recent versions of typer carry their own copy of click."""
+
+
+def guarded(action: Callable[[], Any], debug: bool) -> int:
+    """Run `action`; print what went wrong as one line (after a traceback with `debug`).
+
+    Returns the exit code: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    try:
+        with _short_warnings(debug):
+            action()
+            sys.stdout.flush()
+    except typer.Exit as request:
+        return int(request.exit_code)
+    except BrokenPipeError:
+        _discard_stdout()
+        return FAILURE
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        message, code = describe(error)
+        print(message, file=sys.stderr)
+        return code
+    return 0
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """The line to print and the exit code for an exception."""
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "interrupted; nothing was written", INTERRUPTED
+    if isinstance(error, UsageError):
+        return f"error: {one_line(error)}", USAGE
+    if isinstance(error, HkvError):
+        return f"error: {one_line(error)}", FAILURE
+    if isinstance(error, _ClickError):
+        return f"error: {_click_message(error)}", USAGE
+    if _out_of_memory(error):
+        return (
+            "error: out of memory: use a smaller model or --dtype bfloat16, spread the model with "
+            "--device-map auto, or take shorter samples",
+            FAILURE,
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" at {error.filename}" if error.filename else ""
+        return f"error: the disk is full{where}: free some space and run again", FAILURE
+    if isinstance(error, OSError):
+        return f"error: {one_line(error)}", FAILURE
+    kind = type(error).__name__
+    return f"error: unexpected {kind}: {one_line(error)} (--debug shows where)", FAILURE
+
+
+def _discard_stdout() -> None:
+    """Nobody reads on: send what is still buffered nowhere, so that exit does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks."""
+    return " ".join(str(error).split())
+
+
+def _click_message(error: Any) -> str:
+    hint = getattr(getattr(error, "ctx", None), "command_path", "hkvprof")
+    return f"{' '.join(error.format_message().split())} (see `{hint} --help`)"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextmanager
+def _short_warnings(debug: bool) -> Iterator[None]:
+    """Warnings as one line each; those for developers only with `debug`."""
+    with warnings.catch_warnings():
+        if not debug:
+            for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", kind)
+            warnings.showwarning = _print_warning
+        yield
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

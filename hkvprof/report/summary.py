@@ -1,0 +1,217 @@
+"""What a profile says, as plain figures: the JSON of `hkvprof inspect --json`. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.artifact import SCHEMA_VERSION, Profile
+from hkvprof.errors import UsageError
+from hkvprof.heads import HeadType
+from hkvprof.policy.budget import INFEASIBLE
+
+CLOSE = 0.10
+"""Relative difference in loss below which the two types of a measured head are borderline."""
+ITEM_BYTES = 2
+"""Bytes per K/V element in the figures (bfloat16, float16)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Dense against kept K/V bytes of one prompt at the default budget."""
+
+    tokens: int
+    dense_bytes: int
+    kept_bytes: int
+
+
+def memory(profile: Profile, tokens: int) -> Memory:
+    """K/V bytes of a prompt of `tokens` tokens at ITEM_BYTES per element. Raises BudgetError."""
+    dense = tokens * profile.grid.token_bytes(ITEM_BYTES)
+    ratio = profile.allocation(profile.default_budget, tokens, ITEM_BYTES).ratio
+    return Memory(tokens, dense, round(dense * float(ratio.astype(np.float64).mean())))
+
+
+def static_share(profile: Profile) -> float:
+    """Share of KV heads that are static at the default budget."""
+    return float((profile.head_types == HeadType.STATIC).mean())
+
+
+def sentence(profile: Profile, tokens: int) -> str:
+    """The profile in one sentence."""
+    kept = memory(profile, tokens)
+    return (
+        f"{static_share(profile):.0%} of KV heads static; at {percent(profile.default_budget)} a "
+        f"{tokens:,}-token prompt keeps {human(kept.kept_bytes)} instead of "
+        f"{human(kept.dense_bytes)}"
+    )
+
+
+def percent(share: float) -> str:
+    """`10%`, `12.5%`."""
+    return f"{100 * share:.3g}%"
+
+
+def human(size: float) -> str:
+    """Bytes with a binary unit and three significant digits: `188 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.3g} TiB"
+
+
+@dataclass(frozen=True)
+class Borderline:
+    """A head whose type hangs by a thread, and why (`layer`, `head` count from 0)."""
+
+    layer: int
+    head: int
+    reason: str
+
+
+def borderline(profile: Profile) -> list[Borderline]:
+    """Heads whose type could as well be the other, by layer and head.
+
+    Measured profiles: the best static and the best dynamic strategy differ by less than CLOSE in
+    loss at the head's own ratio. Paper profiles: the interval mean +- std / sqrt(samples) of the
+    sparsity of a query head of the group straddles theta.
+    """
+    if profile.recipe == "paper":
+        return _near_theta(profile)
+    return _close_in_loss(profile) if profile.recipe == "measured" else []
+
+
+def _close_in_loss(profile: Profile) -> list[Borderline]:
+    types = np.array([strategy.head_type for strategy in profile.strategies])
+    if len(set(types)) < 2:
+        return []
+    found = []
+    for layer, head in np.ndindex(profile.strategy.shape):
+        losses = losses_at_budget(profile, layer, head)
+        static, dynamic = (losses[types == kind].min() for kind in HeadType)
+        gap, top = abs(static - dynamic), max(static, dynamic)
+        if 0 < top < INFEASIBLE and gap < CLOSE * top:
+            reason = f"loss {static:.3g} static, {dynamic:.3g} dynamic"
+            found.append(Borderline(layer, head, reason))
+    return found
+
+
+def losses_at_budget(profile: Profile, layer: int, head: int) -> NDArray[np.float64]:
+    """Loss of every strategy at the head's own ratio, linear in log ratio between the points."""
+    ratios = np.log(profile.ratios.astype(np.float64))
+    at = math.log(float(profile.budget[layer, head]))
+    curves = profile.loss[:, layer, head].astype(np.float64)
+    left = max(0, int(np.searchsorted(ratios, at, side="right")) - 1)
+    values = np.array([np.interp(at, ratios, curve) for curve in curves])
+    return np.where(curves[:, left] >= INFEASIBLE, float(INFEASIBLE), values)
+
+
+def _near_theta(profile: Profile) -> list[Borderline]:
+    theta, samples = (_number(profile.provenance.get(key)) for key in ("theta", "samples"))
+    kappa = kappa_index(profile)
+    if theta is None or not samples or kappa is None:
+        return []
+    error = profile.sparsity_std[kappa] / math.sqrt(samples)
+    distance = np.abs(profile.sparsity_mean[kappa] - theta)
+    group = profile.grid.group
+    found = []
+    for layer, head in np.ndindex(profile.strategy.shape):
+        queries = slice(head * group, (head + 1) * group)
+        if (distance[layer, queries] <= error[layer, queries]).any():
+            at = int(distance[layer, queries].argmin()) + head * group
+            mean, spread = profile.sparsity_mean[kappa, layer, at], error[layer, at]
+            reason = f"sparsity {mean:.3f} +- {spread:.3f}, theta {theta:g}"
+            found.append(Borderline(layer, head, reason))
+    return found
+
+
+def kappa_index(profile: Profile) -> int | None:
+    """Which of `kappas` types were decided by: provenance's `kappa`, else the one nearest 0.1."""
+    if not profile.kappas:
+        return None
+    wanted = _number(profile.provenance.get("kappa")) or 0.1
+    return int(np.abs(np.array(profile.kappas) - wanted).argmin())
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def strategies_used(profile: Profile) -> dict[str, int]:
+    """How many heads use each strategy, most used first."""
+    counts = Counter(int(number) for number in profile.strategy.flat)
+    return {profile.strategies[number].name: count for number, count in counts.most_common()}
+
+
+def summarise(profile: Profile, tokens: int) -> dict[str, Any]:
+    """Everything `inspect` shows, JSON-ready. Raises BudgetError if `tokens` is too short."""
+    return {
+        "schema": SCHEMA_VERSION,
+        "sentence": sentence(profile, tokens),
+        "recipe": profile.recipe,
+        "default_budget": profile.default_budget,
+        "static_share": static_share(profile),
+        "memory": vars(memory(profile, tokens)),
+        "fingerprint": profile.fingerprint.to_json(),
+        "keep": vars(profile.keep),
+        "strategies": strategies_used(profile),
+        "types": [[HeadType(t).name.lower() for t in row] for row in profile.head_types.tolist()],
+        "strategy": [
+            [profile.strategies[s].name for s in row] for row in profile.strategy.tolist()
+        ],
+        "budget": _rounded(profile.budget),
+        "borderline": [vars(head) for head in borderline(profile)],
+        "provenance": dict(profile.provenance),
+    }
+
+
+def summarise_layer(profile: Profile, layer: int) -> dict[str, Any]:
+    """One layer, head by head, with sparsity and loss curves. Raises UsageError."""
+    if not 0 <= layer < profile.grid.layers:
+        raise UsageError(
+            f"there is no layer {layer}: expected 0 to {profile.grid.layers - 1} (--layer)"
+        )
+    return {
+        "layer": layer,
+        "kappas": list(profile.kappas),
+        "ratios": _rounded(profile.ratios),
+        "heads": [_head(profile, layer, head) for head in range(profile.grid.kv_heads)],
+    }
+
+
+def _head(profile: Profile, layer: int, head: int) -> dict[str, Any]:
+    group = profile.grid.group
+    queries = slice(head * group, (head + 1) * group)
+    strategy = profile.strategies[profile.strategy[layer, head]]
+    return {
+        "head": head,
+        "type": strategy.head_type.name.lower(),
+        "strategy": strategy.name,
+        "ratio": _rounded(profile.budget[layer, head]),
+        "query_heads": list(range(queries.start, queries.stop)),
+        "sparsity_mean": _rounded(profile.sparsity_mean[:, layer, queries]),
+        "sparsity_std": _rounded(profile.sparsity_std[:, layer, queries]),
+        "loss": {
+            entry.name: _curve(profile.loss[number, layer, head])
+            for number, entry in enumerate(profile.strategies)
+        },
+    }
+
+
+def _curve(loss: NDArray[np.float32]) -> list[float | None]:
+    """A loss curve; None where the strategy does not fit."""
+    return [None if value >= INFEASIBLE else _rounded(value) for value in loss]
+
+
+def _rounded(values: Any) -> Any:
+    """Nested lists of floats with six significant digits."""
+    flat = np.asarray(values, dtype=np.float64)
+    return np.vectorize(lambda v: float(f"{v:.6g}"), otypes=[float])(flat).tolist()

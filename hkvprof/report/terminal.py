@@ -1,0 +1,221 @@
+"""Profiles drawn with characters: pure functions from a Profile to rich text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hkvprof.artifact import Profile
+from hkvprof.heads import HeadType
+from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.report.glyphs import ASCII, UNICODE, Glyphs
+from hkvprof.report.summary import (
+    borderline,
+    kappa_index,
+    losses_at_budget,
+    percent,
+    sentence,
+    strategies_used,
+)
+
+LAYERS_PER_BLOCK = 64
+_MOST_BORDERLINE = 12
+
+Cell = Callable[[int, int], tuple[str, str]]
+"""Glyph and style of (layer, head)."""
+
+
+def glyphs(ascii_only: bool) -> Glyphs:
+    """The characters to draw with."""
+    return ASCII if ascii_only else UNICODE
+
+
+def overview(profile: Profile, tokens: int, ascii_only: bool) -> RenderableType:
+    """The whole `inspect` page; its first line is one sentence. Raises BudgetError."""
+    marks = glyphs(ascii_only)
+    return Group(
+        Text(sentence(profile, tokens)),
+        Text(),
+        types_picture(profile, marks),
+        Text(),
+        budget_picture(profile, marks),
+        Text(),
+        *_strategies(profile),
+        Text(),
+        *_borderline(profile),
+        Text(),
+        *_origin(profile),
+    )
+
+
+def types_picture(profile: Profile, marks: Glyphs) -> Text:
+    """Rows are KV heads, columns layers; the legend above."""
+    types = profile.head_types
+
+    def cell(layer: int, head: int) -> tuple[str, str]:
+        if types[layer, head] == HeadType.STATIC:
+            return marks.static, marks.static_style
+        return marks.dynamic, marks.dynamic_style
+
+    legend = Text("Head types: ")
+    legend.append(marks.static, marks.static_style).append(" static (pruned once)  ")
+    legend.append(marks.dynamic, marks.dynamic_style).append(" dynamic (fetched on demand)")
+    return _picture(profile, legend, cell)
+
+
+def budget_picture(profile: Profile, marks: Glyphs) -> Text:
+    """The share that every head keeps, relative to the default budget."""
+    mean = profile.default_budget
+    bounds = (0.5, 0.8, 1.25, 2.0)
+
+    def cell(layer: int, head: int) -> tuple[str, str]:
+        relative = float(profile.budget[layer, head]) / mean
+        return marks.shades[sum(relative >= bound for bound in bounds)], ""
+
+    ranges = [f"< {percent(bounds[0] * mean)}"]
+    ranges += [f">= {percent(bound * mean)}" for bound in bounds]
+    legend = Text("Share kept: ")
+    legend.append("  ".join(f"{s} {r}" for s, r in zip(marks.shades, ranges, strict=True)))
+    return _picture(profile, legend, cell)
+
+
+def _picture(profile: Profile, legend: Text, cell: Cell) -> Text:
+    """The legend and the grid, wrapped after LAYERS_PER_BLOCK layers."""
+    layers, heads = profile.strategy.shape
+    text = Text(no_wrap=True).append_text(legend)
+    for start in range(0, layers, LAYERS_PER_BLOCK):
+        block = range(start, min(layers, start + LAYERS_PER_BLOCK))
+        text.append("\n" + _ruler(block) + "\n", "dim")
+        for head in range(heads):
+            text.append(f"head {head:>3} ", "dim")
+            for layer in block:
+                text.append(*cell(layer, head))
+            if head + 1 < heads:
+                text.append("\n")
+    return text
+
+
+def _ruler(block: range) -> str:
+    """Layer numbers over every tenth column, a label before them."""
+    line = ""
+    for layer in block:
+        if layer % 10 == 0:
+            line = line.ljust(layer - block.start) + str(layer)
+    return f"layer    {line}"
+
+
+def _strategies(profile: Profile) -> list[Text]:
+    total = profile.grid.total
+    lines = [Text("Strategies:")]
+    for name, count in strategies_used(profile).items():
+        lines.append(Text(f"  {count:>5} of {total}  {name}"))
+    return lines
+
+
+def _borderline(profile: Profile) -> list[Text]:
+    found = borderline(profile)
+    if profile.recipe == "uniform":
+        return [Text("Borderline heads: none; a uniform profile was not measured")]
+    rule = "loss of the two types within 10%"
+    if profile.recipe == "paper":
+        rule = "sparsity within one standard error of theta"
+    lines = [Text(f"Borderline heads ({rule}): {len(found)} of {profile.grid.total}")]
+    for head in found[:_MOST_BORDERLINE]:
+        lines.append(Text(f"  layer {head.layer:>3} head {head.head:>2}  {head.reason}"))
+    if len(found) > _MOST_BORDERLINE:
+        lines.append(Text(f"  ... and {len(found) - _MOST_BORDERLINE} more: see --json"))
+    return lines
+
+
+def _origin(profile: Profile) -> list[Text]:
+    model, grid = profile.fingerprint, profile.grid
+    lines = [
+        Text("Provenance:"),
+        Text(
+            f"  model: {model.architecture}, {grid.layers} layers, {grid.query_heads} query and "
+            f"{grid.kv_heads} KV heads of width {grid.head_dim}"
+        ),
+    ]
+    if model.hub_id:
+        lines.append(Text(f"  source: {_plain(model.hub_id)} {_plain(model.commit)}".rstrip()))
+    lines.append(
+        Text(f"  recipe: {profile.recipe}, default budget {percent(profile.default_budget)}")
+    )
+    for key, value in sorted(profile.provenance.items(), key=lambda item: str(item[0])):
+        lines.append(Text(f"  {_plain(key)}: {_plain(value)}", overflow="ellipsis", no_wrap=True))
+    return lines
+
+
+def _plain(value: object) -> str:
+    """A stranger's JSON value on one line, control characters escaped."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(entry) for entry in value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def layer_page(profile: Profile, layer: int, ascii_only: bool) -> RenderableType:
+    """One layer, head by head: a table of decisions, then one of loss curves."""
+    return Group(
+        Text(f"Layer {layer} of {profile.grid.layers}"),
+        _decisions(profile, layer, glyphs(ascii_only)),
+        Text("Loss by share kept (* chosen strategy, - does not fit):"),
+        _losses(profile, layer),
+    )
+
+
+def _decisions(profile: Profile, layer: int, marks: Glyphs) -> Table:
+    kappa = kappa_index(profile)
+    label = "" if kappa is None else f" (top {percent(profile.kappas[kappa])})"
+    table = _table("head", "type", "strategy", "kept", "loss", f"sparsity per query head{label}")
+    for head in range(profile.grid.kv_heads):
+        number = int(profile.strategy[layer, head])
+        strategy = profile.strategies[number]
+        static = strategy.head_type is HeadType.STATIC
+        glyph, style = (
+            (marks.static, marks.static_style) if static else (marks.dynamic, marks.dynamic_style)
+        )
+        table.add_row(
+            str(head),
+            Text(f"{glyph} {strategy.head_type.name.lower()}", style),
+            strategy.name,
+            percent(float(profile.budget[layer, head])),
+            _loss(losses_at_budget(profile, layer, head)[number]),
+            "" if kappa is None else _sparsity(profile, kappa, layer, head),
+        )
+    return table
+
+
+def _sparsity(profile: Profile, kappa: int, layer: int, head: int) -> str:
+    group = profile.grid.group
+    queries = range(head * group, (head + 1) * group)
+    return " ".join(
+        f"{profile.sparsity_mean[kappa, layer, q]:.3f}+-{profile.sparsity_std[kappa, layer, q]:.3f}"
+        for q in queries
+    )
+
+
+def _losses(profile: Profile, layer: int) -> Table:
+    table = _table("head", "strategy", *(percent(float(ratio)) for ratio in profile.ratios))
+    for head in range(profile.grid.kv_heads):
+        for number, strategy in enumerate(profile.strategies):
+            star = "* " if profile.strategy[layer, head] == number else "  "
+            curve = [_loss(value) for value in profile.loss[number, layer, head]]
+            table.add_row(str(head), star + strategy.name, *curve)
+    return table
+
+
+def _loss(value: float) -> str:
+    return "-" if value >= INFEASIBLE else f"{value:.3g}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    return table
