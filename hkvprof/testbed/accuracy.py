@@ -17,16 +17,17 @@ from typing import Any
 import torch
 
 from hkvprof.errors import HkvError, UsageError
+from hkvprof.models.load import load_model
+from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.samples import Sample
 from hkvprof.testbed.generator import Labels, heldout_samples
-from hkvprof.testbed.loading import SHIPPED, TinyProcessor, load_checkpoint
 from hkvprof.testbed.questions import TASKS
 
 JUDGE_THRESHOLD = 0.6
 """A task below this accuracy in some cell says little about what compression loses."""
 
-TABLE_START = "<!-- accuracy table: written by hkvprof.testbed.accuracy -->"
-TABLE_END = "<!-- end of accuracy table -->"
+TABLE_START = "<!-- accuracy table {name} -->"
+TABLE_END = "<!-- end of table -->"
 
 
 @dataclass(frozen=True)
@@ -51,28 +52,23 @@ def same_reply(given: str, expected: str) -> bool:
 
 @torch.no_grad()
 def greedy_replies(
-    model: Any, processor: TinyProcessor, samples: Sequence[Sample], batch_size: int = 8
+    model: Any, processor: ChatProcessor, samples: Sequence[Sample], batch_size: int = 8
 ) -> list[str]:
     """The model's greedy reply to each sample; prompts of a batch are padded on the left."""
     replies: list[str] = []
     for start in range(0, len(samples), batch_size):
         chunk = samples[start : start + batch_size]
-        inputs = {
-            name: value.to(model.device)
-            for name, value in processor.encode([list(s.messages) for s in chunk]).items()
-        }
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        longest = max(len(processor.tokenizer(s.reply or "").input_ids) for s in chunk)
+        encoded = processor.encode([list(sample.messages) for sample in chunk])
+        inputs = encoded.to(model.device, model.dtype)
+        longest = max(len(processor.encode_text(sample.reply or "")) for sample in chunk)
         output = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        replies += processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        replies += [processor.decode(row) for row in output[:, encoded.tokens :]]
     return replies
 
 
 def measure(
     model: Any,
-    processor: TinyProcessor,
+    processor: ChatProcessor,
     per_cell: int,
     image_counts: Sequence[int],
     rows: int = 4,
@@ -109,7 +105,7 @@ def markdown_table(cells: Sequence[Cell], command: str) -> str:
     lines = [
         f"Written by `{command}`; {cells[0].asked} samples a cell.",
         "",
-        "| task | " + " | ".join(f"{count} images" for count in counts) + " |",
+        "| task | " + " | ".join(_images(count) for count in counts) + " |",
         "|---|" + "---|" * len(counts),
     ]
     for task in dict.fromkeys(cell.task for cell in cells):
@@ -117,23 +113,27 @@ def markdown_table(cells: Sequence[Cell], command: str) -> str:
         lines.append(f"| {task} | " + " | ".join(row) + " |")
     weak = weak_cells(cells)
     named = ", ".join(
-        f"{cell.task} with {cell.images} images ({cell.accuracy:.2f})" for cell in weak
+        f"{cell.task} with {_images(cell.images)} ({cell.accuracy:.2f})" for cell in weak
     )
     lines += ["", f"Under {JUDGE_THRESHOLD:.0%}, not used to judge compression: {named or 'none'}."]
     return "\n".join(lines)
 
 
-def write_table(page: Path, table: str) -> None:
-    """Replace the marked table in a page, or start a page with it."""
-    marked = f"{TABLE_START}\n{table}\n{TABLE_END}"
+def _images(count: int) -> str:
+    return f"{count} image" + ("" if count == 1 else "s")
+
+
+def write_table(page: Path, name: str, table: str) -> None:
+    """Replace the table of this name in a page, or start a page with it."""
+    start = TABLE_START.format(name=name)
+    marked = f"{start}\n{table}\n{TABLE_END}"
     if not page.exists():
         page.write_text(marked + "\n", encoding="utf-8")
         return
-    text = page.read_text(encoding="utf-8")
-    if TABLE_START not in text or TABLE_END not in text:
-        raise UsageError(f"{page} has no table to replace: add the lines {TABLE_START} {TABLE_END}")
-    head, rest = text.split(TABLE_START, 1)
-    _, tail = rest.split(TABLE_END, 1)
+    head, found, rest = page.read_text(encoding="utf-8").partition(start)
+    _, ended, tail = rest.partition(TABLE_END)
+    if not found or not ended:
+        raise UsageError(f"{page} has no such table to replace: add the lines {start} {TABLE_END}")
     page.write_text(head + marked + tail, encoding="utf-8")
 
 
@@ -154,7 +154,7 @@ def _run(options: argparse.Namespace, command: str) -> None:
     torch.set_num_threads(options.threads)
     rows, cols = _parse_grid(options.grid)
     counts = _parse_counts(options.images)
-    model, processor = load_checkpoint(options.checkpoint, dtype=getattr(torch, options.dtype))
+    model, processor = load_model(options.checkpoint, dtype=options.dtype, device=options.device)
 
     def report(cell: Cell) -> None:
         sys.stderr.write(f"{cell.images:3d} images  {cell.task:7s} {cell.accuracy:.3f}\n")
@@ -168,18 +168,19 @@ def _run(options: argparse.Namespace, command: str) -> None:
         records = [{**vars(cell), "accuracy": cell.accuracy} for cell in cells]
         options.json.write_text(json.dumps({"command": command, "cells": records}, indent=1))
     if options.output:
-        write_table(options.output, table)
+        write_table(options.output, f"{options.grid} {options.labels}", table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hkvprof.testbed.accuracy")
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="folder; default: tinyvl")
+    parser.add_argument("--checkpoint", default="tinyvl", help="folder; default: the shipped one")
     parser.add_argument("--per-cell", type=int, default=24, help="samples of a task and count")
     parser.add_argument("--images", default="1,4,8,12,16", help="image counts, comma-separated")
     parser.add_argument("--grid", default="4x4", help="rows x columns of an image")
     parser.add_argument("--labels", choices=["consecutive", "random"], default="consecutive")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the cells to this file")
     parser.add_argument("-o", "--output", type=Path, help="page whose marked table is replaced")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hkvprof.testbed.loading import SHIPPED
+from hkvprof.models.aliases import TINYVL_FOLDER
 from hkvprof.testbed.vocabulary import (
     END_OF_TURN,
     IMAGE_PAD,
@@ -111,12 +112,10 @@ def grow_model(model: Any, seed: int, new_layers: Sequence[int] = GROWN_LAYERS) 
 
 def save_checkpoint(model: Any, folder: Path) -> None:
     """Write the layout of tinyvl/: bfloat16 weights, tokenizer, chat template, processor."""
-    import copy
-
     final = copy.deepcopy(model).to("cpu", torch.bfloat16)
     final.generation_config.eos_token_id = TOKEN_IDS[END_OF_TURN]
     final.generation_config.pad_token_id = TOKEN_IDS[PAD]
     final.generation_config.do_sample = False
     final.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
-    shutil.copyfile(SHIPPED / "processor_config.json", folder / "processor_config.json")
+    shutil.copyfile(TINYVL_FOLDER / "processor_config.json", folder / "processor_config.json")

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hkvprof.testbed.architecture import HIDDEN
-from hkvprof.testbed.batching import HISTOGRAM_SIZE, IGNORE, ROLE_INDEX, ROLES, Batch
+from hkvprof.testbed.batching import Batch
 from hkvprof.testbed.fastmodel import Trace
+from hkvprof.testbed.roles import HISTOGRAM_SIZE, IGNORE, ROLE_INDEX, ROLES
 from hkvprof.testbed.vocabulary import IMAGE_PAD, MAX_LABEL, TOKEN_IDS
 
 _OWN_ROLES = ("label", "row", "column", "colour", "shape", "glyph")

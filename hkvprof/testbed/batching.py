@@ -9,62 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hkvprof.testbed.questions import TASKS, Question
-from hkvprof.testbed.scenes import Fact, ImageKind, Scene
+from hkvprof.testbed.roles import (
+    IGNORE,
+    NO_ROLE,
+    ROLES,
+    Ints,
+    image_roles,
+    label_shares,
+    question_roles,
+    scope_histogram,
+    text_roles,
+)
+from hkvprof.testbed.scenes import Scene
 from hkvprof.testbed.vocabulary import (
-    COLOUR_NAMES,
     END_OF_TURN,
-    GLYPHS,
     IMAGE_PAD,
-    MAX_COLUMNS,
-    MAX_LABEL,
-    MAX_ROWS,
     PAD,
-    ROW_NAMES,
-    SHAPE_NAMES,
     START_OF_TURN,
     TOKEN_IDS,
     VISION_END,
     VISION_START,
-    colour_of,
     encode_text,
-    is_glyph,
-    is_item,
-    shape_of,
 )
 
-IGNORE = -100
 TASK_INDEX = {name: index for index, name in enumerate(TASKS)}
-
-_COLOUR_CLASSES = len(COLOUR_NAMES) + 1
-_SHAPE_CLASSES = len(SHAPE_NAMES) + 1
-_GLYPH_CLASSES = len(GLYPHS) + 1
-HISTOGRAM_SIZE = _COLOUR_CLASSES + _SHAPE_CLASSES
-
-ROLES: dict[str, int] = {
-    "label": MAX_LABEL + 1,
-    "row": MAX_ROWS,
-    "column": MAX_COLUMNS,
-    "colour": _COLOUR_CLASSES,
-    "shape": _SHAPE_CLASSES,
-    "glyph": _GLYPH_CLASSES,
-    "changed": 2,
-    "previous colour": _COLOUR_CLASSES,
-    "previous shape": _SHAPE_CLASSES,
-    "previous glyph": _GLYPH_CLASSES,
-}
-"""What the auxiliary heads of training predict from a token, with the number of classes."""
-ROLE_INDEX = {name: index for index, name in enumerate(ROLES)}
-
-Ints = npt.NDArray[np.int64]
-_NO_ROLE = np.full(len(ROLES), IGNORE, np.int64)
 
 
 @dataclass(frozen=True)
@@ -112,7 +86,7 @@ class _RowBuilder:
         self._positions.append(positions)
         self._segments.append(np.full(count, segment, np.int64))
         self._targets.append(np.full(count, IGNORE) if targets is None else np.asarray(targets))
-        self._roles.append(np.tile(_NO_ROLE, (count, 1)) if roles is None else roles)
+        self._roles.append(np.tile(NO_ROLE, (count, 1)) if roles is None else roles)
         self.length += count
 
     def build(self, first_answers: list[int]) -> PackedRow:
@@ -124,61 +98,6 @@ class _RowBuilder:
             roles=np.concatenate(self._roles),
             first_answers=first_answers,
         )
-
-
-@lru_cache(maxsize=256)
-def _cell_roles(cell: int) -> tuple[int, int, int]:
-    """Colour, shape and glyph of a cell; the last class of each stands for none."""
-    colour = colour_of(cell) if is_item(cell) else _COLOUR_CLASSES - 1
-    shape = shape_of(cell) if is_item(cell) else _SHAPE_CLASSES - 1
-    glyph = cell - 1 if is_glyph(cell) else _GLYPH_CLASSES - 1
-    return colour, shape, glyph
-
-
-def _image_roles(scene: Scene, image: int) -> Ints:
-    """[cells, roles] of the visual tokens of an image."""
-    cells = scene.images[image]
-    roles = np.full((len(cells), len(ROLES)), IGNORE, np.int64)
-    roles[:, 0] = scene.labels[image]
-    places = np.arange(len(cells))
-    roles[:, 1], roles[:, 2] = places // scene.columns, places % scene.columns
-    roles[:, 3:6] = [_cell_roles(cell) for cell in cells]
-    if scene.kinds[image] is ImageKind.ITEMS:
-        roles[:, 6] = 0
-    if image in scene.changes:
-        roles[scene.changes[image].position, 6] = 1
-    if image:
-        roles[:, 7:10] = [_cell_roles(cell) for cell in scene.images[image - 1]]
-    return roles
-
-
-def _fact_roles(fact: Fact) -> Ints:
-    """Colour and shape on the tokens `is d d d` of `code colour shape is d d d .`."""
-    roles = np.tile(_NO_ROLE, (8, 1))
-    roles[3:7, ROLE_INDEX["colour"]] = COLOUR_NAMES.index(fact.colour)
-    roles[3:7, ROLE_INDEX["shape"]] = SHAPE_NAMES.index(fact.shape)
-    return roles
-
-
-@lru_cache(maxsize=65536)
-def _question_roles(text: str) -> tuple[int, ...]:
-    """What a question asks about; a role that it names twice is left out."""
-    named: dict[str, list[int]] = {}
-    words = text.split()
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word.startswith("#"):
-            named.setdefault("label", []).append(int(word[1:]))
-        elif word == "row":
-            named.setdefault("row", []).append(ROW_NAMES.index(following))
-        elif word == "at":
-            named.setdefault("row", []).append(ROW_NAMES.index(following[0]))
-            named.setdefault("column", []).append(int(following[1:]) - 1)
-        elif word in COLOUR_NAMES:
-            named.setdefault("colour", []).append(COLOUR_NAMES.index(word))
-        elif word in SHAPE_NAMES:
-            named.setdefault("shape", []).append(SHAPE_NAMES.index(word))
-    values = {role: found[0] for role, found in named.items() if len(found) == 1}
-    return tuple(values.get(role, IGNORE) for role in ROLES)
 
 
 def _image_positions(start: int, rows: int, columns: int) -> Ints:
@@ -193,21 +112,14 @@ def _add_context(row: _RowBuilder, scene: Scene) -> None:
     row.add([TOKEN_IDS[START_OF_TURN], TOKEN_IDS["user"]])
     for part in scene.prompt_parts():
         if isinstance(part, str):
-            row.add(encode_text(part), roles=_roles_of_text(scene, part))
+            row.add(encode_text(part), roles=text_roles(scene, part))
             continue
         row.add([TOKEN_IDS[VISION_START]])
         positions = _image_positions(row.position, scene.rows, scene.columns)
         count = scene.rows * scene.columns
-        row.add([TOKEN_IDS[IMAGE_PAD]] * count, positions, _image_roles(scene, part))
+        row.add([TOKEN_IDS[IMAGE_PAD]] * count, positions, image_roles(scene, part))
         row.position += max(scene.rows, scene.columns)
         row.add([TOKEN_IDS[VISION_END]])
-
-
-def _roles_of_text(scene: Scene, text: str) -> Ints | None:
-    for fact in scene.facts:
-        if fact.sentence == text:
-            return _fact_roles(fact)
-    return None
 
 
 def pack_scene(scene: Scene, questions: Sequence[Question]) -> PackedRow:
@@ -221,8 +133,8 @@ def pack_scene(scene: Scene, questions: Sequence[Question]) -> PackedRow:
     for segment, question in enumerate(questions, start=1):
         prompt = encode_text(question.text) + reply_start
         reply = encode_text(question.reply) + turn_end
-        roles = np.tile(_NO_ROLE, (len(prompt) - 1 + len(reply), 1))
-        roles[len(prompt) - 1 :] = _question_roles(question.text)
+        roles = np.tile(NO_ROLE, (len(prompt) - 1 + len(reply), 1))
+        roles[len(prompt) - 1 :] = question_roles(question.text)
         first_answers.append(row.length + len(prompt) - 1)
         row.position = after_context
         row.add(
@@ -288,25 +200,6 @@ class Batch:
         return Batch(**moved)
 
 
-def scope_histogram(scene: Scene, scope: Sequence[int]) -> list[float]:
-    """Shares of the colours (8 and none), then of the shapes, over all cells of the images."""
-    histogram = [0.0] * HISTOGRAM_SIZE
-    weight = 1 / (len(scope) * scene.rows * scene.columns)
-    for image in scope:
-        for cell in scene.images[image]:
-            colour, shape, _ = _cell_roles(cell)
-            histogram[colour] += weight
-            histogram[_COLOUR_CLASSES + shape] += weight
-    return histogram
-
-
-def _label_shares(question: Question) -> list[float]:
-    shares = [0.0] * (MAX_LABEL + 1)
-    for label, share in question.shares:
-        shares[label] = share
-    return shares
-
-
 def _visibility(segments: Tensor) -> Tensor:
     """bool [B, 1, L, L]: earlier tokens of the context or of the own segment."""
     length = segments.shape[1]
@@ -356,7 +249,7 @@ def collate(scenes: Sequence[Scene], questions: Sequence[Sequence[Question]]) ->
         histogram_rows=torch.tensor([row for row, _, _ in with_scope], dtype=torch.long),
         histograms=torch.tensor([scope_histogram(s, q.scope) for _, s, q in with_scope]),
         share_rows=torch.tensor([row for row, _, _ in with_shares], dtype=torch.long),
-        shares=torch.tensor([_label_shares(q) for _, _, q in with_shares]),
+        shares=torch.tensor([label_shares(q) for _, _, q in with_shares]),
         number_rows=torch.tensor([row for row, _, _ in with_number], dtype=torch.long),
         numbers=torch.tensor([float(q.number or 0) for _, _, q in with_number]),
     )

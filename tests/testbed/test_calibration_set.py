@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from hkvprof.profile.samples import load_samples
 from hkvprof.testbed.make_calibration import calibration_sample, main, sample_record
 from hkvprof.testbed.questions import TASKS
 
@@ -37,6 +38,13 @@ def test_size_and_mixture(records: list[dict[str, Any]]) -> None:
     assert len(records) / 4 < with_followups < len(records) / 2
     size = sum(path.stat().st_size for path in MINI.rglob("*") if path.is_file())
     assert size <= 4e6
+
+
+def test_the_reader_takes_it(records: list[dict[str, Any]]) -> None:
+    loaded = load_samples(MINI)
+    assert not loaded.skipped
+    assert [sample.id for sample in loaded.samples] == [record["id"] for record in records]
+    assert [sample.reply for sample in loaded.samples] == [r["reply"] for r in records]
 
 
 def test_images_are_there_and_all_used(records: list[dict[str, Any]]) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from hkvprof.models.load import load_model
+from hkvprof.models.processing import ChatProcessor
 from hkvprof.testbed.architecture import build_model, grow_model
 from hkvprof.testbed.batching import Batch, collate
 from hkvprof.testbed.fastmodel import FastForward
 from hkvprof.testbed.generator import scene_messages
-from hkvprof.testbed.loading import TinyProcessor, load_checkpoint
 from hkvprof.testbed.questions import ask_questions
 from hkvprof.testbed.rendering import glyph_atlas, tick_patches
 from hkvprof.testbed.scenes import draw_scene, random_labels
@@ -20,9 +21,9 @@ from hkvprof.testbed.vocabulary import CELL_CLASSES
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[Any, TinyProcessor]:
+def shipped() -> tuple[Any, ChatProcessor]:
     torch.set_num_threads(1)
-    return load_checkpoint()
+    return load_model("tinyvl", dtype="float32", device="cpu")
 
 
 def plain_atlas() -> torch.Tensor:
@@ -37,7 +38,7 @@ def plain_atlas() -> torch.Tensor:
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 6)])
 def test_logits_equal_the_module(
-    shipped: tuple[Any, TinyProcessor], rows: int, columns: int
+    shipped: tuple[Any, ChatProcessor], rows: int, columns: int
 ) -> None:
     model, processor = shipped
     rng = random.Random(5)
@@ -49,7 +50,7 @@ def test_logits_equal_the_module(
         logits, _ = fast(batch, plain_atlas(), torch.from_numpy(tick_patches()))
     questions = [(s, q) for s, qs in zip(scenes, asked, strict=True) for q in qs]
     for index, (scene, question) in enumerate(questions):
-        inputs = processor.encode([scene_messages(scene, question.text)])
+        inputs = processor.encode([scene_messages(scene, question.text)]).inputs
         mine = logits[batch.question_of == index]
         reply = batch.targets[batch.question_of == index][:-1][None]
         ids = torch.cat([inputs.pop("input_ids"), reply], 1)

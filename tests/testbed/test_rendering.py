@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoImageProcessor
 
-from hkvprof.testbed.loading import SHIPPED
+from hkvprof.models.aliases import TINYVL_FOLDER
 from hkvprof.testbed.rendering import (
     BAND,
     CELL_PIXELS,
@@ -57,7 +57,7 @@ def test_patches_equal_the_image_processor(rows: int, columns: int) -> None:
     cells = [rng.randrange(CELL_CLASSES) for _ in range(rows * columns)]
     image = render_grid(cells, rows, columns)
     assert image.size == (columns * CELL_PIXELS, rows * CELL_PIXELS)
-    processor = AutoImageProcessor.from_pretrained(SHIPPED)
+    processor = AutoImageProcessor.from_pretrained(TINYVL_FOLDER)
     encoded = processor(images=[image], return_tensors="np")
     assert encoded["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
     ticks = tick_patches()[:rows, :columns].reshape(rows * columns, 4, -1)

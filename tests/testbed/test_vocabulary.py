@@ -7,23 +7,24 @@ import random
 
 from transformers import AutoTokenizer
 
+from hkvprof.models.aliases import TINYVL_FOLDER
+from hkvprof.models.load import load_model
 from hkvprof.testbed import vocabulary
 from hkvprof.testbed.batching import pack_scene
 from hkvprof.testbed.generator import scene_messages
-from hkvprof.testbed.loading import SHIPPED, TinyProcessor
 from hkvprof.testbed.questions import TASKS, ask_questions
 from hkvprof.testbed.scenes import draw_scene, random_labels
 
 
 def test_token_ids_are_those_of_the_checkpoint() -> None:
-    shipped = json.loads((SHIPPED / "tokenizer.json").read_text())["model"]["vocab"]
+    shipped = json.loads((TINYVL_FOLDER / "tokenizer.json").read_text())["model"]["vocab"]
     assert len(shipped) == vocabulary.VOCABULARY_SIZE
     assert all(shipped[token] == index for token, index in vocabulary.TOKEN_IDS.items())
     assert vocabulary.build_tokenizer().get_vocab() == shipped
 
 
 def test_plain_encoding_equals_the_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer = AutoTokenizer.from_pretrained(TINYVL_FOLDER)
     built = vocabulary.build_tokenizer()
     rng = random.Random(0)
     for _ in range(20):
@@ -37,12 +38,14 @@ def test_plain_encoding_equals_the_tokenizer() -> None:
 
 
 def test_chat_template_is_the_training_layout() -> None:
-    processor = TinyProcessor(SHIPPED)
+    _, processor = load_model(TINYVL_FOLDER, device="cpu")
     rng = random.Random(1)
     scene = draw_scene(rng, random_labels(4, rng), 4, 4, 2)
     (question,) = ask_questions(scene, rng, 1)
     row = pack_scene(scene, [question])
-    prompt = processor.encode([scene_messages(scene, question.text)])["input_ids"][0].tolist()
+    prompt = (
+        processor.encode([scene_messages(scene, question.text)]).inputs["input_ids"][0].tolist()
+    )
     assert row.ids.tolist()[: len(prompt)] == prompt
     assert row.first_answers == [len(prompt) - 1]
 
