@@ -18,17 +18,32 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
+from hkvprof.checks import (
+    check_fingerprint,
+    check_grid,
+    check_header,
+    check_menu,
+    expect,
+    read_json,
+    require,
+)
 from hkvprof.errors import BudgetError, ProfileError
 from hkvprof.files import write_atomically
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.policy.budget import (
+    INFEASIBLE,
+    Allocation,
+    Budget,
+    allocate,
+    scale_ratios,
+    token_floor,
+)
 from hkvprof.policy.costs import dynamic_layout
-from hkvprof.policy.budget import INFEASIBLE, Allocation, Budget, allocate, scale_ratios, token_floor
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "hkvprof"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_METADATA_BYTES = 4 * 2**20
-_LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class ProjectedIndexTables:
     bits: NDArray[np.uint8]
 
 
+_UNREADABLE = (SafetensorError, ValueError, OSError, RecursionError, TypeError, AttributeError)
 _INDEX_KEYS = ("key_projection", "query_projection", "key_mean", "deviation", "bits")
 
 
@@ -121,10 +137,11 @@ class Profile:
         """Types as they are, ratios in proportion to those of the default budget."""
         ratio = scale_ratios(self.budget, share, floor)
         for choice, kept in zip(self.strategy.flat, ratio.flat, strict=True):
-            if kept < 1 and not self._strategy_fits(self.strategies[choice], kept, tokens, itemsize):
+            strategy = self.strategies[choice]
+            if kept < 1 and not self._strategy_fits(strategy, float(kept), tokens, itemsize):
                 raise BudgetError(
                     f"budget {share:.4g} gives a dynamic head {kept:.4g} of a prompt of {tokens} "
-                    f"tokens, less than its index ({self.strategies[choice].name}), sinks and "
+                    f"tokens, less than its index ({strategy.name}), sinks and "
                     "recent tokens need: raise the budget or use a longer prompt"
                 )
         return Allocation(self.strategy, ratio, float("nan"))
@@ -144,15 +161,21 @@ class Profile:
         return np.array(fits)[:, None, None, :]
 
     def save(self, path: str | Path) -> Path:
-        """Write the profile atomically, deterministic to the byte. Raises HkvError on I/O errors."""
+        """Write the profile atomically, deterministic to the byte. Raises HkvError."""
         path = Path(path)
         write_atomically(path, self.to_bytes())
         return path
 
     def to_bytes(self) -> bytes:
         """The safetensors serialisation (canonical JSON metadata under one key)."""
-        metadata = {METADATA_KEY: json.dumps(self._metadata(), sort_keys=True, separators=(",", ":"))}
-        return bytes(to_bytes({k: np.ascontiguousarray(v) for k, v in self._tensors().items()}, metadata))
+        try:
+            text = json.dumps(
+                self._metadata(), sort_keys=True, separators=(",", ":"), allow_nan=False
+            )
+        except (TypeError, ValueError) as error:
+            raise ProfileError(f"provenance and fingerprint must be plain JSON: {error}") from None
+        tensors = {key: np.ascontiguousarray(value) for key, value in self._tensors().items()}
+        return bytes(to_bytes(tensors, {METADATA_KEY: text}))
 
     def _tensors(self) -> dict[str, NDArray[Any]]:
         tensors: dict[str, NDArray[Any]] = {
@@ -174,7 +197,11 @@ class Profile:
             "fingerprint": self.fingerprint.to_json(),
             "recipe": self.recipe,
             "default_budget": self.default_budget,
-            "keep": {"sinks": self.keep.sinks, "recent": self.keep.recent, "window": self.keep.window},
+            "keep": {
+                "sinks": self.keep.sinks,
+                "recent": self.keep.recent,
+                "window": self.keep.window,
+            },
             "strategies": [s.to_json() for s in self.strategies],
             "kappas": list(self.kappas),
             "index_sizes": list(self.index.sizes) if self.index else [],
@@ -222,19 +249,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
                 )
             if len(text) > MAX_METADATA_BYTES:
                 raise ProfileError(f"{path}: metadata of {len(text):,} bytes is over the limit")
-            metadata = json.loads(text)
+            metadata = read_json(text)
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ProfileError(
             f"no profile at {path}: make one with `hkvprof calibrate --model MODEL -o {path}`"
         ) from None
-    except (SafetensorError, ValueError, OSError, RecursionError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise ProfileError(
             f"{path} is not a readable profile ({error}): expected a safetensors file made by "
             "`hkvprof calibrate`; fetch it again or recalibrate"
         ) from error
     if not isinstance(metadata, dict):
-        raise ProfileError(f"{path}: expected a JSON object as metadata, found {type(metadata).__name__}")
+        raise ProfileError(
+            f"{path}: expected a JSON object as metadata, found {type(metadata).__name__}"
+        )
     return metadata, tensors
 
 
@@ -242,15 +271,14 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
     tables = None
     if any(key.startswith("index.") for key in tensors):
         arrays = {key: tensors.pop(f"index.{key}") for key in _INDEX_KEYS}
-        sizes = tuple(int(size) for size in metadata["index_sizes"])
-        tables = ProjectedIndexTables(sizes=sizes, **arrays)
+        tables = ProjectedIndexTables(sizes=tuple(metadata["index_sizes"]), **arrays)
     return Profile(
         fingerprint=ModelFingerprint.from_json(metadata["fingerprint"]),
         recipe=metadata["recipe"],
         default_budget=metadata["default_budget"],
         keep=KeepRule(**metadata["keep"]),
         strategies=tuple(Strategy.from_json(entry) for entry in metadata["strategies"]),
-        kappas=tuple(float(kappa) for kappa in metadata["kappas"]),
+        kappas=tuple(metadata["kappas"]),
         provenance=metadata["provenance"],
         index=tables,
         **tensors,
@@ -259,28 +287,33 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
 
 def _check(profile: Profile) -> None:
     """Raise ProfileError unless every bound holds; called for built and for loaded profiles."""
-    _check_grid(profile.fingerprint.grid)
-    _check_header(profile)
+    check_grid(profile.fingerprint.grid)
+    check_fingerprint(profile.fingerprint)
+    check_header(profile.recipe, profile.default_budget, profile.keep)
+    check_menu(profile.strategies, profile.kappas)
+    require(isinstance(profile.provenance, Mapping), "provenance must be an object")
     grid, menu = profile.grid, len(profile.strategies)
     heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
     ratios, kappas = len(profile.ratios), len(profile.kappas)
-    _expect("ratios", profile.ratios, (ratios,), np.float32)
-    _expect("strategy", profile.strategy, heads, np.uint8)
-    _expect("budget", profile.budget, heads, np.float32)
+    expect("ratios", profile.ratios, (ratios,), np.float32)
+    expect("strategy", profile.strategy, heads, np.uint8)
+    expect("budget", profile.budget, heads, np.float32)
     for name in ("sparsity_mean", "sparsity_std"):
-        _expect(name, getattr(profile, name), (kappas, *queries), np.float32)
+        expect(name, getattr(profile, name), (kappas, *queries), np.float32)
     for name in ("loss", "output_error"):
-        _expect(name, getattr(profile, name), (menu, *heads, ratios), np.float32)
-        _require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
-    _require(
+        expect(name, getattr(profile, name), (menu, *heads, ratios), np.float32)
+        require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
+    require(
         ratios >= 1
         and bool((profile.ratios > 0).all())
         and bool((np.diff(profile.ratios) > 0).all())
         and profile.ratios[-1] == 1,
         "ratios must rise strictly from above 0 to exactly 1",
     )
-    _require(bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries")
-    _require(
+    require(
+        bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"
+    )
+    require(
         bool((profile.budget > 0).all()) and bool((profile.budget <= 1).all()),
         "budget holds shares outside (0, 1]",
     )
@@ -288,87 +321,28 @@ def _check(profile: Profile) -> None:
         _check_index(profile.index, grid)
     needed = {s.bits for s in profile.strategies if s.index == "projected"}
     have = set(profile.index.sizes) if profile.index else set()
-    _require(needed <= have, f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}")
-
-
-def _check_grid(grid: HeadGrid) -> None:
-    for name in ("layers", "query_heads", "kv_heads", "head_dim"):
-        value, limit = getattr(grid, name), getattr(_LIMITS, name)
-        ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
-        _require(ok, f"{name} must be an integer from 1 to {limit}, found {value!r}")
-    _require(
-        grid.query_heads % grid.kv_heads == 0,
-        f"{grid.query_heads} query heads cannot share {grid.kv_heads} KV heads evenly",
-    )
-
-
-def _check_header(profile: Profile) -> None:
-    _require(profile.recipe in ("paper", "measured", "uniform"), f"unknown recipe {profile.recipe!r}")
-    budget = profile.default_budget
-    _require(
-        isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0 < budget <= 1,
-        f"default_budget must lie in (0, 1], found {budget!r}",
-    )
-    for name, low, high in (("sinks", 0, 4096), ("recent", 1, 65536), ("window", 1, 4096)):
-        value = getattr(profile.keep, name)
-        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        _require(ok, f"keep.{name} must be an integer from {low} to {high}, found {value!r}")
-    _require(1 <= len(profile.strategies) <= 64, "expected 1 to 64 strategies")
-    for strategy in profile.strategies:
-        _check_strategy(strategy)
-    _require(
-        all(0 < kappa <= 1 for kappa in profile.kappas) and len(profile.kappas) <= 16,
-        "kappas must lie in (0, 1], at most 16 of them",
-    )
-    _require(isinstance(profile.provenance, Mapping), "provenance must be an object")
-
-
-def _check_strategy(strategy: Strategy) -> None:
-    whole = all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 65536
-        for v in (strategy.pool, strategy.chunk, strategy.bits)
-    )
-    _require(whole, f"strategy {strategy} has a size that is no integer in 0..65536")
-    prior = strategy.text_prior
-    _require(isinstance(prior, (int, float)) and 0 <= prior <= 1, f"text_prior {prior!r} is not in [0, 1]")
-    if strategy.head_type is HeadType.STATIC:
-        _require(strategy.pool % 2 == 1, f"pooling width {strategy.pool} must be odd")
-        return
-    known = strategy.index in ("mean", "minmax", "projected")
-    _require(known, f"unknown index {strategy.index!r}: expected mean, minmax or projected")
-    _require(strategy.chunk >= 1, "chunk must be at least 1")
-    _require(
-        strategy.index != "projected" or (strategy.bits in (16, 32, 64) and strategy.chunk == 1),
-        "a projected index has 16, 32 or 64 bits per token and chunks of one token",
+    require(
+        needed <= have,
+        f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
     )
 
 
 def _check_index(index: ProjectedIndexTables, grid: HeadGrid) -> None:
+    require(
+        all(type(size) is int and size in (16, 32, 64) for size in index.sizes)
+        and len(set(index.sizes)) == len(index.sizes),
+        f"index sizes must be different ones of 16, 32, 64 bits, found {index.sizes!r}",
+    )
     heads = (grid.layers, grid.kv_heads)
     channels = index.deviation.shape[-1] if index.deviation.ndim == 3 else 0
-    _require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
+    require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
     for name in ("key_projection", "query_projection"):
-        _expect(f"index.{name}", getattr(index, name), (*heads, grid.head_dim, channels), np.float16)
-    _expect("index.key_mean", index.key_mean, (*heads, grid.head_dim), np.float32)
-    _expect("index.deviation", index.deviation, (*heads, channels), np.float32)
-    _expect("index.bits", index.bits, (len(index.sizes), *heads, channels), np.uint8)
-    _require(bool((index.bits <= 5).all()), "index.bits holds more than 5 bits for a channel")
+        expect(f"index.{name}", getattr(index, name), (*heads, grid.head_dim, channels), np.float16)
+    expect("index.key_mean", index.key_mean, (*heads, grid.head_dim), np.float32)
+    expect("index.deviation", index.deviation, (*heads, channels), np.float32)
+    expect("index.bits", index.bits, (len(index.sizes), *heads, channels), np.uint8)
+    require(bool((index.bits <= 5).all()), "index.bits holds more than 5 bits for a channel")
     totals = index.bits.sum(axis=-1, dtype=np.int64)
     limits = np.array(index.sizes, dtype=np.int64)[:, None, None]
-    _require(bool((totals <= limits).all()), "index.bits sums to more bits than its size")
-    _require(bool((index.deviation >= 0).all()), "index.deviation holds negative values")
-
-
-def _expect(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
-    found = (getattr(array, "shape", None), getattr(array, "dtype", None))
-    _require(
-        found == (shape, np.dtype(dtype)),
-        f"tensor {name} should be {np.dtype(dtype).name} of shape {shape}, found {found[1]} {found[0]}",
-    )
-    if array.dtype.kind == "f":
-        _require(bool(np.isfinite(array).all()), f"tensor {name} holds NaN or infinite values")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ProfileError(message)
+    require(bool((totals <= limits).all()), "index.bits sums to more bits than its size")
+    require(bool((index.deviation >= 0).all()), "index.deviation holds negative values")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,9 @@ class Budget:
     def __str__(self) -> str:
         if self.share is not None:
             return f"{self.share:.4g} of dense bytes"
-        return f"{self.tokens} tokens per head" if self.tokens is not None else f"{self.bytes} bytes"
+        return (
+            f"{self.tokens} tokens per head" if self.tokens is not None else f"{self.bytes} bytes"
+        )
 
 
 def _expected(value: object) -> str:
@@ -117,9 +120,9 @@ def allocate(
     ratio = _spend(curves.min(axis=1), grid, share, floor)
     at_ratio = np.stack(
         [
-            _interpolate(np.log(ratios.astype(np.float64)), flat[h : h + 1], np.log(ratio[h : h + 1]))[
-                0, :, 0
-            ]
+            _interpolate(
+                np.log(ratios.astype(np.float64)), flat[h : h + 1], np.log(ratio[h : h + 1])
+            )[0, :, 0]
             for h in range(heads)
         ]
     )
@@ -131,9 +134,7 @@ def allocate(
     )
 
 
-def scale_ratios(
-    base: NDArray[np.float32], share: float, floor: float
-) -> NDArray[np.float32]:
+def scale_ratios(base: NDArray[np.float32], share: float, floor: float) -> NDArray[np.float32]:
     """Ratios in proportion to `base`, clipped to [floor, 1], with a mean of at most `share`.
 
     Raises BudgetError when `share` is below `floor`.
@@ -171,7 +172,8 @@ def _interpolate(
     span = np.where(exact, 1.0, known[right] - known[left])
     part = np.where(exact, 1.0, np.clip((wanted - known[left]) / span, 0, 1))
     low, high = values[..., left], values[..., right]
-    blend = low + part * (high - low)
+    # Where part is 1 the left value must not enter at all: 1e30 + (x - 1e30) is 0, not x.
+    blend = np.where(part >= 1, high, low + part * (high - low))
     blocked = ~exact & (low >= INFEASIBLE)
     below = wanted < known[0] - 1e-12
     blend = np.where(blocked | (below & (high >= INFEASIBLE)), float(INFEASIBLE), blend)
@@ -211,7 +213,7 @@ def _hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[tuple[int, int
             else:
                 break
         vertices.append(i)
-    return list(zip(vertices[:-1], vertices[1:], strict=True))
+    return list(pairwise(vertices))
 
 
 def _round_down(ratio: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -132,10 +132,10 @@ def _near_theta(profile: Profile) -> list[Borderline]:
 
 
 def kappa_index(profile: Profile) -> int | None:
-    """Which of `kappas` types were decided by: provenance's `kappa`, else the one nearest 0.1."""
+    """Which of `kappas` decided: the one nearest to provenance's `theta_kappa`, else to 0.1."""
     if not profile.kappas:
         return None
-    wanted = _number(profile.provenance.get("kappa")) or 0.1
+    wanted = _number(profile.provenance.get("theta_kappa")) or 0.1
     return int(np.abs(np.array(profile.kappas) - wanted).argmin())
 
 

@@ -1,0 +1,121 @@
+"""Bounds of everything a profile holds: a profile is data from strangers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from hkvprof.errors import ProfileError
+from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+
+_LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
+_RECIPES = ("paper", "measured", "uniform")
+_INDEXES = ("mean", "minmax", "projected")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ProfileError with `message` unless `condition` holds."""
+    if not condition:
+        raise ProfileError(message)
+
+
+def expect(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
+    """Raise ProfileError unless `array` has that shape and dtype and finite values."""
+    found = (getattr(array, "shape", None), getattr(array, "dtype", None))
+    wanted = np.dtype(dtype)
+    require(
+        found == (shape, wanted),
+        f"tensor {name} should be {wanted.name} of shape {shape}, found {found[1]} {found[0]}",
+    )
+    if array.dtype.kind == "f":
+        require(bool(np.isfinite(array).all()), f"tensor {name} holds NaN or infinite values")
+
+
+def read_json(text: str) -> Any:
+    """Strict JSON: no NaN, no key twice. Raises ValueError or RecursionError."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a key of the metadata occurs twice")
+    return record
+
+
+def check_grid(grid: HeadGrid) -> None:
+    """Raise ProfileError unless the geometry is possible and of sane size."""
+    for name in ("layers", "query_heads", "kv_heads", "head_dim"):
+        value, limit = getattr(grid, name), getattr(_LIMITS, name)
+        message = f"{name} must be an integer from 1 to {limit}, found {value!r}"
+        require(_is_int(value, 1, limit), message)
+    require(
+        grid.query_heads % grid.kv_heads == 0,
+        f"{grid.query_heads} query heads cannot share {grid.kv_heads} KV heads evenly",
+    )
+
+
+def check_fingerprint(fingerprint: ModelFingerprint) -> None:
+    """Raise ProfileError unless every field has its kind."""
+    for name in ("architecture", "config_hash", "weights_digest", "hub_id", "commit"):
+        value = getattr(fingerprint, name)
+        message = f"fingerprint.{name} must be a string of at most 1024 characters"
+        require(isinstance(value, str) and len(value) <= 1024, message)
+    for name in ("rope", "vision"):
+        message = f"fingerprint.{name} must be an object"
+        require(isinstance(getattr(fingerprint, name), dict), message)
+
+
+def check_header(recipe: object, budget: object, keep: KeepRule) -> None:
+    """Raise ProfileError unless recipe, default budget and keep rule are within bounds."""
+    require(recipe in _RECIPES, f"unknown recipe {recipe!r}: expected one of {', '.join(_RECIPES)}")
+    require(
+        _is_number(budget) and 0 < budget <= 1,  # type: ignore[operator]
+        f"default_budget must lie in (0, 1], found {budget!r}",
+    )
+    for name, low, high in (("sinks", 0, 4096), ("recent", 1, 65536), ("window", 1, 4096)):
+        value = getattr(keep, name)
+        message = f"keep.{name} must be an integer from {low} to {high}, found {value!r}"
+        require(_is_int(value, low, high), message)
+
+
+def check_menu(strategies: tuple[Strategy, ...], kappas: tuple[float, ...]) -> None:
+    """Raise ProfileError unless all strategies and kappas are within bounds."""
+    require(1 <= len(strategies) <= 64, f"expected 1 to 64 strategies, found {len(strategies)}")
+    for strategy in strategies:
+        _check_strategy(strategy)
+    require(
+        len(kappas) <= 16 and all(_is_number(kappa) and 0 < kappa <= 1 for kappa in kappas),
+        "kappas must lie in (0, 1], at most 16 of them",
+    )
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    whole = all(_is_int(v, 0, 65536) for v in (strategy.pool, strategy.chunk, strategy.bits))
+    require(whole, f"strategy {strategy} has a size that is no integer in 0..65536")
+    prior = strategy.text_prior
+    require(_is_number(prior) and 0 <= prior <= 1, f"text_prior {prior!r} is not in [0, 1]")
+    if strategy.head_type is HeadType.STATIC:
+        require(strategy.pool % 2 == 1, f"pooling width {strategy.pool} must be odd")
+        return
+    known = strategy.index in _INDEXES
+    require(known, f"unknown index {strategy.index!r}: expected one of {', '.join(_INDEXES)}")
+    require(strategy.chunk >= 1, "chunk must be at least 1")
+    require(
+        strategy.index != "projected" or (strategy.bits in (16, 32, 64) and strategy.chunk == 1),
+        "a projected index has 16, 32 or 64 bits per token and chunks of one token",
+    )
+
+
+def _is_int(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
