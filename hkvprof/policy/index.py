@@ -10,7 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +24,23 @@ STEP = (0.0, 1.596, 0.996, 0.586, 0.335, 0.188)
 DISTORTION = (1.0, 0.363, 0.119, 0.0374, 0.0115, 0.0035)
 """Mean squared error of that quantiser, by bits."""
 MAX_CHANNELS = 40
+
+
+class IndexArrays(Protocol):
+    """The profile's arrays of projected-index constants (artifact.ProjectedIndexTables)."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    @property
+    def key_projection(self) -> np.ndarray[Any, Any]: ...
+    @property
+    def query_projection(self) -> np.ndarray[Any, Any]: ...
+    @property
+    def key_mean(self) -> np.ndarray[Any, Any]: ...
+    @property
+    def deviation(self) -> np.ndarray[Any, Any]: ...
+    @property
+    def bits(self) -> np.ndarray[Any, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,23 @@ class HeadTables:
     key_mean: Float[Tensor, " dim"]
     deviation: Float[Tensor, " channels"]
     bits: tuple[int, ...]
+
+    @classmethod
+    def load(
+        cls, arrays: IndexArrays, layer: int, head: int, bits: int, device: torch.device
+    ) -> HeadTables:
+        """One head's constants for an index of `bits` bits per token, as float32 on `device`."""
+
+        def pick(array: np.ndarray[Any, Any]) -> Tensor:
+            return torch.from_numpy(array[layer, head].astype(np.float32)).to(device)
+
+        return cls(
+            key_projection=pick(arrays.key_projection),
+            query_projection=pick(arrays.query_projection),
+            key_mean=pick(arrays.key_mean),
+            deviation=pick(arrays.deviation),
+            bits=tuple(arrays.bits[arrays.sizes.index(bits), layer, head].tolist()),
+        )
 
     @cached_property
     def used(self) -> list[int]:

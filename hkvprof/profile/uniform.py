@@ -39,7 +39,9 @@ def uniform_profile(
         types = np.full(shape, HeadType[types.upper()])
     choice = np.asarray(types).astype(np.uint8)
     if choice.shape != shape or bool((choice > 1).any()):
-        raise UsageError(f"types must be an array of 0 and 1 of shape {shape}, found {choice.shape}")
+        raise UsageError(
+            f"types must be an array of 0 and 1 of shape {shape}, found {choice.shape}"
+        )
     menu = (
         Strategy(HeadType.STATIC, pool=pool),
         Strategy(HeadType.DYNAMIC, index=index, chunk=chunk),

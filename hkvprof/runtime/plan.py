@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from hkvprof.artifact import Profile
@@ -96,17 +95,7 @@ class Planner:
             return None
         key = (device, layer, head, strategy.bits)
         if key not in self._tables:
-            def load(array: np.ndarray) -> torch.Tensor:
-                return torch.from_numpy(array[layer, head].astype(np.float32)).to(device)
-
-            size = index.sizes.index(strategy.bits)
-            self._tables[key] = HeadTables(
-                key_projection=load(index.key_projection),
-                query_projection=load(index.query_projection),
-                key_mean=load(index.key_mean),
-                deviation=load(index.deviation),
-                bits=tuple(index.bits[size, layer, head].tolist()),
-            )
+            self._tables[key] = HeadTables.load(index, layer, head, strategy.bits, device)
         return self._tables[key]
 
     @property

@@ -1,0 +1,91 @@
+"""From merged statistics to types and budgets: the `paper` and the `measured` recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.heads import HeadGrid, HeadType, Strategy
+from hkvprof.policy.budget import INFEASIBLE, Allocation, allocate, scale_ratios
+
+PAPER_MENU = (
+    Strategy(HeadType.STATIC, pool=1, text_prior=0.5),
+    Strategy(HeadType.DYNAMIC, index="mean", chunk=16),
+)
+"""HybridKV: text-prior pruning; chunks of 16 tokens behind their mean key."""
+
+MEASURED_MENU = (
+    Strategy(HeadType.STATIC, pool=1),
+    Strategy(HeadType.STATIC, pool=7),
+    Strategy(HeadType.STATIC, pool=31),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=16),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=32),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=64),
+)
+"""Static scores at three pooling widths, and the projected index at three sizes."""
+
+REFERENCE_RATIO = 0.05
+"""Where the two loss terms are brought to one scale."""
+
+Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Means over samples, [strategies, layers, kv_heads, ratios] (see statistics.LayerLosses)."""
+
+    output: NDArray[np.float64]
+    square: NDArray[np.float64]
+    reply: NDArray[np.float64]
+
+
+def planning_loss(curves: Curves, ratios: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What planning minimises: the reply's squared margin change plus the squared output change.
+
+    Each term is divided by its mean over all heads at the menu's first strategy (static) near
+    REFERENCE_RATIO, so that both count alike whatever the model's scale.
+    """
+    at = int(np.abs(ratios - REFERENCE_RATIO).argmin())
+    total = np.zeros_like(curves.square)
+    for term in (curves.square, curves.reply):
+        scale = term[0, :, :, at].mean()
+        total += term / max(float(scale), 1e-30)
+    total = np.where(curves.output >= INFEASIBLE, float(INFEASIBLE), total)
+    return np.minimum(total, float(INFEASIBLE)).astype(np.float32)
+
+
+def classify_by_sparsity(
+    mean: NDArray[np.float32], std: NDArray[np.float32], samples: int, theta: float, grid: HeadGrid
+) -> NDArray[np.uint8]:
+    """Types [layers, kv_heads] by HybridKV's rule: static when sparsity reaches `theta`.
+
+    `mean`, `std` [layers, query_heads] over samples. Conservative twice: a group is static only if
+    all of its query heads are, and a head whose 95% interval reaches below theta is dynamic (a
+    wrong static loses data for good, a wrong dynamic costs milliseconds).
+    """
+    lower = mean - Z95 * std / np.sqrt(max(samples, 1))
+    static = (lower >= theta).reshape(grid.layers, grid.kv_heads, grid.group).all(axis=-1)
+    return np.where(static, HeadType.STATIC, HeadType.DYNAMIC).astype(np.uint8)
+
+
+def allocate_by_sparsity(
+    types: NDArray[np.uint8], mean: NDArray[np.float32], share: float, floor: float, grid: HeadGrid
+) -> Allocation:
+    """HybridKV's top-down budgets: types get equal mean shares, static heads in proportion to their
+    (group mean) sparsity, dynamic heads evenly."""
+    score = mean.reshape(grid.layers, grid.kv_heads, grid.group).mean(axis=-1).astype(np.float64)
+    static = types == HeadType.STATIC
+    ratio = np.full(types.shape, share)
+    if static.any():
+        ratio[static] = share * score[static] / max(float(score[static].mean()), 1e-12)
+    ratio = scale_ratios(np.maximum(ratio, 1e-6).astype(np.float32), share, floor)
+    return Allocation(types.copy(), ratio, float("nan"))
+
+
+def allocate_measured(
+    loss: NDArray[np.float32], ratios: NDArray[np.float32], share: float, floor: float
+) -> Allocation:
+    """Strategy and ratio per head of least expected loss (policy.budget.allocate)."""
+    return allocate(loss, ratios, share, floor)

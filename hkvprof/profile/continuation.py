@@ -1,0 +1,99 @@
+"""What follows a prompt: the reply and later turns, as token ids with a role for every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hkvprof.errors import SampleError
+from hkvprof.models.processing import ChatProcessor
+from hkvprof.profile.samples import Sample
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Token ids after the prompt, and the rows whose prediction belongs to a reply.
+
+    `rows` are positions within `ids` whose NEXT token is a reply token (target `ids[row + 1]`);
+    `exact` tells for each of them whether the runtime computes it in a pass of several tokens (the
+    last row of a later question), where dynamic heads attend to all their host chunks.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    exact: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """The reply tokens that `rows` predict."""
+        return self.ids[self.rows + 1]
+
+
+def build_continuation(
+    processor: ChatProcessor, sample: Sample, reply: str, max_tokens: int
+) -> Continuation:
+    """Tokenise the reply and the follow-up turns, piece by piece, through the chat template.
+
+    Raises SampleError if the template rewrites earlier turns or nothing is left to predict.
+    """
+    conversation: list[dict[str, Any]] = [dict(message) for message in sample.messages]
+    rendered = processor.render(conversation, reply_next=True)
+    ids: list[int] = []
+    rows: list[int] = []
+    exact: list[bool] = []
+    answer: str | None = reply
+    turns = list(sample.followups)
+    while answer is not None and len(ids) < max_tokens:
+        conversation.append({"role": "assistant", "content": _text(answer)})
+        rendered, piece = _extend(processor, sample, conversation, rendered, reply_next=False)
+        tokens = processor.encode_text(piece)
+        spoken = _until_end_of_turn(processor, tokens)
+        first = len(ids) - 1
+        if first >= 0:
+            rows.append(first)
+            exact.append(True)
+        rows += range(first + 1, first + spoken)
+        exact += [False] * (spoken - 1)
+        ids += tokens
+        answer = None
+        if turns:
+            turn = turns.pop(0)
+            conversation.append({"role": "user", "content": _text(turn.question)})
+            rendered, piece = _extend(processor, sample, conversation, rendered, reply_next=True)
+            ids += processor.encode_text(piece)
+            answer = turn.reply
+    if not rows:
+        raise SampleError(
+            f"sample {sample.id}: the reply has one token; nothing is decoded after it"
+        )
+    return Continuation(torch.tensor(ids), torch.tensor(rows), torch.tensor(exact))
+
+
+def _text(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _extend(
+    processor: ChatProcessor,
+    sample: Sample,
+    conversation: list[dict[str, Any]],
+    before: str,
+    *,
+    reply_next: bool,
+) -> tuple[str, str]:
+    after = processor.render(conversation, reply_next=reply_next)
+    if not after.startswith(before):
+        raise SampleError(
+            f"sample {sample.id}: the chat template rewrites earlier turns, so that a conversation "
+            "cannot be continued; leave reply and followups out"
+        )
+    return after, after[len(before) :]
+
+
+def _until_end_of_turn(processor: ChatProcessor, tokens: list[int]) -> int:
+    """Number of tokens up to and including the end-of-turn token (all, if there is none)."""
+    end = processor.tokenizer.eos_token_id
+    return tokens.index(end) + 1 if end in tokens else len(tokens)
