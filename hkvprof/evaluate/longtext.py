@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from random import Random
 
@@ -29,7 +29,7 @@ PROSE = Path(__file__).parent / "data" / "prose.json.gz"
 SPLITS = ("calibration", "heldout")
 TASKS = (*NEEDLES, "prose_qa", "copy", "continuation")
 JOINT = "\n\n"  # between paragraphs, and between context and question
-MIN_TOKENS = 400
+MIN_TOKENS = 600  # shorter ones may hold no clear pair of sentences to ask about
 MAX_FOLLOWUPS = len(FOLLOWUP_KINDS) - 1
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it modulo 1 spread evenly, for any count
 
@@ -75,7 +75,24 @@ def make_sample(
     in the same context. Needles lie evenly spread over the context, also from index to index.
     """
     _check(task, tokens, followups)
-    rng = Random(f"longtext {split} {task} {index}")
+    name = f"longtext {split} {task} {index}"
+    seeds = chain([name], (f"{name} {attempt}" for attempt in count(1)))
+    samples = (
+        _draw(task, index, tokens, split, followups, count_tokens, Random(seed)) for seed in seeds
+    )
+    return next(sample for sample in samples if _is_clear(sample))
+
+
+def _draw(
+    task: str,
+    index: int,
+    tokens: int,
+    split: str,
+    followups: int,
+    count_tokens: CountTokens,
+    rng: Random,
+) -> Sample:
+    """A sample in which, by accident, two of the drawn facts may look alike."""
     prose: Sequence[str] = paragraphs(split)
     start = rng.randrange(len(prose))
     prose = [*prose[start:], *prose[:start]]
@@ -118,6 +135,14 @@ def _check(task: str, tokens: int, followups: int) -> None:
         raise UsageError(f"expected at least {MIN_TOKENS} tokens per sample; found {tokens}.")
     if not 0 <= followups <= MAX_FOLLOWUPS:
         raise UsageError(f"expected 0 to {MAX_FOLLOWUPS} follow-ups; found {followups}.")
+
+
+def _is_clear(sample: Sample) -> bool:
+    """True when every part of every reply occurs once in the context."""
+    context = sample.messages[0]["content"][0]["text"]
+    replies = [sample.reply or "", *(turn.reply for turn in sample.followups)]
+    parts = [part for reply in replies if reply for part in reply.split(PARTS)]
+    return all(context.count(part) == 1 for part in parts)
 
 
 def _followup_kinds(task: str, index: int, followups: int) -> list[str]:

@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
@@ -29,8 +30,9 @@ from hkvprof.profile.samples import Sample
 
 README = """# Long-text samples
 
-`samples.jsonl`: {count} samples of {low} to {high} tokens ({counter}), tasks
-{tasks}; every second sample with follow-up questions.
+`samples.jsonl`: {count} samples of {low} to {high} tokens ({counter}), every second one
+with follow-up questions. Tasks:
+{tasks}.
 
 Each line: `id`, `task`, `messages` (one user message: the context, marked
 `"modality": "context"`, then the question), `reply` (the shortest correct answer; several facts
@@ -139,7 +141,7 @@ def run(arguments: Sequence[str]) -> str:
         low=tokens[0],
         high=tokens[1],
         counter="SmolLM2-135M-Instruct's" if options.tokenizer is None else options.tokenizer.name,
-        tasks=", ".join(dict.fromkeys(sample.task for sample in samples)),
+        tasks=textwrap.fill(", ".join(dict.fromkeys(sample.task for sample in samples)), 98),
         split=options.split,
         command="python -m hkvprof.evaluate.make_longtext " + " ".join(arguments),
     )

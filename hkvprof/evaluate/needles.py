@@ -1,7 +1,8 @@
 """Facts that are planted in long texts, with the question that asks for them.
 
 The wordings were chosen on the calibration split so that SmolLM2-135M-Instruct with its full
-cache answers them; other wordings of the same facts cost it up to half of the answers.
+cache answers most of them. A fact of its own, bound to a named place or person, works ("The
+passkey for the north gate is ..."); "The secret passkey is ..." it answers with prose about keys.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ _PEOPLE = _listed(
     "Clara Voss, Martin Hale, Irene Castle, Oscar Lindt, Nadia Brook, Felix Archer, Helen Marsh, "
     "Victor Stone, Alice Warren, Simon Field",
     ", ",
+)
+_NAMES = _listed(
+    "Anna Bruno Carla David Elena Frank Greta Henry Ines Jonas Karin Louis Maria Peter Rosa Tomas"
 )
 _PLACES = _listed(
     "north gate, old lighthouse, observatory, museum vault, boat house, city archive", ", "
@@ -86,19 +90,24 @@ def _motto(rng: Random) -> Needle:
 
 
 def _two(rng: Random) -> Needle:
-    red, blue = (str(code) for code in rng.sample(range(1000, 10_000), 2))
-    text = f"The code of the red door is {red}. The code of the blue door is {blue}."
-    question = "What is the code of the red door, and what is the code of the blue door?"
-    return Needle("two_needles", text, question, PARTS.join((red, blue)))
+    east, west = (str(code) for code in rng.sample(range(1000, 10_000), 2))
+    text = (
+        f"The access code of the east gate is {east}. The access code of the west gate is {west}."
+    )
+    question = (
+        "What is the access code of the east gate, and what is the access code of the west gate?"
+    )
+    return Needle("two_needles", text, question, PARTS.join((east, west)))
 
 
 def _key_value(rng: Random) -> Needle:
-    keys = rng.sample(_WORDS, 12)
-    values = [str(value) for value in rng.sample(range(1000, 10_000), len(keys))]
-    asked = rng.randrange(len(keys))
-    lines = [f"{key}: {value}" for key, value in zip(keys, values, strict=True)]
-    text = "\n".join(["The numbers in the register are:", *lines])
-    question = f'What is the number of "{keys[asked]}" in the register?'
+    """Twelve keys in one paragraph; hard for a small model even with its full cache."""
+    names = rng.sample(_NAMES, 12)
+    values = [str(value) for value in rng.sample(range(1000, 10_000), len(names))]
+    asked = rng.randrange(len(names))
+    pairs = zip(names, values, strict=True)
+    text = " ".join(f"The locker number of {name} is {value}." for name, value in pairs)
+    question = f"What is the locker number of {names[asked]}?"
     return Needle("kv", text, question, values[asked])
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,9 @@ from hkvprof.evaluate.longtext import (
 )
 from hkvprof.evaluate.make_longtext import make_samples, parse_range, to_json, write_samples
 from hkvprof.evaluate.needles import PARTS
-from hkvprof.profile.samples import Sample
+from hkvprof.profile.samples import Sample, load_samples
+
+SHIPPED = Path(__file__).parents[2] / "calibration" / "longtext" / "samples.jsonl"
 
 
 def context_of(sample: Sample) -> str:
@@ -153,7 +156,7 @@ def test_judging(answer: str, reply: str, right: bool) -> None:
     ("arguments", "message"),
     [
         ({"task": "riddle"}, "expected a task among passkey"),
-        ({"task": "passkey", "tokens": 100}, "at least 400 tokens"),
+        ({"task": "passkey", "tokens": 100}, "at least 600 tokens"),
         ({"task": "passkey", "followups": 9}, "0 to 3 follow-ups"),
         ({"task": "passkey", "split": "train"}, "expected a split among"),
         ({"task": "passkey", "tokens": 10**6}, "Ask for shorter samples"),
@@ -165,7 +168,7 @@ def test_impossible_requests_say_what_is_possible(arguments: dict, message: str)
 
 
 def test_set_mixes_tasks_and_lengths(tmp_path: Path) -> None:
-    samples = make_samples(48, (500, 1500), "calibration")
+    samples = make_samples(48, (600, 1500), "calibration")
     assert len({sample.id for sample in samples}) == 48
     assert {sample.task for sample in samples} == set(TASKS)
     assert sum(bool(sample.followups) for sample in samples) == 24
@@ -173,6 +176,27 @@ def test_set_mixes_tasks_and_lengths(tmp_path: Path) -> None:
     write_samples(samples, tmp_path / "samples.jsonl")
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [to_json(sample) for sample in samples]
+
+
+def test_lookalike_facts_are_drawn_again() -> None:
+    index = next(i for i in range(10_000) if not longtext._is_clear(drawn("kv", i)))
+    assert longtext._is_clear(make_sample("kv", index, 600, "heldout", 3))
+
+
+def drawn(task: str, index: int) -> Sample:
+    """The first attempt at a sample."""
+    rng = Random(f"longtext heldout {task} {index}")
+    return longtext._draw(task, index, 600, "heldout", 3, count_words, rng)
+
+
+def test_shipped_set_is_what_the_command_makes() -> None:
+    """Same facts and questions; the lengths depend on the tokenizer, which is not needed here."""
+    samples = load_samples(str(SHIPPED)).samples
+    again = make_samples(len(samples), (2000, 4000), "calibration")
+    assert [s.id for s in samples] == [s.id for s in again]
+    asked = [(s.reply, s.followups) for s in samples if s.task not in ("copy", "prose_qa")]
+    assert asked == [(s.reply, s.followups) for s in again if s.task not in ("copy", "prose_qa")]
+    assert SHIPPED.stat().st_size < 1_500_000
 
 
 def test_token_ranges() -> None:
