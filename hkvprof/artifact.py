@@ -65,6 +65,10 @@ class ProjectedIndexTables:
 
 
 _UNREADABLE = (SafetensorError, ValueError, OSError, RecursionError, TypeError, AttributeError)
+_METADATA_KEYS = {
+    "schema", "fingerprint", "recipe", "default_budget", "keep", "strategies", "kappas",
+    "index_sizes", "provenance",
+}  # fmt: skip
 _INDEX_KEYS = ("key_projection", "query_projection", "key_mean", "deviation", "bits")
 
 
@@ -268,10 +272,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 
 
 def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profile:
+    unknown = metadata.keys() - _METADATA_KEYS
+    require(not unknown, f"unknown metadata {sorted(unknown)}")
     tables = None
     if any(key.startswith("index.") for key in tensors):
         arrays = {key: tensors.pop(f"index.{key}") for key in _INDEX_KEYS}
         tables = ProjectedIndexTables(sizes=tuple(metadata["index_sizes"]), **arrays)
+    else:
+        require(metadata["index_sizes"] == [], "index_sizes without index tensors")
     return Profile(
         fingerprint=ModelFingerprint.from_json(metadata["fingerprint"]),
         recipe=metadata["recipe"],

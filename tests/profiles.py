@@ -1,0 +1,114 @@
+"""Synthetic profiles with fixed numbers, for tests and for the golden file.
+
+`python -m tests.profiles` writes tests/golden/profile-v1.safetensors again; its bytes are pinned
+by tests/test_golden.py, so that a change of the format cannot pass unseen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hkvprof.artifact import Profile, ProjectedIndexTables
+from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.policy.budget import INFEASIBLE
+
+GOLDEN = Path(__file__).parent / "golden" / "profile-v1.safetensors"
+GRID = HeadGrid(layers=3, query_heads=4, kv_heads=2, head_dim=8)
+STRATEGIES = (
+    Strategy(HeadType.STATIC, pool=31),
+    Strategy(HeadType.STATIC, pool=1, text_prior=0.5),
+    Strategy(HeadType.DYNAMIC, index="mean", chunk=16),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=32),
+)
+RATIOS = np.array([0.0625, 0.125, 0.25, 0.5, 1.0], dtype=np.float32)
+
+
+def fingerprint(grid: HeadGrid = GRID) -> ModelFingerprint:
+    """A model that does not exist."""
+    return ModelFingerprint(
+        architecture="Qwen2_5_VLForConditionalGeneration",
+        grid=grid,
+        rope={"theta": 1000000.0, "mrope_section": [1, 1, 2]},
+        vision={"patch_size": 14, "merge_size": 2},
+        config_hash="0123456789abcdef",
+        weights_digest="fedcba9876543210",
+        hub_id="example/model",
+        commit="1" * 40,
+    )
+
+
+def _ramp(*shape: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """Fixed numbers from low to high, exact in float32: steps of 1/256."""
+    count = int(np.prod(shape))
+    steps = np.round(np.linspace(low, high, count) * 256) / 256
+    return steps.astype(np.float32).reshape(shape)
+
+
+def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
+    """A sound profile; loss falls with the ratio and differs by head and strategy."""
+    heads = (grid.layers, grid.kv_heads)
+    menu = len(STRATEGIES)
+    scale = _ramp(menu, *heads, low=1.0, high=2.0)
+    loss = scale[..., None] * (1 - RATIOS) / 4
+    loss[2, :, :, 0] = INFEASIBLE
+    strategy = (np.arange(grid.total) % menu).astype(np.uint8).reshape(heads)
+    budget = np.where(np.arange(grid.total) % 2, 0.0625, 0.125).astype(np.float32).reshape(heads)
+    return Profile(
+        fingerprint=fingerprint(grid),
+        recipe=recipe,
+        default_budget=0.1,
+        keep=KeepRule(),
+        strategies=STRATEGIES,
+        kappas=(0.05, 0.1),
+        ratios=RATIOS.copy(),
+        strategy=strategy,
+        budget=budget,
+        sparsity_mean=_ramp(2, grid.layers, grid.query_heads, low=0.75, high=1.0),
+        sparsity_std=_ramp(2, grid.layers, grid.query_heads, low=0.0, high=0.25),
+        loss=loss.astype(np.float32),
+        output_error=(loss.clip(max=1) / 2).astype(np.float32),
+        index=_index(grid),
+        provenance={
+            "samples": 16,
+            "tasks": {"ocr": 8, "count": 8},
+            "skipped": 1,
+            "tokens": {"min": 200, "mean": 400.5, "max": 900},
+            "theta": 0.9,
+            "seed": 0,
+            "versions": {"hkvprof": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+        },
+    )
+
+
+def _index(grid: HeadGrid) -> ProjectedIndexTables:
+    heads, channels = (grid.layers, grid.kv_heads), 4
+    bits = np.zeros((2, *heads, channels), dtype=np.uint8)
+    bits[0] = (5, 5, 4, 2)
+    bits[1] = (5, 5, 5, 5)
+    return ProjectedIndexTables(
+        sizes=(16, 32),
+        key_projection=_ramp(*heads, grid.head_dim, channels, low=-1).astype(np.float16),
+        query_projection=_ramp(*heads, grid.head_dim, channels, high=-1).astype(np.float16),
+        key_mean=_ramp(*heads, grid.head_dim, low=-2, high=2),
+        deviation=_ramp(*heads, channels, low=1, high=3),
+        bits=bits,
+    )
+
+
+def plain_profile(profile: Profile) -> Profile:
+    """The profile without index tables and without the strategy that needs them."""
+    return replace(
+        profile,
+        index=None,
+        strategies=profile.strategies[:3],
+        strategy=np.minimum(profile.strategy, 2),
+        loss=profile.loss[:3].copy(),
+        output_error=profile.output_error[:3].copy(),
+    )
+
+
+if __name__ == "__main__":
+    make_profile().save(GOLDEN)
