@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hkvprof.testbed.questions import TASKS, Question
 from hkvprof.testbed.roles import (
+    HISTOGRAM_SIZE,
     IGNORE,
     NO_ROLE,
     ROLES,
@@ -30,6 +31,7 @@ from hkvprof.testbed.scenes import Scene
 from hkvprof.testbed.vocabulary import (
     END_OF_TURN,
     IMAGE_PAD,
+    MAX_LABEL,
     PAD,
     START_OF_TURN,
     TOKEN_IDS,
@@ -247,9 +249,13 @@ def collate(scenes: Sequence[Scene], questions: Sequence[Sequence[Question]]) ->
         roles=roles,
         cells=torch.tensor([cells for scene in scenes for cells in scene.images]),
         histogram_rows=torch.tensor([row for row, _, _ in with_scope], dtype=torch.long),
-        histograms=torch.tensor([scope_histogram(s, q.scope) for _, s, q in with_scope]),
+        histograms=torch.tensor([scope_histogram(s, q.scope) for _, s, q in with_scope]).reshape(
+            len(with_scope), HISTOGRAM_SIZE
+        ),
         share_rows=torch.tensor([row for row, _, _ in with_shares], dtype=torch.long),
-        shares=torch.tensor([label_shares(q) for _, _, q in with_shares]),
+        shares=torch.tensor([label_shares(q) for _, _, q in with_shares]).reshape(
+            len(with_shares), MAX_LABEL + 1
+        ),
         number_rows=torch.tensor([row for row, _, _ in with_number], dtype=torch.long),
         numbers=torch.tensor([float(q.number or 0) for _, _, q in with_number]),
     )
