@@ -132,10 +132,14 @@ class Profile:
         dense = rows * tokens * self.grid.token_bytes(itemsize)
         share = Budget.parse(budget).resolve(tokens, dense)
         floor = token_floor(self.keep.floor_tokens, tokens)
-        fits = self._fits(tokens, itemsize)
-        if self.recipe == "measured":
-            return allocate(np.where(fits, self.loss, INFEASIBLE), self.ratios, share, floor)
-        return self._scaled(share, floor, tokens, itemsize)
+        if self.recipe != "measured":
+            return self._scaled(share, floor, tokens, itemsize)
+        ratios, loss = self.ratios, self.loss
+        if floor < ratios[0]:  # below the first point curves stay flat, where the strategy fits
+            ratios = np.concatenate([[np.float32(floor)], ratios])
+            loss = np.concatenate([loss[..., :1], loss], axis=-1)
+        fits = self._fits(ratios, tokens, itemsize)
+        return allocate(np.where(fits, loss, INFEASIBLE), ratios, share, floor)
 
     def _scaled(self, share: float, floor: float, tokens: int, itemsize: int) -> Allocation:
         """Types as they are, ratios in proportion to those of the default budget."""
@@ -154,12 +158,12 @@ class Profile:
         if strategy.head_type is HeadType.STATIC:
             return True
         dim = self.grid.head_dim
-        return dynamic_layout(strategy, float(ratio), tokens, self.keep, dim, itemsize) is not None
+        return dynamic_layout(strategy, ratio, tokens, self.keep, dim, itemsize) is not None
 
-    def _fits(self, tokens: int, itemsize: int) -> NDArray[np.bool_]:
+    def _fits(self, ratios: NDArray[np.float32], tokens: int, itemsize: int) -> NDArray[np.bool_]:
         """Which strategies fit which ratio at this prompt length, [S, 1, 1, R]."""
         fits = [
-            [self._strategy_fits(strategy, ratio, tokens, itemsize) for ratio in self.ratios]
+            [self._strategy_fits(strategy, float(ratio), tokens, itemsize) for ratio in ratios]
             for strategy in self.strategies
         ]
         return np.array(fits)[:, None, None, :]

@@ -11,7 +11,7 @@ from hkvprof.errors import HkvError, UsageError
 
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Raise UsageError if `path` exists and `force` is not set."""
-    if path.exists() and not force:
+    if (path.exists() or path.is_symlink()) and not force:
         raise UsageError(
             f"{path} already exists and nothing was written: give another path with -o, "
             "or --force to replace it"

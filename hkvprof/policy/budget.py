@@ -23,6 +23,7 @@ from hkvprof.errors import BudgetError
 INFEASIBLE = np.float32(1e30)
 """Loss of a strategy whose fixed bytes alone exceed the ratio."""
 
+_TEXT = re.compile(r"\s*(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})\s*([a-zA-Z%]*)\s*", re.ASCII)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -54,7 +55,7 @@ class Budget:
 
     @classmethod
     def _parse_text(cls, text: str) -> Budget:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)\s*", text)
+        match = _TEXT.fullmatch(text)
         if not match:
             raise BudgetError(_expected(text))
         number, unit = match[1], match[2].lower()
@@ -127,6 +128,11 @@ def allocate(
         ]
     )
     choice = at_ratio.argmin(axis=1)
+    if float(at_ratio.min(axis=1).max()) >= INFEASIBLE:
+        raise BudgetError(
+            f"budget {share:.4g} is too small: no strategy of some heads fits their share; raise "
+            "the budget or use longer prompts"
+        )
     return Allocation(
         strategy=choice.astype(np.uint8).reshape(layers, kv_heads),
         ratio=_round_down(ratio).reshape(layers, kv_heads),
@@ -186,16 +192,19 @@ def _spend(
     """Kept ratio per head: buy the steepest hull segments first. best is [heads, grid]."""
     heads = len(best)
     segments = [
-        (-(curve[j] - curve[i]) / (grid[j] - grid[i]), head, grid[j] - grid[i])
+        (-(curve[j] - curve[i]) / (grid[j] - grid[i]), head, grid[j] - grid[i], grid[j])
         for head, curve in enumerate(best)
         for i, j in _hull(grid, curve)
     ]
     segments.sort(key=lambda item: (-item[0], item[1]))
+    if share >= 1:
+        return np.ones(heads)
     ratio = np.full(heads, floor, dtype=np.float64)
     left = max(0.0, (share - floor) * heads)
-    for _, head, width in segments:
+    for _, head, width, end in segments:
         step = min(width, left)
-        ratio[head] = min(1.0, ratio[head] + step)
+        whole = step == width
+        ratio[head] = end if whole else ratio[head] + step
         left -= step
         if left <= 0:
             break

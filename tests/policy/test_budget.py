@@ -1,0 +1,182 @@
+"""Budgets and their allocation: bounds that hold for any curves, and optima of small cases."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hkvprof.errors import BudgetError, UsageError
+from hkvprof.policy.budget import INFEASIBLE, Budget, allocate, scale_ratios, token_floor
+
+RATIOS = np.array([0.02, 0.05, 0.1, 0.2, 0.5, 1.0], dtype=np.float32)
+SEARCH = settings(max_examples=200, deadline=None)
+
+
+# Parsing
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (0.1, Budget(share=0.1)), ("0.10", Budget(share=0.1)), ("10%", Budget(share=0.1)),
+        (" 12.5 % ", Budget(share=0.125)), ("100%", Budget(share=1.0)), (1, Budget(share=1.0)),
+        (1.0, Budget(share=1.0)), ("1", Budget(share=1.0)), (".5", Budget(share=0.5)),
+        (4096, Budget(tokens=4096)), ("4096", Budget(tokens=4096)), (2, Budget(tokens=2)),
+        (np.int64(64), Budget(tokens=64)), (np.float32(0.5), Budget(share=0.5)),
+        ("2GiB", Budget(bytes=2 * 2**30)), ("1.5 MB", Budget(bytes=1_500_000)),
+        ("300b", Budget(bytes=300)), ("2gib", Budget(bytes=2 * 2**30)),
+        (Budget(tokens=5), Budget(tokens=5)),
+    ],
+)  # fmt: skip
+def test_what_is_understood(text: object, expected: Budget) -> None:
+    assert Budget.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, 0.0, -0.5, 1.5, 2.5, "0", "0%", "101%", "1.5", "-3", "", " ", "ten", "10 %%", "GiB",
+     "2 TB", "1e-1", "0.1.2", "0x10", "nan", "inf", float("nan"), float("inf"), True, False, None,
+     "0B", "0.1B", "１０", "1" * 5000],
+    ids=lambda value: repr(value)[:20],
+)  # fmt: skip
+def test_what_is_not_understood_says_what_would_be(value: object) -> None:
+    with pytest.raises(BudgetError, match="not understood: expected a share"):
+        Budget.parse(value)
+    assert issubclass(BudgetError, UsageError)
+
+
+@given(st.one_of(st.text(max_size=12), st.floats(), st.integers(), st.none()))
+@SEARCH
+def test_parsing_anything_gives_a_budget_or_the_error(value: object) -> None:
+    try:
+        budget = Budget.parse(value)
+    except BudgetError:
+        return
+    assert 0 < budget.resolve(1000, 10**9) <= 1
+    assert str(budget)
+
+
+def test_resolve() -> None:
+    assert Budget(tokens=100).resolve(1000, 1) == 0.1
+    assert Budget(tokens=100).resolve(50, 1) == 1.0
+    assert Budget(bytes=2**20).resolve(1, 2**22) == 0.25
+    assert Budget(bytes=2**20).resolve(1, 2**10) == 1.0
+    assert Budget(share=0.3).resolve(0, 0) == 0.3
+
+
+# Allocation
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> np.ndarray:
+    """Loss of 1 to 3 strategies, 1 to 2 layers, 1 to 3 heads; the first fits everywhere."""
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3)), 6)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    loss = rng.gamma(0.5, size=shape).astype(np.float32)
+    if draw(st.booleans()):
+        loss = np.sort(loss, axis=-1)[..., ::-1].copy()
+    loss[1:, ..., : draw(st.integers(0, 3))] = INFEASIBLE
+    return loss
+
+
+shares = st.floats(0.02, 1.0)
+
+
+@given(curves(), shares, st.floats(1e-4, 0.02))
+@SEARCH
+def test_never_over_the_budget_and_never_below_the_floor(
+    loss: np.ndarray, share: float, floor: float
+) -> None:
+    plan = allocate(loss, RATIOS, share, floor)
+    ratio = plan.ratio.astype(np.float64)
+    assert ratio.mean() <= share + 1e-12
+    assert (ratio >= floor * (1 - 1e-6)).all()
+    assert (ratio <= 1).all()
+    assert plan.strategy.max() < len(loss)
+    assert np.isfinite(plan.expected_loss)
+
+
+@given(curves(), shares, shares)
+@SEARCH
+def test_more_budget_never_takes_from_a_head(loss: np.ndarray, a: float, b: float) -> None:
+    less, more = (allocate(loss, RATIOS, share, 0.01) for share in sorted((a, b)))
+    assert (more.ratio >= less.ratio - 1e-7).all()
+    assert more.expected_loss <= less.expected_loss + 1e-5 * (1 + abs(less.expected_loss))
+
+
+@given(curves(), st.floats(0.021, 1))
+@SEARCH
+def test_no_head_gets_a_strategy_that_does_not_fit(loss: np.ndarray, share: float) -> None:
+    plan = allocate(loss, RATIOS, share, float(RATIOS[0]))
+    for layer, head in np.ndindex(plan.ratio.shape):
+        below = int(np.searchsorted(RATIOS, plan.ratio[layer, head] * (1 + 1e-6), "right")) - 1
+        chosen = plan.strategy[layer, head]
+        assert chosen == 0 or (below >= 0 and loss[chosen, layer, head, below] < INFEASIBLE)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 3))
+@settings(max_examples=60, deadline=None)
+def test_equals_brute_force_on_convex_curves(seed: int, heads: int) -> None:
+    """On ratios of equal steps and convex curves, buying by slope is optimal at grid points."""
+    ratios = np.array([0.25, 0.5, 0.75, 1.0], dtype=np.float32)
+    rng = np.random.default_rng(seed)
+    drops = np.sort(rng.uniform(0.1, 1, size=(heads, 3)), axis=1)[:, ::-1]
+    curve = np.concatenate([drops[:, ::-1].cumsum(1)[:, ::-1], np.zeros((heads, 1))], axis=1)
+    loss = curve.astype(np.float32)[None, None]
+    steps = rng.integers(heads, 4 * heads + 1)
+    share = float(steps) * 0.25 / heads
+    plan = allocate(loss, ratios, share, 0.25)
+    best = min(
+        sum(curve[head, step] for head, step in enumerate(choice))
+        for choice in product(range(4), repeat=heads)
+        if sum(choice) + heads <= steps
+    )
+    assert plan.expected_loss == pytest.approx(best, rel=1e-5, abs=1e-6)
+
+
+def test_a_head_whose_strategies_all_need_more_raises() -> None:
+    loss = np.full((1, 1, 2, 6), 0.5, np.float32)
+    loss[..., :3] = INFEASIBLE
+    with pytest.raises(BudgetError, match="no strategy of some heads fits"):
+        allocate(loss, RATIOS, 0.1, 0.02)
+    assert allocate(loss, RATIOS, 0.201, 0.02).ratio.min() == RATIOS[3]
+
+
+def test_the_whole_budget_is_spent_where_it_helps() -> None:
+    loss = np.stack([np.linspace(1, 0, 6), np.linspace(5, 0, 6)]).astype(np.float32)[None, None]
+    plan = allocate(loss, RATIOS, 0.3, 0.02)
+    assert plan.ratio.mean() == pytest.approx(0.3, rel=1e-5)
+    assert plan.ratio[0, 1] > plan.ratio[0, 0]
+
+
+def test_a_share_of_one_keeps_everything() -> None:
+    loss = np.zeros((2, 3, 4, 6), dtype=np.float32)
+    assert (allocate(loss, RATIOS, 1.0, 0.01).ratio == 1).all()
+
+
+def test_a_budget_below_the_floor_says_how_much_is_needed() -> None:
+    with pytest.raises(BudgetError, match=r"budget 0\.05 is too small.*need 0\.1 "):
+        allocate(np.zeros((1, 1, 1, 6), np.float32), RATIOS, 0.05, 0.1)
+    with pytest.raises(BudgetError, match="too small"):
+        scale_ratios(np.full((1, 1), 0.1, np.float32), 0.05, 0.1)
+
+
+@given(st.integers(0, 2**32), shares, st.floats(1e-4, 0.02))
+@SEARCH
+def test_scaling_keeps_budget_floor_and_order(seed: int, share: float, floor: float) -> None:
+    base = np.random.default_rng(seed).uniform(0.01, 1, size=(2, 3)).astype(np.float32)
+    ratio = scale_ratios(base, share, floor)
+    wide = ratio.astype(np.float64)
+    assert wide.mean() <= share + 1e-12
+    assert wide.mean() >= share * 0.99 or (wide >= 0.999).all()
+    assert (wide >= floor * (1 - 1e-6)).all()
+    assert (wide <= 1).all()
+    assert (np.diff(ratio.flat[np.argsort(base, axis=None)]) >= -1e-6).all()
+
+
+def test_token_floor() -> None:
+    assert token_floor(13, 1300) == pytest.approx(0.01)
+    assert token_floor(13, 5) == 1.0
+    assert token_floor(13, 1300) * 1300 >= 13
