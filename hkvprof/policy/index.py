@@ -61,17 +61,22 @@ class HeadTables:
     def load(
         cls, arrays: IndexArrays, layer: int, head: int, bits: int, device: torch.device
     ) -> HeadTables:
-        """One head's constants for an index of `bits` bits per token, as float32 on `device`."""
+        """One head's constants for an index of `bits` bits per token, as float32 on `device`.
+
+        Channels without bits are left out.
+        """
+        widths = arrays.bits[arrays.sizes.index(bits), layer, head]
+        used = np.flatnonzero(widths)
 
         def pick(array: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(array[layer, head].astype(np.float32)).to(device)
 
         return cls(
-            key_projection=pick(arrays.key_projection),
-            query_projection=pick(arrays.query_projection),
+            key_projection=pick(arrays.key_projection[..., used]),
+            query_projection=pick(arrays.query_projection[..., used]),
             key_mean=pick(arrays.key_mean),
-            deviation=pick(arrays.deviation),
-            bits=tuple(arrays.bits[arrays.sizes.index(bits), layer, head].tolist()),
+            deviation=pick(arrays.deviation[..., used]),
+            bits=tuple(widths[used].tolist()),
         )
 
     @cached_property
@@ -151,6 +156,8 @@ class ProjectedIndex(KeyIndex):
 
     words: Int[Tensor, " items"]
     tables: HeadTables
+
+    shared_attributes = ("tables",)
 
     @classmethod
     def build(cls, keys: Float[Tensor, "items dim"], tables: HeadTables, bits: int) -> ProjectedIndex:

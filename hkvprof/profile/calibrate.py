@@ -41,7 +41,7 @@ T = TypeVar("T")
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Recipe = Literal["paper", "measured"]
 
-RATIOS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.10, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
+RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
 KAPPAS = (0.02, 0.05, 0.10, 0.20)
 THETA_KAPPA = 0.10
 FIT_SAMPLES = 32
@@ -226,10 +226,11 @@ class _Probe:
             continuation = self._prefill(watch)
         with torch.enable_grad():
             logits = self._continue(continuation)
-            _margins(logits, continuation).sum().backward()
+            margins = _margins(logits, continuation)
+            margins.sum().backward()
         with torch.no_grad():
             losses = [
-                self._layer_losses(layer, continuation, tables)
+                self._layer_losses(layer, continuation, margins, tables)
                 for layer in range(self.run.view.grid.layers)
             ]
         return SampleRow(
@@ -241,7 +242,11 @@ class _Probe:
         )
 
     def _layer_losses(
-        self, layer: int, continuation: Continuation, tables: ProjectedIndexTables | None
+        self,
+        layer: int,
+        continuation: Continuation,
+        margins: Tensor,
+        tables: ProjectedIndexTables | None,
     ) -> Tensor:
         """[3 terms, strategies, kv_heads, ratios] of one layer."""
         trace, module = self.observer.traces[layer], self.run.view.attention[layer]
@@ -260,7 +265,7 @@ class _Probe:
             new_key=keys[:, prompt:],
             new_value=values[:, prompt:],
             positions=rows,
-            gradient=trace.output.grad[0][rows],
+            gradient=trace.output.grad[0][rows] / margins.abs().clamp(min=1)[:, None, None],
             projection=projection,
             output_norm=(output.flatten(1) @ projection.float().T).norm(dim=-1),
             exact=continuation.exact.to(device),

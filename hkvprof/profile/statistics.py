@@ -71,7 +71,7 @@ class DecodeRows:
 
     `query` [query_heads, R, dim]; `key`/`value` [kv_heads, tokens, dim] of the prompt and
     `new_key`/`new_value` [kv_heads, T, dim] of the continuation; row r sees the new tokens up to
-    `positions[r]`; `gradient` [R, query_heads, dim] of the margin; `projection` W_O
+    `positions[r]`; `gradient` [R, query_heads, dim] of the reply's margin, over the margin itself; `projection` W_O
     [hidden, query_heads * dim]; `output_norm` [R] of the layer's attention output; `exact` [R].
     """
 
@@ -93,7 +93,7 @@ class LayerLosses:
     """What each strategy and ratio costs, per KV head: [strategies, kv_heads, ratios].
 
     `output` is the mean over rows of || (o - o') W_O || / || y ||, `square` the mean of its square,
-    `reply` the mean of (gradient . (o - o'))^2: the squared change of the reply's margin.
+    `reply` the mean of (gradient . (o - o'))^2: the squared relative change of the reply's margin.
     """
 
     output: Float[Tensor, "strategies kv_heads ratios"]

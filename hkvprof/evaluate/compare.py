@@ -1,0 +1,204 @@
+"""Full cache against compressed cache on the same samples, interleaved sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from transformers.cache_utils import DynamicCache
+
+from hkvprof.artifact import Profile
+from hkvprof.errors import CompressionError
+from hkvprof.evaluate.converse import Reply, converse
+from hkvprof.evaluate.tasks import TaskSet
+from hkvprof.models.adapter import view_model
+from hkvprof.models.processing import ChatProcessor
+from hkvprof.profile.samples import Sample
+from hkvprof.runtime import apply, measure_storage
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One reply under one method; bytes are those of the cache at the end of the sample.
+
+    `turn` 0 is the question inside the prompt, later turns ask about the compressed context.
+    `storage_bytes` sums the cache's actual tensors (resident), independent of the receipt's
+    `resident_bytes`.
+    """
+
+    sample: str
+    task: str
+    turn: int
+    method: str
+    text: str
+    expected: str
+    correct: bool
+    prompt_tokens: int
+    decode_seconds: float
+    decode_steps: int
+    resident_bytes: int
+    storage_bytes: int
+    host_bytes: int
+    dense_bytes: int
+    hit_rate: float | None
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """Means over all answers of one method; shares are resident over dense bytes."""
+
+    method: str
+    answers: int
+    accuracy: float
+    accuracy_first: float
+    accuracy_later: float | None
+    worst_task: str
+    worst_ratio: float
+    resident_bytes: float
+    host_bytes: float
+    share: float
+    storage_share: float
+    decode_ms: float
+    hit_rate: float | None
+
+
+def compare(
+    model: Any,
+    processor: ChatProcessor,
+    profile: Profile,
+    tasks: TaskSet,
+    budgets: Sequence[float | int | str],
+    track: Track | None = None,
+) -> list[Answer]:
+    """Answer every sample with the full cache and at every budget, one after the other.
+
+    Raises CompressionError if a budget below 1 compressed nothing on any sample.
+    """
+    track = track or (lambda items, description, total: items)
+    answers: list[Answer] = []
+    for sample in track(tasks.samples, "answering", len(tasks.samples)):
+        answers += _answer_full(model, processor, sample, tasks)
+        for budget in budgets:
+            answers += _answer_compressed(model, processor, profile, sample, tasks, budget)
+    _require_compression(answers, budgets)
+    return answers
+
+
+def _answer_full(
+    model: Any, processor: ChatProcessor, sample: Sample, tasks: TaskSet
+) -> list[Answer]:
+    cache = DynamicCache(config=view_model(model).text_config)
+    replies = converse(
+        model, processor, sample, cache, tasks.max_new_tokens
+    )
+    size = sum(
+        tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+        if tensor is not None
+    )
+    sizes = {"resident_bytes": size, "storage_bytes": size, "dense_bytes": size}
+    return _answers(replies, sample, tasks, FULL, {**sizes, "host_bytes": 0, "hit_rate": None})
+
+
+def _answer_compressed(
+    model: Any,
+    processor: ChatProcessor,
+    profile: Profile,
+    sample: Sample,
+    tasks: TaskSet,
+    budget: float | int | str,
+) -> list[Answer]:
+    with apply(model, profile, budget=budget) as handle:
+        cache = handle.new_cache()
+        replies = converse(
+            model, processor, sample, cache, tasks.max_new_tokens
+        )
+        receipt = cache.receipt()
+        storage, _ = measure_storage(cache)
+    sizes = {
+        "resident_bytes": receipt.resident_bytes,
+        "storage_bytes": storage,
+        "dense_bytes": receipt.dense_bytes,
+        "host_bytes": receipt.host_bytes,
+        "hit_rate": receipt.hit_rate,
+    }
+    return _answers(replies, sample, tasks, method_name(budget), sizes)
+
+
+def _answers(
+    replies: list[Reply], sample: Sample, tasks: TaskSet, method: str, sizes: dict[str, Any]
+) -> list[Answer]:
+    return [
+        Answer(
+            sample=sample.id,
+            task=sample.task if turn == 0 else "later question",
+            turn=turn,
+            method=method,
+            correct=tasks.judge(reply.text, reply.expected),
+            **asdict(reply),
+            **sizes,
+        )
+        for turn, reply in enumerate(replies)
+    ]
+
+
+def method_name(budget: float | int | str) -> str:
+    """How a budget is called in tables."""
+    return f"budget {budget}"
+
+
+def _require_compression(answers: list[Answer], budgets: Sequence[float | int | str]) -> None:
+    for budget in budgets:
+        mine = [a for a in answers if a.method == method_name(budget)]
+        if budget not in (1, 1.0) and all(a.resident_bytes >= a.dense_bytes for a in mine):
+            raise CompressionError(
+                f"budget {budget} compressed nothing on any of the samples: prompts may be shorter "
+                "than min_tokens, or the budget may hold them whole"
+            )
+
+
+def summarise(answers: Sequence[Answer]) -> list[MethodSummary]:
+    """One summary per method, in the order of first appearance."""
+    methods = list(dict.fromkeys(answer.method for answer in answers))
+    reference = task_accuracy([a for a in answers if a.method == FULL])
+    return [_summary(method, [a for a in answers if a.method == method], reference)
+            for method in methods]  # fmt: skip
+
+
+def task_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
+    """Share of right answers by task, in the order of first appearance."""
+    names = dict.fromkeys(answer.task for answer in answers)
+    return {name: fmean(a.correct for a in answers if a.task == name) for name in names}
+
+
+def _summary(
+    method: str, answers: list[Answer], reference: dict[str, float]
+) -> MethodSummary:
+    accuracy = task_accuracy(answers)
+    ratios = {t: a / reference[t] for t, a in accuracy.items() if reference.get(t)}
+    worst = min(ratios, key=lambda task: ratios[task], default="")
+    first = [a for a in answers if a.turn == 0]
+    later = [a for a in answers if a.turn > 0]
+    hits = [a.hit_rate for a in first if a.hit_rate is not None]
+    steps = sum(a.decode_steps for a in answers)
+    return MethodSummary(
+        method=method,
+        answers=len(answers),
+        accuracy=fmean(a.correct for a in answers),
+        accuracy_first=fmean(a.correct for a in first),
+        accuracy_later=fmean(a.correct for a in later) if later else None,
+        worst_task=worst,
+        worst_ratio=ratios.get(worst, 0.0),
+        resident_bytes=fmean(a.resident_bytes for a in first),
+        host_bytes=fmean(a.host_bytes for a in first),
+        share=sum(a.resident_bytes for a in first) / sum(a.dense_bytes for a in first),
+        storage_share=sum(a.storage_bytes for a in first) / sum(a.dense_bytes for a in first),
+        decode_ms=1000 * sum(a.decode_seconds for a in answers) / max(steps, 1),
+        hit_rate=fmean(hits) if hits else None,
+    )

@@ -1,0 +1,66 @@
+"""The table of a comparison, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from hkvprof.evaluate.compare import FULL, Answer, MethodSummary, summarise, task_accuracy
+
+
+def comparison_table(answers: Sequence[Answer]) -> Table:
+    """Accuracy per task, then bytes and time, one column per method."""
+    summaries = summarise(answers)
+    counts = {s.method: s.answers for s in summaries}
+    table = Table(title=f"{counts[FULL]} answers per method, greedy, same samples")
+    table.add_column("")
+    for summary in summaries:
+        table.add_column(
+            "full cache" if summary.method == FULL else summary.method, justify="right"
+        )
+    by_method = {
+        s.method: task_accuracy([a for a in answers if a.method == s.method]) for s in summaries
+    }
+    for task in by_method[FULL]:
+        number = sum(a.task == task and a.method == FULL for a in answers)
+        table.add_row(
+            f"{task} (n={number})", *(f"{by_method[s.method][task]:.0%}" for s in summaries)
+        )
+    table.add_section()
+    for label, cells in _totals(summaries):
+        table.add_row(label, *cells)
+    return table
+
+
+def _totals(summaries: Sequence[MethodSummary]) -> list[tuple[str, list[str]]]:
+    kib = 1024
+    return [
+        ("accuracy, question in the prompt", [f"{s.accuracy_first:.1%}" for s in summaries]),
+        (
+            "accuracy, later question",
+            ["-" if s.accuracy_later is None else f"{s.accuracy_later:.1%}" for s in summaries],
+        ),
+        ("resident KV, KiB per request", [f"{s.resident_bytes / kib:,.0f}" for s in summaries]),
+        ("  share of dense, by receipt", [f"{s.share:.1%}" for s in summaries]),
+        ("  share of dense, by tensors", [f"{s.storage_share:.1%}" for s in summaries]),
+        ("host KV, KiB per request", [f"{s.host_bytes / kib:,.0f}" for s in summaries]),
+        ("decode, ms per token", [f"{s.decode_ms:.1f}" for s in summaries]),
+        (
+            "hit rate of the hot buffers",
+            ["-" if s.hit_rate is None else f"{s.hit_rate:.0%}" for s in summaries],
+        ),
+    ]
+
+
+def next_steps(model: str, profile: str) -> list[str]:
+    """Lines that tell what a user can do with what was just made."""
+    return [
+        "Next, in your own code:",
+        "    import hkvprof, hkvprof.runtime",
+        f'    model, processor = hkvprof.load_model("{model}")',
+        f'    with hkvprof.runtime.apply(model, "{profile}", budget=0.10) as handle:',
+        "        model.generate(...)",
+        "        print(handle.receipt())",
+        "and for your own model: hkvprof calibrate --model ORG/NAME --data YOUR_SAMPLES",
+    ]
