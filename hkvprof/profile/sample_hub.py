@@ -18,7 +18,7 @@ from hkvprof.profile.images import check_header
 from hkvprof.profile.sample_parse import parse_record
 from hkvprof.profile.sample_record import Sample
 
-_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")
+_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}")
 
 
 @dataclass(frozen=True)
