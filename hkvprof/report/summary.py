@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.artifact import SCHEMA_VERSION, Profile
-from hkvprof.errors import UsageError
+from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE
 
@@ -30,10 +30,13 @@ class Memory:
     kept_bytes: int
 
 
-def memory(profile: Profile, tokens: int) -> Memory:
-    """K/V bytes of a prompt of `tokens` tokens at ITEM_BYTES per element. Raises BudgetError."""
+def memory(profile: Profile, tokens: int) -> Memory | None:
+    """K/V bytes of a prompt at ITEM_BYTES per element; None if the budget is too small."""
     dense = tokens * profile.grid.token_bytes(ITEM_BYTES)
-    ratio = profile.allocation(profile.default_budget, tokens, ITEM_BYTES).ratio
+    try:
+        ratio = profile.allocation(profile.default_budget, tokens, ITEM_BYTES).ratio
+    except BudgetError:
+        return None
     return Memory(tokens, dense, round(dense * float(ratio.astype(np.float64).mean())))
 
 
@@ -44,10 +47,13 @@ def static_share(profile: Profile) -> float:
 
 def sentence(profile: Profile, tokens: int) -> str:
     """The profile in one sentence."""
+    types = f"{static_share(profile):.0%} of KV heads static"
+    budget = percent(profile.default_budget)
     kept = memory(profile, tokens)
+    if kept is None:
+        return f"{types}; {budget} is too little for a {tokens:,}-token prompt"
     return (
-        f"{static_share(profile):.0%} of KV heads static; at {percent(profile.default_budget)} a "
-        f"{tokens:,}-token prompt keeps {human(kept.kept_bytes)} instead of "
+        f"{types}; at {budget} a {tokens:,}-token prompt keeps {human(kept.kept_bytes)} instead of "
         f"{human(kept.dense_bytes)}"
     )
 
@@ -152,14 +158,15 @@ def strategies_used(profile: Profile) -> dict[str, int]:
 
 
 def summarise(profile: Profile, tokens: int) -> dict[str, Any]:
-    """Everything `inspect` shows, JSON-ready. Raises BudgetError if `tokens` is too short."""
+    """Everything `inspect` shows, JSON-ready."""
+    kept = memory(profile, tokens)
     return {
         "schema": SCHEMA_VERSION,
         "sentence": sentence(profile, tokens),
         "recipe": profile.recipe,
         "default_budget": profile.default_budget,
         "static_share": static_share(profile),
-        "memory": vars(memory(profile, tokens)),
+        "memory": vars(kept) if kept else None,
         "fingerprint": profile.fingerprint.to_json(),
         "keep": vars(profile.keep),
         "strategies": strategies_used(profile),

@@ -21,7 +21,7 @@ from hkvprof.report.summary import (
     strategies_used,
 )
 
-LAYERS_PER_BLOCK = 64
+LAYERS_PER_BLOCK = 60
 _MOST_BORDERLINE = 12
 
 Cell = Callable[[int, int], tuple[str, str]]
@@ -34,7 +34,7 @@ def glyphs(ascii_only: bool) -> Glyphs:
 
 
 def overview(profile: Profile, tokens: int, ascii_only: bool) -> RenderableType:
-    """The whole `inspect` page; its first line is one sentence. Raises BudgetError."""
+    """The whole `inspect` page; its first line is one sentence."""
     marks = glyphs(ascii_only)
     return Group(
         Text(sentence(profile, tokens)),
