@@ -178,10 +178,11 @@ class ProjectedIndex(KeyIndex):
         """The quantised projections of all items, used channels only."""
         tables = self.tables
         words = self.words.long()[:, None]
-        widths = torch.tensor([tables.bits[c] for c in tables.used], device=words.device)
-        shifts = torch.tensor(tables.shifts, device=words.device)
+        used_bits = [tables.bits[c] for c in tables.used]  # empty for a head of constant keys
+        widths = torch.tensor(used_bits, dtype=torch.int64, device=words.device)
+        shifts = torch.tensor(tables.shifts, dtype=torch.int64, device=words.device)
         codes = (words >> shifts) & ((1 << widths) - 1)
-        steps = torch.tensor([STEP[tables.bits[c]] for c in tables.used], device=words.device)
+        steps = torch.tensor([STEP[bits] for bits in used_bits], device=words.device)
         centred = codes.float() - (1 << (widths - 1)).float() + 0.5
         return centred * (tables.deviation[tables.used] * steps)
 
