@@ -93,9 +93,7 @@ def _answer_full(
     model: Any, processor: ChatProcessor, sample: Sample, tasks: TaskSet
 ) -> list[Answer]:
     cache = DynamicCache(config=view_model(model).text_config)
-    replies = converse(
-        model, processor, sample, cache, tasks.max_new_tokens
-    )
+    replies = converse(model, processor, sample, cache, tasks.max_new_tokens)
     size = sum(
         tensor.untyped_storage().nbytes()
         for layer in cache.layers
@@ -116,9 +114,7 @@ def _answer_compressed(
 ) -> list[Answer]:
     with apply(model, profile, budget=budget) as handle:
         cache = handle.new_cache()
-        replies = converse(
-            model, processor, sample, cache, tasks.max_new_tokens
-        )
+        replies = converse(model, processor, sample, cache, tasks.max_new_tokens)
         receipt = cache.receipt()
         storage, _ = measure_storage(cache)
     sizes = {
@@ -177,9 +173,7 @@ def task_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
     return {name: fmean(a.correct for a in answers if a.task == name) for name in names}
 
 
-def _summary(
-    method: str, answers: list[Answer], reference: dict[str, float]
-) -> MethodSummary:
+def _summary(method: str, answers: list[Answer], reference: dict[str, float]) -> MethodSummary:
     accuracy = task_accuracy(answers)
     ratios = {t: a / reference[t] for t, a in accuracy.items() if reference.get(t)}
     worst = min(ratios, key=lambda task: ratios[task], default="")

@@ -32,9 +32,7 @@ LONGTEXT_KINDS = ("passkey", "needle_words", "needle_phone", "needle_motto")
 """Kinds that SmolLM2 answers with a full cache (docs/longtext.md)."""
 
 
-def load_tasks(
-    name: str, processor: ChatProcessor, per_task: int, tokens: int = 2500
-) -> TaskSet:
+def load_tasks(name: str, processor: ChatProcessor, per_task: int, tokens: int = 2500) -> TaskSet:
     """The held-out tasks called `name`: `tinyvl`, `longtext`, or a folder or file of samples.
 
     Samples of `tinyvl` have 12 or 16 images and one later question; those of `longtext` about

@@ -70,7 +70,11 @@ def check_fingerprint(profile: Profile, view: ModelView) -> None:
             + ". Calibrate this model with `hkvprof calibrate`"
         )
     mine, theirs = profile.fingerprint, view.fingerprint
-    if mine.weights_digest and theirs.weights_digest and mine.weights_digest != theirs.weights_digest:
+    if (
+        mine.weights_digest
+        and theirs.weights_digest
+        and mine.weights_digest != theirs.weights_digest
+    ):
         warnings.warn(
             "the profile was calibrated on other weights of this architecture (a fine-tune, or "
             "another checkpoint): head types may not carry over; calibrate this model to be sure",
@@ -177,6 +181,16 @@ class Handle:
                 "strict=False"
             )
 
+    def _refuse_assistance(self, kwargs: dict[str, Any], config: Any) -> None:
+        """Assisted decoding takes back tokens of its first pass, which is compressed as a prompt."""
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            asked = kwargs.get(name, getattr(config, name, None))
+            if asked is not None and not self._planner.keeps_everything:
+                raise ModelError(
+                    f"assisted decoding ({name}) is not supported below budget 1.0: its first pass "
+                    "holds guesses beside the prompt; leave it out, or use budget=1.0"
+                )
+
     def _exchange_rope_deltas(self, cache: CompressedCache) -> None:
         """Qwen-VL keeps a conversation's M-RoPE offset on the model: put this cache's own there."""
         holder = _rope_holder(self.model)
@@ -201,8 +215,12 @@ def _generate_with_cache(generate: Callable[..., Any], handle: Handle) -> Callab
                 f"cache_implementation={kind!r} cannot be combined with hkvprof, which brings its "
                 "own cache: leave it out, or detach first"
             )
+        handle._refuse_assistance(kwargs, config)
         cache = kwargs.get("past_key_values")
-        if cache is None and kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False:
+        if (
+            cache is None
+            and kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
+        ):
             kwargs["past_key_values"] = handle.new_cache()
         elif isinstance(cache, CompressedCache):
             handle._exchange_rope_deltas(cache)

@@ -211,9 +211,7 @@ class CompressedLayer(DynamicLayer):
                     dynamic[row * len(plan.heads) + head] = state
                 kept_keys.append(kept[0])
                 kept_values.append(kept[1])
-                accounts.append(
-                    HeadAccount(row, head, name, key.shape[2] - start, len(kept[0]), 0)
-                )
+                accounts.append(HeadAccount(row, head, name, key.shape[2] - start, len(kept[0]), 0))
         self.storage = RaggedStorage(kept_keys, kept_values)
         self.dynamic = dynamic
         self.keys = self.values = None
@@ -223,7 +221,7 @@ class CompressedLayer(DynamicLayer):
     def _attend_compressed(self, storage: RaggedStorage, call: AttentionCall) -> Tensor:
         batch, query_heads, rows, dim = call.query.shape
         kv_heads = self._shared.grid.kv_heads
-        grouped = call.query.view(batch * kv_heads, query_heads // kv_heads, rows, dim)
+        grouped = call.query.reshape(batch * kv_heads, query_heads // kv_heads, rows, dim)
         new = self._new_token_mask(call.mask, rows) if rows > 1 else None
         outputs = []
         for segment in range(storage.segments):
@@ -314,8 +312,11 @@ class CompressedLayer(DynamicLayer):
         key, value = storage.key, storage.value
         token_bytes = key.shape[1] * key.element_size() + value.shape[1] * value.element_size()
         tail = self._seen - self._shared.prompt.tokens
-        self.account.dense_bytes = self._rows * self._shared.grid.kv_heads * self._seen * token_bytes
+        self.account.dense_bytes = (
+            self._rows * self._shared.grid.kv_heads * self._seen * token_bytes
+        )
         total = 0
+        counted: set[int] = set()  # rows of a beam share index and host chunks
         for segment, head in enumerate(self.account.heads):
             state = self.dynamic.get(segment)
             head.tokens_resident = storage.lengths[segment]
@@ -324,8 +325,10 @@ class CompressedLayer(DynamicLayer):
             )
             head.resident_bytes = storage.capacities[segment] * token_bytes + 8
             if state is not None:
-                head.resident_bytes += state.index_bytes
-                head.host_bytes = state.host.nbytes
+                first = id(state.host) not in counted
+                counted.add(id(state.host))
+                head.resident_bytes += state.slot_bytes + (state.index_bytes if first else 0)
+                head.host_bytes = state.host.nbytes if first else 0
             total += head.resident_bytes
         self.account.resident_bytes = total
 
@@ -390,7 +393,9 @@ class _RowPacker:
     def _window(self, query: Tensor, key: Tensor) -> Tensor:
         if self._attention is None:
             keys = key[self.row, :, self.start :]
-            rows = min(self.layer._shared.planner.profile.keep.window, keys.shape[1], query.shape[2])
+            rows = min(
+                self.layer._shared.planner.profile.keep.window, keys.shape[1], query.shape[2]
+            )
             self._attention = window_attention(query[self.row, :, -rows:], keys, self.scaling)
         return self._attention
 

@@ -44,7 +44,9 @@ class HostChunks:
         data[:, 1].copy_(value)
         return cls(data)
 
-    def fetch(self, items: Int[Tensor, " n"], device: torch.device) -> Float[Tensor, "n 2 chunk dim"]:
+    def fetch(
+        self, items: Int[Tensor, " n"], device: torch.device
+    ) -> Float[Tensor, "n 2 chunk dim"]:
         """Chosen chunks on the device."""
         return self.data[items.cpu()].to(device, non_blocking=True)
 
@@ -114,9 +116,13 @@ class DynamicHead:
 
     @property
     def index_bytes(self) -> int:
-        """Device bytes of index and slot map."""
-        tensors = (*self.index.tensors(), self.slots)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        """Device bytes of the index."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.index.tensors())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Device bytes of the slot map."""
+        return self.slots.untyped_storage().nbytes()
 
 
 def select(

@@ -1,0 +1,84 @@
+"""Dense attention restricted to the tokens that a compressed cache kept: the runtime's reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from hkvprof.models.attention import AttentionCall, hooked_attention, mark
+from hkvprof.runtime.cache import CompressedLayer
+
+
+def kept_positions(layer: CompressedLayer, dense_key: Tensor) -> list[list[set[int]]]:
+    """[row][head] prompt positions whose keys a compressed layer holds now.
+
+    Found by comparing stored keys with the dense ones, so that wrong bookkeeping shows.
+    """
+    assert layer.storage is not None
+    rows, heads, tokens, _ = dense_key.shape
+    tail = layer.get_seq_length() - tokens
+    result = []
+    for row in range(rows):
+        kept_row = []
+        for head in range(heads):
+            stored = layer.storage.keys(row * heads + head)
+            stored = stored[: len(stored) - tail]
+            same = (stored[:, None] == dense_key[row, head][None]).all(dim=-1)
+            assert bool((same.sum(dim=1) >= 1).all()), "a stored key is none of the prompt's"
+            kept_row.append({int(i) for i in same.float().argmax(dim=1)})
+            assert len(kept_row[-1]) == len(stored), "a prompt token is stored twice"
+        result.append(kept_row)
+    return result
+
+
+class MaskedLayer(DynamicLayer):
+    """A dense layer that attends, in decoding steps, to given prompt positions only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[list[set[int]]] | None = None
+        self.prompt = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return mark(keys, self), values
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
+        if self.kept is None or call.query.shape[2] != 1:
+            return call.dense()
+        rows, query_heads, _, dim = call.query.shape
+        heads, tokens = call.key.shape[1], call.key.shape[2]
+        group = query_heads // heads
+        visible = torch.zeros(rows, heads, tokens, dtype=torch.bool)
+        visible[:, :, self.prompt :] = True
+        for row, kept_row in enumerate(self.kept):
+            for head, kept in enumerate(kept_row):
+                visible[row, head, sorted(kept)] = True
+        query = call.query.view(rows, heads, group, dim).double()
+        logits = torch.einsum("bhgd,bhnd->bhgn", query, call.key.double()) * call.scaling
+        weights = logits.masked_fill(~visible[:, :, None], -torch.inf).softmax(dim=-1)
+        out = torch.einsum("bhgn,bhnd->bhgd", weights, call.value.double())
+        return out.reshape(rows, 1, query_heads, -1).to(call.query.dtype), None
+
+
+def masked_cache(model: Any) -> DynamicCache:
+    """A dense cache of MaskedLayers for every layer of the model."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [MaskedLayer() for _ in cache.layers]
+    return cache
+
+
+@torch.no_grad()
+def masked_step(
+    model: Any, cache: DynamicCache, kept: list[list[list[set[int]]]], prompt: int, **inputs: Any
+) -> Tensor:
+    """Logits of one decoding step in which layer i sees `kept[i]` of the prompt."""
+    for layer, positions in zip(cache.layers, kept, strict=True):
+        layer.kept, layer.prompt = positions, prompt
+    with hooked_attention(model):
+        return model(**inputs, past_key_values=cache).logits
