@@ -27,7 +27,7 @@ class Modality(enum.IntEnum):
 
 @dataclass(frozen=True)
 class HeadGrid:
-    """The attention geometry of a decoder: `layers` x `kv_heads`, each shared by `group` queries."""
+    """Attention geometry of a decoder: `layers` x `kv_heads`, each serving `group` query heads."""
 
     layers: int
     query_heads: int

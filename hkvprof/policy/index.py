@@ -160,7 +160,9 @@ class ProjectedIndex(KeyIndex):
     shared_attributes = ("tables",)
 
     @classmethod
-    def build(cls, keys: Float[Tensor, "items dim"], tables: HeadTables, bits: int) -> ProjectedIndex:
+    def build(
+        cls, keys: Float[Tensor, "items dim"], tables: HeadTables, bits: int
+    ) -> ProjectedIndex:
         """Project, quantise and pack the keys of one head into `bits` bits each."""
         dtype = {16: torch.int16, 32: torch.int32, 64: torch.int64}[bits]
         projected = (keys.float() - tables.key_mean) @ tables.key_projection[:, tables.used]

@@ -49,6 +49,8 @@ class ObservedLayer(DynamicLayer):
 class ObservedCache(DynamicCache):
     """A dense cache whose covered layers are watched."""
 
+    layers: list[Any]
+
     def __init__(self, view: ModelView, watch: Watch) -> None:
         super().__init__(config=view.text_config)
         self.covered = [ObservedLayer(i, watch) for i in range(len(view.layer_ids))]

@@ -71,7 +71,8 @@ class DecodeRows:
 
     `query` [query_heads, R, dim]; `key`/`value` [kv_heads, tokens, dim] of the prompt and
     `new_key`/`new_value` [kv_heads, T, dim] of the continuation; row r sees the new tokens up to
-    `positions[r]`; `gradient` [R, query_heads, dim] of the reply's margin, over the margin itself; `projection` W_O
+    `positions[r]`; `gradient` [R, query_heads, dim] of the reply's margin, over the margin itself;
+    `projection` W_O
     [hidden, query_heads * dim]; `output_norm` [R] of the layer's attention output; `exact` [R].
     """
 
@@ -143,17 +144,15 @@ class _HeadJudge:
         self.query = rows.query[mine].float()
         self.key, self.value = rows.key[head].float(), rows.value[head].float()
         new_key, new_value = rows.new_key[head].float(), rows.new_value[head].float()
-        old = torch.matmul(self.query, self.key.T) * rows.scaling
+        self.logits = torch.matmul(self.query, self.key.T) * rows.scaling
         new = torch.matmul(self.query, new_key.T) * rows.scaling
         seen = torch.arange(len(new_key), device=new.device)[None] <= rows.positions[:, None]
         new = new.masked_fill(~seen, -torch.inf)
-        # Weights relative to the largest logit that no pruning removes keep small sums exact.
-        peak = torch.maximum(old.amax(-1), new.amax(-1))[..., None]
-        self.weight = (old - peak).exp()
-        new_weight = (new - peak).exp()
+        self.new_peak = new.amax(-1, keepdim=True)
+        new_weight = (new - self.new_peak).exp()
         self.new_sum = new_weight.sum(-1, keepdim=True)
         self.new_out = new_weight @ new_value
-        self.dense = self._normalise(self.weight @ self.value, self.weight.sum(-1, keepdim=True))
+        self.dense = self._attend(self.logits, self.value)
         dim = self.query.shape[-1]
         columns = rows.projection[
             :, head * self.group * dim : (head + 1) * self.group * dim
@@ -161,8 +160,15 @@ class _HeadJudge:
         self.metric = columns.T @ columns
         self.gradient = rows.gradient[:, mine].float().flatten(1)
 
-    def _normalise(self, out: Tensor, total: Tensor) -> Tensor:
-        return (out + self.new_out) / (total + self.new_sum).clamp(min=1e-30)
+    def _attend(self, logits: Tensor, value: Tensor) -> Tensor:
+        """Attention over some prompt tokens and the new ones, each weighed from the joint peak.
+
+        The peak is that of what is kept: were it the prompt's, kept weights could all be zero.
+        """
+        peak = torch.maximum(logits.amax(-1, keepdim=True), self.new_peak)
+        weight, new = (logits - peak).exp(), (self.new_peak - peak).exp()
+        total = weight.sum(-1, keepdim=True) + new * self.new_sum
+        return (weight @ value + new * self.new_out) / total
 
     def _loss(self, out: Tensor) -> Float[Tensor, " 3"]:
         change = (self.dense - out).transpose(0, 1).flatten(1)
@@ -187,9 +193,7 @@ class _HeadJudge:
                 curve.append(torch.zeros(3, device=self.key.device))
                 continue
             kept = select_tokens(ranking, count, strategy, keep, text)
-            weight = self.weight[..., kept]
-            out = self._normalise(weight @ self.value[kept], weight.sum(-1, keepdim=True))
-            curve.append(self._loss(out))
+            curve.append(self._loss(self._attend(self.logits[..., kept], self.value[kept])))
         return torch.stack(curve)
 
     def dynamic(
@@ -224,7 +228,6 @@ class _HeadJudge:
                 mask = torch.ones(len(rank), tokens, dtype=torch.bool, device=device)
                 chosen = (rank < layout.hot) | self.rows.exact[:, None]
                 mask[:, layout.sinks : end] = chosen.repeat_interleave(layout.chunk, dim=1)
-                weight = self.weight * mask
-                out = self._normalise(weight @ self.value, weight.sum(-1, keepdim=True))
-                curve_rows.append(self._loss(out))
+                kept = self.logits.masked_fill(~mask, -torch.inf)
+                curve_rows.append(self._loss(self._attend(kept, self.value)))
         return torch.stack(curve_rows)

@@ -176,13 +176,13 @@ class Handle:
     def _foreign_cache(self, cache: Any) -> None:
         if self.strict:
             raise CompressionError(
-                f"expected a cache made by hkvprof, found {type(cache).__name__}, which would not be "
-                "compressed: leave past_key_values out, pass handle.new_cache(), or apply with "
+                f"expected a cache made by hkvprof, found {type(cache).__name__}, which would "
+                "not be compressed: leave past_key_values out, pass handle.new_cache(), or apply with "
                 "strict=False"
             )
 
     def _refuse_assistance(self, kwargs: dict[str, Any], config: Any) -> None:
-        """Assisted decoding takes back tokens of its first pass, which is compressed as a prompt."""
+        """Assisted decoding takes back tokens of its first pass, which counts as the prompt."""
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             asked = kwargs.get(name, getattr(config, name, None))
             if asked is not None and not self._planner.keeps_everything:

@@ -82,6 +82,9 @@ class CompressedLayer(DynamicLayer):
     the stock layer.
     """
 
+    keys: Tensor | None
+    values: Tensor | None
+
     shared_attributes = ("_shared",)
     """Not this layer's own memory (see receipt.measure_storage)."""
 
@@ -119,6 +122,7 @@ class CompressedLayer(DynamicLayer):
         if self.keys is None:
             self.keys, self.values = key_states.contiguous(), value_states.contiguous()
         else:
+            assert self.values is not None
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
         self._account_dense()
@@ -192,7 +196,8 @@ class CompressedLayer(DynamicLayer):
         return result
 
     def _compress(self, call: AttentionCall) -> None:
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         prompt = self._shared.describe_prompt(self.keys, call.mask)
         plan = prompt.plans[self.number]
         if plan.dense_reason:
@@ -253,8 +258,7 @@ class CompressedLayer(DynamicLayer):
     def _new_token_mask(self, mask: Tensor | None, rows: int) -> Tensor:
         """Which of this pass's tokens every row may see, [batch, rows, rows]."""
         if mask is None or mask.ndim != 4:
-            device = self.storage.key.device
-            causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+            causal = torch.ones(rows, rows, dtype=torch.bool, device=self.device).tril()
             return causal.expand(self._rows, rows, rows)
         block = mask[:, 0, :, -rows:]
         block = block if block.dtype == torch.bool else block == 0
@@ -414,6 +418,8 @@ def _with_host(head: DynamicHead, key: Tensor, value: Tensor) -> tuple[Tensor, T
 class CompressedCache(DynamicCache):
     """A cache for one conversation (or a batch of them). Make it with `Handle.new_cache()`."""
 
+    layers: list[Any]
+
     def __init__(
         self, planner: Planner, grid: HeadGrid, layer_ids: tuple[int, ...], text_config: Any
     ) -> None:
@@ -435,8 +441,8 @@ class CompressedCache(DynamicCache):
         if silent:
             raise CompressionError(
                 f"layers {silent} were not compressed although the profile covers them: their "
-                "attention did not pass through hkvprof. This architecture is not supported; please "
-                "report it with the model's name and `pip show transformers`"
+                "attention did not pass through hkvprof. This architecture is not supported: "
+                "please report it with the model's name and `pip show transformers`"
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

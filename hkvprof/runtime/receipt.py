@@ -91,8 +91,8 @@ class Receipt:
     def __str__(self) -> str:
         mib = 2**20
         text = (
-            f"{self.resident_bytes / mib:.2f} MiB resident of {self.dense_bytes / mib:.2f} MiB dense "
-            f"({self.resident_share:.1%}), {self.host_bytes / mib:.2f} MiB on the host"
+            f"{self.resident_bytes / mib:.2f} MiB resident of {self.dense_bytes / mib:.2f} MiB "
+            f"dense ({self.resident_share:.1%}), {self.host_bytes / mib:.2f} MiB on the host"
         )
         if self.same_memory:
             text += " (device and host are the same memory here)"

@@ -1,4 +1,4 @@
-"""Dense attention restricted to the tokens that a compressed cache kept: the runtime's reference."""
+"""Dense attention over just the tokens that a compressed cache kept: the runtime's reference."""
 
 from __future__ import annotations
 

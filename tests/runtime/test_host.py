@@ -59,7 +59,7 @@ def test_layout_covers_every_token_once() -> None:
 
 
 def test_clone_is_independent() -> None:
-    head, key, value = dynamic_head(200, 4, 0.5)
+    head, _, _ = dynamic_head(200, 4, 0.5)
     twin = head.clone()
     hot_key = torch.zeros(head.layout.hot * 4, 16)
     head.refresh(torch.randn(2, 16), SCALING, hot_key, hot_key.clone())
