@@ -19,26 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from hkvprof.checks import (
+    check_bits,
     check_fingerprint,
     check_grid,
     check_header,
     check_menu,
+    check_ratios,
     expect,
     read_json,
     require,
 )
-from hkvprof.errors import BudgetError, ProfileError
+from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
-from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
-from hkvprof.policy.budget import (
-    INFEASIBLE,
-    Allocation,
-    Budget,
-    allocate,
-    scale_ratios,
-    token_floor,
-)
-from hkvprof.policy.costs import dynamic_layout
+from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
+from hkvprof.policy.budget import Allocation, Budget
+from hkvprof.policy.planning import Menu, plan_anew, plan_scaled
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "hkvprof"
@@ -131,42 +126,10 @@ class Profile:
         """
         dense = rows * tokens * self.grid.token_bytes(itemsize)
         share = Budget.parse(budget).resolve(tokens, dense)
-        floor = token_floor(self.keep.floor_tokens, tokens)
-        if self.recipe != "measured":
-            return self._scaled(share, floor, tokens, itemsize)
-        ratios, loss = self.ratios, self.loss
-        if floor < ratios[0]:  # below the first point curves stay flat, where the strategy fits
-            ratios = np.concatenate([[np.float32(floor)], ratios])
-            loss = np.concatenate([loss[..., :1], loss], axis=-1)
-        fits = self._fits(ratios, tokens, itemsize)
-        return allocate(np.where(fits, loss, INFEASIBLE), ratios, share, floor)
-
-    def _scaled(self, share: float, floor: float, tokens: int, itemsize: int) -> Allocation:
-        """Types as they are, ratios in proportion to those of the default budget."""
-        ratio = scale_ratios(self.budget, share, floor)
-        for choice, kept in zip(self.strategy.flat, ratio.flat, strict=True):
-            strategy = self.strategies[choice]
-            if kept < 1 and not self._strategy_fits(strategy, float(kept), tokens, itemsize):
-                raise BudgetError(
-                    f"budget {share:.4g} gives a dynamic head {kept:.4g} of a prompt of {tokens} "
-                    f"tokens, less than its index ({strategy.name}), sinks and "
-                    "recent tokens need: raise the budget or use a longer prompt"
-                )
-        return Allocation(self.strategy, ratio, float("nan"))
-
-    def _strategy_fits(self, strategy: Strategy, ratio: float, tokens: int, itemsize: int) -> bool:
-        if strategy.head_type is HeadType.STATIC:
-            return True
-        dim = self.grid.head_dim
-        return dynamic_layout(strategy, ratio, tokens, self.keep, dim, itemsize) is not None
-
-    def _fits(self, ratios: NDArray[np.float32], tokens: int, itemsize: int) -> NDArray[np.bool_]:
-        """Which strategies fit which ratio at this prompt length, [S, 1, 1, R]."""
-        fits = [
-            [self._strategy_fits(strategy, float(ratio), tokens, itemsize) for ratio in ratios]
-            for strategy in self.strategies
-        ]
-        return np.array(fits)[:, None, None, :]
+        menu = Menu(self.strategies, self.keep, self.grid.head_dim, tokens, itemsize)
+        if self.recipe == "measured":
+            return plan_anew(menu, self.loss, self.ratios, share)
+        return plan_scaled(menu, self.strategy, self.budget, share)
 
     def save(self, path: str | Path) -> Path:
         """Write the profile atomically, deterministic to the byte. Raises HkvError."""
@@ -315,13 +278,7 @@ def _check(profile: Profile) -> None:
     for name in ("loss", "output_error"):
         expect(name, getattr(profile, name), (menu, *heads, ratios), np.float32)
         require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
-    require(
-        ratios >= 1
-        and bool((profile.ratios > 0).all())
-        and bool((np.diff(profile.ratios) > 0).all())
-        and profile.ratios[-1] == 1,
-        "ratios must rise strictly from above 0 to exactly 1",
-    )
+    check_ratios(profile.ratios)
     require(
         bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"
     )
@@ -340,11 +297,6 @@ def _check(profile: Profile) -> None:
 
 
 def _check_index(index: ProjectedIndexTables, grid: HeadGrid) -> None:
-    require(
-        all(type(size) is int and size in (16, 32, 64) for size in index.sizes)
-        and len(set(index.sizes)) == len(index.sizes),
-        f"index sizes must be different ones of 16, 32, 64 bits, found {index.sizes!r}",
-    )
     heads = (grid.layers, grid.kv_heads)
     channels = index.deviation.shape[-1] if index.deviation.ndim == 3 else 0
     require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
@@ -353,8 +305,5 @@ def _check_index(index: ProjectedIndexTables, grid: HeadGrid) -> None:
     expect("index.key_mean", index.key_mean, (*heads, grid.head_dim), np.float32)
     expect("index.deviation", index.deviation, (*heads, channels), np.float32)
     expect("index.bits", index.bits, (len(index.sizes), *heads, channels), np.uint8)
-    require(bool((index.bits <= 5).all()), "index.bits holds more than 5 bits for a channel")
-    totals = index.bits.sum(axis=-1, dtype=np.int64)
-    limits = np.array(index.sizes, dtype=np.int64)[:, None, None]
-    require(bool((totals <= limits).all()), "index.bits sums to more bits than its size")
+    check_bits(index.sizes, index.bits)
     require(bool((index.deviation >= 0).all()), "index.deviation holds negative values")

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hkvprof.errors import ProfileError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
@@ -111,6 +112,28 @@ def _check_strategy(strategy: Strategy) -> None:
         strategy.index != "projected" or (strategy.bits in (16, 32, 64) and strategy.chunk == 1),
         "a projected index has 16, 32 or 64 bits per token and chunks of one token",
     )
+
+
+def check_ratios(ratios: NDArray[np.float32]) -> None:
+    """Raise ProfileError unless the curves' abscissae [R] rise to 1."""
+    sound = len(ratios) >= 1 and bool((ratios > 0).all()) and ratios[-1] == 1
+    require(
+        sound and bool((np.diff(ratios) > 0).all()),
+        "ratios must rise strictly from above 0 to exactly 1",
+    )
+
+
+def check_bits(sizes: tuple[int, ...], bits: NDArray[np.uint8]) -> None:
+    """Raise ProfileError unless `bits` [B, L, Hkv, C] fit into the index `sizes` [B]."""
+    known = all(type(size) is int and size in (16, 32, 64) for size in sizes)
+    require(
+        known and len(set(sizes)) == len(sizes),
+        f"index sizes must be different ones of 16, 32, 64 bits, found {sizes!r}",
+    )
+    require(bool((bits <= 5).all()), "index.bits holds more than 5 bits for a channel")
+    limits = np.array(sizes, dtype=np.int64)[:, None, None]
+    totals = bits.sum(axis=-1, dtype=np.int64)
+    require(bool((totals <= limits).all()), "index.bits sums to more bits than its size")
 
 
 def _is_int(value: object, low: int, high: int) -> bool:

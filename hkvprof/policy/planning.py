@@ -1,0 +1,68 @@
+"""From a profile's curves to decisions for one prompt length: what fits, then who gets what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.errors import BudgetError
+from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.policy.budget import INFEASIBLE, Allocation, allocate, scale_ratios, token_floor
+from hkvprof.policy.costs import dynamic_layout
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Strategies for prompts of `tokens` tokens with `itemsize` bytes per K/V element."""
+
+    strategies: tuple[Strategy, ...]
+    keep: KeepRule
+    head_dim: int
+    tokens: int
+    itemsize: int
+
+    @property
+    def floor(self) -> float:
+        """The least ratio of any head."""
+        return token_floor(self.keep.floor_tokens, self.tokens)
+
+    def fits(self, strategy: Strategy, ratio: float) -> bool:
+        """Whether the strategy's fixed bytes leave room for tokens at `ratio`."""
+        if strategy.head_type is HeadType.STATIC:
+            return True
+        layout = dynamic_layout(
+            strategy, ratio, self.tokens, self.keep, self.head_dim, self.itemsize
+        )
+        return layout is not None
+
+
+def plan_anew(
+    menu: Menu, loss: NDArray[np.float32], ratios: NDArray[np.float32], share: float
+) -> Allocation:
+    """Strategy and ratio of every head from curves [S, L, Hkv, R]. Raises BudgetError.
+
+    Between the floor and the first point curves stay flat, for strategies that fit there.
+    """
+    if menu.floor < ratios[0]:
+        ratios = np.concatenate([[np.float32(menu.floor)], ratios])
+        loss = np.concatenate([loss[..., :1], loss], axis=-1)
+    fits = np.array([[menu.fits(s, float(ratio)) for ratio in ratios] for s in menu.strategies])
+    return allocate(np.where(fits[:, None, None, :], loss, INFEASIBLE), ratios, share, menu.floor)
+
+
+def plan_scaled(
+    menu: Menu, strategy: NDArray[np.uint8], base: NDArray[np.float32], share: float
+) -> Allocation:
+    """Strategies as they are, ratios in proportion to `base`, both [L, Hkv]. Raises BudgetError."""
+    ratio = scale_ratios(base, share, menu.floor)
+    for choice, kept in zip(strategy.flat, ratio.flat, strict=True):
+        chosen = menu.strategies[choice]
+        if kept < 1 and not menu.fits(chosen, float(kept)):
+            raise BudgetError(
+                f"budget {share:.4g} gives a dynamic head {kept:.4g} of a prompt of {menu.tokens} "
+                f"tokens, less than its index ({chosen.name}), sinks and recent tokens need: raise "
+                "the budget or use a longer prompt"
+            )
+    return Allocation(strategy, ratio, float("nan"))
