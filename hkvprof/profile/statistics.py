@@ -72,8 +72,8 @@ class DecodeRows:
     `query` [query_heads, R, dim]; `key`/`value` [kv_heads, tokens, dim] of the prompt and
     `new_key`/`new_value` [kv_heads, T, dim] of the continuation; row r sees the new tokens up to
     `positions[r]`; `gradient` [R, query_heads, dim] of the reply's margin, over the margin itself;
-    `projection` W_O
-    [hidden, query_heads * dim]; `output_norm` [R] of the layer's attention output; `exact` [R].
+    `projection` W_O [hidden, query_heads * dim]; `output_norm` [R] of the layer's attention output;
+    `exact` [R].
     """
 
     query: Float[Tensor, "query_heads rows dim"]
@@ -165,7 +165,9 @@ class _HeadJudge:
 
         The peak is that of what is kept: were it the prompt's, kept weights could all be zero.
         """
-        peak = torch.maximum(logits.amax(-1, keepdim=True), self.new_peak)
+        peak = self.new_peak
+        if logits.shape[-1]:  # a keep rule without sinks and recent tokens may keep nothing
+            peak = torch.maximum(peak, logits.amax(-1, keepdim=True))
         weight, new = (logits - peak).exp(), (self.new_peak - peak).exp()
         total = weight.sum(-1, keepdim=True) + new * self.new_sum
         return (weight @ value + new * self.new_out) / total
