@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from hkvprof.checks import (
-    check_bits,
-    check_fingerprint,
-    check_grid,
-    check_header,
-    check_menu,
-    check_ratios,
-    expect,
-    read_json,
-    require,
-)
+from hkvprof.checks import check_bits, check_metadata, check_ratios, expect, read_json, require
 from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
@@ -168,11 +158,7 @@ class Profile:
             "fingerprint": self.fingerprint.to_json(),
             "recipe": self.recipe,
             "default_budget": self.default_budget,
-            "keep": {
-                "sinks": self.keep.sinks,
-                "recent": self.keep.recent,
-                "window": self.keep.window,
-            },
+            "keep": asdict(self.keep),
             "strategies": [s.to_json() for s in self.strategies],
             "kappas": list(self.kappas),
             "index_sizes": list(self.index.sizes) if self.index else [],
@@ -262,11 +248,7 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
 
 def _check(profile: Profile) -> None:
     """Raise ProfileError unless every bound holds; called for built and for loaded profiles."""
-    check_grid(profile.fingerprint.grid)
-    check_fingerprint(profile.fingerprint)
-    check_header(profile.recipe, profile.default_budget, profile.keep)
-    check_menu(profile.strategies, profile.kappas)
-    require(isinstance(profile.provenance, Mapping), "provenance must be an object")
+    check_metadata(profile)
     grid, menu = profile.grid, len(profile.strategies)
     heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
     ratios, kappas = len(profile.ratios), len(profile.kappas)

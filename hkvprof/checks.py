@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,35 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def check_grid(grid: HeadGrid) -> None:
+class Header(Protocol):
+    """What a profile says besides its arrays; see hkvprof.artifact.Profile."""
+
+    @property
+    def fingerprint(self) -> ModelFingerprint: ...
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def default_budget(self) -> float: ...
+    @property
+    def keep(self) -> KeepRule: ...
+    @property
+    def strategies(self) -> tuple[Strategy, ...]: ...
+    @property
+    def kappas(self) -> tuple[float, ...]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+
+def check_metadata(header: Header) -> None:
+    """Raise ProfileError unless every field is of its kind and within bounds."""
+    _check_grid(header.fingerprint.grid)
+    _check_fingerprint(header.fingerprint)
+    _check_rules(header.recipe, header.default_budget, header.keep)
+    _check_menu(header.strategies, header.kappas)
+    require(isinstance(header.provenance, Mapping), "provenance must be an object")
+
+
+def _check_grid(grid: HeadGrid) -> None:
     """Raise ProfileError unless the geometry is possible and of sane size."""
     for name in ("layers", "query_heads", "kv_heads", "head_dim"):
         value, limit = getattr(grid, name), getattr(_LIMITS, name)
@@ -62,7 +91,7 @@ def check_grid(grid: HeadGrid) -> None:
     )
 
 
-def check_fingerprint(fingerprint: ModelFingerprint) -> None:
+def _check_fingerprint(fingerprint: ModelFingerprint) -> None:
     """Raise ProfileError unless every field has its kind."""
     for name in ("architecture", "config_hash", "weights_digest", "hub_id", "commit"):
         value = getattr(fingerprint, name)
@@ -73,7 +102,7 @@ def check_fingerprint(fingerprint: ModelFingerprint) -> None:
         require(isinstance(getattr(fingerprint, name), dict), message)
 
 
-def check_header(recipe: object, budget: object, keep: KeepRule) -> None:
+def _check_rules(recipe: object, budget: object, keep: KeepRule) -> None:
     """Raise ProfileError unless recipe, default budget and keep rule are within bounds."""
     require(recipe in _RECIPES, f"unknown recipe {recipe!r}: expected one of {', '.join(_RECIPES)}")
     require(
@@ -86,7 +115,7 @@ def check_header(recipe: object, budget: object, keep: KeepRule) -> None:
         require(_is_int(value, low, high), message)
 
 
-def check_menu(strategies: tuple[Strategy, ...], kappas: tuple[float, ...]) -> None:
+def _check_menu(strategies: tuple[Strategy, ...], kappas: tuple[float, ...]) -> None:
     """Raise ProfileError unless all strategies and kappas are within bounds."""
     require(1 <= len(strategies) <= 64, f"expected 1 to 64 strategies, found {len(strategies)}")
     for strategy in strategies:
