@@ -37,6 +37,7 @@ def build_continuation(
 ) -> Continuation:
     """Tokenise the reply and the follow-up turns, piece by piece, through the chat template.
 
+    No turn is added whose reply would begin after `max_tokens` tokens; replies are never cut.
     Raises SampleError if the template rewrites earlier turns or nothing is left to predict.
     """
     conversation: list[dict[str, Any]] = [dict(message) for message in sample.messages]
@@ -46,7 +47,7 @@ def build_continuation(
     exact: list[bool] = []
     answer: str | None = reply
     turns = list(sample.followups)
-    while answer is not None and len(ids) < max_tokens:
+    while answer is not None:
         conversation.append({"role": "assistant", "content": _text(answer)})
         rendered, piece = _extend(processor, sample, conversation, rendered, reply_next=False)
         tokens = processor.encode_text(piece)
@@ -63,8 +64,10 @@ def build_continuation(
             turn = turns.pop(0)
             conversation.append({"role": "user", "content": _text(turn.question)})
             rendered, piece = _extend(processor, sample, conversation, rendered, reply_next=True)
-            ids += processor.encode_text(piece)
-            answer = turn.reply
+            question = processor.encode_text(piece)
+            if len(ids) + len(question) < max_tokens:
+                ids += question
+                answer = turn.reply
     if not rows:
         raise SampleError(
             f"sample {sample.id}: the reply has one token; nothing is decoded after it"

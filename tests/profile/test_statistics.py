@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_text_rows_follow_the_first_picture_and_are_spread(text: list[bool], lim
     if rows:
         assert (rows[0], rows[-1]) == (eligible[0], eligible[-1])
         places = [eligible.index(row) for row in rows]
-        gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(places)]
         assert max(gaps, default=1) - min(gaps, default=1) <= 1
 
 
@@ -240,8 +241,8 @@ def test_the_whole_prompt_costs_nothing_and_too_little_is_infeasible() -> None:
 
 def test_a_prompt_too_short_for_a_chunk_is_infeasible_below_one() -> None:
     layer = make_layer()
-    short = replace(layer, rows=replace(layer.rows, key=layer.rows.key[:, :10],
-                                        value=layer.rows.value[:, :10]), text=layer.text[:10])  # fmt: skip
+    rows = replace(layer.rows, key=layer.rows.key[:, :10], value=layer.rows.value[:, :10])
+    short = replace(layer, rows=rows, text=layer.text[:10])
     losses = short.losses((MENU[3],), RATIOS)
     assert losses.output[0, 0].tolist() == [float(INFEASIBLE)] * 5 + [0.0]
 
