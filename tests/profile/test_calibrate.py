@@ -1,0 +1,425 @@
+"""Calibration on tinyvl with a handful of small samples, and the recipes' rules on plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hkvprof
+from hkvprof import load_profile
+from hkvprof.artifact import Profile
+from hkvprof.errors import SampleError, UsageError
+from hkvprof.heads import HeadGrid, HeadType, KeepRule
+from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.profile.calibrate import KAPPAS, RATIOS, calibrate
+from hkvprof.profile.classify import (
+    MEASURED_MENU,
+    PAPER_MENU,
+    Curves,
+    allocate_by_sparsity,
+    classify_by_sparsity,
+    planning_loss,
+)
+from hkvprof.profile.samples import Sample, Turn
+from hkvprof.testbed.generator import make_sample
+
+BUDGET = 0.25
+TASKS = ("ocr", "cell", "count", "kv", "find", "attr")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    return hkvprof.load_model("tinyvl", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return [
+        make_sample(task, seed, images=2, rows=6, cols=6, split="calibration", followups=1)
+        for seed, task in enumerate(TASKS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: tuple[Any, Any], samples: list[Sample]) -> Profile:
+    return calibrate(*tiny, samples, budget=BUDGET)
+
+
+@pytest.fixture(scope="module")
+def paper(tiny: tuple[Any, Any], samples: list[Sample]) -> Profile:
+    return calibrate(*tiny, samples, budget=BUDGET, recipe="paper")
+
+
+def attention_name(model: Any) -> str:
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
+def short_sample(words: int = 3) -> Sample:
+    question = [{"type": "text", "text": "yellow " * words}]
+    return Sample("short", "short", ({"role": "user", "content": question},), reply="yellow cross")
+
+
+def broken_sample() -> Sample:
+    content = [
+        {"type": "image", "path": "/nowhere/missing.png"},
+        {"type": "text", "text": "yellow"},
+    ]
+    return Sample("broken", "ocr", ({"role": "user", "content": content},), reply="yellow")
+
+
+# -- profiles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["measured", "paper"])
+def test_the_order_of_samples_does_not_change_a_byte(
+    tiny: tuple[Any, Any], samples: list[Sample], recipe: Any, request: pytest.FixtureRequest
+) -> None:
+    first: Profile = request.getfixturevalue(recipe)
+    shuffled = [samples[i] for i in (3, 0, 5, 1, 4, 2)]
+    again = calibrate(*tiny, shuffled, budget=BUDGET, recipe=recipe)
+    assert again.to_bytes() == first.to_bytes()
+
+
+def test_a_measured_profile_holds_what_was_measured(measured: Profile) -> None:
+    assert measured.recipe == "measured"
+    assert measured.strategies == MEASURED_MENU
+    assert measured.loss.shape == (len(MEASURED_MENU), 6, 4, len(RATIOS))
+    assert measured.sparsity_mean.shape == (len(KAPPAS), 6, 8)
+    assert measured.index is not None
+    assert measured.index.sizes == (16, 32, 64)
+    feasible = measured.output_error < INFEASIBLE
+    assert bool((measured.loss[~feasible] == INFEASIBLE).all())
+    assert bool((measured.loss[..., -1] == 0).all())  # a whole prompt loses nothing
+    assert float(measured.loss[0, ..., 0].min()) > 0
+    assert 0 < float(measured.budget.mean()) <= BUDGET
+    # More attention mass lies in more keys.
+    assert bool((np.diff(measured.sparsity_mean, axis=0) >= 0).all())
+    assert 0 < float(measured.sparsity_mean.min()) < float(measured.sparsity_mean.max()) <= 1.0001
+
+
+def test_both_recipes_see_the_same_sparsity(measured: Profile, paper: Profile) -> None:
+    assert np.array_equal(measured.sparsity_mean, paper.sparsity_mean)
+    assert np.array_equal(measured.sparsity_std, paper.sparsity_std)
+    assert paper.strategies == PAPER_MENU
+    assert paper.index is None
+
+
+def test_provenance_counts_samples_tasks_and_tokens(
+    measured: Profile, tiny: tuple[Any, Any], samples: list[Sample]
+) -> None:
+    lengths = [tiny[1].encode([sample.messages]).tokens for sample in samples]
+    assert measured.provenance["samples"] == 6
+    assert measured.provenance["tasks"] == dict.fromkeys(sorted(TASKS), 1)
+    assert measured.provenance["skipped"] == 0
+    assert measured.provenance["tokens"]["min"] == min(lengths)
+    assert measured.provenance["tokens"]["max"] == max(lengths)
+    assert measured.provenance["tokens"]["mean"] == pytest.approx(sum(lengths) / 6, abs=0.05)
+
+
+@pytest.mark.parametrize("recipe", ["measured", "paper"])
+def test_profiles_survive_the_disk(
+    recipe: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    profile: Profile = request.getfixturevalue(recipe)
+    loaded = load_profile(profile.save(tmp_path / "p.safetensors"))
+    assert loaded.to_bytes() == profile.to_bytes()
+    assert loaded.strategies == profile.strategies
+    assert loaded.fingerprint == profile.fingerprint
+    assert np.array_equal(loaded.loss, profile.loss)
+
+
+def test_means_over_samples_are_means_of_single_runs(
+    tiny: tuple[Any, Any], samples: list[Sample]
+) -> None:
+    """The paper menu has no fitted index, so that samples are independent of each other."""
+    both = calibrate(*tiny, samples[:2], budget=BUDGET, recipe="paper")
+    alone = [calibrate(*tiny, [s], budget=BUDGET, recipe="paper") for s in samples[:2]]
+    mean = (alone[0].sparsity_mean + alone[1].sparsity_mean) / 2
+    gap = abs(alone[0].sparsity_mean - alone[1].sparsity_mean) / 2
+    assert np.allclose(both.sparsity_mean, mean, atol=1e-6)
+    assert np.allclose(both.sparsity_std, gap, atol=1e-6)
+    feasible = (alone[0].output_error < 1e29) & (alone[1].output_error < 1e29)
+    assert feasible.any()
+    mean = (alone[0].output_error + alone[1].output_error) / 2
+    assert np.allclose(both.output_error[feasible], mean[feasible], rtol=1e-4, atol=1e-7)
+
+
+def test_the_model_is_left_as_it_was(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
+    model, _ = tiny
+    before = attention_name(model), [p.requires_grad for p in model.parameters()]
+    calibrate(*tiny, samples[:1], budget=BUDGET)
+    assert (attention_name(model), [p.requires_grad for p in model.parameters()]) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# -- the paper's rule -----------------------------------------------------------------------------
+
+
+def test_theta_decides_the_types(
+    tiny: tuple[Any, Any], samples: list[Sample], paper: Profile
+) -> None:
+    def types(theta: float) -> np.ndarray:
+        profile = calibrate(*tiny, samples[:3], budget=BUDGET, recipe="paper", theta=theta)
+        assert profile.provenance["theta"] == theta
+        return profile.strategy
+
+    assert bool((types(1e-6) == HeadType.STATIC).all())
+    assert bool((types(1.0) == HeadType.DYNAMIC).all())
+    at = KAPPAS.index(0.10)
+    lower = paper.sparsity_mean[at] - 1.96 * paper.sparsity_std[at] / np.sqrt(6)
+    expected = np.where((lower >= 0.9).reshape(6, 4, 2).all(-1), HeadType.STATIC, HeadType.DYNAMIC)
+    assert 0 < expected.sum() < expected.size
+    assert np.array_equal(paper.strategy, expected)
+
+
+GRID = HeadGrid(layers=1, query_heads=6, kv_heads=3, head_dim=8)
+
+
+def test_a_group_is_static_only_if_all_of_it_is() -> None:
+    mean = np.array([[0.95, 0.95, 0.95, 0.85, 0.85, 0.85]], dtype=np.float32)
+    types = classify_by_sparsity(mean, np.zeros_like(mean), 10, 0.9, GRID)
+    assert types.tolist() == [[HeadType.STATIC, HeadType.DYNAMIC, HeadType.DYNAMIC]]
+
+
+def test_an_interval_across_theta_means_dynamic() -> None:
+    """Mean .95, deviation .2: the interval's half width is .39 / sqrt(n)."""
+    mean, std = np.full((1, 6), 0.95, np.float32), np.full((1, 6), 0.2, np.float32)
+    assert classify_by_sparsity(mean, std, 61, 0.9, GRID).tolist() == [[HeadType.DYNAMIC] * 3]
+    assert classify_by_sparsity(mean, std, 62, 0.9, GRID).tolist() == [[HeadType.STATIC] * 3]
+
+
+@given(
+    st.lists(st.floats(0, 1, width=32), min_size=6, max_size=6),
+    st.lists(st.floats(0, 0.5, width=32), min_size=6, max_size=6),
+    st.integers(1, 50),
+    st.floats(0.01, 1),
+    st.floats(0.01, 1),
+)
+def test_a_higher_theta_makes_no_head_static(
+    mean: list[float], std: list[float], count: int, a: float, b: float
+) -> None:
+    low, high = sorted((a, b))
+    spread = np.array([std], np.float32)
+    lax = classify_by_sparsity(np.array([mean], np.float32), spread, count, low, GRID)
+    strict = classify_by_sparsity(np.array([mean], np.float32), spread, count, high, GRID)
+    assert bool((strict >= lax).all())  # DYNAMIC is 1
+
+
+def test_static_shares_follow_sparsity_and_dynamic_ones_are_even() -> None:
+    grid = HeadGrid(layers=2, query_heads=4, kv_heads=2, head_dim=8)
+    types = np.array([[0, 0], [1, 1]], dtype=np.uint8)
+    mean = np.array([[0.9, 0.7, 0.4, 0.4], [0.1, 0.1, 0.9, 0.9]], dtype=np.float32)
+    found = allocate_by_sparsity(types, mean, 0.2, 0.01, grid)
+    assert found.ratio[0].tolist() == pytest.approx([0.2 * 0.8 / 0.6, 0.2 * 0.4 / 0.6], rel=1e-4)
+    assert found.ratio[1].tolist() == pytest.approx([0.2, 0.2], rel=1e-4)
+    assert np.array_equal(found.strategy, types)
+    assert float(found.ratio.astype(np.float64).mean()) <= 0.2
+
+
+# -- the measured loss ----------------------------------------------------------------------------
+
+
+def curves(seed: int = 0) -> Curves:
+    rng = np.random.default_rng(seed)
+    terms = [rng.uniform(0.1, 1, size=(3, 2, 2, len(RATIOS))) for _ in range(3)]
+    for term in terms:
+        term[2, :, :, :4] = float(INFEASIBLE)
+    return Curves(*terms)
+
+
+@pytest.mark.parametrize(("square", "reply"), [(1e-6, 1.0), (1.0, 1e4), (37.0, 1e-3)])
+def test_planning_does_not_depend_on_the_scale_of_its_terms(square: float, reply: float) -> None:
+    plain = curves()
+    ratios = np.array(RATIOS, dtype=np.float32)
+    scaled = replace(plain, square=plain.square * square, reply=plain.reply * reply)
+    found, expected = planning_loss(scaled, ratios), planning_loss(plain, ratios)
+    feasible = plain.output < INFEASIBLE
+    assert np.allclose(found[feasible], expected[feasible], rtol=1e-5)
+    assert bool((found[~feasible] == INFEASIBLE).all())
+    assert bool((found[feasible] < 1e6).all())
+
+
+def test_a_model_without_any_loss_has_no_nan() -> None:
+    zero = np.zeros((1, 1, 1, len(RATIOS)))
+    found = planning_loss(Curves(zero, zero, zero), np.array(RATIOS, np.float32))
+    assert found.tolist() == zero.tolist()
+
+
+# -- samples --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["measured", "paper"])
+def test_skipping_counts_and_names_bad_samples(
+    tiny: tuple[Any, Any], samples: list[Sample], recipe: Any
+) -> None:
+    empty = replace(samples[2], id="empty", reply="", followups=())
+    mixed = [short_sample(), samples[0], broken_sample(), samples[1], empty]
+    profile = calibrate(*tiny, mixed, budget=BUDGET, recipe=recipe, on_error="skip")
+    assert profile.provenance["samples"] == 2
+    assert profile.provenance["skipped"] == 3
+    assert profile.provenance["skipped_ids"] == ["broken", "empty", "short"]
+    good = calibrate(*tiny, samples[:2], budget=BUDGET, recipe=recipe)
+    assert np.array_equal(profile.loss, good.loss)
+    if recipe == "measured":
+        assert profile.index is not None
+        assert good.index is not None
+        assert np.array_equal(profile.index.key_projection, good.index.key_projection)
+
+
+@pytest.mark.parametrize("recipe", ["measured", "paper"])
+def test_when_every_sample_is_bad_the_first_reason_is_given(
+    tiny: tuple[Any, Any], samples: list[Sample], recipe: Any
+) -> None:
+    empty = replace(samples[2], id="empty", reply="", followups=())
+    for bad in ([empty], [short_sample(), broken_sample()]):
+        with pytest.raises(SampleError, match=r"no sample could be used: .*(empty|missing)"):
+            calibrate(*tiny, bad, budget=BUDGET, recipe=recipe, on_error="skip")
+
+
+def test_a_bad_sample_stops_calibration_and_leaves_nothing(
+    tiny: tuple[Any, Any], samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = attention_name(tiny[0])
+    with pytest.raises(SampleError, match="broken"):
+        calibrate(*tiny, [*samples[:1], broken_sample()], budget=BUDGET)
+    assert attention_name(tiny[0]) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [1, 20])
+def test_a_prompt_too_short_to_calibrate_on_is_named(tiny: tuple[Any, Any], words: int) -> None:
+    tokens = tiny[1].encode([short_sample(words).messages]).tokens
+    assert tokens < 29
+    with pytest.raises(SampleError, match=f"short.* {tokens} tokens.*at least 29"):
+        calibrate(*tiny, [short_sample(words)])
+
+
+def test_a_reply_of_one_token_can_be_calibrated_on(
+    tiny: tuple[Any, Any], samples: list[Sample]
+) -> None:
+    one = replace(samples[2], reply="7", followups=())
+    profile = calibrate(*tiny, [one], budget=BUDGET)
+    assert profile.provenance["samples"] == 1
+    assert bool(np.isfinite(profile.loss).all())
+
+
+def test_without_a_reply_the_model_speaks_for_itself(
+    tiny: tuple[Any, Any], samples: list[Sample]
+) -> None:
+    model, processor = tiny
+    given = samples[0]
+    inputs = processor.encode([given.messages]).to(model.device, model.dtype)
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    own = processor.decode(ids[0, inputs["input_ids"].shape[1] :])
+    assert own
+    silent = replace(given, reply=None, followups=())
+    spoken = replace(given, reply=own, followups=())
+    other = replace(given, reply="red cross red cross", followups=())
+    profiles = [
+        calibrate(*tiny, [s], budget=BUDGET, recipe="paper") for s in (silent, spoken, other)
+    ]
+    assert np.array_equal(profiles[0].loss, profiles[1].loss)
+    assert not np.array_equal(profiles[0].loss, profiles[2].loss)
+
+
+def test_a_later_question_counts(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
+    """Dropping the follow-up turn changes what is measured, not what the prompt shows."""
+    sample = samples[0]
+    assert sample.followups
+    whole = calibrate(*tiny, [sample], budget=BUDGET, recipe="paper")
+    first = calibrate(*tiny, [replace(sample, followups=())], budget=BUDGET, recipe="paper")
+    assert np.array_equal(whole.sparsity_mean, first.sparsity_mean)
+    assert not np.array_equal(whole.output_error, first.output_error)
+    long = replace(sample, followups=(*sample.followups, *[Turn("yellow cross", "red")] * 60))
+    assert calibrate(*tiny, [long], budget=BUDGET, recipe="paper").provenance["samples"] == 1
+
+
+# -- options, progress, interruption --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recipe": "best"},
+        {"theta": 0.0},
+        {"theta": 1.01},
+        {"theta": float("nan")},
+        {"budget": 0.0},
+        {"budget": 1.5},
+        {"budget": float("nan")},
+        {"budget": -0.1},
+        {"on_error": "ignore"},
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_before_any_work(
+    tiny: tuple[Any, Any], samples: list[Sample], options: dict[str, Any]
+) -> None:
+    def never(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+        raise AssertionError("work began")
+
+    with pytest.raises(UsageError, match=str(next(iter(options.values())))):
+        calibrate(*tiny, samples, track=never, **options)
+
+
+def test_no_samples_are_refused(tiny: tuple[Any, Any]) -> None:
+    with pytest.raises(SampleError, match="at least one"):
+        calibrate(*tiny, [])
+
+
+@pytest.mark.parametrize(("recipe", "passes"), [("paper", 1), ("measured", 2)])
+def test_progress_sees_every_sample_of_every_pass(
+    tiny: tuple[Any, Any], samples: list[Sample], recipe: Any, passes: int
+) -> None:
+    seen: list[tuple[str, int, list[str]]] = []
+
+    def track(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+        ids: list[str] = []
+        seen.append((description, total, ids))
+        for item in items:
+            ids.append(item.id)
+            yield item
+
+    calibrate(*tiny, samples[:2], budget=BUDGET, recipe=recipe, track=track)
+    assert len(seen) == passes
+    assert len({description for description, _, _ in seen}) == passes
+    for _, total, ids in seen:
+        assert total == 2
+        assert ids == sorted(sample.id for sample in samples[:2])
+
+
+def test_an_interruption_restores_attention(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
+    model, processor = tiny
+    before = attention_name(model)
+
+    def interrupt(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+        for i, item in enumerate(items):
+            if i == 1:
+                assert attention_name(model) != before
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(*tiny, samples, budget=BUDGET, track=interrupt)
+    assert attention_name(model) == before
+    inputs = processor.encode([samples[0].messages]).to(model.device, model.dtype)
+    with torch.no_grad():
+        assert bool(model(**inputs).logits.isfinite().all())
+
+
+def test_the_keep_rule_is_used_and_recorded(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
+    keep = KeepRule(sinks=1, recent=2, window=4)
+    profile = calibrate(*tiny, samples[:1], budget=BUDGET, recipe="paper", keep=keep)
+    default = calibrate(*tiny, samples[:1], budget=BUDGET, recipe="paper")
+    assert profile.keep == keep
+    assert not np.array_equal(profile.loss[0], default.loss[0])
