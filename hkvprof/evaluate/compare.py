@@ -15,6 +15,7 @@ from hkvprof.evaluate.converse import Reply, converse
 from hkvprof.evaluate.tasks import TaskSet
 from hkvprof.models.adapter import view_model
 from hkvprof.models.processing import ChatProcessor
+from hkvprof.policy.budget import Budget
 from hkvprof.profile.samples import Sample
 from hkvprof.runtime import apply, measure_storage
 
@@ -152,7 +153,8 @@ def method_name(budget: float | int | str) -> str:
 def _require_compression(answers: list[Answer], budgets: Sequence[float | int | str]) -> None:
     for budget in budgets:
         mine = [a for a in answers if a.method == method_name(budget)]
-        if budget not in (1, 1.0) and all(a.resident_bytes >= a.dense_bytes for a in mine):
+        whole = Budget.parse(budget).share == 1
+        if not whole and all(a.resident_bytes >= a.dense_bytes for a in mine):
             raise CompressionError(
                 f"budget {budget} compressed nothing on any of the samples: prompts may be shorter "
                 "than min_tokens, or the budget may hold them whole"
