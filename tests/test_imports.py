@@ -113,9 +113,10 @@ HEAVY = {"datasets", "typer", "rich", "PIL", "scipy"}
 
 
 def test_the_runtime_stays_light() -> None:
-    """What torch and transformers load by themselves (PIL, where installed) is not ours."""
+    """The import loads none of them; its names bring what torch and transformers load, no more."""
+    assert not loaded_by("import hkvprof.runtime") & (HEAVY | {"torch"})
     theirs = loaded_by("import torch, transformers.cache_utils")
-    assert not (loaded_by("import hkvprof.runtime") - theirs) & HEAVY
+    assert not (loaded_by("from hkvprof.runtime import apply") - theirs) & HEAVY
 
 
 def test_what_the_runtime_needs_names_no_heavy_package() -> None:
@@ -157,11 +158,14 @@ def test_help_needs_no_torch() -> None:
 
 def test_lazy_names_lead_somewhere() -> None:
     import hkvprof
+    import hkvprof.runtime
 
     for name in hkvprof.__all__:
         assert getattr(hkvprof, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         hkvprof.nothing  # noqa: B018
+    for name in hkvprof.runtime.__all__:
+        assert callable(getattr(hkvprof.runtime, name))
 
 
 def test_the_version_is_the_packages() -> None:

@@ -23,6 +23,7 @@ from hkvprof.errors import SampleError, UsageError
 from hkvprof.heads import KeepRule, Modality, Strategy
 from hkvprof.models.adapter import ModelView, output_projection, view_model
 from hkvprof.models.attention import AttentionCall, hooked_attention
+from hkvprof.models.forward import last_row_only
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.policy.budget import INFEASIBLE, token_floor
 from hkvprof.profile import classify
@@ -298,7 +299,8 @@ class _Probe:
         model = self.run.model
         self.observer.on_prefill = watch
         with self.observer.phase("prefill"):
-            output = model(**self.encoded.to(model.device, model.dtype), past_key_values=self.cache)
+            inputs = self.encoded.to(model.device, model.dtype)
+            output = model(**inputs, past_key_values=self.cache, **last_row_only(model))
         reply = self.sample.reply
         if reply is None:
             reply = self._greedy(output.logits[:, -1:].argmax(-1))

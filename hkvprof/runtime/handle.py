@@ -177,8 +177,8 @@ class Handle:
         if self.strict:
             raise CompressionError(
                 f"expected a cache made by hkvprof, found {type(cache).__name__}, which would "
-                "not be compressed: leave past_key_values out, pass handle.new_cache(), or apply with "
-                "strict=False"
+                "not be compressed: leave past_key_values out, pass handle.new_cache(), or apply "
+                "with strict=False"
             )
 
     def _refuse_assistance(self, kwargs: dict[str, Any], config: Any) -> None:
