@@ -15,14 +15,16 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hkvprof.errors import ModelError
+from hkvprof.errors import ModelError, UsageError
 
 _HOOK = "_hkvprof_hook"
-_SUPPORTED = ("sdpa", "flash_attention_2", "flash_attention_3")
+_PREFIX = "hkvprof_"
+_SUPPORTED = ("sdpa",)
 _REFUSED = {
     "s_aux": "learned attention sinks",
     "softcap": "attention logit soft-capping",
     "position_bias": "a position bias",
+    "sliding_window": "a sliding window in a layer whose cache grows",
     "cache": "a paged cache",
 }
 
@@ -71,16 +73,30 @@ def hooked_attention(model: Any) -> Iterator[None]:
 
 
 def hook_attention(model: Any) -> Callable[[], None]:
-    """As `hooked_attention`, returning the function that restores. Raises ModelError for eager."""
+    """As `hooked_attention`, returning the function that restores.
+
+    Raises ModelError for other implementations than SDPA (flash attention looks its kernel up under
+    the implementation's name), UsageError for a model that is hooked already.
+    """
     text_config = model.config.get_text_config(decoder=True)
     current = text_config._attn_implementation
+    if str(current).startswith(_PREFIX):
+        raise UsageError(
+            "this model's attention is hooked already: detach the profile applied to it first"
+        )
     if current not in _SUPPORTED:
         raise ModelError(
             f"attention implementation {current!r} is not supported: load the model with "
-            f"attn_implementation='sdpa' (or one of {', '.join(_SUPPORTED[1:])})"
+            "attn_implementation='sdpa', or call model.set_attn_implementation('sdpa'); on CUDA, "
+            "torch runs its own flash kernels under that name"
         )
     name = _register(current)
     _set_decoder_attention(model, text_config, name)
+    if text_config._attn_implementation != name:
+        raise ModelError(
+            f"{type(model).__name__} is not supported: its attention does not go through "
+            "transformers' AttentionInterface"
+        )
 
     def restore() -> None:
         _set_decoder_attention(model, text_config, current)
@@ -105,7 +121,7 @@ def _register(base: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = f"hkvprof_{base}"
+    name = f"{_PREFIX}{base}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(name, _dispatcher(ALL_ATTENTION_FUNCTIONS[base]))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
@@ -143,4 +159,7 @@ def refuse_features(kwargs: dict[str, Any]) -> None:
         if kwargs.get(key) is not None:
             raise ModelError(f"this model's attention uses {what} ({key}), which is not supported")
     if kwargs.get("output_attentions"):
-        raise ModelError("output_attentions=True is not supported: attention weights are never formed")
+        raise ModelError(
+            "output_attentions=True is not supported: attention weights are never formed; leave it "
+            "out, or detach the profile first"
+        )

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
-from hkvprof.errors import ModelError, UsageError
+from hkvprof.errors import HkvError, ModelError, UsageError
 from hkvprof.models.aliases import ALIASES, TINYVL_FOLDER
-from hkvprof.models.processing import ChatProcessor, load_processor
+from hkvprof.models.processing import ChatProcessor, hide_broken_torchvision, load_processor
 
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+HUB_TIMEOUT = 5.0
+"""Seconds to wait for the hub's answer before only local files are tried."""
 
 
 def load_model(
@@ -28,21 +38,26 @@ def load_model(
     its name; `device` defaults to CUDA where present. Raises ModelError when the weights cannot be
     had, UsageError on a wrong dtype or device.
     """
-    source = resolve_source(str(name_or_path))
-    options: dict[str, Any] = {
-        "dtype": _dtype(dtype),
-        "attn_implementation": attn_implementation,
-        "local_files_only": Path(source).is_dir(),
-    }
+    if device is not None and device_map is not None:
+        raise UsageError("give device or device_map, not both")
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
     if device_map is not None:
         options["device_map"] = device_map
+    target = None if device_map is not None else _device(device)
+    source = resolve_source(str(name_or_path))
+    local = Path(source).is_dir() or not _hub_answers()
     try:
-        model = _model_class(source, options["local_files_only"]).from_pretrained(source, **options)
-        processor = load_processor(source, model.config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        config, model_class = _model_class(source, local)
+        if getattr(config, "vision_config", None) is not None:
+            hide_broken_torchvision()
+        model = model_class.from_pretrained(source, local_files_only=local, **options)
+        processor = load_processor(source, model.config, local)
+    except HkvError:
+        raise
+    except Exception as error:  # transformers raises nearly anything on damaged checkpoints
         raise _unavailable(str(name_or_path), source, error) from error
-    if device_map is None:
-        model = model.to(_device(device))
+    if target is not None:
+        model = model.to(target)
     return model.eval(), processor
 
 
@@ -56,34 +71,54 @@ def resolve_source(name: str) -> str:
         return str(ensure_checkpoint())
     if name in ALIASES:
         return ALIASES[name].hub_id
-    if Path(name).is_dir():
-        return name
+    if name and Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         close = difflib.get_close_matches(name, ALIASES, n=3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else " `hkvprof models` lists aliases."
+        hint = f"Did you mean {' or '.join(close)}?" if close else "`hkvprof models` lists aliases."
         raise ModelError(
             f"no model {name!r}: expected an alias, a hub id such as Qwen/Qwen2.5-VL-7B-Instruct, "
-            f"or an existing folder.{hint}"
+            f"or an existing folder. {hint}"
         )
     return name
 
 
-def _model_class(source: str, local: bool) -> Any:
+def _hub_answers() -> bool:
+    """Whether the hub (or the proxy on the way) takes connections; False in offline mode.
+
+    Without it transformers would retry every file for half a minute before it gives up.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    hub = urlsplit(constants.ENDPOINT)
+    proxies = urllib.request.getproxies()
+    via = urlsplit(proxies.get(hub.scheme) or proxies.get("all") or constants.ENDPOINT)
+    port = via.port or (443 if via.scheme == "https" else 80)
+    try:
+        socket.create_connection((via.hostname or "", port), timeout=HUB_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _model_class(source: str, local: bool) -> tuple[Any, Any]:
+    """The config of a checkpoint and the class that loads it."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     config = AutoConfig.from_pretrained(source, local_files_only=local)
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+        return config, AutoModelForImageTextToText
+    return config, AutoModelForCausalLM
 
 
 def _dtype(dtype: str | torch.dtype) -> Any:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted not in DTYPES.values():
         raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return wanted
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -92,15 +127,23 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         wanted = torch.device(device)
         torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {str(device)!r} cannot be used here: {reason}") from None
     return wanted
 
 
 def _unavailable(name: str, source: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if Path(source).is_dir():
+        missing = not (Path(source) / "config.json").is_file()
+        expected = "a checkpoint written by save_pretrained, with its processor or tokenizer"
+        found = "there is no config.json" if missing else reason
+        return ModelError(f"cannot load a model from {source} ({found}): expected {expected}")
+    if not isinstance(error, OSError):
+        return ModelError(f"cannot load {name!r} ({source}): {reason}")
     return ModelError(
-        f"the weights of {name!r} cannot be had ({reason[:200]}). Three ways to provide them: "
+        f"the weights of {name!r} cannot be had ({reason}). Three ways to provide them: "
         f"(1) a folder: --model /path/to/{Path(source).name}; (2) the hub cache: `hf download "
         f"{source}` on a connected machine, then copy HF_HOME here; (3) a network connection "
         "(and HF_TOKEN for gated models)"

@@ -1,16 +1,18 @@
 """From chat messages to model inputs, with and without torchvision.
 
 Where torchvision works, transformers' AutoProcessor does everything. Where it does not, images go
-through the image processor (Pillow) and the image placeholders are expanded here; the inputs are
-equal (tests/models/test_processing.py). Text-only models need a tokenizer alone.
+through the image processor (Pillow) and the image placeholders are expanded here. Token ids, masks
+and grids are equal, pixels up to rounding (1e-6; at most two grey levels where an image is resized;
+tests/models/test_processing.py). Text-only models need a tokenizer alone.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,8 +24,15 @@ from torch import Tensor
 
 from hkvprof.errors import ModelError, SampleError
 from hkvprof.heads import Modality
-
-Conversation = Sequence[Mapping[str, Any]]
+from hkvprof.models.conversation import (
+    Conversation,
+    context_ranges,
+    flatten,
+    images_of,
+    parts_of,
+    refuse_context,
+    refuse_placeholder,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,11 @@ class ChatProcessor(ABC):
     """Encodes conversations in the chat format of transformers; decodes replies."""
 
     def __init__(self, tokenizer: Any, config: Any) -> None:
+        if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
+            raise ModelError(  # transformers makes an empty tokenizer where the files are missing
+                "the checkpoint's tokenizer turns text into nothing: expected tokenizer.json (or "
+                "the files of its tokenizer class) beside the weights"
+            )
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -78,12 +92,8 @@ class TextProcessor(ChatProcessor):
 
     def render(self, conversation: Conversation, *, reply_next: bool) -> str:
         """See ChatProcessor."""
-        flat = [{"role": m["role"], "content": _flatten(m["content"])} for m in conversation]
-        return str(
-            self.tokenizer.apply_chat_template(
-                flat, tokenize=False, add_generation_prompt=reply_next
-            )
-        )
+        flat = [{"role": m["role"], "content": flatten(m["content"])} for m in conversation]
+        return _apply_template(self.tokenizer, flat, reply_next)
 
     def encode(self, conversations: Sequence[Conversation]) -> Encoded:
         """See ChatProcessor. Parts marked `"modality": "context"` are labelled CONTEXT."""
@@ -98,7 +108,7 @@ class TextProcessor(ChatProcessor):
         modality = torch.zeros_like(batch["input_ids"])
         for row, conversation in enumerate(conversations):
             starts, ends = batch["offset_mapping"][row].unbind(-1)
-            for begin, end in _context_ranges(texts[row], conversation):
+            for begin, end in context_ranges(texts[row], conversation):
                 modality[row][(starts < end) & (ends > begin)] = Modality.CONTEXT
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return Encoded(inputs, modality)
@@ -111,12 +121,8 @@ class _VisionProcessor(ChatProcessor):
 
     def render(self, conversation: Conversation, *, reply_next: bool) -> str:
         """See ChatProcessor."""
-        listed = [{"role": m["role"], "content": _parts(m["content"])} for m in conversation]
-        return str(
-            self.renderer.apply_chat_template(
-                listed, tokenize=False, add_generation_prompt=reply_next
-            )
-        )
+        listed = [{"role": m["role"], "content": parts_of(m["content"])} for m in conversation]
+        return _apply_template(self.renderer, listed, reply_next)
 
     def _modality(self, ids: Tensor) -> Tensor:
         modality = torch.zeros_like(ids)
@@ -136,14 +142,19 @@ class AutoVisionProcessor(_VisionProcessor):
 
     def encode(self, conversations: Sequence[Conversation]) -> Encoded:
         """See ChatProcessor."""
-        _refuse_context(conversations)
-        images = [_images(conversation) for conversation in conversations]
-        batch = self.processor(
-            text=[self.render(conversation, reply_next=True) for conversation in conversations],
-            images=images if any(images) else None,
-            padding=True,
-            return_tensors="pt",
-        )
+        refuse_context(conversations)
+        images = [images_of(conversation) for conversation in conversations]
+        texts = [self.render(conversation, reply_next=True) for conversation in conversations]
+        refuse_placeholder(conversations, getattr(self.processor, "image_token", None))
+        begun = texts[0].startswith(self.tokenizer.bos_token or "\0")
+        with _bad_image():
+            batch = self.processor(
+                text=texts,
+                images=images if any(images) else None,
+                padding=True,
+                add_special_tokens=not begun,
+                return_tensors="pt",
+            )
         inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         return Encoded(inputs, self._modality(inputs["input_ids"]))
 
@@ -159,12 +170,14 @@ class PillowVisionProcessor(_VisionProcessor):
 
     def encode(self, conversations: Sequence[Conversation]) -> Encoded:
         """See ChatProcessor."""
-        _refuse_context(conversations)
+        refuse_context(conversations)
         texts = [self.render(conversation, reply_next=True) for conversation in conversations]
-        images = [image for conversation in conversations for image in _images(conversation)]
+        images = [image for conversation in conversations for image in images_of(conversation)]
+        refuse_placeholder(conversations, self.placeholder)
         inputs: dict[str, Tensor] = {}
         if images:
-            vision = self.image_processor(images=images, return_tensors="pt")
+            with _bad_image():
+                vision = self.image_processor(images=images, return_tensors="pt")
             inputs = {key: vision[key] for key in ("pixel_values", "image_grid_thw")}
             texts = self._expand(texts, inputs["image_grid_thw"])
         batch = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
@@ -185,24 +198,48 @@ class PillowVisionProcessor(_VisionProcessor):
 
 
 @cache
-def torchvision_works() -> bool:
-    """Whether torchvision is installed and loads beside this torch."""
-    if importlib.util.find_spec("torchvision") is None:
-        return False
+def torchvision_problem() -> str:
+    """Why torchvision cannot be used; empty if it loads beside this torch."""
     try:
         import torchvision  # noqa: F401
-    except (ImportError, RuntimeError, OSError, AttributeError):
-        return False
-    return True
+    except ModuleNotFoundError as error:
+        return "it is not installed" if error.name == "torchvision" else str(error)
+    except Exception as error:  # a build for another torch raises nearly anything
+        return f"it does not load: {str(error).splitlines()[0]}"
+    return ""
 
 
-def load_processor(source: str, config: Any) -> ChatProcessor:
-    """The processor that fits a checkpoint. Raises ModelError if none can be built."""
+def torchvision_works() -> bool:
+    """Whether torchvision is installed and loads beside this torch."""
+    return not torchvision_problem()
+
+
+def hide_broken_torchvision() -> None:
+    """Let transformers see a torchvision that cannot be imported as one that is not installed.
+
+    transformers looks for the package without importing it; its vision models then die with
+    "operator torchvision::nms does not exist". In sys.modules, None is Python's own mark for a
+    module that must not be imported.
+    """
+    from transformers.utils import import_utils
+
+    if torchvision_works() or not import_utils.is_torchvision_available():
+        return
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+    for name in ("", "_v2"):
+        getattr(import_utils, f"is_torchvision{name}_available").cache_clear()
+
+
+def load_processor(source: str, config: Any, local: bool) -> ChatProcessor:
+    """The processor that fits a checkpoint; `local` forbids downloads.
+
+    Raises ModelError if none can be built.
+    """
     from transformers import AutoProcessor, AutoTokenizer
 
-    local = Path(source).is_dir()
     if getattr(config, "vision_config", None) is None:
         return TextProcessor(AutoTokenizer.from_pretrained(source, local_files_only=local), config)
+    hide_broken_torchvision()
     if torchvision_works():
         processor = AutoProcessor.from_pretrained(source, local_files_only=local)
         return AutoVisionProcessor(processor, config)
@@ -224,8 +261,9 @@ def _pillow_image_processor(source: str, local: bool) -> Any:
     kind = str(settings.get("image_processor_type", ""))
     if not kind.startswith("Qwen2VLImageProcessor"):
         raise ModelError(
-            f"{source} uses the image processor {kind or 'unknown'}, which needs torchvision: "
-            "install one that matches your torch (`pip install 'hkvprof[video]'`)"
+            f"{source} uses the image processor {kind or 'unknown'}, which needs torchvision "
+            f"({torchvision_problem()}): install one that matches your torch "
+            "(`pip install 'hkvprof[video]'`)"
         )
     known = {k: v for k, v in settings.items() if k != "image_processor_type"}
     return Qwen2VLImageProcessorPil(**known)
@@ -242,44 +280,26 @@ def _load_json(source: str, name: str, local: bool) -> dict[str, Any]:
     return dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def _parts(content: Any) -> list[Mapping[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+def _apply_template(renderer: Any, messages: list[dict[str, Any]], reply_next: bool) -> str:
+    from jinja2 import TemplateError
+
+    if not renderer.chat_template:
+        raise ModelError(
+            "the model has no chat template: use an instruction-tuned model, or set "
+            "processor.tokenizer.chat_template"
+        )
+    try:
+        return str(
+            renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next)
+        )
+    except TemplateError as error:
+        raise SampleError(f"the model's chat template refuses the messages: {error}") from error
 
 
-def _flatten(content: Any) -> str:
-    parts = _parts(content)
-    if any(part["type"] != "text" for part in parts):
-        raise SampleError("the sample holds images, but the model is text-only: use another model or data set")
-    return "\n\n".join(part["text"] for part in parts)
-
-
-def _images(conversation: Conversation) -> list[Any]:
-    """The conversation's images in order; each part holds an opened PIL image under `image`."""
-    parts = [part for message in conversation for part in _parts(message["content"])]
-    if any(part["type"] == "video" for part in parts):
-        raise SampleError("video input is not supported yet: use samples with images and text only")
-    return [part["image"] for part in parts if part["type"] == "image"]
-
-
-def _context_ranges(text: str, conversation: Conversation) -> list[tuple[int, int]]:
-    """Character ranges in the rendered text of the parts marked as context."""
-    ranges, at = [], 0
-    for message in conversation:
-        for part in _parts(message["content"]):
-            if part["type"] == "text" and part.get("modality") == "context":
-                begin = text.find(part["text"].strip(), at)
-                if begin < 0:
-                    raise SampleError("the chat template changed a context part: it cannot be located")
-                at = begin + len(part["text"].strip())
-                ranges.append((begin, at))
-    return ranges
-
-
-def _refuse_context(conversations: Sequence[Conversation]) -> None:
-    if any(
-        part.get("modality") == "context"
-        for conversation in conversations
-        for message in conversation
-        for part in _parts(message["content"])
-    ):
-        raise SampleError('"modality": "context" is for text-only models: remove it from this sample')
+@contextmanager
+def _bad_image() -> Iterator[None]:
+    """Image processors raise ValueError for sizes that they cannot use."""
+    try:
+        yield
+    except ValueError as error:
+        raise SampleError(f"the image processor refuses an image: {error}") from error

@@ -1,0 +1,195 @@
+"""Real transformers classes with tiny random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "intermediate_size": 32,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SLIDING = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 32,
+}
+MLA = {
+    **TEXT,
+    "head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "text_config": {**TEXT, "rope_parameters": MROPE, **text},
+        "vision_config": {**QWEN_VISION, **vision},
+    }
+
+
+def _vlm(text: str, vision: str, **extra: Any) -> dict[str, Any]:
+    return {
+        "text_config": {**TEXT, "model_type": text},
+        "vision_config": {**VISION, "model_type": vision},
+        **extra,
+    }
+
+
+COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen2-vl": (
+        "Qwen2VLConfig",
+        "Qwen2VLForConditionalGeneration",
+        _qwen({}, {"hidden_size": 64}),
+    ),
+    "qwen2.5-vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", _qwen({}, {})),
+    "qwen3-vl": (
+        "Qwen3VLConfig",
+        "Qwen3VLForConditionalGeneration",
+        _qwen({}, {"deepstack_visual_indexes": [0]}),
+    ),
+    "qwen3-vl-moe": (
+        "Qwen3VLMoeConfig",
+        "Qwen3VLMoeForConditionalGeneration",
+        _qwen(EXPERTS, {"deepstack_visual_indexes": [0]}),
+    ),
+    "llava": (
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        _vlm("llama", "clip_vision_model", image_token_index=5),
+    ),
+    "llava-onevision": (
+        "LlavaOnevisionConfig",
+        "LlavaOnevisionForConditionalGeneration",
+        _vlm("qwen2", "siglip_vision_model", image_token_index=5, video_token_index=6),
+    ),
+    "internvl": (
+        "InternVLConfig",
+        "InternVLForConditionalGeneration",
+        _vlm("qwen2", "internvl_vision", image_token_id=5),
+    ),
+    "idefics3": (
+        "Idefics3Config",
+        "Idefics3ForConditionalGeneration",
+        _vlm("llama", "idefics3_vision", image_token_id=5),
+    ),
+    "smolvlm": (
+        "SmolVLMConfig",
+        "SmolVLMForConditionalGeneration",
+        _vlm("llama", "smolvlm_vision", image_token_id=5),
+    ),
+    "gemma3": (
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**TEXT, **SLIDING},
+            "vision_config": VISION,
+            "image_token_index": 5,
+            "boi_token_index": 6,
+            "eoi_token_index": 7,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", TEXT),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**TEXT, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", TEXT),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", TEXT),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", TEXT),
+    "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**TEXT, "num_key_value_heads": 4}),
+}
+"""Models that are covered: config class, model class, arguments of the config."""
+
+REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**TEXT, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "gpt_oss is not supported: it uses learned attention sinks",
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        TEXT,
+        "gemma2 is not supported: it uses attention logit soft-capping",
+    ),
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        MLA,
+        "deepseek_v2 is not supported: it uses multi-head latent attention",
+    ),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        MLA,
+        "deepseek_v3 is not supported: it uses multi-head latent attention",
+    ),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 64},
+        "t5 is not supported: it uses an encoder and a decoder",
+    ),
+    "mamba": (
+        "MambaConfig",
+        "MambaForCausalLM",
+        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4},
+        "MambaForCausalLM has no supported layer",
+    ),
+    "all layers slide": (
+        "MistralConfig",
+        "MistralForCausalLM",
+        {**TEXT, "sliding_window": 32},
+        "MistralForCausalLM has no supported layer",
+    ),
+}
+"""Models that are refused, and with which words."""
+
+
+def build(config: str, model: str, arguments: dict[str, Any]) -> Any:
+    """A model with fixed random weights, in eval mode."""
+    torch.manual_seed(0)
+    return getattr(hf, model)(getattr(hf, config)(**arguments)).eval()
+
+
+def build_covered(name: str, **changes: Any) -> Any:
+    """One of COVERED, its config changed by `changes`."""
+    config, model, arguments = COVERED[name]
+    return build(config, model, {**arguments, **changes})
