@@ -45,7 +45,9 @@ Recipe = Literal["paper", "measured"]
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
 KAPPAS = (0.02, 0.05, 0.10, 0.20)
 THETA_KAPPA = 0.10
-FIT_SAMPLES = 32
+FIT_SAMPLES = 64
+FIT_TOKENS = 65_536
+"""The index is fitted on up to FIT_SAMPLES samples, but at least 16 and then no more than these."""
 MAX_REPLY_TOKENS = 48
 MAX_CONTINUATION = 192
 
@@ -87,12 +89,13 @@ def calibrate(
     out of range.
     """
     _check_options(recipe, theta, budget, on_error, samples)
-    run = _Run(model, processor, recipe, keep or KeepRule(), on_error, track or _untracked)
+    keep = keep or (KeepRule() if recipe == "paper" else classify.MEASURED_KEEP)
+    run = _Run(model, processor, recipe, keep, on_error, track or _untracked)
     ordered = sorted(samples, key=lambda sample: sample.id)
     tables = None
     with hooked_attention(model):
         if recipe == "measured":
-            tables = run.fit(_spread(ordered, FIT_SAMPLES))
+            tables = run.fit(_spread(ordered)[:FIT_SAMPLES])
         rows = run.rows(ordered, tables)
     return _build_profile(run, rows, tables, theta=theta, budget=budget, seed=seed)
 
@@ -116,11 +119,11 @@ def _untracked(iterable: Iterable[Any], description: str, total: int) -> Iterabl
     return iterable
 
 
-def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """`count` samples evenly over the sorted list."""
-    if len(samples) <= count:
-        return list(samples)
-    return [samples[i * len(samples) // count] for i in range(count)]
+def _spread(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples in an order of which every beginning is spread evenly over the list."""
+    golden = (math.sqrt(5) - 1) / 2
+    places = sorted(range(len(samples)), key=lambda i: (i * golden) % 1.0)
+    return [samples[i] for i in places]
 
 
 class _Run:
@@ -148,7 +151,9 @@ class _Run:
     def fit(self, samples: Sequence[Sample]) -> ProjectedIndexTables:
         """First pass, a subset: fit the projected index."""
         moments = Moments(self.view.grid)
-        for sample in self.track(samples, "fitting the index", len(samples)):
+        for number, sample in enumerate(self.track(samples, "fitting the index", len(samples))):
+            if number >= 16 and moments.key_rows.max() >= FIT_TOKENS:
+                break
             self._guarded(sample, lambda probe: probe.add_moments(moments))
         if not bool(moments.key_rows.all()):
             raise SampleError(f"no sample could be used: {self._first_reason()}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.heads import HeadGrid, HeadType, Strategy
+from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import INFEASIBLE, Allocation, allocate, scale_ratios
 
 PAPER_MENU = (
@@ -26,6 +26,13 @@ MEASURED_MENU = (
 )
 """Static scores at three pooling widths, and the projected index at three sizes."""
 
+MEASURED_KEEP = KeepRule(sinks=2, recent=4, window=16)
+"""Fewer forced tokens than in the literature: scores and indexes find the useful ones themselves
+(docs/experiments.md)."""
+
+OUTPUT_WEIGHT = 0.5
+"""Weight of the output term beside the reply term, which knows what the answer depends on."""
+
 REFERENCE_RATIO = 0.05
 """Where the two loss terms are brought to one scale."""
 
@@ -42,16 +49,17 @@ class Curves:
 
 
 def planning_loss(curves: Curves, ratios: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What planning minimises: the reply's squared margin change plus the squared output change.
+    """What planning minimises: root mean squares of the reply's and of the output's change.
 
-    Each term is divided by its mean over all heads at the menu's first strategy (static) near
-    REFERENCE_RATIO, so that both count alike whatever the model's scale.
+    Each mean square is divided by its mean over all heads at the menu's first strategy (static)
+    near REFERENCE_RATIO, whatever the model's scale. The root, because the errors of many heads
+    pull a margin the same way and so add up by size, not by square (docs/experiments.md).
     """
     at = int(np.abs(ratios - REFERENCE_RATIO).argmin())
     total = np.zeros_like(curves.square)
-    for term in (curves.square, curves.reply):
+    for term, weight in ((curves.square, OUTPUT_WEIGHT), (curves.reply, 1.0)):
         scale = term[0, :, :, at].mean()
-        total += term / max(float(scale), 1e-30)
+        total += weight * np.sqrt(term / max(float(scale), 1e-30))
     total = np.where(curves.output >= INFEASIBLE, float(INFEASIBLE), total)
     return np.minimum(total, float(INFEASIBLE)).astype(np.float32)
 
