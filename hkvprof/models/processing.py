@@ -252,12 +252,8 @@ def _pillow_image_processor(source: str, local: bool) -> Any:
     """The Pillow variant of a Qwen-VL image processor, from its saved settings."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    settings: dict[str, Any] = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        settings = _load_json(source, name, local)
-        settings = settings.get("image_processor", settings)
-        if settings:
-            break
+    settings = _load_json(source, "processor_config.json", local).get("image_processor")
+    settings = settings or _load_json(source, "preprocessor_config.json", local)
     kind = str(settings.get("image_processor_type", ""))
     if not kind.startswith("Qwen2VLImageProcessor"):
         raise ModelError(
@@ -275,9 +271,7 @@ def _load_json(source: str, name: str, local: bool) -> dict[str, Any]:
     path = cached_file(
         source, name, local_files_only=local, _raise_exceptions_for_missing_entries=False
     )
-    if path is None:
-        return {}
-    return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    return dict(json.loads(Path(path).read_text(encoding="utf-8"))) if path else {}
 
 
 def _apply_template(renderer: Any, messages: list[dict[str, Any]], reply_next: bool) -> str:

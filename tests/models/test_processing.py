@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -339,6 +340,35 @@ def test_a_broken_torchvision_leads_to_pillow(tmp_path: Path) -> None:
         "print(type(processor).__name__)\n"
     )
     assert run_python("-c", program, path=str(path)) == "PillowVisionProcessor\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "patch", "edges"),
+    [
+        (
+            {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2},
+            14,
+            (3136, 12845056),
+        ),
+        (
+            {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16},
+            16,
+            (65536, 16777216),
+        ),
+    ],
+    ids=["as Qwen2.5-VL has it", "as Qwen3-VL has it"],
+)
+def test_settings_as_the_hub_has_them(
+    settings: dict[str, Any], patch: int, edges: tuple[int, int], tmp_path: Path
+) -> None:
+    settings |= {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "x"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "x"}')
+    processor = processing._pillow_image_processor(str(tmp_path), local=True)
+    assert processor.patch_size == patch
+    assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == edges
+    grid = processor(images=[picture(30, 30)], return_tensors="pt")["image_grid_thw"][0]
+    assert int(grid.prod()) * patch**2 >= edges[0], "small images are scaled up to the minimum"
 
 
 def test_other_image_processors_need_torchvision(tmp_path: Path) -> None:
