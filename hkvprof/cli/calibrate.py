@@ -32,6 +32,13 @@ class Recipe(StrEnum):
     MEASURED = "measured"
 
 
+class Replies(StrEnum):
+    """Whose replies are teacher-forced."""
+
+    GIVEN = "given"
+    OWN = "own"
+
+
 class OnError(StrEnum):
     """What a bad sample does."""
 
@@ -69,6 +76,9 @@ def calibrate(
     budget: Annotated[
         str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
     ] = "0.10",
+    replies: Annotated[
+        Replies, typer.Option("--replies", help="Judge the given replies, or the model's own.")
+    ] = Replies.GIVEN,
     on_error: Annotated[
         OnError, typer.Option("--on-error", help="Stop at a bad sample, or skip and count it.")
     ] = OnError.RAISE,
@@ -92,7 +102,7 @@ def calibrate(
     loaded, processor = _model(model, dtype, device, device_map)
     profile = _calibrated(
         loaded, processor, samples, recipe=recipe.value, theta=theta, budget=share, seed=seed,
-        on_error=on_error.value,
+        on_error=on_error.value, replies=replies.value,
     )  # fmt: skip
     profile = with_source(profile, data, samples)
     check_output(path, force)

@@ -75,6 +75,24 @@ def build_continuation(
     return Continuation(torch.tensor(ids), torch.tensor(rows), torch.tensor(exact))
 
 
+def opening_of_turn(processor: ChatProcessor, sample: Sample, replies: list[str]) -> list[int]:
+    """Token ids between the prompt and the next reply, when `replies` have been given so far.
+
+    `replies` answer the question and the first follow-ups; the ids end where the next one begins.
+    """
+    conversation: list[dict[str, Any]] = [dict(message) for message in sample.messages]
+    rendered = processor.render(conversation, reply_next=True)
+    ids: list[int] = []
+    for reply, turn in zip(replies, sample.followups, strict=False):
+        for role, text in (("assistant", reply), ("user", turn.question)):
+            conversation.append({"role": role, "content": _text(text)})
+            rendered, piece = _extend(
+                processor, sample, conversation, rendered, reply_next=role == "user"
+            )
+            ids += processor.encode_text(piece)
+    return ids
+
+
 def _text(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hkvprof.runtime.handle import Handle, apply
     from hkvprof.runtime.cache import CompressedCache
+    from hkvprof.runtime.handle import Handle, apply
     from hkvprof.runtime.receipt import Receipt, measure_storage
 
 __all__ = ["CompressedCache", "Handle", "Receipt", "apply", "measure_storage"]
