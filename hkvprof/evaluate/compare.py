@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from hkvprof.artifact import Profile
 from hkvprof.errors import CompressionError
-from hkvprof.evaluate.converse import Reply, converse
+from hkvprof.evaluate.converse import Reply, Sizes, converse
 from hkvprof.evaluate.tasks import TaskSet
 from hkvprof.models.adapter import view_model
 from hkvprof.models.processing import ChatProcessor
@@ -25,11 +25,12 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Answer:
-    """One reply under one method; bytes are those of the cache at the end of the sample.
+    """One reply under one method.
 
-    `turn` 0 is the question inside the prompt, later turns ask about the compressed context.
+    `turn` 0 is the question inside the prompt, later turns ask about the compressed context. Bytes
+    are those of the cache at the reply's first token (the prompt is compressed, nothing generated);
     `storage_bytes` sums the cache's actual tensors (resident), independent of the receipt's
-    `resident_bytes`.
+    `resident_bytes`. `end_share` is resident over dense bytes when the conversation has ended.
     """
 
     sample: str
@@ -46,6 +47,7 @@ class Answer:
     storage_bytes: int
     host_bytes: int
     dense_bytes: int
+    end_share: float
     hit_rate: float | None
 
 
@@ -64,6 +66,7 @@ class MethodSummary:
     host_bytes: float
     share: float
     storage_share: float
+    end_share: float
     decode_ms: float
     hit_rate: float | None
 
@@ -94,15 +97,14 @@ def _answer_full(
     model: Any, processor: ChatProcessor, sample: Sample, tasks: TaskSet
 ) -> list[Answer]:
     cache = DynamicCache(config=view_model(model).text_config)
-    replies = converse(model, processor, sample, cache, tasks.max_new_tokens)
-    size = sum(
-        tensor.untyped_storage().nbytes()
-        for layer in cache.layers
-        for tensor in (layer.keys, layer.values)
-        if tensor is not None
-    )
-    sizes = {"resident_bytes": size, "storage_bytes": size, "dense_bytes": size}
-    return _answers(replies, sample, tasks, FULL, {**sizes, "host_bytes": 0, "hit_rate": None})
+
+    def look() -> Sizes:
+        held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+        size = sum(tensor.untyped_storage().nbytes() for tensor in held)
+        return Sizes(resident=size, storage=size, dense=size)
+
+    replies = converse(model, processor, sample, cache, tasks.max_new_tokens, look)
+    return _answers(replies, sample, tasks, FULL, end_share=1.0, hit_rate=None)
 
 
 def _answer_compressed(
@@ -115,21 +117,31 @@ def _answer_compressed(
 ) -> list[Answer]:
     with apply(model, profile, budget=budget) as handle:
         cache = handle.new_cache()
-        replies = converse(model, processor, sample, cache, tasks.max_new_tokens)
-        receipt = cache.receipt()
-        storage, _ = measure_storage(cache)
-    sizes = {
-        "resident_bytes": receipt.resident_bytes,
-        "storage_bytes": storage,
-        "dense_bytes": receipt.dense_bytes,
-        "host_bytes": receipt.host_bytes,
-        "hit_rate": receipt.hit_rate,
-    }
-    return _answers(replies, sample, tasks, method_name(budget), sizes)
+
+        def look() -> Sizes:
+            now = cache.receipt()
+            storage, _ = measure_storage(cache)
+            return Sizes(now.resident_bytes, storage, now.host_bytes, now.dense_bytes)
+
+        replies = converse(model, processor, sample, cache, tasks.max_new_tokens, look)
+        end = cache.receipt()
+    return _answers(
+        replies,
+        sample,
+        tasks,
+        method_name(budget),
+        end_share=end.resident_share,
+        hit_rate=end.hit_rate,
+    )
 
 
 def _answers(
-    replies: list[Reply], sample: Sample, tasks: TaskSet, method: str, sizes: dict[str, Any]
+    replies: list[Reply],
+    sample: Sample,
+    tasks: TaskSet,
+    method: str,
+    end_share: float,
+    hit_rate: float | None,
 ) -> list[Answer]:
     return [
         Answer(
@@ -138,8 +150,17 @@ def _answers(
             turn=turn,
             method=method,
             correct=tasks.judge(reply.text, reply.expected),
-            **asdict(reply),
-            **sizes,
+            text=reply.text,
+            expected=reply.expected,
+            prompt_tokens=reply.prompt_tokens,
+            decode_seconds=reply.decode_seconds,
+            decode_steps=reply.decode_steps,
+            resident_bytes=reply.sizes.resident,
+            storage_bytes=reply.sizes.storage,
+            host_bytes=reply.sizes.host,
+            dense_bytes=reply.sizes.dense,
+            end_share=end_share,
+            hit_rate=hit_rate,
         )
         for turn, reply in enumerate(replies)
     ]
@@ -195,6 +216,7 @@ def _summary(method: str, answers: list[Answer], reference: dict[str, float]) ->
         host_bytes=fmean(a.host_bytes for a in first),
         share=sum(a.resident_bytes for a in first) / sum(a.dense_bytes for a in first),
         storage_share=sum(a.storage_bytes for a in first) / sum(a.dense_bytes for a in first),
+        end_share=fmean(a.end_share for a in first),
         decode_ms=1000 * sum(a.decode_seconds for a in answers) / max(steps, 1),
         hit_rate=fmean(hits) if hits else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,31 @@ from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.samples import Sample, open_images
 
 
-class Clock(StoppingCriteria):
-    """Notes the time after every generated token; stops nothing."""
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a cache: by its own account, by summing its tensors (resident), and dense."""
 
-    def __init__(self) -> None:
+    resident: int = 0
+    storage: int = 0
+    host: int = 0
+    dense: int = 0
+
+
+class Clock(StoppingCriteria):
+    """Notes the time after every generated token, and looks at the cache at the first; stops
+    nothing."""
+
+    def __init__(self, look: Callable[[], Sizes]) -> None:
         self.times: list[float] = []
+        self.look = look
+        self.sizes = Sizes()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Called by generate() after each token."""
         if input_ids.is_cuda:
             torch.cuda.synchronize()
+        if not self.times:
+            self.sizes = self.look()
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -40,13 +56,15 @@ class Clock(StoppingCriteria):
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer: its text, decode time and steps, and tokens in the cache before it."""
+    """One answer: its text, decode time and steps, tokens in the cache before it, and the cache's
+    sizes when its first token was there: the prompt is compressed, nothing is generated yet."""
 
     text: str
     expected: str
     decode_seconds: float
     decode_steps: int
     prompt_tokens: int
+    sizes: Sizes
 
 
 @torch.no_grad()
@@ -56,12 +74,16 @@ def converse(
     sample: Sample,
     cache: Any,
     max_new_tokens: int,
+    look: Callable[[], Sizes] = Sizes,
 ) -> list[Reply]:
-    """Ask the sample's question and its follow-ups greedily, all on `cache` (batch of one)."""
+    """Ask the sample's question and its follow-ups greedily, all on `cache` (batch of one).
+
+    `look` tells the cache's sizes.
+    """
     conversation: list[Any] = list(open_images(sample))
     encoded = processor.encode([conversation])
     inputs = encoded.to(model.device, model.dtype)
-    reply, ids = _ask(model, processor, inputs, cache, max_new_tokens, sample.reply or "")
+    reply, ids = _ask(model, processor, inputs, cache, max_new_tokens, sample.reply or "", look)
     replies = [reply]
     for turn in sample.followups:
         suffix = _next_turn(processor, conversation, replies[-1].text, turn.question)
@@ -70,7 +92,7 @@ def converse(
         more = torch.tensor([processor.encode_text(text)], device=ids.device)
         ids = torch.cat([ids, more], dim=1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        reply, ids = _ask(model, processor, inputs, cache, max_new_tokens, turn.reply)
+        reply, ids = _ask(model, processor, inputs, cache, max_new_tokens, turn.reply, look)
         replies.append(reply)
     return replies
 
@@ -82,8 +104,9 @@ def _ask(
     cache: Any,
     max_new_tokens: int,
     expected: str,
+    look: Callable[[], Sizes],
 ) -> tuple[Reply, Tensor]:
-    clock = Clock()
+    clock = Clock(look)
     tokens = inputs["input_ids"].shape[1]
     ids = model.generate(
         **inputs,
@@ -93,7 +116,8 @@ def _ask(
         stopping_criteria=StoppingCriteriaList([clock]),
     )
     text = processor.decode(ids[0, tokens:])
-    return Reply(text, expected, clock.decode_seconds, clock.decode_steps, tokens), ids
+    seconds, steps = clock.decode_seconds, clock.decode_steps
+    return Reply(text, expected, seconds, steps, tokens, clock.sizes), ids
 
 
 def _next_turn(

@@ -41,10 +41,14 @@ def _totals(summaries: Sequence[MethodSummary]) -> list[tuple[str, list[str]]]:
             "accuracy, later question",
             ["-" if s.accuracy_later is None else f"{s.accuracy_later:.1%}" for s in summaries],
         ),
-        ("resident KV, KiB per request", [f"{s.resident_bytes / kib:,.0f}" for s in summaries]),
+        (
+            "resident KV after the prompt, KiB",
+            [f"{s.resident_bytes / kib:,.0f}" for s in summaries],
+        ),
         ("  share of dense, by receipt", [f"{s.share:.1%}" for s in summaries]),
         ("  share of dense, by tensors", [f"{s.storage_share:.1%}" for s in summaries]),
-        ("host KV, KiB per request", [f"{s.host_bytes / kib:,.0f}" for s in summaries]),
+        ("  share after all replies", [f"{s.end_share:.1%}" for s in summaries]),
+        ("KV on the host, KiB", [f"{s.host_bytes / kib:,.0f}" for s in summaries]),
         ("decode, ms per token", [f"{s.decode_ms:.1f}" for s in summaries]),
         (
             "hit rate of the hot buffers",

@@ -163,11 +163,8 @@ def test_receipts_agree_with_the_tensors_within_one_percent(answers: list[Answer
         assert summary.storage_share == pytest.approx(summary.share, rel=0.01)
         assert summary.share < 0.9
     for answer in (a for a in answers if a.method == "full"):
-        # Keys and values of 6 layers, 4 heads, 32 channels in float32, of all tokens but the last.
-        tokens = answer.dense_bytes / (2 * 6 * 4 * 32 * 4)
-        assert tokens == int(tokens)
-        last = max(a.prompt_tokens for a in answers if a.sample == answer.sample)
-        assert last <= tokens < last + 12
+        # Keys and values of 6 layers, 4 heads, 32 channels in float32, of this turn's prompt.
+        assert answer.dense_bytes == answer.prompt_tokens * 2 * 6 * 4 * 32 * 4
         assert (answer.resident_bytes, answer.storage_bytes) == (answer.dense_bytes,) * 2
         assert (answer.host_bytes, answer.hit_rate) == (0, None)
 
@@ -229,7 +226,7 @@ def answer(method: str, task: str, turn: int, correct: bool, **changes: Any) -> 
     plain = Answer(
         sample="s", task=task, turn=turn, method=method, text="", expected="", correct=correct,
         prompt_tokens=100, decode_seconds=0.5, decode_steps=5, resident_bytes=1000,
-        storage_bytes=1000, host_bytes=0, dense_bytes=1000, hit_rate=None,
+        storage_bytes=1000, host_bytes=0, dense_bytes=1000, end_share=1.0, hit_rate=None,
     )  # fmt: skip
     return replace(plain, **changes)
 
