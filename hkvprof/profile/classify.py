@@ -30,8 +30,8 @@ MEASURED_KEEP = KeepRule(sinks=2, recent=4, window=16)
 """Fewer forced tokens than in the literature: scores and indexes find the useful ones themselves
 (docs/experiments.md)."""
 
-OUTPUT_WEIGHT = 0.5
-"""Weight of the output term beside the reply term, which knows what the answer depends on."""
+REPLY_WEIGHT, OUTPUT_WEIGHT, POWER = 1.0, 0.5, 0.5
+"""Weights of the two terms (the reply knows what the answer depends on), and the root taken."""
 
 REFERENCE_RATIO = 0.05
 """Where the two loss terms are brought to one scale."""
@@ -57,9 +57,9 @@ def planning_loss(curves: Curves, ratios: NDArray[np.float32]) -> NDArray[np.flo
     """
     at = int(np.abs(ratios - REFERENCE_RATIO).argmin())
     total = np.zeros_like(curves.square)
-    for term, weight in ((curves.square, OUTPUT_WEIGHT), (curves.reply, 1.0)):
+    for term, weight in ((curves.square, OUTPUT_WEIGHT), (curves.reply, REPLY_WEIGHT)):
         scale = term[0, :, :, at].mean()
-        total += weight * np.sqrt(term / max(float(scale), 1e-30))
+        total += weight * (term / max(float(scale), 1e-30)) ** POWER
     total = np.where(curves.output >= INFEASIBLE, float(INFEASIBLE), total)
     return np.minimum(total, float(INFEASIBLE)).astype(np.float32)
 
