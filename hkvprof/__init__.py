@@ -5,8 +5,9 @@ The names below are loaded when first used, so that `import hkvprof` stays light
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hkvprof.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hkvprof.artifact import Profile, load_profile
@@ -17,21 +18,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Profile", "__version__", "calibrate", "load_model", "load_profile", "uniform_profile"]
 
-_HOMES = {
-    "Profile": "hkvprof.artifact",
-    "load_profile": "hkvprof.artifact",
-    "load_model": "hkvprof.models.load",
-    "calibrate": "hkvprof.profile.calibrate",
-    "uniform_profile": "hkvprof.profile.uniform",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Profile": "hkvprof.artifact",
+        "load_profile": "hkvprof.artifact",
+        "load_model": "hkvprof.models.load",
+        "calibrate": "hkvprof.profile.calibrate",
+        "uniform_profile": "hkvprof.profile.uniform",
+    },
+)
 
 
 def __dir__() -> list[str]:

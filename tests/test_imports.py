@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "hkvprof"
 ERRORS = {"errors"}
-CORE = ERRORS | {"heads", "files"}
+CORE = ERRORS | {"heads", "files", "lazy"}
 POLICY = CORE | {"policy"}
 MODELS = POLICY | {"models"}
 ARTIFACT = POLICY | {"artifact", "checks"}
 ALLOWED = {
     "errors": set(),
     "heads": ERRORS,
+    "lazy": set(),
     "files": ERRORS,
     "checks": CORE,
     "policy": CORE,

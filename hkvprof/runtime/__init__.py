@@ -5,8 +5,9 @@ The names below are loaded when first used, so that the import itself costs noth
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hkvprof.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hkvprof.runtime.cache import CompressedCache
@@ -15,21 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressedCache", "Handle", "Receipt", "apply", "measure_storage"]
 
-_HOMES = {
-    "CompressedCache": "hkvprof.runtime.cache",
-    "Handle": "hkvprof.runtime.handle",
-    "Receipt": "hkvprof.runtime.receipt",
-    "apply": "hkvprof.runtime.handle",
-    "measure_storage": "hkvprof.runtime.receipt",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "CompressedCache": "hkvprof.runtime.cache",
+        "Handle": "hkvprof.runtime.handle",
+        "Receipt": "hkvprof.runtime.receipt",
+        "apply": "hkvprof.runtime.handle",
+        "measure_storage": "hkvprof.runtime.receipt",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,69 +9,15 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from hkvprof.errors import CompressionError, ModelError
-from hkvprof.heads import HeadGrid, HeadType
+from hkvprof.heads import HeadGrid
 from hkvprof.models.attention import AttentionCall, mark
-from hkvprof.policy.costs import dynamic_layout, static_tokens
-from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
 from hkvprof.runtime.attention import attend
 from hkvprof.runtime.host import DynamicHead
-from hkvprof.runtime.plan import HeadPlan, LayerPlan, Planner
+from hkvprof.runtime.packing import RowPacker
+from hkvprof.runtime.plan import Planner
+from hkvprof.runtime.prompt import Conversation, Prompt
 from hkvprof.runtime.receipt import HeadAccount, LayerAccount, Receipt
 from hkvprof.runtime.storage import RaggedStorage
-
-
-@dataclass
-class Prompt:
-    """What the layers of one cache share about the prompt; the first layer of a pass fills it.
-
-    `starts` is the first valid position of every batch row (left padding before it), `text` marks
-    text positions per row where a strategy asks for them.
-    """
-
-    tokens: int = 0
-    starts: tuple[int, ...] = ()
-    plans: tuple[LayerPlan, ...] = ()
-    text: Tensor | None = None
-
-
-@dataclass
-class Conversation:
-    """State that a cache and its layers share; refers to neither, so that nothing is a cycle."""
-
-    planner: Planner
-    grid: HeadGrid
-    layer_ids: tuple[int, ...]
-    prompt: Prompt = field(default_factory=Prompt)
-    token_ids: Tensor | None = None
-    rope_deltas: Tensor | None = None
-
-    def describe_prompt(self, key: Tensor, mask: Tensor | None) -> Prompt:
-        """The prompt of this pass; computed by the first covered layer, reused by the others."""
-        rows, _, tokens, _ = key.shape
-        if self.prompt.tokens != tokens or len(self.prompt.starts) != rows:
-            starts = _row_starts(mask, rows, tokens)
-            longest = tokens - min(starts)
-            plans = self.planner.layers(longest, rows, key.element_size())
-            self.prompt = Prompt(tokens, starts, plans, self._text_positions(tokens))
-        return self.prompt
-
-    def take_rows(self, rows: list[int]) -> None:
-        """Reorder, drop or repeat batch rows."""
-        if self.prompt.starts:
-            self.prompt.starts = tuple(self.prompt.starts[row] for row in rows)
-
-    def _text_positions(self, tokens: int) -> Tensor | None:
-        if not any(s.text_prior for s in self.planner.profile.strategies):
-            return None
-        ids = self.token_ids
-        if ids is None or ids.shape[1] != tokens:
-            raise CompressionError(
-                "this profile keeps text tokens first, which needs the prompt's token ids: pass "
-                "input_ids to the model (not inputs_embeds alone)"
-            )
-        vision = self.planner.profile.fingerprint.vision
-        special = [vision[k] for k in ("image_token_id", "video_token_id") if k in vision]
-        return ~torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
 
 
 class CompressedLayer(DynamicLayer):
@@ -209,7 +154,7 @@ class CompressedLayer(DynamicLayer):
         dynamic: dict[int, DynamicHead] = {}
         accounts: list[HeadAccount] = []
         for row, start in enumerate(prompt.starts):
-            packer = _RowPacker(self, row, start, call.scaling, prompt.text)
+            packer = RowPacker(self._shared, self.number, row, start, call.scaling)
             for head, head_plan in enumerate(plan.heads):
                 kept, state, name = packer.pack(query, key, value, head, head_plan)
                 if state is not None:
@@ -337,73 +282,6 @@ class CompressedLayer(DynamicLayer):
         self.account.resident_bytes = total
 
 
-class _RowPacker:
-    """Packs the heads of one batch row; window scores are computed once for all heads."""
-
-    def __init__(
-        self, layer: CompressedLayer, row: int, start: int, scaling: float, text: Tensor | None
-    ) -> None:
-        self.layer, self.row, self.start, self.scaling = layer, row, start, scaling
-        self.text = None if text is None else text[row, start:]
-        self._attention: Tensor | None = None
-
-    def pack(
-        self, query: Tensor, key: Tensor, value: Tensor, head: int, plan: HeadPlan
-    ) -> tuple[tuple[Tensor, Tensor], DynamicHead | None, str]:
-        """Resident K and V of one head, its dynamic state if any, and its strategy's name."""
-        shared = self.layer._shared
-        keep = shared.planner.profile.keep
-        own_key, own_value = key[self.row, head, self.start :], value[self.row, head, self.start :]
-        tokens = len(own_key)
-        if plan.ratio * tokens >= tokens:
-            return (own_key, own_value), None, "whole"
-        strategy = plan.strategy
-        if strategy.head_type is HeadType.DYNAMIC:
-            layout = dynamic_layout(
-                strategy, plan.ratio, tokens, keep, key.shape[-1], key.element_size()
-            )
-            if layout is not None:
-                return self._pack_dynamic(query, own_key, own_value, head, plan, layout)
-        scores = self._window(query, key)[head : head + 1]
-        ranking = rank_tokens(scores, strategy.pool, keep)[0]
-        count = static_tokens(plan.ratio, tokens, keep)
-        chosen = select_tokens(ranking, count, strategy, keep, self.text)
-        short = strategy.head_type is HeadType.DYNAMIC
-        name = "static (row too short for its index)" if short else strategy.name
-        return (own_key[chosen], own_value[chosen]), None, name
-
-    def _pack_dynamic(
-        self, query: Tensor, key: Tensor, value: Tensor, head: int, plan: HeadPlan, layout: Any
-    ) -> tuple[tuple[Tensor, Tensor], DynamicHead, str]:
-        shared = self.layer._shared
-        group = shared.grid.group
-        last = query[self.row, head * group : (head + 1) * group, -1]
-        tables = shared.planner.tables(self.layer.number, head, plan.strategy, key.device)
-        state = DynamicHead.build(key, value, last, self.scaling, plan.strategy, layout, tables)
-        hot = (
-            torch.arange(layout.chunk, device=key.device)
-            + layout.sinks
-            + state.slots.long()[:, None] * layout.chunk
-        ).reshape(-1)
-        order = torch.cat(
-            [
-                torch.arange(layout.sinks, device=key.device),
-                torch.arange(len(key) - layout.recent, len(key), device=key.device),
-                hot,
-            ]
-        )
-        return (key[order], value[order]), state, plan.strategy.name
-
-    def _window(self, query: Tensor, key: Tensor) -> Tensor:
-        if self._attention is None:
-            keys = key[self.row, :, self.start :]
-            rows = min(
-                self.layer._shared.planner.profile.keep.window, keys.shape[1], query.shape[2]
-            )
-            self._attention = window_attention(query[self.row, :, -rows:], keys, self.scaling)
-        return self._attention
-
-
 def _with_host(head: DynamicHead, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """All tokens of a dynamic head: resident ones without the hot copies, and every host chunk."""
     begin = head.layout.sinks + head.layout.recent
@@ -483,23 +361,3 @@ def make_receipt(accounts: list[LayerAccount], planner: Planner) -> Receipt:
         same_memory=not torch.cuda.is_available(),
         layers=tuple(accounts),
     )
-
-
-def _row_starts(mask: Tensor | None, rows: int, tokens: int) -> tuple[int, ...]:
-    """First valid position per batch row, from the mask of the pass's last query row."""
-    if mask is None:
-        return (0,) * rows
-    if mask.ndim == 4:
-        last = mask[:, 0, -1, :tokens]
-        valid = last == 0 if last.is_floating_point() else last.bool()
-    else:
-        valid = mask[:, :tokens].bool()
-    valid = valid.expand(rows, tokens)
-    counts = valid.sum(dim=1)
-    starts = tokens - counts
-    if not bool((valid == (torch.arange(tokens, device=valid.device) >= starts[:, None])).all()):
-        raise ModelError(
-            "the attention mask hides tokens in the middle or on the right of a prompt: pad on the "
-            "left (tokenizer.padding_side = 'left')"
-        )
-    return tuple(starts.tolist())
