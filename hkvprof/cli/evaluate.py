@@ -109,7 +109,6 @@ def _print(answers: list[Answer], model: str, profile: Path, as_json: bool) -> N
     if as_json:
         typer.echo(json.dumps([asdict(s) for s in summarise(answers)], indent=2))
         return
-    console = Console()
-    console.print(comparison_table(answers))
+    Console().print(comparison_table(answers))
     for line in next_steps(model, str(profile)):
-        console.print(line, markup=False, highlight=False)
+        typer.echo(line)
