@@ -25,8 +25,8 @@ class TaskSet:
 
 
 TINYVL_UNJUDGED = ("nimg",)
-"""Tasks that tinyvl itself gets right less than 60% of the time at 8 images or more
-(docs/testbed.md); they say nothing about compression."""
+"""Tasks that tinyvl itself gets right less than 60% of the time at 16 images (docs/testbed.md);
+they say nothing about compression."""
 
 LONGTEXT_KINDS = ("passkey", "needle_words", "needle_phone", "needle_motto")
 """Kinds that SmolLM2 answers with a full cache (docs/longtext.md)."""

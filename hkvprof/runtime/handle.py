@@ -64,10 +64,11 @@ def check_fingerprint(profile: Profile, view: ModelView) -> None:
     """Raise ProfileError naming the fields in which the profile's model differs; warn on others."""
     mismatches = profile.fingerprint.mismatches(view.fingerprint)
     if mismatches:
+        more = f" and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
         raise ProfileError(
             "this profile was made for another model (profile != model): "
-            + "; ".join(mismatches)
-            + ". Calibrate this model with `hkvprof calibrate`"
+            + "; ".join(mismatches[:4])
+            + f"{more}. Calibrate this model with `hkvprof calibrate`"
         )
     mine, theirs = profile.fingerprint, view.fingerprint
     if (
