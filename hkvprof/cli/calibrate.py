@@ -104,6 +104,8 @@ def calibrate(
         loaded, processor, samples, recipe=recipe.value, theta=theta, budget=share, seed=seed,
         on_error=on_error.value, replies=replies.value,
     )  # fmt: skip
+    for name in profile.provenance.get("skipped_ids", [])[:_MOST_REASONS]:
+        say(f"skipped while measuring: {name}")
     profile = with_source(profile, data, samples)
     check_output(path, force)
     profile.save(path)

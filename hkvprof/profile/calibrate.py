@@ -8,7 +8,8 @@ sample ids, in float64, so that the order of samples does not matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from hkvprof.artifact import Profile, ProjectedIndexTables
@@ -79,7 +80,7 @@ def calibrate(
     tables = None
     with hooked_attention(model):
         if not paper:
-            tables = run.fit(_spread(ordered)[:FIT_SAMPLES])
+            tables = run.fit(_spread(ordered))
         rows = run.rows(ordered, tables)
     decision = Decision(recipe, theta, budget, seed, tuple(sorted(run.skipped)))
     return build_profile(bench, rows, tables, decision)
@@ -98,6 +99,9 @@ def _check_options(
         raise UsageError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
     if not samples:
         raise SampleError("there are no samples to calibrate on: expected at least one")
+    identifier, count = Counter(sample.id for sample in samples).most_common(1)[0]
+    if count > 1:
+        raise SampleError(f"sample id {identifier!r} is given {count} times: ids must be unique")
 
 
 def _untracked(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
@@ -119,16 +123,24 @@ class _Run:
         self.skipped: dict[str, str] = {}
 
     def fit(self, samples: Sequence[Sample]) -> ProjectedIndexTables:
-        """First pass, a subset: fit the projected index."""
+        """First pass, until enough is seen: fit the projected index."""
         moments = Moments(self.bench.view.grid)
-        for number, sample in enumerate(self.track(samples, "fitting the index", len(samples))):
-            if number >= 16 and moments.key_rows.max() >= FIT_TOKENS:
-                break
+        total = min(len(samples), FIT_SAMPLES)
+        for sample in self.track(self._until_enough(samples, moments), "fitting the index", total):
             self._guarded(sample, lambda probe: probe.add_moments(moments))
         if not bool(moments.key_rows.all()):
             raise SampleError(f"no sample could be used: {self._first_reason()}")
         sizes = tuple(sorted({s.bits for s in self.bench.menu if s.index == "projected"}))
         return moments.fit(sizes)
+
+    def _until_enough(self, samples: Sequence[Sample], moments: Moments) -> Iterator[Sample]:
+        """Samples until FIT_SAMPLES were used, or 16 with FIT_TOKENS tokens."""
+        used = 0
+        for sample in samples:
+            if used >= FIT_SAMPLES or (used >= 16 and moments.key_rows.max() >= FIT_TOKENS):
+                return
+            yield sample
+            used += sample.id not in self.skipped
 
     def rows(
         self, samples: Sequence[Sample], tables: ProjectedIndexTables | None

@@ -71,9 +71,10 @@ def classify_by_sparsity(
 
     `mean`, `std` [layers, query_heads] over samples. Conservative twice: a group is static only if
     all of its query heads are, and a head whose 95% interval reaches below theta is dynamic (a
-    wrong static loses data for good, a wrong dynamic costs milliseconds).
+    wrong static loses data for good, a wrong dynamic costs milliseconds). One sample is no proof.
     """
-    lower = mean - Z95 * std / np.sqrt(max(samples, 1))
+    error = std / np.sqrt(samples - 1) if samples > 1 else np.full_like(std, np.inf)
+    lower = mean - Z95 * error
     static = (lower >= theta).reshape(grid.layers, grid.kv_heads, grid.group).all(axis=-1)
     return np.where(static, HeadType.STATIC, HeadType.DYNAMIC).astype(np.uint8)
 

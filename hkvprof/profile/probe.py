@@ -84,8 +84,8 @@ class Probe:
     def add_moments(self, moments: Moments) -> None:
         """Queries of the rows that decode, and prompt keys.
 
-        Queries of prompt rows look for other things: leaving them out raised accuracy at 10% from
-        0.72 to 0.77 on tinyvl's calibration split (docs/experiments.md).
+        Queries of prompt rows look for other things: an index fitted to them too is worse
+        (docs/experiments.md).
         """
         with torch.no_grad():
             continuation = self._prefill(None)

@@ -190,10 +190,10 @@ def test_a_group_is_static_only_if_all_of_it_is() -> None:
 
 
 def test_an_interval_across_theta_means_dynamic() -> None:
-    """Mean .95, deviation .2: the interval's half width is .39 / sqrt(n)."""
+    """Mean .95, deviation .2: the interval's half width is .39 / sqrt(n - 1)."""
     mean, std = np.full((1, 6), 0.95, np.float32), np.full((1, 6), 0.2, np.float32)
-    assert classify_by_sparsity(mean, std, 61, 0.9, GRID).tolist() == [[HeadType.DYNAMIC] * 3]
-    assert classify_by_sparsity(mean, std, 62, 0.9, GRID).tolist() == [[HeadType.STATIC] * 3]
+    assert classify_by_sparsity(mean, std, 62, 0.9, GRID).tolist() == [[HeadType.DYNAMIC] * 3]
+    assert classify_by_sparsity(mean, std, 63, 0.9, GRID).tolist() == [[HeadType.STATIC] * 3]
 
 
 @given(
@@ -459,3 +459,30 @@ def _spoken(model: Any, processor: Any, sample: Sample) -> list[str]:
 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     return [reply.text for reply in converse(model, processor, sample, cache, 48)]
+
+
+def test_one_sample_proves_no_head_static() -> None:
+    mean, std = np.full((1, 6), 0.99, np.float32), np.zeros((1, 6), np.float32)
+    assert classify_by_sparsity(mean, std, 1, 0.9, GRID).tolist() == [[HeadType.DYNAMIC] * 3]
+    assert classify_by_sparsity(mean, std, 2, 0.9, GRID).tolist() == [[HeadType.STATIC] * 3]
+
+
+def test_repeated_sample_ids_are_refused(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
+    with pytest.raises(SampleError, match="given 2 times"):
+        calibrate(*tiny, [*samples, samples[0]])
+
+
+def test_bad_samples_do_not_use_up_the_index_fit(
+    tiny: tuple[Any, Any], samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every sample but the last two unusable, the index is fitted on those two."""
+    import hkvprof.profile.calibrate as loop
+
+    monkeypatch.setattr(loop, "FIT_SAMPLES", 2)
+    short = [
+        Sample(f"a{i}", "ocr", ({"role": "user", "content": "x"},), reply="1") for i in range(5)
+    ]
+    found = calibrate(*tiny, [*short, *samples[:2]], budget=BUDGET, on_error="skip")
+    expected = calibrate(*tiny, samples[:2], budget=BUDGET)
+    assert np.array_equal(found.loss, expected.loss)
+    assert found.provenance["skipped"] == 5
