@@ -193,7 +193,8 @@ class FastForward:
         """cos and sin [B, 1, L, dim / 2] of the interleaved sections (temporal, height, width)."""
         rotary = self.model.model.language_model.rotary_emb
         angles = positions[..., None].float() * rotary.inv_freq
-        sections = angles.split(rotary.mrope_section, dim=-1)
+        rope = self.model.config.text_config.rope_parameters
+        sections = angles.split(list(rope["mrope_section"]), dim=-1)
         chosen = torch.cat([part[index % 3] for index, part in enumerate(sections)], -1)
         return chosen.cos()[:, None].to(self.dtype), chosen.sin()[:, None].to(self.dtype)
 
