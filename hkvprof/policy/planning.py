@@ -43,13 +43,16 @@ def plan_anew(
 ) -> Allocation:
     """Strategy and ratio of every head from curves [S, L, Hkv, R]. Raises BudgetError.
 
-    Between the floor and the first point curves stay flat, for strategies that fit there.
+    Nothing was measured below the first ratio, so no head gets less than that (or than an even
+    share, where the whole budget is smaller): on prompts far longer than the calibrated ones the
+    floor in tokens would else promise the loss of many more tokens.
     """
-    if menu.floor < ratios[0]:
-        ratios = np.concatenate([[np.float32(menu.floor)], ratios])
+    floor = max(menu.floor, min(float(ratios[0]), share))
+    if floor < ratios[0]:
+        ratios = np.concatenate([[np.float32(floor)], ratios])
         loss = np.concatenate([loss[..., :1], loss], axis=-1)
     fits = np.array([[menu.fits(s, float(ratio)) for ratio in ratios] for s in menu.strategies])
-    return allocate(np.where(fits[:, None, None, :], loss, INFEASIBLE), ratios, share, menu.floor)
+    return allocate(np.where(fits[:, None, None, :], loss, INFEASIBLE), ratios, share, floor)
 
 
 def plan_scaled(

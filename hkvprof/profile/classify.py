@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
-from hkvprof.policy.budget import INFEASIBLE, Allocation, allocate, scale_ratios
+from hkvprof.policy.budget import INFEASIBLE, Allocation, scale_ratios
 
 PAPER_MENU = (
     Strategy(HeadType.STATIC, pool=1, text_prior=0.5),
@@ -91,10 +91,3 @@ def allocate_by_sparsity(
         ratio[static] = share * score[static] / max(float(score[static].mean()), 1e-12)
     ratio = scale_ratios(np.maximum(ratio, 1e-6).astype(np.float32), share, floor)
     return Allocation(types.copy(), ratio, float("nan"))
-
-
-def allocate_measured(
-    loss: NDArray[np.float32], ratios: NDArray[np.float32], share: float, floor: float
-) -> Allocation:
-    """Strategy and ratio per head of least expected loss (policy.budget.allocate)."""
-    return allocate(loss, ratios, share, floor)
