@@ -1,6 +1,6 @@
 """Watching every KV head during a normal prefill and a teacher-forced reply.
 
-The model attends with its own SDPA or flash implementation; an observing cache layer is handed
+The model attends with its own SDPA implementation; an observing cache layer is handed
 queries, keys and values of one layer at a time and keeps only what calibration needs.
 """
 
