@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hkvprof.cli import options
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -47,19 +48,12 @@ class OnError(StrEnum):
 
 
 def calibrate(
-    model: Annotated[
-        str, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")
-    ],
+    model: options.Model,
     data: Annotated[
         str, typer.Option("--data", help="Folder with samples.jsonl, .jsonl file or dataset id.")
     ],
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present."),
-    ] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
     device_map: Annotated[
         str | None, typer.Option("--device-map", help="Spread the model, for example `auto`.")
     ] = None,
@@ -99,7 +93,7 @@ def calibrate(
     path = output or default_profile_path(model)
     check_output(path, force)
     samples = _samples(data, max_samples, seed, on_error)
-    loaded, processor = _model(model, dtype, device, device_map)
+    loaded, processor = options.open_model(model, dtype, device, device_map)
     profile = _calibrated(
         loaded, processor, samples, recipe=recipe.value, theta=theta, budget=share, seed=seed,
         on_error=on_error.value, replies=replies.value,
@@ -136,15 +130,6 @@ def _samples(data: str, limit: int | None, seed: int, on_error: OnError) -> Load
     if len(loaded.skipped) > _MOST_REASONS:
         say(f"skipped: {len(loaded.skipped) - _MOST_REASONS} more")
     return loaded
-
-
-def _model(name: str, dtype: str, device: str | None, device_map: str | None) -> tuple[Any, Any]:
-    from hkvprof.cli.output import quiet_transformers, say
-    from hkvprof.models import load_model
-
-    quiet_transformers()
-    say(f"loading {name}")
-    return load_model(name, dtype=dtype, device=device, device_map=device_map)
 
 
 def _calibrated(model: Any, processor: Any, samples: LoadedSamples, **options: Any) -> Profile:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hkvprof.cli import options
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ Examples:
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")
-    ],
+    model: options.Model,
     profile: Annotated[Path, typer.Option("--profile", help="Profile of this model.")],
     tasks: Annotated[
         str | None,
@@ -38,13 +37,8 @@ def evaluate(
     tokens: Annotated[
         int, typer.Option("--tokens", min=400, help="Prompt length of longtext samples.")
     ] = 2500,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present."),
-    ] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Folder for answers.jsonl and summary.json."),
@@ -53,18 +47,15 @@ def evaluate(
 ) -> None:
     """Compare the full cache with a profile at several budgets."""
     from hkvprof.artifact import load_profile
-    from hkvprof.cli.output import quiet_transformers, say
+    from hkvprof.cli.output import say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
-    from hkvprof.models import load_model
 
     budgets = _budgets(budget)
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
-    quiet_transformers()
-    say(f"loading {model}")
-    network, processor = load_model(model, dtype=dtype, device=device)
+    network, processor = options.open_model(model, dtype, device)
     task_set = load_tasks(task_name, processor, per_task, tokens)
     answers = compare(network, processor, loaded, task_set, budgets, track)
     if output is not None:

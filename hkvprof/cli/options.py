@@ -1,0 +1,25 @@
+"""Options that several verbs take, and what they all do with them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present.")
+]
+
+
+def open_model(
+    name: str, dtype: str, device: str | None, device_map: str | None = None
+) -> tuple[Any, Any]:
+    """Load model and processor, saying so, without transformers' own chatter."""
+    from hkvprof.cli.output import quiet_transformers, say
+    from hkvprof.models import load_model
+
+    quiet_transformers()
+    say(f"loading {name}")
+    return load_model(name, dtype=dtype, device=device, device_map=device_map)
