@@ -29,7 +29,7 @@ TINYVL_UNJUDGED = ("nimg",)
 they say nothing about compression."""
 
 LONGTEXT_KINDS = ("passkey", "needle_words", "needle_phone", "needle_motto")
-"""Kinds that SmolLM2 answers with a full cache (docs/longtext.md)."""
+"""Kinds that SmolLM2 answers with a full cache (`python -m hkvprof.evaluate.longtext_accuracy`)."""
 
 
 def load_tasks(name: str, processor: ChatProcessor, per_task: int, tokens: int = 2500) -> TaskSet:

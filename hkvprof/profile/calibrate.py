@@ -53,8 +53,9 @@ def calibrate(
 
     `recipe="measured"` chooses strategy and ratio per head to minimise the loss at the head's
     output and at the reply (docs/method.md); `"paper"` applies HybridKV's rule: static when
-    text-centric sparsity reaches `theta`. `budget` is the profile's default share. With
-    `on_error="skip"`, samples that cannot be used are left out; the provenance counts and names
+    text-centric sparsity reaches `theta`. `budget` is the profile's default share; `seed`, with
+    which the samples were chosen, is only recorded. With `on_error="skip"`, samples that cannot be
+    used are left out; the provenance counts and names
     them (`skipped`, `skipped_ids`).
     `replies="own"` judges the model's own greedy replies in place of those in the samples (a sample
     without a reply is always judged by the model's own); `keep` are the tokens that every head

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import hkvprof
 from hkvprof.artifact import Profile, ProjectedIndexTables
-from hkvprof.policy.budget import INFEASIBLE, token_floor
+from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.policy.planning import Menu, plan_anew
 from hkvprof.profile import classify
 from hkvprof.profile.probe import KAPPAS, RATIOS, Bench, SampleRow
@@ -53,13 +53,12 @@ def build_profile(
         math.ceil(bench.keep.floor_tokens / decision.budget) + 1,
     )
     itemsize = torch.empty(0, dtype=bench.model.dtype).element_size()
-    floor = token_floor(bench.keep.floor_tokens, tokens)
+    menu = Menu(bench.menu, bench.keep, bench.view.grid.head_dim, tokens, itemsize)
     if decision.recipe == "paper":
         at, grid = KAPPAS.index(THETA_KAPPA), bench.view.grid
         types = classify.classify_by_sparsity(mean[at], std[at], len(rows), decision.theta, grid)
-        chosen = classify.allocate_by_sparsity(types, mean[at], decision.budget, floor, grid)
+        chosen = classify.allocate_by_sparsity(types, mean[at], decision.budget, menu.floor, grid)
     else:
-        menu = Menu(bench.menu, bench.keep, bench.view.grid.head_dim, tokens, itemsize)
         chosen = plan_anew(menu, loss, ratios, decision.budget)
     return Profile(
         fingerprint=bench.view.fingerprint,

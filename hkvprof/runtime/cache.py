@@ -42,11 +42,6 @@ class CompressedLayer(DynamicLayer):
         self._shared = shared
         self._seen = 0
 
-    @property
-    def is_compressed(self) -> bool:
-        """Whether dense K/V is gone."""
-        return self.storage is not None
-
     # -- transformers' interface ------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

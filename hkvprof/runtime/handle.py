@@ -159,9 +159,8 @@ class Handle:
         if not isinstance(cache, CompressedCache):
             self._foreign_cache(cache)
             return None
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is not None and cache.get_seq_length() == 0:
-            cache.conversation.token_ids = ids
+        if self._planner.needs_text and cache.get_seq_length() == 0:
+            cache.conversation.token_ids = kwargs.get("input_ids", args[0] if args else None)
         self._exchange_rope_deltas(cache)
         return args, kwargs
 

@@ -53,6 +53,11 @@ class Planner:
         """Whether the budget is the whole cache."""
         return self.budget.share is not None and self.budget.share >= 1
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether a strategy wants to know which prompt tokens are text."""
+        return any(strategy.text_prior for strategy in self.profile.strategies)
+
     def layers(self, tokens: int, rows: int, itemsize: int) -> tuple[LayerPlan, ...]:
         """One plan per covered layer for prompts of up to `tokens` tokens in `rows` rows.
 

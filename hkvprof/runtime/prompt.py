@@ -53,7 +53,7 @@ class Conversation:
             self.prompt.starts = tuple(self.prompt.starts[row] for row in rows)
 
     def _text_positions(self, tokens: int) -> Tensor | None:
-        if not any(s.text_prior for s in self.planner.profile.strategies):
+        if not self.planner.needs_text:
             return None
         ids = self.token_ids
         if ids is None or ids.shape[1] != tokens:

@@ -16,7 +16,7 @@ from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import apply, measure_storage
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import left_padded, random_llama, token_ids
-from tests.runtime.test_apply import TYPES, logits_of, profile_of
+from tests.runtime.test_handle import TYPES, logits_of, profile_of
 
 torch.set_num_threads(1)
 
