@@ -48,12 +48,18 @@ def index_item_bytes(strategy: Strategy, head_dim: int, itemsize: int) -> int:
 
 
 def dynamic_layout(
-    strategy: Strategy, ratio: float, tokens: int, keep: KeepRule, head_dim: int, itemsize: int
+    strategy: Strategy,
+    ratio: float,
+    tokens: int,
+    keep: KeepRule,
+    head_dim: int,
+    itemsize: int,
+    slot_bytes: int = SLOT_BYTES,
 ) -> DynamicLayout | None:
     """The layout a dynamic head gets for `ratio` of its dense bytes, or None if nothing is left.
 
-    Index and slot map come out of the share. The chunked region starts after the sinks; what does
-    not fill a chunk joins the recent tokens.
+    Index and slot map (`slot_bytes` per hot item) come out of the share. The chunked region starts
+    after the sinks; what does not fill a chunk joins the recent tokens.
     """
     assert strategy.head_type is HeadType.DYNAMIC
     region = tokens - keep.sinks - keep.recent
@@ -62,7 +68,7 @@ def dynamic_layout(
     unit = 2 * head_dim * itemsize
     left = ratio * tokens * unit - (keep.sinks + recent) * unit
     left -= items * index_item_bytes(strategy, head_dim, itemsize)
-    hot = int(left // (strategy.chunk * unit + SLOT_BYTES))
+    hot = int(left // (strategy.chunk * unit + slot_bytes))
     if items < 1 or hot < 1:
         return None
     return DynamicLayout(keep.sinks, recent, items, strategy.chunk, min(hot, items))

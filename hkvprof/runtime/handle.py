@@ -16,12 +16,12 @@ from hkvprof.errors import BudgetError, CompressionError, ModelError, ProfileErr
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.attention import hook_attention, refuse_features
 from hkvprof.policy.budget import Budget
-from hkvprof.runtime.cache import CompressedCache, make_receipt
+from hkvprof.runtime.cache import Books, CompressedCache
+from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, Options
 from hkvprof.runtime.plan import Planner
-from hkvprof.runtime.receipt import LayerAccount, Receipt
+from hkvprof.runtime.receipt import Receipt
 
 _HANDLE = "_hkvprof_handle"
-MIN_TOKENS = 64
 
 
 def apply(
@@ -30,6 +30,11 @@ def apply(
     budget: float | int | str | None = None,
     strict: bool = True,
     min_tokens: int = MIN_TOKENS,
+    decode_compression: bool = True,
+    compress_every: int = COMPRESS_EVERY,
+    host_dtype: str = "same",
+    smoothing: float = 0.0,
+    retrieve_every: int = 1,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
 
@@ -37,6 +42,12 @@ def apply(
     (4096), or bytes ("2GiB"); default: the profile's own. Prompts shorter than `min_tokens` stay
     dense and the receipt says so. With `strict`, a covered layer that was not compressed, a foreign
     cache and a budget that does not fit a prompt raise; without, they stay dense with a reason.
+
+    Generated tokens and later turns join the budget every `compress_every` tokens (static heads are
+    pruned again, full chunks of dynamic heads move to the host); `decode_compression=False` keeps
+    them whole. Dynamic heads: `host_dtype="int8"` halves their host memory, `smoothing` s keeps a
+    token hot while s times its last score would (fewer transfers), and with `retrieve_every` n only
+    every n-th step selects, then with the n - 1 successors of what it picks (docs/retrieval.md).
 
     Returns a handle that is also a context manager; `detach()` restores the model. Raises
     ProfileError if the profile is for another model, ModelError for unsupported models,
@@ -48,8 +59,13 @@ def apply(
     check_fingerprint(profile, view)
     if getattr(model, _HANDLE, None) is not None:
         raise UsageError("this model already has a profile applied: call handle.detach() first")
-    if min_tokens < 1:
-        raise UsageError(f"min_tokens must be at least 1, found {min_tokens}")
+    if decode_compression and compress_every == 0:
+        raise UsageError(
+            "compress_every must be at least 1; to keep generated tokens whole use "
+            "decode_compression=False"
+        )
+    every = compress_every if decode_compression else 0
+    options = Options(strict, min_tokens, every, host_dtype, smoothing, retrieve_every)
     parsed = Budget.parse(profile.default_budget if budget is None else budget)
     floor = profile.keep.floor_tokens
     if parsed.tokens is not None and parsed.tokens < floor:
@@ -57,7 +73,7 @@ def apply(
             f"a budget of {parsed.tokens} tokens is too small: sinks, recent tokens and the floor "
             f"need {floor}; raise the budget"
         )
-    return Handle(model, view, Planner(profile, parsed, min_tokens, strict), strict)
+    return Handle(model, view, Planner(profile, parsed, options))
 
 
 def check_fingerprint(profile: Profile, view: ModelView) -> None:
@@ -92,13 +108,13 @@ def check_fingerprint(profile: Profile, view: ModelView) -> None:
 class Handle:
     """An applied profile. Use as a context manager, or call `detach()` when done."""
 
-    def __init__(self, model: Any, view: ModelView, planner: Planner, strict: bool) -> None:
+    def __init__(self, model: Any, view: ModelView, planner: Planner) -> None:
         self.model = model
         self.profile = planner.profile
-        self.strict = strict
+        self.strict = planner.options.strict
         self._view = view
         self._planner = planner
-        self._accounts: list[LayerAccount] = []
+        self._books: Books | None = None
         self._restore = hook_attention(model)
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -107,22 +123,25 @@ class Handle:
         model.generate = _generate_with_cache(model.generate, self)
         setattr(model, _HANDLE, self)
 
-    def new_cache(self) -> CompressedCache:
+    def new_cache(self, prompt_tokens: int | None = None) -> CompressedCache:
         """A cache for one's own forward loop: `model(input_ids=..., past_key_values=cache)`.
 
-        Compression happens at the end of the first pass of several tokens.
+        The prompt is compressed when `prompt_tokens` positions (padding included) have been seen,
+        in however many passes; without that number, at the end of the first pass of several tokens.
         """
         self._require_attached()
         view = self._view
-        cache = CompressedCache(self._planner, view.grid, view.layer_ids, view.text_config)
-        self._accounts = [layer.account for layer in cache.covered]
+        cache = CompressedCache(
+            self._planner, view.grid, view.layer_ids, view.text_config, prompt_tokens
+        )
+        self._books = cache.books
         return cache
 
     def receipt(self) -> Receipt:
         """The account of the latest cache that this handle made; it outlives the cache."""
-        if not self._accounts:
+        if self._books is None:
             raise CompressionError("nothing has been generated yet: there is no receipt")
-        return make_receipt(self._accounts, self._planner)
+        return self._books.receipt()
 
     def detach(self) -> None:
         """Give the model back as it was; harmless when called twice."""
@@ -159,8 +178,8 @@ class Handle:
         if not isinstance(cache, CompressedCache):
             self._foreign_cache(cache)
             return None
-        if self._planner.needs_text and cache.get_seq_length() == 0:
-            cache.conversation.token_ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache.conversation.see_ids(ids, cache.get_seq_length())
         self._exchange_rope_deltas(cache)
         return args, kwargs
 
@@ -181,16 +200,6 @@ class Handle:
                 "with strict=False"
             )
 
-    def _refuse_assistance(self, kwargs: dict[str, Any], config: Any) -> None:
-        """Assisted decoding takes back tokens of its first pass, which counts as the prompt."""
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            asked = kwargs.get(name, getattr(config, name, None))
-            if asked is not None and not self._planner.keeps_everything:
-                raise ModelError(
-                    f"assisted decoding ({name}) is not supported below budget 1.0: its first pass "
-                    "holds guesses beside the prompt; leave it out, or use budget=1.0"
-                )
-
     def _exchange_rope_deltas(self, cache: CompressedCache) -> None:
         """Qwen-VL keeps a conversation's M-RoPE offset on the model: put this cache's own there."""
         holder = _rope_holder(self.model)
@@ -201,6 +210,14 @@ class Handle:
 def _rope_holder(model: Any) -> Any:
     inner = getattr(model, "model", None)
     return inner if hasattr(inner, "rope_deltas") else None
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Positions of the prompt that `generate` was given, where it was given one."""
+    for name in ("inputs_embeds", "input_ids", "inputs"):
+        if kwargs.get(name) is not None:
+            return int(kwargs[name].shape[1])
+    return int(args[0].shape[1]) if args and args[0] is not None else None
 
 
 def _generate_with_cache(generate: Callable[..., Any], handle: Handle) -> Callable[..., Any]:
@@ -215,14 +232,15 @@ def _generate_with_cache(generate: Callable[..., Any], handle: Handle) -> Callab
                 f"cache_implementation={kind!r} cannot be combined with hkvprof, which brings its "
                 "own cache: leave it out, or detach first"
             )
-        handle._refuse_assistance(kwargs, config)
         cache = kwargs.get("past_key_values")
         if (
             cache is None
             and kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
         ):
-            kwargs["past_key_values"] = handle.new_cache()
+            kwargs["past_key_values"] = handle.new_cache(_prompt_length(args, kwargs))
         elif isinstance(cache, CompressedCache):
+            if cache.get_seq_length() == 0:
+                cache.conversation.goal = _prompt_length(args, kwargs)
             handle._exchange_rope_deltas(cache)
         elif cache is not None:
             handle._foreign_cache(cache)

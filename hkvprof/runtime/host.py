@@ -1,4 +1,4 @@
-"""A dynamic head's chunks in host memory, its index, and the hot buffer's slot map."""
+"""A dynamic head's items in host memory, its index, and the hot buffer's slot map."""
 
 from __future__ import annotations
 
@@ -9,110 +9,158 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
-from hkvprof.heads import Strategy
 from hkvprof.policy.costs import DynamicLayout
-from hkvprof.policy.index import HeadTables, KeyIndex, build_index
+from hkvprof.policy.index import KeyIndex
+
+SCALE_TOKENS = 128
+"""Tokens that share one scale per channel when host items are stored as int8."""
+GROWTH = 1 / 8
+"""Room for later items, as a share of those stored, when a store has to grow."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class HostChunks:
-    """Keys and values of the chunked region, K and V of a chunk adjacent; never written again.
+    """Keys and values of a head's host items, K and V of an item adjacent.
 
-    `data` [items, 2, chunk, dim], pinned where the device is CUDA.
+    `data` [capacity, 2, chunk, dim], of which the first `items` are in use, in the K/V dtype or as
+    int8 with `scale` [groups, 2, dim] (float32; `items_per_group` items share a scale, per
+    channel). Pinned where the device is CUDA. Stored items never change but for int8's last group;
+    a store that several batch rows share is copied before it grows.
     """
 
-    data: Float[Tensor, "items 2 chunk dim"]
+    data: Tensor
+    scale: Float[Tensor, "groups 2 dim"] | None
+    items: int
+    dtype: torch.dtype
+    pinned: bool
+    shared: bool = False
+    on_host = True
 
     @classmethod
     def store(
-        cls, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
+        cls,
+        key: Float[Tensor, "items chunk dim"],
+        value: Float[Tensor, "items chunk dim"],
+        host_dtype: str = "same",
     ) -> HostChunks:
         """Copy to the host. Raises CompressionError when host memory cannot be had."""
         items, chunk, dim = key.shape
-        try:
-            data = torch.empty(
-                (items, 2, chunk, dim), dtype=key.dtype, pin_memory=key.device.type == "cuda"
-            )
-        except (RuntimeError, MemoryError) as error:
-            size = 2 * key.numel() * key.element_size() / 2**20
-            raise CompressionError(
-                f"host memory for a dynamic head ({size:.1f} MiB) cannot be allocated "
-                f"({str(error).splitlines()[0]}): free host memory, lower the batch or the prompt, "
-                "or use a profile with static heads only"
-            ) from error
-        data[:, 0].copy_(key)
-        data[:, 1].copy_(value)
-        return cls(data)
+        kind = torch.int8 if host_dtype == "int8" else key.dtype
+        pinned = key.device.type == "cuda"
+        data = _allocate((items, 2, chunk, dim), kind, pinned)
+        made = cls(data, None, items, key.dtype, pinned)
+        made._write(0, key, value)
+        return made
 
-    def fetch(
-        self, items: Int[Tensor, " n"], device: torch.device
-    ) -> Float[Tensor, "n 2 chunk dim"]:
-        """Chosen chunks on the device."""
-        return self.data[items.cpu()].to(device, non_blocking=True)
+    @property
+    def chunk(self) -> int:
+        """Tokens per item."""
+        return self.data.shape[2]
+
+    @property
+    def items_per_group(self) -> int:
+        """Items that share a scale."""
+        return max(1, SCALE_TOKENS // self.chunk)
+
+    @property
+    def item_bytes(self) -> int:
+        """Host bytes of one item, scales aside."""
+        return self.data[:1].numel() * self.data.element_size()
 
     @property
     def nbytes(self) -> int:
         """Host bytes."""
-        return self.data.untyped_storage().nbytes()
+        scale = 0 if self.scale is None else self.scale.untyped_storage().nbytes()
+        return self.data.untyped_storage().nbytes() + scale
+
+    def append(
+        self, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
+    ) -> HostChunks:
+        """The store with more items; the same object unless it is shared or full."""
+        target, total = self, self.items + len(key)
+        if self.shared or total > len(self.data):
+            capacity = total + (0 if self.shared else int(GROWTH * total))
+            data = _allocate((capacity, *self.data.shape[1:]), self.data.dtype, self.pinned)
+            data[: self.items] = self.data[: self.items]
+            target = replace(self, data=data, shared=False)
+        target._write(self.items, key, value)
+        target.items = total
+        return target
+
+    def fetch(
+        self, items: Int[Tensor, " n"], device: torch.device
+    ) -> Float[Tensor, "n 2 chunk dim"]:
+        """Chosen items on the device, in the K/V dtype."""
+        where = items.cpu()
+        rows = self.data[where].to(device, non_blocking=True)
+        if self.scale is None:
+            return rows
+        scale = self.scale[where // self.items_per_group].to(device, non_blocking=True)
+        return (rows.float() * scale[:, :, None]).to(self.dtype)
+
+    def everything(self, device: torch.device) -> Float[Tensor, "items 2 chunk dim"]:
+        """All items on the device."""
+        if self.scale is None:
+            return self.data[: self.items].to(device)
+        return self.fetch(torch.arange(self.items), device)
+
+    def _write(self, start: int, key: Tensor, value: Tensor) -> None:
+        if self.data.dtype == self.dtype:
+            self.data[start : start + len(key), 0] = key
+            self.data[start : start + len(key), 1] = value
+            return
+        rows = torch.stack([key, value], dim=1)
+        group = self.items_per_group
+        begin = start // group * group  # int8: the group that was not full is quantised anew
+        if begin < start:
+            old = self.fetch(torch.arange(begin, start), torch.device("cpu"))
+            rows = torch.cat([old, rows.to("cpu")])
+        scales = [] if self.scale is None else [self.scale[: begin // group]]
+        for first in range(0, len(rows), group):
+            block = torch.nan_to_num(rows[first : first + group].float())
+            scale = block.abs().amax(dim=(0, 2)).clamp(min=1e-12) / 127  # [2, dim]
+            code = (block / scale[:, None]).round().clamp(-127, 127)
+            self.data[begin + first : begin + first + len(block)] = code.to(torch.int8)
+            scales.append(scale.cpu()[None])
+        self.scale = torch.cat(scales)
 
 
-@dataclass(frozen=True)
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    except (RuntimeError, MemoryError) as error:
+        size = torch.Size(shape).numel() * dtype.itemsize / 2**20
+        raise CompressionError(
+            f"host memory for a dynamic head ({size:.1f} MiB) cannot be allocated "
+            f"({str(error).splitlines()[0]}): free host memory, lower the batch or the prompt, "
+            "use host_dtype='int8', or a profile with static heads only"
+        ) from error
+
+
+@dataclass
 class DynamicHead:
-    """One (batch row, KV head): host chunks, device index, and which chunk every hot slot holds.
+    """One (batch row, KV head): host items, device index, and which item every hot slot holds.
 
-    Its storage segment is laid out [sinks | recent | hot slots | generated tokens].
+    Its storage segment is laid out [sinks | recent | hot slots | tokens since]. `hot_score` exists
+    with smoothing only.
     """
 
     layout: DynamicLayout
     host: HostChunks
     index: KeyIndex
     slots: Int[Tensor, " hot"]
-
-    @classmethod
-    def build(
-        cls,
-        key: Float[Tensor, "tokens dim"],
-        value: Float[Tensor, "tokens dim"],
-        query: Float[Tensor, "group dim"],
-        scaling: float,
-        strategy: Strategy,
-        layout: DynamicLayout,
-        tables: HeadTables | None,
-    ) -> DynamicHead:
-        """Move a prompt's chunks to the host; the hot set starts from the last row's query."""
-        region = slice(layout.sinks, layout.sinks + layout.items * layout.chunk)
-        chunked_key = key[region].view(layout.items, layout.chunk, -1)
-        chunked_value = value[region].view(layout.items, layout.chunk, -1)
-        index = build_index(strategy, chunked_key, tables)
-        slots = select(index, query, scaling, layout.hot).to(torch.int32)
-        return cls(layout, HostChunks.store(chunked_key, chunked_value), index, slots)
+    hot_score: Float[Tensor, " hot"] | None = None
 
     def clone(self) -> DynamicHead:
-        """A copy for another beam: shares what never changes."""
-        return replace(self, slots=self.slots.clone())
+        """A copy for another beam: shares what does not change with a step."""
+        self.host.shared = True
+        score = None if self.hot_score is None else self.hot_score.clone()
+        return replace(self, slots=self.slots.clone(), hot_score=score)
 
-    def refresh(
-        self,
-        query: Float[Tensor, "group dim"],
-        scaling: float,
-        hot_key: Float[Tensor, "hot_tokens dim"],
-        hot_value: Float[Tensor, "hot_tokens dim"],
-    ) -> int:
-        """Select chunks for this step and load those that are not hot yet; returns how many."""
-        wanted = torch.zeros(self.layout.items, dtype=torch.bool, device=self.slots.device)
-        wanted[select(self.index, query, scaling, self.layout.hot)] = True
-        held = self.slots.long()
-        free = (~wanted[held]).nonzero()[:, 0]
-        if len(free) == 0:
-            return 0
-        wanted[held] = False
-        missing = wanted.nonzero()[:, 0]
-        chunks = self.host.fetch(missing, hot_key.device)
-        shape = (self.layout.hot, self.layout.chunk, -1)
-        hot_key.view(shape)[free] = chunks[:, 0]
-        hot_value.view(shape)[free] = chunks[:, 1]
-        self.slots[free] = missing.to(torch.int32)
-        return len(missing)
+    @property
+    def hot_start(self) -> int:
+        """First row of the hot slots within the segment."""
+        return self.layout.sinks + self.layout.recent
 
     @property
     def index_bytes(self) -> int:
@@ -121,13 +169,6 @@ class DynamicHead:
 
     @property
     def slot_bytes(self) -> int:
-        """Device bytes of the slot map."""
-        return self.slots.untyped_storage().nbytes()
-
-
-def select(
-    index: KeyIndex, query: Float[Tensor, "group dim"], scaling: float, count: int
-) -> Int[Tensor, " count"]:
-    """Items with the highest expected attention; NaN counts as none."""
-    score = torch.nan_to_num(index.score(query, scaling), nan=-1.0)
-    return score.topk(count).indices
+        """Device bytes of the slot map, and of smoothed scores."""
+        score = 0 if self.hot_score is None else self.hot_score.untyped_storage().nbytes()
+        return self.slots.untyped_storage().nbytes() + score

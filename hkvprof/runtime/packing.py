@@ -1,84 +1,180 @@
-"""Which tokens of one batch row every head keeps, and in which order they are stored."""
+"""Which tokens of one (batch row, KV head) stay on the device, and in which order.
+
+`pack` decides over tokens that are all still there, in order; `repack_static` and `repack_dynamic`
+decide again after more tokens came (docs/method.md, "Long generation").
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.heads import HeadType
+from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.policy.costs import DynamicLayout, dynamic_layout, static_tokens
-from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
-from hkvprof.runtime.host import DynamicHead
-from hkvprof.runtime.plan import HeadPlan
-from hkvprof.runtime.prompt import Conversation
+from hkvprof.policy.index import HeadTables, KeyIndex, build_index
+from hkvprof.policy.static import rank_tokens, select_tokens
+from hkvprof.runtime.host import DynamicHead, HostChunks
+from hkvprof.runtime.options import Options
 
 
-class RowPacker:
-    """Packs the heads of one batch row; window scores are computed once for all heads."""
+@dataclass(frozen=True)
+class Rule:
+    """How one head is to be packed: `ratio` is its share of dense bytes at this length."""
 
-    def __init__(
-        self, shared: Conversation, layer: int, row: int, start: int, scaling: float
-    ) -> None:
-        self.shared, self.layer, self.row, self.start = shared, layer, row, start
-        self.scaling = scaling
-        text = shared.prompt.text
-        self.text = None if text is None else text[row, start:]
-        self._attention: Tensor | None = None
+    strategy: Strategy
+    ratio: float
+    keep: KeepRule
+    options: Options
+    tables: HeadTables | None
+    scaling: float
 
-    def pack(
-        self, query: Tensor, key: Tensor, value: Tensor, head: int, plan: HeadPlan
-    ) -> tuple[tuple[Tensor, Tensor], DynamicHead | None, str]:
-        """Resident K and V of one head, its dynamic state if any, and its strategy's name."""
-        keep = self.shared.planner.profile.keep
-        own_key, own_value = key[self.row, head, self.start :], value[self.row, head, self.start :]
-        tokens = len(own_key)
-        if plan.ratio * tokens >= tokens:
-            return (own_key, own_value), None, "whole"
-        strategy = plan.strategy
-        if strategy.head_type is HeadType.DYNAMIC:
-            layout = dynamic_layout(
-                strategy, plan.ratio, tokens, keep, key.shape[-1], key.element_size()
-            )
-            if layout is not None:
-                return self._pack_dynamic(query, own_key, own_value, head, plan, layout)
-        scores = self._window(query, key)[head : head + 1]
-        ranking = rank_tokens(scores, strategy.pool, keep)[0]
-        count = static_tokens(plan.ratio, tokens, keep)
-        chosen = select_tokens(ranking, count, strategy, keep, self.text)
-        short = strategy.head_type is HeadType.DYNAMIC
-        name = "static (row too short for its index)" if short else strategy.name
-        return (own_key[chosen], own_value[chosen]), None, name
+    def layout(self, tokens: int, key: Tensor) -> DynamicLayout | None:
+        """Layout of a dynamic head of `tokens` tokens."""
+        return dynamic_layout(
+            self.strategy, self.ratio, tokens, self.keep, key.shape[-1], key.element_size(),
+            self.options.slot_bytes,
+        )  # fmt: skip
 
-    def _pack_dynamic(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        head: int,
-        plan: HeadPlan,
-        layout: DynamicLayout,
-    ) -> tuple[tuple[Tensor, Tensor], DynamicHead, str]:
-        group = self.shared.grid.group
-        last = query[self.row, head * group : (head + 1) * group, -1]
-        tables = self.shared.planner.tables(self.layer, head, plan.strategy, key.device)
-        state = DynamicHead.build(key, value, last, self.scaling, plan.strategy, layout, tables)
-        hot = (
-            torch.arange(layout.chunk, device=key.device)
-            + layout.sinks
-            + state.slots.long()[:, None] * layout.chunk
-        ).reshape(-1)
-        order = torch.cat(
-            [
-                torch.arange(layout.sinks, device=key.device),
-                torch.arange(len(key) - layout.recent, len(key), device=key.device),
-                hot,
-            ]
-        )
-        return (key[order], value[order]), state, plan.strategy.name
 
-    def _window(self, query: Tensor, key: Tensor) -> Tensor:
-        if self._attention is None:
-            keys = key[self.row, :, self.start :]
-            rows = min(self.shared.planner.profile.keep.window, keys.shape[1], query.shape[2])
-            self._attention = window_attention(query[self.row, :, -rows:], keys, self.scaling)
-        return self._attention
+@dataclass(frozen=True)
+class Packed:
+    """A packed segment: what is resident, the rest on the host, and the strategy's name.
+
+    `kept` are the numbers of the resident tokens among those given, None for dynamic heads.
+    """
+
+    key: Float[Tensor, "resident dim"]
+    value: Float[Tensor, "resident dim"]
+    name: str
+    dynamic: DynamicHead | None = None
+    kept: Int[Tensor, " resident"] | None = None
+
+
+Attention = Callable[[], Float[Tensor, "1 tokens"]]
+"""Gives the attention that the last rows pay to a head's tokens (policy.static)."""
+
+
+def pack(
+    rule: Rule,
+    query: Float[Tensor, "group dim"],
+    attention: Attention,
+    key: Float[Tensor, "tokens dim"],
+    value: Float[Tensor, "tokens dim"],
+    text: Bool[Tensor, " tokens"] | None,
+) -> Packed:
+    """Pack a head whose tokens are all there; `query` is that of the last row."""
+    tokens = len(key)
+    if rule.ratio * tokens >= tokens:
+        return Packed(key, value, "whole", kept=torch.arange(tokens))
+    if rule.strategy.head_type is HeadType.DYNAMIC:
+        layout = rule.layout(tokens, key)
+        if layout is not None:
+            region = slice(layout.sinks, layout.sinks + layout.items * layout.chunk)
+            items_key = key[region].view(layout.items, layout.chunk, -1)
+            items_value = value[region].view(layout.items, layout.chunk, -1)
+            index = build_index(rule.strategy, items_key, rule.tables)
+            host = HostChunks.store(items_key, items_value, rule.options.host_dtype)
+            ends = _sinks_and_recent(layout, tokens, key.device)
+            return _pack_dynamic(rule, layout, index, host, query, key[ends], value[ends])
+        short = replace(rule.strategy, head_type=HeadType.STATIC, pool=1)
+        packed = repack_static(replace(rule, strategy=short), attention, key, value, tokens, text)
+        return replace(packed, name="static (row too short for its index)")
+    return repack_static(rule, attention, key, value, tokens, text)
+
+
+def repack_static(
+    rule: Rule,
+    attention: Attention,
+    key: Float[Tensor, "stored dim"],
+    value: Float[Tensor, "stored dim"],
+    tokens: int,
+    text: Bool[Tensor, " stored"] | None,
+) -> Packed:
+    """Prune the stored tokens, in order of position, to what the head may keep of `tokens`."""
+    count = static_tokens(rule.ratio, tokens, rule.keep)
+    if count >= len(key):
+        return Packed(key, value, rule.strategy.name, kept=torch.arange(len(key)))
+    ranking = rank_tokens(attention(), rule.strategy.pool, rule.keep)[0]
+    chosen = select_tokens(ranking, count, rule.strategy, rule.keep, text)
+    return Packed(key[chosen], value[chosen], rule.strategy.name, kept=chosen.cpu())
+
+
+def repack_dynamic(
+    rule: Rule,
+    query: Float[Tensor, "group dim"],
+    key: Float[Tensor, "stored dim"],
+    value: Float[Tensor, "stored dim"],
+    tokens: int,
+    head: DynamicHead,
+) -> Packed:
+    """Move full chunks of a dynamic head's newer tokens to the host and give it its new share.
+
+    `key` and `value` are the segment: sinks, recent tokens, hot slots, tokens since.
+    """
+    old = head.layout
+    layout = rule.layout(tokens, key)
+    if layout is None:  # a budget in tokens or bytes that the growing index has used up
+        layout = replace(old, items=old.items, recent=tokens - old.sinks - old.items * old.chunk)
+        layout = _least(rule, layout)
+    begin, end = old.sinks, head.hot_start + old.hot * old.chunk
+    newer_key = torch.cat([key[begin : head.hot_start], key[end:]])
+    newer_value = torch.cat([value[begin : head.hot_start], value[end:]])
+    added = layout.items - old.items
+    moved = added * layout.chunk
+    index, host = head.index, head.host
+    if added:
+        items_key = newer_key[:moved].view(added, layout.chunk, -1)
+        items_value = newer_value[:moved].view(added, layout.chunk, -1)
+        index, host = index.append(items_key), host.append(items_key, items_value)
+    ends_key = torch.cat([key[: layout.sinks], newer_key[moved:]])
+    ends_value = torch.cat([value[: layout.sinks], newer_value[moved:]])
+    return _pack_dynamic(rule, layout, index, host, query, ends_key, ends_value)
+
+
+def _least(rule: Rule, layout: DynamicLayout) -> DynamicLayout:
+    """The layout that moves all full chunks and keeps one hot item."""
+    added = max(0, layout.recent - rule.keep.recent) // layout.chunk
+    return replace(
+        layout,
+        items=layout.items + added,
+        recent=layout.recent - added * layout.chunk,
+        hot=1,
+    )
+
+
+def _pack_dynamic(
+    rule: Rule,
+    layout: DynamicLayout,
+    index: KeyIndex,
+    host: HostChunks,
+    query: Float[Tensor, "group dim"],
+    ends_key: Float[Tensor, "ends dim"],
+    ends_value: Float[Tensor, "ends dim"],
+) -> Packed:
+    """The hot set starts from the last row's query."""
+    score = torch.nan_to_num(index.score(query, rule.scaling), nan=-1.0)
+    best = score.topk(layout.hot)
+    slots = best.indices.to(torch.int32)
+    hot_score = best.values.float() if rule.options.smoothing else None
+    hot = host.fetch(best.indices, ends_key.device)
+    return Packed(
+        torch.cat([ends_key, hot[:, 0].flatten(0, 1)]),
+        torch.cat([ends_value, hot[:, 1].flatten(0, 1)]),
+        rule.strategy.name,
+        DynamicHead(layout, host, index, slots, hot_score),
+    )
+
+
+def _sinks_and_recent(
+    layout: DynamicLayout, tokens: int, device: torch.device
+) -> Int[Tensor, " ends"]:
+    return torch.cat(
+        [
+            torch.arange(layout.sinks, device=device),
+            torch.arange(tokens - layout.recent, tokens, device=device),
+        ]
+    )

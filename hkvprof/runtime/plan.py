@@ -12,6 +12,7 @@ from hkvprof.errors import BudgetError
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.policy.budget import Allocation, Budget
 from hkvprof.policy.index import HeadTables
+from hkvprof.runtime.options import Options
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,13 @@ class LayerPlan:
 class Planner:
     """Answers, for every prompt, what each layer does; and holds the index tables on the device.
 
-    `budget` is a share, tokens or bytes (None: the profile's default); prompts shorter than
-    `min_tokens` stay dense. `strict` decides whether a budget that does not fit raises or leaves
-    the prompt dense with a reason.
+    `budget` is a share, tokens or bytes; prompts shorter than `options.min_tokens` stay dense.
     """
 
-    def __init__(
-        self, profile: Profile, budget: Budget, min_tokens: int, strict: bool = True
-    ) -> None:
+    def __init__(self, profile: Profile, budget: Budget, options: Options) -> None:
         self.profile = profile
         self.budget = budget
-        self.min_tokens = min_tokens
-        self.strict = strict
+        self.options = options
         self._tables: dict[tuple[torch.device, int, int, int], HeadTables] = {}
         self._allocate = lru_cache(maxsize=256)(self._allocation)
 
@@ -58,21 +54,31 @@ class Planner:
         """Whether a strategy wants to know which prompt tokens are text."""
         return any(strategy.text_prior for strategy in self.profile.strategies)
 
-    def layers(self, tokens: int, rows: int, itemsize: int) -> tuple[LayerPlan, ...]:
+    def growth(self, planned: int, tokens: int) -> float:
+        """What a ratio planned for `planned` tokens becomes at `tokens` tokens.
+
+        A share is a share of any length; tokens and bytes stay what they are.
+        """
+        return 1.0 if self.budget.share is not None else planned / tokens
+
+    def layers(self, tokens: int, rows: int, itemsize: int, strict: bool) -> tuple[LayerPlan, ...]:
         """One plan per covered layer for prompts of up to `tokens` tokens in `rows` rows.
 
-        Raises BudgetError when the budget cannot hold sinks, recent tokens and the floor.
+        Where the budget cannot hold sinks, recent tokens and the floor, `strict` raises
+        BudgetError; else the layers stay dense with that reason.
         """
         count = self.profile.grid.layers
         if self.keeps_everything:
             return (LayerPlan(dense_reason="the budget is 1.0"),) * count
-        if tokens < self.min_tokens:
-            reason = f"prompt of {tokens} tokens is shorter than min_tokens={self.min_tokens}"
+        if tokens < self.options.min_tokens:
+            reason = (
+                f"prompt of {tokens} tokens is shorter than min_tokens={self.options.min_tokens}"
+            )
             return (LayerPlan(dense_reason=reason),) * count
         try:
             allocation = self._allocate(tokens, rows, itemsize)
         except BudgetError as error:
-            if self.strict:
+            if strict:
                 raise
             return (LayerPlan(dense_reason=str(error)),) * count
         if bool((allocation.ratio >= 1).all()):
@@ -109,10 +115,5 @@ class Planner:
         return sum(
             tensor.untyped_storage().nbytes()
             for table in self._tables.values()
-            for tensor in (
-                table.key_projection,
-                table.query_projection,
-                table.key_mean,
-                table.deviation,
-            )
+            for tensor in table.tensors()
         )

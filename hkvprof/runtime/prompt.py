@@ -5,65 +5,79 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from hkvprof.errors import CompressionError, ModelError
 from hkvprof.heads import HeadGrid
 from hkvprof.runtime.plan import LayerPlan, Planner
-
-
-@dataclass
-class Prompt:
-    """What the layers of one cache share about the prompt; the first layer of a pass fills it.
-
-    `starts` is the first valid position of every batch row (left padding before it), `text` marks
-    text positions per row where a strategy asks for them.
-    """
-
-    tokens: int = 0
-    starts: tuple[int, ...] = ()
-    plans: tuple[LayerPlan, ...] = ()
-    text: Tensor | None = None
+from hkvprof.runtime.receipt import Meter
 
 
 @dataclass
 class Conversation:
-    """State that a cache and its layers share; refers to neither, so that nothing is a cycle."""
+    """State that a cache and its layers share; refers to neither, so that nothing is a cycle.
+
+    `goal` is the number of tokens of the prompt where it is known (`generate` knows it): passes up
+    to it are prefill, tokens of the same pass beyond it (guesses of assisted decoding) are not
+    prompt. `starts` is the first valid position of every batch row (left padding before it).
+    `token_ids` [rows, tokens] is filled where a strategy asks which tokens are text.
+    """
 
     planner: Planner
     grid: HeadGrid
     layer_ids: tuple[int, ...]
-    prompt: Prompt = field(default_factory=Prompt)
+    goal: int | None = None
+    starts: tuple[int, ...] = ()
     token_ids: Tensor | None = None
     rope_deltas: Tensor | None = None
+    meter: Meter = field(default_factory=Meter)
 
-    def describe_prompt(self, key: Tensor, mask: Tensor | None) -> Prompt:
-        """The prompt of this pass; computed by the first covered layer, reused by the others."""
-        rows, _, tokens, _ = key.shape
-        if self.prompt.tokens != tokens or len(self.prompt.starts) != rows:
-            starts = _row_starts(mask, rows, tokens)
-            longest = tokens - min(starts)
-            plans = self.planner.layers(longest, rows, key.element_size())
-            self.prompt = Prompt(tokens, starts, plans, self._text_positions(tokens))
-        return self.prompt
+    def observe_rows(self, mask: Tensor | None, rows: int, tokens: int) -> None:
+        """Learn the rows' starts from the mask of a pass; the first covered layer does."""
+        self.starts = _row_starts(mask, rows, tokens)
 
-    def take_rows(self, rows: list[int]) -> None:
-        """Reorder, drop or repeat batch rows."""
-        if self.prompt.starts:
-            self.prompt.starts = tuple(self.prompt.starts[row] for row in rows)
+    def plans(self, tokens: int, itemsize: int, strict: bool) -> tuple[LayerPlan, ...]:
+        """What every layer does with rows of `tokens` positions, padding included."""
+        return self.planner.layers(tokens - min(self.starts), len(self.starts), itemsize, strict)
 
-    def _text_positions(self, tokens: int) -> Tensor | None:
+    def see_ids(self, ids: Tensor | None, seen: int) -> None:
+        """Token ids of a pass that follows `seen` tokens."""
+        if not self.planner.needs_text:
+            return
+        old = None if self.token_ids is None or seen == 0 else self.token_ids[:, :seen]
+        if ids is None or (old is not None and old.shape[1] != seen):
+            self.token_ids = None
+            return
+        self.token_ids = ids if old is None else torch.cat([old, ids.to(old.device)], dim=1)
+
+    def text(self, tokens: int) -> Bool[Tensor, "rows tokens"] | None:
+        """Which of the first `tokens` positions are text; None where no strategy asks."""
         if not self.planner.needs_text:
             return None
         ids = self.token_ids
-        if ids is None or ids.shape[1] != tokens:
+        if ids is None or ids.shape[1] < tokens:
             raise CompressionError(
-                "this profile keeps text tokens first, which needs the prompt's token ids: pass "
+                "this profile keeps text tokens first, which needs the tokens' ids: pass "
                 "input_ids to the model (not inputs_embeds alone)"
             )
         vision = self.planner.profile.fingerprint.vision
         special = [vision[k] for k in ("image_token_id", "video_token_id") if k in vision]
-        return ~torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
+        known = torch.tensor(special, device=ids.device, dtype=ids.dtype)
+        return ~torch.isin(ids[:, :tokens], known)
+
+    def take_rows(self, rows: list[int]) -> None:
+        """Reorder, drop or repeat batch rows."""
+        if self.starts:
+            self.starts = tuple(self.starts[row] for row in rows)
+        if self.token_ids is not None:
+            self.token_ids = self.token_ids[rows]
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.goal, self.starts = None, ()
+        self.token_ids = self.rope_deltas = None
+        self.meter.clear()
 
 
 def _row_starts(mask: Tensor | None, rows: int, tokens: int) -> tuple[int, ...]:

@@ -6,12 +6,30 @@ Layers write their account as they work, so that a receipt outlives the cache it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from hkvprof.runtime.host import HostChunks
+
+@dataclass
+class Meter:
+    """Resident K/V bytes of a conversation's layers now and at their highest."""
+
+    bytes: dict[int, int] = field(default_factory=dict)
+    total: int = 0
+    peak: int = 0
+
+    def set(self, layer: int, count: int) -> None:
+        """Layer number `layer` holds `count` bytes now."""
+        self.total += count - self.bytes.get(layer, 0)
+        self.bytes[layer] = count
+        self.peak = max(self.peak, self.total)
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.bytes.clear()
+        self.total = self.peak = 0
 
 
 @dataclass
@@ -27,6 +45,7 @@ class HeadAccount:
     host_bytes: int = 0
     chunks_requested: int = 0
     chunks_fetched: int = 0
+    bytes_moved: int = 0
 
     @property
     def hit_rate(self) -> float | None:
@@ -38,36 +57,68 @@ class HeadAccount:
 
 @dataclass
 class LayerAccount:
-    """A layer's state: `empty`, `dense` (and why) or `compressed`."""
+    """A layer's state: `empty`, `pending`, `dense` (and why) or `compressed`.
+
+    `tail` tokens came since the heads were last accounted for (every head keeps them whole until
+    the next compression). `parked_bytes` are dense keys and values that wait on the host between
+    the chunks of a prefill. Seconds are wall clock and measured on the CPU only; `retrieval` is
+    scoring, selecting and fetching.
+    """
 
     layer: int
     state: str = "empty"
     reason: str = ""
     dense_bytes: int = 0
     resident_bytes: int = 0
+    parked_bytes: int = 0
+    compressions: int = 0
+    tail: int = 0
+    compression_seconds: float = 0.0
+    retrieval_seconds: float = 0.0
+    steps: int = 0
     heads: list[HeadAccount] = field(default_factory=list)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host chunks."""
-        return sum(head.host_bytes for head in self.heads)
+        """Bytes on the host: items of dynamic heads, and parked keys and values."""
+        return self.parked_bytes + sum(head.host_bytes for head in self.heads)
+
+    def snapshot(self) -> LayerAccount:
+        """A copy whose heads count the tail."""
+        heads = [
+            replace(
+                head,
+                tokens_seen=head.tokens_seen + self.tail,
+                tokens_resident=head.tokens_resident + self.tail,
+            )
+            for head in self.heads
+        ]
+        return replace(self, heads=heads, tail=0)
 
 
 @dataclass(frozen=True)
 class Receipt:
     """A request's account. `dense_bytes` is what an uncompressed cache of the covered layers holds.
 
-    `shared_bytes` are index tables held once per model, not per request. `same_memory` says that
-    device and host are one memory, so that only `resident_bytes + host_bytes` is what a request
-    really takes.
+    `peak_bytes` is the most K/V that was resident at once, during prefill too. `shared_bytes` are
+    index tables held once per model, not per request. `same_memory` says that device and host are
+    one memory, so that only `resident_bytes + host_bytes` (`total_bytes`) is what a request really
+    takes. `kernels` names what computes decoding steps.
     """
 
     resident_bytes: int
     host_bytes: int
     dense_bytes: int
+    peak_bytes: int
     shared_bytes: int
     same_memory: bool
+    kernels: str
     layers: tuple[LayerAccount, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Resident and host bytes together."""
+        return self.resident_bytes + self.host_bytes
 
     @property
     def resident_share(self) -> float:
@@ -82,11 +133,33 @@ class Receipt:
     @property
     def hit_rate(self) -> float | None:
         """Share of requested chunks that were hot already, over all dynamic heads."""
-        heads = [head for layer in self.layers for head in layer.heads]
-        requested = sum(head.chunks_requested for head in heads)
+        requested = sum(head.chunks_requested for head in self._heads())
         if not requested:
             return None
-        return 1 - sum(head.chunks_fetched for head in heads) / requested
+        return 1 - sum(head.chunks_fetched for head in self._heads()) / requested
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes fetched from the host while decoding."""
+        return sum(head.bytes_moved for head in self._heads())
+
+    @property
+    def steps(self) -> int:
+        """Decoding steps on compressed storage."""
+        return max((layer.steps for layer in self.layers), default=0)
+
+    @property
+    def compression_seconds(self) -> float:
+        """Wall clock of all compressions; measured on the CPU only, else 0."""
+        return sum(layer.compression_seconds for layer in self.layers)
+
+    @property
+    def retrieval_seconds(self) -> float:
+        """Wall clock of scoring, selecting and fetching; measured on the CPU only, else 0."""
+        return sum(layer.retrieval_seconds for layer in self.layers)
+
+    def _heads(self) -> Iterator[HeadAccount]:
+        return (head for layer in self.layers for head in layer.heads)
 
     def __str__(self) -> str:
         mib = 2**20
@@ -95,7 +168,10 @@ class Receipt:
             f"dense ({self.resident_share:.1%}), {self.host_bytes / mib:.2f} MiB on the host"
         )
         if self.same_memory:
-            text += " (device and host are the same memory here)"
+            text += (
+                f" (device and host are the same memory here: {self.total_bytes / mib:.2f} MiB "
+                "together)"
+            )
         text += f", {self.compressed_layers} of {len(self.layers)} layers compressed"
         reasons = sorted({layer.reason for layer in self.layers if layer.reason})
         return text + (f"; dense because {'; '.join(reasons)}" if reasons else "")
@@ -105,7 +181,12 @@ class Receipt:
         return {
             **{k: v for k, v in asdict(self).items() if k != "layers"},
             "resident_share": self.resident_share,
+            "total_bytes": self.total_bytes,
             "hit_rate": self.hit_rate,
+            "bytes_moved": self.bytes_moved,
+            "steps": self.steps,
+            "compression_seconds": self.compression_seconds,
+            "retrieval_seconds": self.retrieval_seconds,
             "layers": [
                 {**asdict(layer), "heads": [self._head(head) for head in layer.heads]}
                 for layer in self.layers
@@ -121,7 +202,8 @@ def measure_storage(cache: Any) -> tuple[int, int]:
     """(resident, host) bytes by walking every tensor that the cache's layers reach.
 
     Independent of the accounts: storages are found through attributes and containers and counted
-    once each. Tensors inside HostChunks are host bytes; lengths kept on the host do not count.
+    once each. Tensors of objects with `on_host` are host bytes; lengths kept as integers do not
+    count.
     """
     resident: dict[int, int] = {}
     host: dict[int, int] = {}
@@ -149,4 +231,4 @@ def _tensors(value: Any, on_host: bool, seen: set[int]) -> Iterator[tuple[torch.
     else:
         return
     for child in children:
-        yield from _tensors(child, on_host or isinstance(value, HostChunks), seen)
+        yield from _tensors(child, on_host or getattr(value, "on_host", False), seen)

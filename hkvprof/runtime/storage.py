@@ -45,6 +45,11 @@ class RaggedStorage:
         """Number of segments: rows times KV heads."""
         return len(self.lengths)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value in one segment."""
+        return self.key[:1].nbytes + self.value[:1].nbytes
+
     def keys(self, segment: int) -> Float[Tensor, "tokens dim"]:
         """View of a segment's keys."""
         start = self.offsets[segment]

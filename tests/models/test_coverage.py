@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hkvprof import load_model, uniform_profile
 from hkvprof.runtime import Handle, apply
-from hkvprof.runtime.cache import CompressedLayer
+from hkvprof.runtime.layer import CompressedLayer
 from tests.models.conversations import picture, user
 from tests.models.tiny import COVERED, build_covered
 

@@ -9,27 +9,32 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hkvprof.models.attention import AttentionCall, hooked_attention, mark
-from hkvprof.runtime.cache import CompressedLayer
+from hkvprof.runtime.layer import CompressedLayer
+
+EXACT = "donot_use_mm_for_euclid_dist"
 
 
 def kept_positions(layer: CompressedLayer, dense_key: Tensor) -> list[list[set[int]]]:
-    """[row][head] prompt positions whose keys a compressed layer holds now.
+    """[row][head] positions among the dense ones whose keys a compressed layer holds now.
 
-    Found by comparing stored keys with the dense ones, so that wrong bookkeeping shows.
+    Found by comparing stored keys with the dense ones (the nearest, which must be near), so that
+    wrong bookkeeping shows. Tokens after the dense ones are held whole and not named.
     """
-    assert layer.storage is not None
+    assert layer.ragged is not None
     rows, heads, tokens, _ = dense_key.shape
     tail = layer.get_seq_length() - tokens
     result = []
     for row in range(rows):
         kept_row = []
         for head in range(heads):
-            stored = layer.storage.keys(row * heads + head)
+            stored = layer.ragged.storage.keys(row * heads + head)
             stored = stored[: len(stored) - tail]
-            same = (stored[:, None] == dense_key[row, head][None]).all(dim=-1)
-            assert bool((same.sum(dim=1) >= 1).all()), "a stored key is none of the prompt's"
-            kept_row.append({int(i) for i in same.float().argmax(dim=1)})
-            assert len(kept_row[-1]) == len(stored), "a prompt token is stored twice"
+            distance = torch.cdist(stored, dense_key[row, head], compute_mode=EXACT)
+            nearest = distance.min(dim=1)
+            limit = 1e-4 * dense_key[row, head].norm(dim=-1).mean()
+            assert bool((nearest.values <= limit).all()), "a stored key is none of the dense ones"
+            kept_row.append({int(i) for i in nearest.indices})
+            assert len(kept_row[-1]) == len(stored), "a token is stored twice"
         result.append(kept_row)
     return result
 

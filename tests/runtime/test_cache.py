@@ -141,20 +141,6 @@ def test_beam_search_equals_beams_on_dense_storage_at_high_budget(llama: Any) ->
         assert torch.equal(llama.generate(input_ids=ids, **options), expected)
 
 
-def test_prompt_lookup_is_refused_below_full_budget(llama: Any) -> None:
-    ids = token_ids(1, 60).repeat(1, 3)
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-    expected = llama.generate(input_ids=ids, **options)
-    with (
-        apply(llama, profile_of(llama, "static"), budget=0.5),
-        pytest.raises(ModelError, match="prompt_lookup_num_tokens"),
-    ):
-        llama.generate(input_ids=ids, prompt_lookup_num_tokens=4, **options)
-    with apply(llama, profile_of(llama, "static"), budget=1.0):
-        got = llama.generate(input_ids=ids, prompt_lookup_num_tokens=4, **options)
-    assert torch.equal(got, expected)
-
-
 def test_reset_makes_a_cache_new_again(llama: Any) -> None:
     ids = token_ids(1, 150)
     with apply(llama, profile_of(llama, "mixed"), budget=0.4) as handle:
@@ -252,7 +238,7 @@ def test_text_prior_keeps_text_first(tinyvl: tuple[Any, Any]) -> None:
         dense = DynamicCache(config=model.config.get_text_config(decoder=True))
         handle.detach()
         model(**encoded.to(model.device, model.dtype), past_key_values=dense)
-        stored = cache.covered[0].storage.keys(0)
+        stored = cache.covered[0].ragged.storage.keys(0)
         wanted = dense.layers[0].keys[0, 0][encoded.modality[0] == 0]
         found = (wanted[:, None] == stored[None]).all(-1).any(-1)
     assert bool(found.all())

@@ -154,8 +154,12 @@ def test_memory_goes_with_the_cache_without_garbage_collection(llama: Any) -> No
         with apply(llama, profile_of(llama, "mixed"), budget=0.2) as handle:
             cache = handle.new_cache()
             llama(input_ids=token_ids(1, 200), past_key_values=cache)
-            storages = [weakref.ref(layer.storage) for layer in cache.covered]
-            hosts = [weakref.ref(d.host) for layer in cache.covered for d in layer.dynamic.values()]
+            storages = [weakref.ref(layer.ragged.storage) for layer in cache.covered]
+            hosts = [
+                weakref.ref(d.host)
+                for layer in cache.covered
+                for d in layer.ragged.dynamic.values()
+            ]
             del cache
             assert all(reference() is None for reference in storages + hosts)
             short = handle.new_cache()
@@ -389,7 +393,7 @@ def test_too_small_budgets_are_refused(llama: Any) -> None:
 def test_an_attention_that_loses_the_mark_is_noticed(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hkvprof.runtime.cache import CompressedLayer
+    from hkvprof.runtime.layer import CompressedLayer
 
     def unmarked(self: Any, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         keys, values = original(self, key, value, *args, **kwargs)

@@ -1,0 +1,109 @@
+"""What a set of decode kernels can do, and what it is told about a dynamic head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hkvprof.policy.index import KeyIndex
+
+
+@dataclass(frozen=True)
+class DynamicSegment:
+    """One dynamic head as the kernels see it; tensors are shared with the layer, never copied.
+
+    Its storage segment is number `segment`; slot j of its hot region holds the `chunk` tokens of
+    item `slots[j]` in rows `hot_start + j * chunk` of the flat storage. `host` [items, 2, chunk,
+    dim] has K then V of an item, in the storage's dtype, or int8 with value = int8 *
+    scale[item // items_per_group]. `hot_score` [hot] is needed where smoothing is used.
+    """
+
+    segment: int
+    index: KeyIndex
+    slots: Int[Tensor, " hot"]
+    host: Tensor
+    hot_start: int
+    chunk: int
+    items: int
+    hot_score: Float[Tensor, " hot"] | None = None
+    scale: Float[Tensor, "groups 2 dim"] | None = None
+    items_per_group: int = 1
+
+    @property
+    def hot(self) -> int:
+        """Number of hot slots."""
+        return len(self.slots)
+
+
+class Retrieval(Protocol):
+    """One layer's dynamic heads, bound to its tensors; bind again when any of them is replaced."""
+
+    def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
+        """Per dynamic head, the share of attention expected by every item.
+
+        Softmax per query head over the items, mean over the group.
+        """
+        ...
+
+    def load(self, scores: Sequence[Float[Tensor, " items"]]) -> list[int]:
+        """Select by `scores` and fetch what is not hot yet; items fetched per dynamic head.
+
+        With d = score (NaN: -1): d[i] = max(d[i - successors .. i]); then, for every hot slot j,
+        d[slots[j]] = max(d[slots[j]], smoothing * hot_score[j]). The `hot` items with the largest d
+        are wanted; of equals, first those that are hot, then the lower number. hot_score becomes
+        the d of the items that the slots then hold.
+        """
+        ...
+
+    def step(self, query: Float[Tensor, "segments group dim"]) -> list[int]:
+        """`score`, then `load`."""
+        ...
+
+
+class Kernels(Protocol):
+    """Functions of the decode step; all tensors on one device and contiguous.
+
+    S segments are batch rows x KV heads in row-major order.
+    """
+
+    @property
+    def name(self) -> str:
+        """`native` or `torch`."""
+        ...
+
+    def attend(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        query: Float[Tensor, "segments group dim"],
+        scaling: float,
+    ) -> Float[Tensor, "segments group dim"]:
+        """One new token per row attends to its whole segment; an empty segment gives zeros."""
+        ...
+
+    def bind(
+        self,
+        storage_key: Float[Tensor, "capacity dim"],
+        storage_value: Float[Tensor, "capacity dim"],
+        heads: Sequence[DynamicSegment],
+        scaling: float,
+        smoothing: float = 0.0,
+        successors: int = 0,
+    ) -> Retrieval:
+        """Prepare the retrieval of a layer's dynamic heads."""
+        ...
+
+    def encode(
+        self,
+        projected: Float[Tensor, "tokens channels"],
+        codebook: Float[Tensor, "256 channels"],
+        subspaces: Sequence[tuple[int, int]],
+    ) -> Int[Tensor, "tokens codes"]:
+        """Nearest centroid per subspace as uint8; ties to the lower number; NaN and infinity count as 0."""
+        ...

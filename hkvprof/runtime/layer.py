@@ -1,0 +1,289 @@
+"""A cache layer that is dense while the prompt comes in and compressed from then on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from hkvprof.errors import CompressionError, ModelError
+from hkvprof.models.attention import AttentionCall, mark
+from hkvprof.runtime.parked import ParkedPrompt
+from hkvprof.runtime.prompt import Conversation
+from hkvprof.runtime.ragged import RaggedLayer
+from hkvprof.runtime.receipt import LayerAccount
+
+
+class CompressedLayer(DynamicLayer):
+    """Dense until the prompt is complete, compressed as soon as its attention is done then.
+
+    A layer whose plan says so (budget 1.0, short prompt) stays dense and behaves bit for bit as
+    the stock layer. Later compressions (`compress_every`) happen at the start of a pass, when all
+    tokens in the cache are final.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+
+    shared_attributes = ("_shared", "account")
+    """Not this layer's own memory (see receipt.measure_storage)."""
+
+    def __init__(self, number: int, shared: Conversation) -> None:
+        super().__init__()
+        self.number = number
+        self.account = LayerAccount(shared.layer_ids[number])
+        self.ragged: RaggedLayer | None = None
+        self.parked: ParkedPrompt | None = None
+        self._shared = shared
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = self.ragged = self.parked = None
+        self._seen = 0
+        self._checked = 0
+        """Logical length when the layer last compressed, or decided to stay dense."""
+        self._complete = False
+        self._window: Tensor | None = None
+        self._scaling = 1.0
+
+    # -- transformers' interface ------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new tokens; the keys returned lead the attention function back to this layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._compress_again()
+        self._seen += key_states.shape[-2]
+        if self.ragged is not None:
+            if self.ragged.append(key_states.detach(), value_states.detach()):
+                self._measure()
+            return mark(key_states, self), value_states
+        if self.parked is not None:
+            self.keys, self.values = self.parked.extended(key_states, value_states)
+        elif self.keys is None:
+            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+        else:
+            assert self.values is not None
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
+        self._measure()
+        return mark(self.keys, self), self.values
+
+    def get_seq_length(self) -> int:
+        """Logical length: positions depend on it."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Mask over logical positions."""
+        return self._seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._clear()
+        self.is_initialized = False
+        fresh = LayerAccount(self.account.layer)
+        vars(self.account).update(vars(fresh))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens (a negative number, as transformers passes it).
+
+        Raises CompressionError when the cut would reach into what is compressed.
+        """
+        count = -tokens_to_remove
+        if count < 0:
+            raise CompressionError("crop takes minus the number of tokens to remove")
+        if count == 0 or not self.is_initialized:
+            return
+        if self.ragged is None:
+            if self.parked is not None:
+                raise CompressionError("a prompt cannot be cropped between its prefill chunks")
+            super().crop(tokens_to_remove)
+        elif count > self.ragged.tail:
+            raise CompressionError(
+                f"cannot remove {count} tokens: only the {self.ragged.tail} tokens since the last "
+                "compression can be cropped; start a new cache, or use decode_compression=False"
+            )
+        else:
+            self.ragged.drop_last(count)
+        self._seen -= count
+        if self._window is not None:
+            left = self._window.shape[2] - count
+            self._window = self._window[:, :, :left].clone() if left > 0 else None
+        self._measure()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder batch rows for beam search."""
+        self.take_rows(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch rows."""
+        self.take_rows(row_list(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        rows = range(len(self._shared.starts) // repeats)
+        self.take_rows([row for row in rows for _ in range(repeats)])
+
+    def take_rows(self, rows: list[int]) -> None:
+        """Reorder, drop or repeat batch rows; `Conversation.take_rows` comes first."""
+        if self.ragged is not None:
+            self.ragged.take_rows(rows)
+        elif self.parked is not None:
+            raise CompressionError("batch rows cannot change between the chunks of a prefill")
+        elif self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+        if self._window is not None:
+            self._window = self._window[rows]
+        self._measure()
+
+    # -- attention --------------------------------------------------------------------------
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
+        """Dense attention and then, maybe, compression; or attention over what is resident."""
+        self._scaling = call.scaling
+        rows = call.query.shape[2]
+        if self.ragged is not None:
+            self._remember(call.query)
+            if rows == 1:
+                return self.ragged.attend_one(call.query), None
+            return self.ragged.attend_many(call.query, self._visible(call.mask, rows)), None
+        result = call.dense()
+        self._remember(call.query)
+        goal = self._shared.goal
+        last = rows > 1 if goal is None else self._seen >= goal
+        if self.number == 0 and (not self._shared.starts or (last and not self._complete)):
+            self._shared.observe_rows(call.mask, call.query.shape[0], self._seen)
+        if not self._complete and last:
+            self._complete = True
+            self._compress(goal or self._seen, self._shared.planner.options.strict)
+        elif not self._complete and goal is None:
+            self.account.state, self.account.reason = "dense", "no pass of several tokens yet"
+        elif not self._complete:
+            self._wait()
+        return result
+
+    def _wait(self) -> None:
+        """Between the chunks of a prefill, dense keys and values wait on the host."""
+        planner, goal = self._shared.planner, self._shared.goal
+        self.account.state, self.account.reason = "dense", "the prompt is not complete yet"
+        assert self.keys is not None
+        assert self.values is not None
+        assert goal is not None
+        if planner.keeps_everything or goal < planner.options.min_tokens:
+            return
+        if self.parked is None:
+            self.parked = ParkedPrompt.start(self.keys, goal)
+        self.parked.take(self.keys, self.values)
+        self.keys = self.values = None
+        self._measure()
+
+    def _compress_again(self) -> None:
+        """At the start of a pass: is there enough new since the last compression?"""
+        every = self._shared.planner.options.compress_every
+        due = every and self._seen - self._checked >= every and self._window is not None
+        if not due or (self._shared.goal is not None and not self._complete):
+            return
+        if self.ragged is None:
+            self._complete = True
+            self._compress(self._seen, strict=False)
+            return
+        assert self._window is not None
+        held = self.account.resident_bytes
+        self.ragged.compress_tail(self._window)
+        self._shared.meter.set(self.number, held + self.account.resident_bytes)
+        self._window, self._checked = None, self._seen
+        self._measure()
+
+    def _compress(self, tokens: int, strict: bool) -> None:
+        """Compress the first `tokens` positions, unless the plan says to stay dense."""
+        assert self.keys is not None
+        assert self.values is not None
+        assert self._window is not None
+        plan = self._shared.plans(tokens, self.keys.element_size(), strict)[self.number]
+        self._checked = tokens
+        if plan.dense_reason:
+            self.account.state, self.account.reason = "dense", plan.dense_reason
+            if self.parked is not None:  # views of the room for the prompt
+                self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.parked = self._window = None
+            self._measure()
+            return
+        beyond = self._seen - tokens  # guesses of assisted decoding are no part of the prompt
+        window = self._window[:, :, : self._window.shape[2] - beyond]
+        dense = self.account.resident_bytes
+        self.ragged = RaggedLayer.compress(
+            self._shared, self.number, self.account, plan.heads, window,
+            self.keys.detach(), self.values.detach(), tokens, self._scaling,
+        )  # fmt: skip
+        self._shared.meter.set(self.number, dense + self.account.resident_bytes)
+        self.keys = self.values = self.parked = self._window = None
+        self.account.state, self.account.reason = "compressed", ""
+        self._measure()
+
+    def _remember(self, query: Tensor) -> None:
+        """Keep the queries of the last rows that the next compression will look at."""
+        keep = self._shared.planner.profile.keep.window
+        options = self._shared.planner.options
+        if self._complete:
+            near = self._seen - self._checked > options.compress_every - keep
+            if not (options.compress_every and near):
+                return
+        else:
+            # A pass may go beyond the prompt, by what assisted decoding guesses.
+            keep += max(0, self._seen - (self._shared.goal or self._seen))
+        rows = query.detach()[:, :, -keep:]
+        if self._window is not None and rows.shape[2] < keep:
+            rows = torch.cat([self._window, rows], dim=2)[:, :, -keep:]
+        self._window = rows.clone()
+        if self._complete:
+            self._measure()
+
+    def _visible(self, mask: Tensor | None, rows: int) -> Tensor:
+        """Which of this pass's tokens every row may see, [batch, rows, rows]."""
+        batch = len(self._shared.starts)
+        if mask is None or mask.ndim != 4:
+            causal = torch.ones(rows, rows, dtype=torch.bool, device=self.device).tril()
+            return causal.expand(batch, rows, rows)
+        block = mask[:, 0, :, -rows:]
+        block = block if block.dtype == torch.bool else block == 0
+        if self.number == 0 and not bool(block[:, -1].all()):
+            raise ModelError(
+                "padding inside a later turn is not supported: give rows of equal length after the "
+                "first turn, or run the conversations one by one"
+            )
+        return block.expand(batch, rows, rows)
+
+    # -- bytes ------------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        """Bytes of this layer, from shapes and from what the ragged layer accounted for."""
+        window = 0 if self._window is None else self._window.untyped_storage().nbytes()
+        if self.ragged is not None:
+            self.ragged.measure()
+            self.account.resident_bytes += window
+            self.account.parked_bytes = 0
+        elif self.keys is not None and self.values is not None:
+            if self.account.state == "empty":
+                self.account.state = "pending"
+            held = self.keys.nbytes + self.values.nbytes
+            self.account.dense_bytes = held
+            self.account.resident_bytes = held + window
+        elif self.parked is not None:
+            self.account.resident_bytes = window
+            self.account.parked_bytes = self.parked.nbytes
+        self._shared.meter.set(self.number, self.account.resident_bytes)
+
+
+def row_list(indices: Tensor) -> list[int]:
+    """Row numbers from a mask or an index."""
+    rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+    return [int(row) for row in rows.tolist()]

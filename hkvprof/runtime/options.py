@@ -1,0 +1,49 @@
+"""What a user may choose about compression beside the profile and the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hkvprof.errors import UsageError
+from hkvprof.policy.costs import SLOT_BYTES
+
+MIN_TOKENS = 64
+COMPRESS_EVERY = 128
+HOST_DTYPES = ("same", "int8")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of `hkvprof.runtime.apply`; see there.
+
+    `compress_every` 0 means that generated tokens are kept whole. Raises UsageError.
+    """
+
+    strict: bool = True
+    min_tokens: int = MIN_TOKENS
+    compress_every: int = COMPRESS_EVERY
+    host_dtype: str = "same"
+    smoothing: float = 0.0
+    retrieve_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 1:
+            raise UsageError(f"min_tokens must be at least 1, found {self.min_tokens}")
+        if self.compress_every < 0:
+            raise UsageError(
+                f"compress_every must be at least 1 token, found {self.compress_every}; to keep "
+                "generated tokens whole use decode_compression=False"
+            )
+        if self.host_dtype not in HOST_DTYPES:
+            raise UsageError(
+                f"host_dtype must be one of {', '.join(HOST_DTYPES)}, found {self.host_dtype!r}"
+            )
+        if not 0 <= self.smoothing < 1:
+            raise UsageError(f"smoothing must be in [0, 1), found {self.smoothing}")
+        if self.retrieve_every < 1:
+            raise UsageError(f"retrieve_every must be at least 1, found {self.retrieve_every}")
+
+    @property
+    def slot_bytes(self) -> int:
+        """Device bytes per hot item beside its K/V: its number, with smoothing also its score."""
+        return SLOT_BYTES + (4 if self.smoothing else 0)

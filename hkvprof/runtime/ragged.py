@@ -1,0 +1,336 @@
+"""One layer's compressed keys and values: what is resident, what is on the host, how it grows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cache, partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hkvprof.policy.static import window_attention
+from hkvprof.runtime.attention import attend
+from hkvprof.runtime.host import DynamicHead
+from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval, for_device
+from hkvprof.runtime.packing import Attention, Packed, Rule, pack, repack_dynamic, repack_static
+from hkvprof.runtime.plan import HeadPlan
+from hkvprof.runtime.prompt import Conversation
+from hkvprof.runtime.receipt import HeadAccount, LayerAccount
+from hkvprof.runtime.storage import RaggedStorage
+
+
+class RaggedLayer:
+    """Segments (row * kv_heads + head) of a layer, each static, dynamic or whole.
+
+    `base` is the logical length at the last compression; later tokens are the tail, which every
+    segment holds whole at its end.
+    """
+
+    shared_attributes = ("_shared", "account", "_retrieval", "_bound_to")
+
+    def __init__(
+        self,
+        shared: Conversation,
+        number: int,
+        account: LayerAccount,
+        plans: tuple[HeadPlan, ...],
+        scaling: float,
+    ) -> None:
+        self.account = account
+        self.base = 0
+        self.tail = 0
+        self.dynamic: dict[int, DynamicHead] = {}
+        self._shared = shared
+        self._number = number
+        self._plans = plans
+        self._planned = 0
+        self._scaling = scaling
+        self._steps = 0
+        self._positions: list[Tensor] | None = None
+        self._retrieval: Retrieval | None = None
+        self._bound_to: Tensor | None = None
+        self.storage: RaggedStorage
+
+    @classmethod
+    def compress(
+        cls,
+        shared: Conversation,
+        number: int,
+        account: LayerAccount,
+        plans: tuple[HeadPlan, ...],
+        query: Float[Tensor, "rows query_heads window dim"],
+        key: Float[Tensor, "rows kv_heads tokens dim"],
+        value: Float[Tensor, "rows kv_heads tokens dim"],
+        tokens: int,
+        scaling: float,
+    ) -> RaggedLayer:
+        """Compress the first `tokens` dense positions; later ones become the tail.
+
+        `query` holds the last rows up to position `tokens`.
+        """
+        began = time.perf_counter()
+        layer = cls(shared, number, account, plans, scaling)
+        layer.base, layer._planned = tokens, tokens - min(shared.starts)
+        text = shared.text(tokens)
+        packed = []
+        for row, start in enumerate(shared.starts):
+            flags = None if text is None else text[row, start:].to(key.device)
+            own_key, own_value = key[row, :, start:tokens], value[row, :, start:tokens]
+            seen = layer._lazy_attention(query[row], own_key)  # once for all heads
+            for head in range(len(plans)):
+                rule = layer._rule(head, key.device)
+                last = query[row, layer._group(head), -1]
+                attention = partial(_of_head, seen, head)
+                packed.append(pack(rule, last, attention, own_key[head], own_value[head], flags))
+        starts = [start for start in shared.starts for _ in plans]
+        layer._install(packed, [torch.arange(start, tokens) for start in starts])
+        if key.shape[2] > tokens:
+            layer.append(key[:, :, tokens:], value[:, :, tokens:])
+        layer._finish(began)
+        return layer
+
+    def compress_tail(self, query: Float[Tensor, "rows query_heads window dim"]) -> None:
+        """Let the tail join the budget: prune static segments, move full chunks to the host."""
+        began = time.perf_counter()
+        base = self.base + self.tail
+        text = self._shared.text(base)
+        packed, known = [], []
+        for segment in range(self.storage.segments):
+            row, head = divmod(segment, len(self._plans))
+            tokens = base - self._shared.starts[row]
+            rule = self._rule(head, self.storage.key.device)
+            key, value = self.storage.keys(segment), self.storage.values(segment)
+            mine = query[row, self._group(head)]
+            attention = self._lazy_attention(mine, key[None])
+            state = self.dynamic.get(segment)
+            positions = self._positions_of(segment)
+            flags = None if text is None or positions is None else text[row, positions]
+            if state is not None:
+                packed.append(repack_dynamic(rule, mine[:, -1], key, value, tokens, state))
+            elif len(key) == tokens:
+                packed.append(pack(rule, mine[:, -1], attention, key, value, flags))
+            else:
+                packed.append(repack_static(rule, attention, key, value, tokens, flags))
+            known.append(positions)
+        self.base, self.tail = base, 0
+        self._install(packed, known)
+        self._finish(began)
+
+    # -- tokens ---------------------------------------------------------------------------------
+
+    def append(
+        self,
+        key: Float[Tensor, "rows kv_heads tokens dim"],
+        value: Float[Tensor, "rows kv_heads tokens dim"],
+    ) -> bool:
+        """Store new tokens, whole; True when the storage had to grow."""
+        before = self.storage.key
+        count = key.shape[2]
+        self.storage.append(key.flatten(0, 1), value.flatten(0, 1))
+        self.tail += count
+        self.account.tail += count
+        self.account.dense_bytes += self.storage.segments * count * self.storage.token_bytes
+        return self.storage.key is not before
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last `count` tokens, which must be of the tail."""
+        assert count <= self.tail
+        self.storage.drop_last(count)
+        self.tail -= count
+        self.measure()
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        """Reorder, drop or repeat batch rows; rows made of one share host items and index."""
+        heads = len(self._plans)
+        segments = [row * heads + head for row in rows for head in range(heads)]
+        self.storage = self.storage.take(segments)
+        old, accounts = self.dynamic, self.account.heads
+        self.dynamic = {i: old[s].clone() for i, s in enumerate(segments) if s in old}
+        if self._positions is not None:
+            self._positions = [self._positions[s] for s in segments]
+        self.account.heads = [
+            HeadAccount(**{**vars(accounts[s]), "row": i // heads}) for i, s in enumerate(segments)
+        ]
+        self._retrieval = self._bound_to = None
+        self.measure()
+
+    # -- attention ------------------------------------------------------------------------------
+
+    def attend_one(
+        self, query: Float[Tensor, "rows query_heads 1 dim"]
+    ) -> Float[Tensor, "rows 1 query_heads dim"]:
+        """One decoding step: dynamic segments fetch what this query asks for, then all attend."""
+        rows, query_heads, _, dim = query.shape
+        storage = self.storage
+        grouped = query.detach().reshape(storage.segments, -1, dim)
+        kernels = self.kernels
+        if self.dynamic:
+            if self._steps % self._shared.planner.options.retrieve_every == 0:
+                self._retrieve(kernels, grouped)
+            self._steps += 1
+        self.account.steps += 1
+        out = kernels.attend(
+            storage.key, storage.value, storage.offsets, storage.lengths, grouped, self._scaling
+        )
+        return out.view(rows, 1, query_heads, -1)
+
+    def attend_many(
+        self,
+        query: Float[Tensor, "rows query_heads new dim"],
+        visible: Bool[Tensor, "rows new new"],
+    ) -> Float[Tensor, "rows new query_heads dim"]:
+        """A pass of several tokens sees all tokens of dynamic heads, from the host, exactly.
+
+        `visible` says which of this pass's tokens each of them sees.
+        """
+        rows, query_heads, new, dim = query.shape
+        grouped = query.reshape(self.storage.segments, -1, new, dim)
+        outputs = []
+        for segment in range(self.storage.segments):
+            key, value = self.storage.keys(segment), self.storage.values(segment)
+            head = self.dynamic.get(segment)
+            if head is not None:
+                key, value = _with_host(head, key, value)
+            block = visible[segment // len(self._plans)]
+            outputs.append(attend(grouped[segment], key, value, self._scaling, block))
+        out = torch.stack(outputs).view(rows, query_heads, new, -1)
+        return out.transpose(1, 2).contiguous()
+
+    @property
+    def kernels(self) -> Kernels:
+        """What computes this layer's decoding steps."""
+        return for_device(self.storage.key.device, self.storage.key.dtype)
+
+    def _retrieve(self, kernels: Kernels, query: Float[Tensor, "segments group dim"]) -> None:
+        began = time.perf_counter()
+        if self._retrieval is None or self._bound_to is not self.storage.key:
+            self._bound_to = self.storage.key
+            self._retrieval = self._bind(kernels)
+        for segment, fetched in zip(self.dynamic, self._retrieval.step(query), strict=True):
+            account, head = self.account.heads[segment], self.dynamic[segment]
+            account.chunks_requested += head.layout.hot
+            account.chunks_fetched += fetched
+            account.bytes_moved += fetched * head.host.item_bytes
+        if not self.storage.key.is_cuda:
+            self.account.retrieval_seconds += time.perf_counter() - began
+
+    def _bind(self, kernels: Kernels) -> Retrieval:
+        options = self._shared.planner.options
+        segments = [
+            DynamicSegment(
+                segment=segment,
+                index=head.index,
+                slots=head.slots,
+                hot_score=head.hot_score,
+                host=head.host.data,
+                scale=head.host.scale,
+                items_per_group=head.host.items_per_group,
+                hot_start=self.storage.offsets[segment] + head.hot_start,
+                chunk=head.layout.chunk,
+                items=head.layout.items,
+            )
+            for segment, head in self.dynamic.items()
+        ]
+        return kernels.bind(
+            self.storage.key,
+            self.storage.value,
+            segments,
+            self._scaling,
+            options.smoothing,
+            options.retrieve_every - 1,
+        )
+
+    # -- bookkeeping ----------------------------------------------------------------------------
+
+    def _group(self, head: int) -> slice:
+        group = self._shared.grid.group
+        return slice(head * group, (head + 1) * group)
+
+    def _lazy_attention(
+        self,
+        query: Float[Tensor, "query_heads window dim"],
+        key: Float[Tensor, "kv_heads tokens dim"],
+    ) -> Attention:
+        """Attention of the last rows on these tokens, computed when first asked for."""
+        window = min(query.shape[1], self._shared.planner.profile.keep.window, key.shape[1])
+        rows = query[:, query.shape[1] - window :]
+        return cache(partial(window_attention, rows, key, self._scaling))
+
+    def _rule(self, head: int, device: torch.device) -> Rule:
+        planner, plan = self._shared.planner, self._plans[head]
+        tables = planner.tables(self._number, head, plan.strategy, device)
+        longest = self.base + self.tail - min(self._shared.starts)
+        ratio = plan.ratio * planner.growth(self._planned, longest)
+        keep = planner.profile.keep
+        return Rule(plan.strategy, ratio, keep, planner.options, tables, self._scaling)
+
+    def _positions_of(self, segment: int) -> Tensor | None:
+        """Positions of a segment's tokens, tail included, where text is told from other tokens."""
+        if self._positions is None:
+            return None
+        tail = torch.arange(self.base, self.base + self.tail)
+        return torch.cat([self._positions[segment], tail])
+
+    def _install(self, packed: list[Packed], positions: list[Tensor] | list[Tensor | None]) -> None:
+        self.storage = RaggedStorage([p.key for p in packed], [p.value for p in packed])
+        self.dynamic = {i: p.dynamic for i, p in enumerate(packed) if p.dynamic is not None}
+        self._retrieval = self._bound_to = None
+        if self._shared.planner.needs_text:
+            self._positions = [
+                torch.empty(0, dtype=torch.long) if p.kept is None or known is None
+                else known[p.kept]
+                for p, known in zip(packed, positions, strict=True)
+            ]  # fmt: skip
+        old = self.account.heads
+        self.account.heads = [
+            HeadAccount(i // len(self._plans), i % len(self._plans), p.name, 0, 0, 0)
+            for i, p in enumerate(packed)
+        ]
+        for now, before in zip(self.account.heads, old, strict=False):
+            now.chunks_requested = before.chunks_requested
+            now.chunks_fetched = before.chunks_fetched
+            now.bytes_moved = before.bytes_moved
+        self.account.compressions += 1
+        self.measure()
+
+    def _finish(self, began: float) -> None:
+        if not self.storage.key.is_cuda:
+            self.account.compression_seconds += time.perf_counter() - began
+
+    def measure(self) -> None:
+        """Account for every head's tokens and bytes, from lengths kept on the host."""
+        storage, starts = self.storage, self._shared.starts
+        seen = self.base + self.tail
+        total = 0
+        counted: set[int] = set()  # rows of a beam share index and host items
+        for segment, head in enumerate(self.account.heads):
+            state = self.dynamic.get(segment)
+            head.tokens_resident = storage.lengths[segment]
+            head.tokens_seen = seen - starts[head.row]
+            head.resident_bytes = storage.capacities[segment] * storage.token_bytes + 8
+            if state is not None:
+                first = id(state.host) not in counted
+                counted.add(id(state.host))
+                head.resident_bytes += state.slot_bytes + (state.index_bytes if first else 0)
+                head.host_bytes = state.host.nbytes if first else 0
+            total += head.resident_bytes
+        self.account.tail = 0
+        self.account.dense_bytes = storage.segments * seen * storage.token_bytes
+        self.account.resident_bytes = total
+
+
+def _of_head(attention: Attention, head: int) -> Tensor:
+    return attention()[head : head + 1]
+
+
+def _with_host(head: DynamicHead, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens of a dynamic head: resident ones without the hot copies, and every host item."""
+    begin = head.hot_start
+    end = begin + head.layout.hot * head.layout.chunk
+    items = head.host.everything(key.device)
+    return (
+        torch.cat([key[:begin], items[:, 0].flatten(0, 1), key[end:]]),
+        torch.cat([value[:begin], items[:, 1].flatten(0, 1), value[end:]]),
+    )

@@ -1,0 +1,161 @@
+"""Random layers for kernel tests, and definitions in float64 that share no code with them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hkvprof.policy.index import HeadTables, KeyIndex, MeanIndex, MinMaxIndex, ProjectedIndex
+from hkvprof.runtime.kernels import DynamicSegment
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PRECISION = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
+KINDS = ("mean", "minmax", "projected")
+
+compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None,
+    reason="no C++ compiler: the native kernels cannot be tested here",
+)
+
+
+def attend_exactly(
+    key: Tensor,
+    value: Tensor,
+    offsets: Sequence[int],
+    lengths: Sequence[int],
+    query: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Dense attention of every segment in float64."""
+    rows = []
+    for segment, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        own = slice(start, start + length)
+        logits = query[segment].double() @ key[own].double().T * scaling
+        out = logits.softmax(-1) @ value[own].double()
+        rows.append(out if length else torch.zeros_like(query[segment]).double())
+    return torch.stack(rows)
+
+
+@dataclass
+class Layer:
+    """A layer's flat storage and its dynamic heads, one per segment."""
+
+    key: Tensor
+    value: Tensor
+    heads: list[DynamicSegment]
+    query: Tensor
+
+    def copy(self) -> Layer:
+        """The same state with memory of its own where kernels write."""
+        heads = [
+            replace(
+                head,
+                slots=head.slots.clone(),
+                hot_score=None if head.hot_score is None else head.hot_score.clone(),
+            )
+            for head in self.heads
+        ]
+        return Layer(self.key.clone(), self.value.clone(), heads, self.query)
+
+
+def make_layer(
+    seed: int,
+    kind: str,
+    items: Sequence[int],
+    hot: Sequence[int],
+    *,
+    group: int = 7,
+    dim: int = 32,
+    chunk: int = 1,
+    codes: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    int8: bool = False,
+    smoothing: bool = False,
+) -> Layer:
+    """Segments of one dynamic head each; hot regions are filled with what the slots say."""
+    random = torch.Generator().manual_seed(seed)
+    margin = 3  # rows before every hot region
+    total = sum(h * chunk + margin for h in hot)
+    key, value = (torch.randn(total, dim, generator=random).to(dtype) for _ in range(2))
+    heads, start = [], 0
+    for segment, (count, held) in enumerate(zip(items, hot, strict=True)):
+        start += margin
+        host = torch.randn(count, 2, chunk, dim, generator=random).to(dtype)
+        scale, per_group = None, 1
+        if int8:
+            per_group = 3
+            groups = -(-count // per_group)
+            scale = torch.rand(groups, 2, dim, generator=random) + 0.5
+            host = torch.randint(-127, 128, host.shape, generator=random).to(torch.int8)
+        slots = torch.randperm(count, generator=random)[:held].to(torch.int32)
+        digests = torch.randn(count, max(1, chunk), dim, generator=random).to(dtype)
+        head = DynamicSegment(
+            segment=segment,
+            index=make_index(kind, digests, codes, random),
+            slots=slots,
+            host=host,
+            hot_start=start,
+            chunk=chunk,
+            items=count,
+            hot_score=torch.rand(held, generator=random) / count if smoothing else None,
+            scale=scale,
+            items_per_group=per_group,
+        )
+        for slot, item in enumerate(slots.tolist()):
+            rows = slice(start + slot * chunk, start + (slot + 1) * chunk)
+            key[rows], value[rows] = host_item(head, item, dtype)
+        heads.append(head)
+        start += held * chunk
+    query = torch.randn(len(heads), group, dim, generator=random).to(dtype)
+    return Layer(key, value, heads, query)
+
+
+def make_index(kind: str, keys: Tensor, codes: int, random: torch.Generator) -> KeyIndex:
+    """An index over chunked keys [items, chunk, dim]."""
+    if kind == "mean":
+        return MeanIndex.build(keys)
+    if kind == "minmax":
+        return MinMaxIndex.build(keys)
+    dim, channels = keys.shape[-1], 2 * codes + 1
+    widths = [0, 3, *(2 for _ in range(codes - 2)), 2][-codes:]  # one code without channels
+    ends = torch.tensor(widths).cumsum(0).tolist()
+    tables = HeadTables(
+        query_projection=torch.randn(dim, channels, generator=random) / dim**0.5,
+        key_projection=torch.randn(dim, channels, generator=random) / dim**0.5,
+        key_mean=torch.zeros(dim),
+        codebook=torch.randn(256, channels, generator=random),
+        subspaces=tuple(zip([0, *ends[:-1]], ends, strict=True)),
+    )
+    return ProjectedIndex(
+        torch.randint(0, 256, (len(keys), codes), generator=random, dtype=torch.uint8), tables
+    )
+
+
+def host_item(head: DynamicSegment, item: int, dtype: torch.dtype) -> Tensor:
+    """Keys and values [2, chunk, dim] of an item as they must appear in the hot region."""
+    data = head.host[item]
+    if head.scale is not None:
+        data = data.float() * head.scale[item // head.items_per_group][:, None]
+    return data.to(dtype)
+
+
+def wanted_exactly(
+    head: DynamicSegment, score: Sequence[float], smoothing: float, successors: int
+) -> tuple[set[int], list[float]]:
+    """Items that must be hot afterwards, and d of every item, from interface.Retrieval.load."""
+    plain = [-1.0 if value != value else value for value in score]
+    due = [max(plain[max(0, i - successors) : i + 1]) for i in range(len(plain))]
+    held = head.slots.tolist()
+    if smoothing > 0:
+        assert head.hot_score is not None
+        for slot, item in enumerate(held):
+            kept = torch.tensor(smoothing) * head.hot_score[slot]
+            due[item] = max(due[item], float(kept))
+    order = sorted(range(len(due)), key=lambda item: (-due[item], item not in held, item))
+    return set(order[: len(held)]), due
