@@ -25,12 +25,13 @@ ALLOWED = {
     "profile": ARTIFACT | MODELS,
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},
-    "report": ARTIFACT | MODELS | {"profile", "runtime", "evaluate"},
-    "cli": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "report", "testbed"},
+    "bench": ARTIFACT | MODELS | {"runtime"},
+    "report": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench"},
+    "cli": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench", "report", "testbed"},
     "testbed": MODELS | {"profile.samples"},
 }
 """Per part (a module or folder of hkvprof): the parts it may import, besides itself."""
-VERSION_READERS = {"cli", "profile", "evaluate"}
+VERSION_READERS = {"cli", "profile", "evaluate", "bench"}
 """Parts that may `import hkvprof` for its version."""
 
 
@@ -138,7 +139,7 @@ def _foreign_imports(path: Path) -> set[str]:
 
 
 def test_profiles_are_read_without_torch() -> None:
-    read = "import hkvprof; hkvprof.load_profile('tests/golden/profile-v1.safetensors')"
+    read = "import hkvprof; hkvprof.load_profile('tests/golden/profile-v2.safetensors')"
     for statement in ("import hkvprof.artifact", read):
         assert not loaded_by(statement) & {"torch", "transformers", "datasets", "PIL", "typer"}
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import hkvprof
-from hkvprof.cli import calibrate, evaluate, inspect, models
+from hkvprof.cli import bench, calibrate, evaluate, inspect, models
 
 app = typer.Typer(
     name="hkvprof",
@@ -41,3 +41,4 @@ app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
