@@ -1,6 +1,7 @@
 """What each choice in planning and indexing is worth, on tinyvl's calibration split.
 
     python benchmarks/study_tinyvl.py [--per-task 16] [--variants shipped,squares,...]
+                                      [--first-seed 5000]
 
 Calibrates on 64 samples of calibration/mini once per variant and answers questions of the
 calibration split (never the held-out one) at 8, 10 and 15% of the dense bytes. Prints a markdown
@@ -53,8 +54,8 @@ def _exact_scores() -> Iterator[None]:
     """An index that scores with the true keys, at the bytes of the projected one."""
     build = ProjectedIndex.build.__func__  # type: ignore[attr-defined]
 
-    def exact(cls: type, keys: Any, tables: HeadTables, bits: int) -> ProjectedIndex:
-        index: ProjectedIndex = build(cls, keys, tables, bits)
+    def exact(cls: type, keys: Any, tables: HeadTables) -> ProjectedIndex:
+        index: ProjectedIndex = build(cls, keys, tables)
         object.__setattr__(index, "_exact", keys.float())
         return index
 
@@ -111,12 +112,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per-task", type=int, default=16)
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, processor = hkvprof.load_model("tinyvl")
     samples = load_samples("calibration/mini", max_samples=64).samples
     asked = [
-        make_sample(task, FIRST_SEED + i, images=(12, 16)[i % 2], split="calibration")
+        make_sample(task, options.first_seed + i, images=(12, 16)[i % 2], split="calibration")
         for task in TASKS
         for i in range(options.per_task)
     ]

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from hkvprof.checks import check_bits, check_metadata, check_ratios, expect, read_json, require
+from hkvprof.checks import check_index, check_metadata, check_ratios, expect, read_json, require
 from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import Allocation, Budget
 from hkvprof.policy.planning import Menu, plan_anew, plan_scaled
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METADATA_KEY = "hkvprof"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_METADATA_BYTES = 4 * 2**20
@@ -37,8 +37,9 @@ class ProjectedIndexTables:
 
     `key_projection`, `query_projection` [layers, kv_heads, head_dim, channels] float16; `key_mean`
     [layers, kv_heads, head_dim] float32; `deviation` [layers, kv_heads, channels] float32, the
-    standard deviation of every projected key channel; `bits` [sizes, layers, kv_heads, channels]
-    uint8, the bits of every channel for each total in `sizes` (bits per token).
+    standard deviation of every projected key channel. Per size in `sizes` (bits per token), for its
+    leading channels C: `codebooks` int8 [layers, kv_heads, 256, C], centroids in CODE_UNITs of the
+    deviation (policy/quantiser.py); `subspaces` uint8 [layers, kv_heads, C], the code of a channel.
     """
 
     sizes: tuple[int, ...]
@@ -46,15 +47,38 @@ class ProjectedIndexTables:
     query_projection: NDArray[np.float16]
     key_mean: NDArray[np.float32]
     deviation: NDArray[np.float32]
-    bits: NDArray[np.uint8]
+    codebooks: tuple[NDArray[np.int8], ...]
+    subspaces: tuple[NDArray[np.uint8], ...]
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names in the file."""
+        named: dict[str, NDArray[Any]] = {f"index.{key}": getattr(self, key) for key in _INDEX_KEYS}
+        per_size = zip(self.sizes, self.codebooks, self.subspaces, strict=True)
+        for size, codebook, owner in per_size:
+            named |= {f"index.codebook_{size}": codebook, f"index.subspace_{size}": owner}
+        return named
+
+    @classmethod
+    def take(cls, sizes: tuple[int, ...], named: dict[str, NDArray[Any]]) -> ProjectedIndexTables:
+        """Move the arrays of these sizes out of `named`. Raises KeyError."""
+        return cls(
+            sizes=sizes,
+            codebooks=tuple(named.pop(f"index.codebook_{size}") for size in sizes),
+            subspaces=tuple(named.pop(f"index.subspace_{size}") for size in sizes),
+            **{key: named.pop(f"index.{key}") for key in _INDEX_KEYS},
+        )
 
 
 _UNREADABLE = (SafetensorError, ValueError, OSError, RecursionError, TypeError, AttributeError)
+_OLD_INDEX = (
+    "its index was quantised in a way that this hkvprof no longer reads (schema version 1): "
+    "make the profile again with `hkvprof calibrate`"
+)
 _METADATA_KEYS = {
     "schema", "fingerprint", "recipe", "default_budget", "keep", "strategies", "kappas",
     "index_sizes", "provenance",
 }  # fmt: skip
-_INDEX_KEYS = ("key_projection", "query_projection", "key_mean", "deviation", "bits")
+_INDEX_KEYS = ("key_projection", "query_projection", "key_mean", "deviation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +173,7 @@ class Profile:
             "output_error": self.output_error,
         }
         if self.index is not None:
-            tensors |= {f"index.{key}": getattr(self.index, key) for key in _INDEX_KEYS}
+            tensors |= self.index.tensors()
         return tensors
 
     def _metadata(self) -> dict[str, Any]:
@@ -229,8 +253,8 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
     require(not unknown, f"unknown metadata {sorted(unknown)}")
     tables = None
     if any(key.startswith("index.") for key in tensors):
-        arrays = {key: tensors.pop(f"index.{key}") for key in _INDEX_KEYS}
-        tables = ProjectedIndexTables(sizes=tuple(metadata["index_sizes"]), **arrays)
+        require(metadata["schema"] >= 2, _OLD_INDEX)
+        tables = ProjectedIndexTables.take(tuple(metadata["index_sizes"]), tensors)
     else:
         require(metadata["index_sizes"] == [], "index_sizes without index tensors")
     return Profile(
@@ -269,23 +293,10 @@ def _check(profile: Profile) -> None:
         "budget holds shares outside (0, 1]",
     )
     if profile.index is not None:
-        _check_index(profile.index, grid)
+        check_index(profile.index, grid)
     needed = {s.bits for s in profile.strategies if s.index == "projected"}
     have = set(profile.index.sizes) if profile.index else set()
     require(
         needed <= have,
         f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
     )
-
-
-def _check_index(index: ProjectedIndexTables, grid: HeadGrid) -> None:
-    heads = (grid.layers, grid.kv_heads)
-    channels = index.deviation.shape[-1] if index.deviation.ndim == 3 else 0
-    require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
-    for name in ("key_projection", "query_projection"):
-        expect(f"index.{name}", getattr(index, name), (*heads, grid.head_dim, channels), np.float16)
-    expect("index.key_mean", index.key_mean, (*heads, grid.head_dim), np.float32)
-    expect("index.deviation", index.deviation, (*heads, channels), np.float32)
-    expect("index.bits", index.bits, (len(index.sizes), *heads, channels), np.uint8)
-    check_bits(index.sizes, index.bits)
-    require(bool((index.deviation >= 0).all()), "index.deviation holds negative values")

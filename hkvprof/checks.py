@@ -141,6 +141,10 @@ def _check_strategy(strategy: Strategy) -> None:
         strategy.index != "projected" or (strategy.bits in (16, 32, 64) and strategy.chunk == 1),
         "a projected index has 16, 32 or 64 bits per token and chunks of one token",
     )
+    require(
+        _is_int(strategy.rerank, 1, 16) and (strategy.rerank == 1 or strategy.index == "projected"),
+        f"rerank {strategy.rerank!r} is not 1, and at most 16 with a projected index",
+    )
 
 
 def check_ratios(ratios: NDArray[np.float32]) -> None:
@@ -152,17 +156,61 @@ def check_ratios(ratios: NDArray[np.float32]) -> None:
     )
 
 
-def check_bits(sizes: tuple[int, ...], bits: NDArray[np.uint8]) -> None:
-    """Raise ProfileError unless `bits` [B, L, Hkv, C] fit into the index `sizes` [B]."""
-    known = all(type(size) is int and size in (16, 32, 64) for size in sizes)
+class IndexTables(Protocol):
+    """Constants of the projected index; see hkvprof.artifact.ProjectedIndexTables."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    @property
+    def key_projection(self) -> NDArray[np.float16]: ...
+    @property
+    def query_projection(self) -> NDArray[np.float16]: ...
+    @property
+    def key_mean(self) -> NDArray[np.float32]: ...
+    @property
+    def deviation(self) -> NDArray[np.float32]: ...
+    @property
+    def codebooks(self) -> tuple[NDArray[np.int8], ...]: ...
+    @property
+    def subspaces(self) -> tuple[NDArray[np.uint8], ...]: ...
+
+
+def check_index(index: IndexTables, grid: HeadGrid) -> None:
+    """Raise ProfileError unless sizes, shapes and the numbers of codes are possible."""
+    heads = (grid.layers, grid.kv_heads)
+    known = all(type(size) is int and size in (16, 32, 64) for size in index.sizes)
     require(
-        known and len(set(sizes)) == len(sizes),
-        f"index sizes must be different ones of 16, 32, 64 bits, found {sizes!r}",
+        known and len(set(index.sizes)) == len(index.sizes),
+        f"index sizes must be different ones of 16, 32, 64 bits, found {index.sizes!r}",
     )
-    require(bool((bits <= 5).all()), "index.bits holds more than 5 bits for a channel")
-    limits = np.array(sizes, dtype=np.int64)[:, None, None]
-    totals = bits.sum(axis=-1, dtype=np.int64)
-    require(bool((totals <= limits).all()), "index.bits sums to more bits than its size")
+    channels = _last(index.deviation, 3)
+    require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
+    for name in ("key_projection", "query_projection"):
+        expect(f"index.{name}", getattr(index, name), (*heads, grid.head_dim, channels), np.float16)
+    expect("index.key_mean", index.key_mean, (*heads, grid.head_dim), np.float32)
+    expect("index.deviation", index.deviation, (*heads, channels), np.float32)
+    require(bool((index.deviation >= 0).all()), "index.deviation holds negative values")
+    require(
+        len(index.codebooks) == len(index.subspaces) == len(index.sizes),
+        f"expected a codebook and its subspaces for each of {len(index.sizes)} index sizes",
+    )
+    for size, codebook, owner in zip(index.sizes, index.codebooks, index.subspaces, strict=True):
+        used = _last(owner, 3)
+        require(
+            1 <= used <= channels,
+            f"index.subspace_{size} has {used} channels, expected 1 to {channels}",
+        )
+        expect(f"index.subspace_{size}", owner, (*heads, used), np.uint8)
+        expect(f"index.codebook_{size}", codebook, (*heads, 256, used), np.int8)
+        require(
+            bool((owner < size // 8).all()),
+            f"index.subspace_{size} holds numbers beyond its {size // 8} codes",
+        )
+
+
+def _last(array: NDArray[Any], dimensions: int) -> int:
+    """The last extent of an array of so many dimensions, else 0."""
+    return int(array.shape[-1]) if array.ndim == dimensions else 0
 
 
 def _is_int(value: object, low: int, high: int) -> bool:

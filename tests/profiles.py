@@ -1,7 +1,8 @@
 """Synthetic profiles with fixed numbers, for tests and for the golden file.
 
-`python -m tests.profiles` writes tests/golden/profile-v1.safetensors again; its bytes are pinned
-by tests/test_golden.py, so that a change of the format cannot pass unseen.
+`python -m tests.profiles` writes tests/golden/profile-v2.safetensors again; its bytes are pinned
+by tests/test_golden.py, so that a change of the format cannot pass unseen. The files of version 1
+are as that version wrote them: `make_profile()`, and `plain_profile(make_profile())`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from hkvprof.artifact import Profile, ProjectedIndexTables
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import INFEASIBLE
 
-GOLDEN = Path(__file__).parent / "golden" / "profile-v1.safetensors"
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = FOLDER / "profile-v2.safetensors"
+GOLDEN_V1_INDEX = FOLDER / "profile-v1.safetensors"
+GOLDEN_V1 = FOLDER / "profile-v1-plain.safetensors"
 GRID = HeadGrid(layers=3, query_heads=4, kv_heads=2, head_dim=8)
 STRATEGIES = (
     Strategy(HeadType.STATIC, pool=31),
@@ -85,16 +89,20 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
 
 def _index(grid: HeadGrid) -> ProjectedIndexTables:
     heads, channels = (grid.layers, grid.kv_heads), 4
-    bits = np.zeros((2, *heads, channels), dtype=np.uint8)
-    bits[0] = (5, 5, 4, 2)
-    bits[1] = (5, 5, 5, 5)
+    codebooks, subspaces = [], []
+    for owner in ((1, 0, 1), (3, 1, 0, 1)):
+        shape = (*heads, 256, len(owner))
+        codebooks.append((np.arange(np.prod(shape)) * 101 % 255 - 127).astype(np.int8))
+        codebooks[-1].shape = shape
+        subspaces.append(np.tile(np.array(owner, dtype=np.uint8), (*heads, 1)))
     return ProjectedIndexTables(
         sizes=(16, 32),
         key_projection=_ramp(*heads, grid.head_dim, channels, low=-1).astype(np.float16),
         query_projection=_ramp(*heads, grid.head_dim, channels, high=-1).astype(np.float16),
         key_mean=_ramp(*heads, grid.head_dim, low=-2, high=2),
         deviation=_ramp(*heads, channels, low=1, high=3),
-        bits=bits,
+        codebooks=tuple(codebooks),
+        subspaces=tuple(subspaces),
     )
 
 

@@ -205,7 +205,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
 @pytest.mark.parametrize(
     ("name", "value"),
     [("strategy", 4), ("budget", 0), ("budget", 1.5), ("loss", -1), ("ratios", 0.9),
-     ("output_error", -0.5), ("index.bits", 6), ("index.deviation", -1)],
+     ("output_error", -0.5), ("index.deviation", -1), ("index.subspace_16", 2),
+     ("index.subspace_32", 4), ("index.subspace_32", 255)],
 )  # fmt: skip
 def test_values_out_of_bounds_are_refused(tmp_path: Path, name: str, value: float) -> None:
     metadata, tensors = parts()
@@ -214,10 +215,36 @@ def test_values_out_of_bounds_are_refused(tmp_path: Path, name: str, value: floa
     refused(write(tmp_path / "p.safetensors", metadata, tensors))
 
 
-def test_more_bits_than_the_size_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("used", [0, 2, 5, 64])
+def test_codebooks_of_other_channels_are_refused(tmp_path: Path, used: int) -> None:
+    """Of four channels, 16 bits describe three; a codebook and its subspaces must agree."""
+    path = tmp_path / "p.safetensors"
+    codebook, owner = np.zeros((3, 2, 256, used), np.int8), np.zeros((3, 2, used), np.uint8)
+    for changes in (
+        {"index.codebook_16": codebook},
+        {"index.subspace_16": owner},
+        {"index.codebook_16": codebook, "index.subspace_16": owner},
+    ):
+        metadata, tensors = parts()
+        if len(changes) == 2 and 1 <= used <= 4:
+            load_profile(write(path, metadata, {**tensors, **changes}))
+        else:
+            refused(write(path, metadata, {**tensors, **changes}))
+
+
+@pytest.mark.parametrize("sizes", [[], [16], [32], [16, 64], [16, 32, 64], [32, 16, 32]])
+def test_index_sizes_name_the_codebooks_of_the_file(tmp_path: Path, sizes: list[int]) -> None:
     metadata, tensors = parts()
-    tensors["index.bits"] = np.full_like(tensors["index.bits"], 5)
-    assert "more bits" in refused(write(tmp_path / "p.safetensors", metadata, tensors))
+    refused(write(tmp_path / "p.safetensors", {**metadata, "index_sizes": sizes}, tensors))
+
+
+def test_index_sizes_may_come_in_any_order(tmp_path: Path) -> None:
+    metadata, tensors = parts()
+    path = write(tmp_path / "p.safetensors", {**metadata, "index_sizes": [32, 16]}, tensors)
+    index = load_profile(path).index
+    assert index is not None
+    assert index.sizes == (32, 16)
+    np.testing.assert_array_equal(index.subspaces[0][0, 0], [3, 1, 0, 1])
 
 
 def test_unknown_tensors_are_refused(tmp_path: Path) -> None:
@@ -252,8 +279,8 @@ def test_other_dtypes_in_the_header_are_refused(tmp_path: Path, dtype: str) -> N
 
 def test_a_newer_schema_says_what_to_do(tmp_path: Path) -> None:
     metadata, tensors = parts()
-    message = refused(write(tmp_path / "p.safetensors", {**metadata, "schema": 2}, tensors))
-    assert "schema version 2" in message
+    message = refused(write(tmp_path / "p.safetensors", {**metadata, "schema": 3}, tensors))
+    assert "schema version 3" in message
     assert "upgrade" in message
 
 
@@ -273,7 +300,7 @@ def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
 def test_keys_that_occur_twice_are_refused(tmp_path: Path) -> None:
     metadata, tensors = parts()
     text = json.dumps(metadata)
-    twice = '{"schema": 1, ' + text[1:]
+    twice = '{"schema": 2, ' + text[1:]
     assert "twice" in refused(write(tmp_path / "p.safetensors", twice, tensors))
 
 
@@ -323,6 +350,15 @@ def test_unsound_index_sizes_are_refused(sizes: tuple) -> None:
     assert isinstance(index, ProjectedIndexTables)
     with pytest.raises(ProfileError):
         replace(make_profile(), index=replace(index, sizes=sizes))
+
+
+@pytest.mark.parametrize("name", ["codebooks", "subspaces"])
+def test_every_index_size_needs_its_arrays(name: str) -> None:
+    index = make_profile().index
+    assert isinstance(index, ProjectedIndexTables)
+    for arrays in ((), getattr(index, name)[:1], getattr(index, name) * 2):
+        with pytest.raises(ProfileError):
+            replace(make_profile(), index=replace(index, **{name: arrays}))
 
 
 # Planning

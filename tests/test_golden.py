@@ -1,23 +1,30 @@
-"""The bytes of schema version 1: written the same, read for ever."""
+"""The bytes of every schema version: written the same, read for ever."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hkvprof import load_profile
 from hkvprof.artifact import SCHEMA_VERSION
-from tests.profiles import GOLDEN, make_profile
+from hkvprof.errors import ProfileError
+from tests.profiles import GOLDEN, GOLDEN_V1, GOLDEN_V1_INDEX, make_profile, plain_profile
 
-SHA256 = "38d4ed3c3e1c2559c4a095c732a207e296d2443ba0019f79eec61aab9136a471"
+SHA256 = {
+    GOLDEN: "68c883dbed55cfaf15d15aa3dfa01a268edf6bcf2cc473fad8f727c674a8a655",
+    GOLDEN_V1: "573212a7031ef4bf8d89b2f6103250aa607fa46af741ea8606b8e88d85f9dee0",
+    GOLDEN_V1_INDEX: "38d4ed3c3e1c2559c4a095c732a207e296d2443ba0019f79eec61aab9136a471",
+}
 
 
-def test_golden_file_is_the_one_that_was_committed() -> None:
-    assert hashlib.sha256(GOLDEN.read_bytes()).hexdigest() == SHA256
+@pytest.mark.parametrize("path", SHA256, ids=lambda path: path.name)
+def test_golden_files_are_those_that_were_committed(path: Path) -> None:
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[path]
 
 
 def test_writing_makes_the_same_bytes() -> None:
-    assert SCHEMA_VERSION == 1, "commit a golden file of the new schema and keep this one loading"
+    assert SCHEMA_VERSION == 2, "commit a golden file of the new schema and keep this one loading"
     assert make_profile().to_bytes() == GOLDEN.read_bytes()
 
 
@@ -27,7 +34,8 @@ def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
         np.testing.assert_array_equal(getattr(golden, name), getattr(made, name))
     assert golden.index is not None
     assert golden.index.sizes == (16, 32)
-    np.testing.assert_array_equal(golden.index.key_projection, made.index.key_projection)
+    for name, array in made.index.tensors().items():
+        np.testing.assert_array_equal(golden.index.tensors()[name], array)
     for name in ("fingerprint", "strategies", "keep", "kappas", "recipe", "default_budget"):
         assert getattr(golden, name) == getattr(made, name)
     assert golden.provenance == made.provenance
@@ -36,6 +44,15 @@ def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
 def test_loading_and_saving_again_keeps_the_bytes(tmp_path) -> None:
     again = load_profile(GOLDEN).save(tmp_path / "again.safetensors")
     assert again.read_bytes() == GOLDEN.read_bytes()
+
+
+def test_version_1_without_an_index_becomes_a_profile_of_today() -> None:
+    assert load_profile(GOLDEN_V1).to_bytes() == plain_profile(make_profile()).to_bytes()
+
+
+def test_version_1_with_an_index_says_what_to_do() -> None:
+    with pytest.raises(ProfileError, match=r"quantised in a way .* no longer reads.*calibrate"):
+        load_profile(GOLDEN_V1_INDEX)
 
 
 def test_a_stranger_can_read_it_as_documented() -> None:
@@ -50,7 +67,7 @@ def test_a_stranger_can_read_it_as_documented() -> None:
     entry = header["budget"]
     begin, end = entry["data_offsets"]
     budget = np.frombuffer(data[8 + size + begin : 8 + size + end], "<f4").reshape(entry["shape"])
-    assert metadata["schema"] == 1
+    assert metadata["schema"] == 2
     assert metadata["fingerprint"]["grid"] == {
         "layers": 3, "query_heads": 4, "kv_heads": 2, "head_dim": 8,
     }  # fmt: skip
@@ -63,26 +80,29 @@ def test_the_documented_code_of_the_projected_index_is_the_one_in_use(size: int)
     torch = pytest.importorskip("torch")
     from hkvprof.policy.index import HeadTables, ProjectedIndex
 
-    tables = make_profile().index
-    at = tables.sizes.index(size)
-    p, q = (getattr(tables, f"{n}_projection")[1, 1].astype(np.float64) for n in ("key", "query"))
-    mean, deviation = tables.key_mean[1, 1], tables.deviation[1, 1].astype(np.float64)
-    bits = tables.bits[at, 1, 1].astype(int)
+    arrays = make_profile().index
+    at, codes = arrays.sizes.index(size), size // 8
+    owner = arrays.subspaces[at][1, 1]
+    used = len(owner)
+    p, q = (
+        getattr(arrays, f"{n}_projection")[1, 1, :, :used].astype(np.float64)
+        for n in ("key", "query")
+    )
+    mean, deviation = arrays.key_mean[1, 1], arrays.deviation[1, 1, :used].astype(np.float64)
+    centroid = arrays.codebooks[at][1, 1] * (deviation * 6 / 127)
     keys = np.random.default_rng(0).normal(size=(5, 8))
     query = np.random.default_rng(1).normal(size=8)
-    step = deviation * np.array([0, 1.596, 0.996, 0.586, 0.335, 0.188])[bits]
-    half = 2.0 ** (bits - 1)
-    code = np.clip(np.floor((keys - mean) @ p / step), -half, half - 1) + half
-    expected = ((code - half + 0.5) * step) @ (query @ q)
+    t = (keys - mean) @ p
+    code = np.zeros((5, codes), dtype=np.int64)
+    score = np.zeros(5)
+    for number in range(codes):
+        mine = owner == number
+        if mine.any():
+            code[:, number] = ((t[:, None, mine] - centroid[:, mine]) ** 2).sum(-1).argmin(-1)
+            score += centroid[code[:, number]][:, mine] @ (query @ q)[mine]
 
-    head = HeadTables(
-        torch.tensor(p).float(), torch.tensor(q).float(), torch.tensor(mean),
-        torch.tensor(deviation).float(), tuple(bits.tolist()),
-    )  # fmt: skip
-    index = ProjectedIndex.build(torch.tensor(keys).float(), head, size)
+    head = HeadTables.load(arrays, 1, 1, size, torch.device("cpu"))
+    index = ProjectedIndex.build(torch.tensor(keys).float(), head)
+    np.testing.assert_array_equal(index.codes.numpy(), code)
     found = index.logits(torch.tensor(query).float())
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
-    shifts = np.cumsum(bits) - bits
-    words = (code.astype(np.int64) << shifts).sum(axis=1)
-    unsigned = index.words.numpy().astype(np.int64) & ((1 << size) - 1)
-    np.testing.assert_array_equal(unsigned, words)
+    np.testing.assert_allclose(found.numpy(), score, rtol=1e-4, atol=1e-4)

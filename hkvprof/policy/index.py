@@ -2,28 +2,27 @@
 
 One interface, three kinds, named in the profile: `mean` and `minmax` digests per chunk (HybridKV
 section 3.3; Quest, arXiv 2406.10774) and `projected`, a query-aware projection of every key,
-quantised to 16, 32 or 64 bits (docs/method.md). Calibration and runtime share this code.
+quantised to 16, 32 or 64 bits (quantiser, docs/method.md). Calibration and runtime share this code.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.heads import Strategy
+from hkvprof.policy.quantiser import CODE_UNIT, Subspaces, encode
 
-STEP = (0.0, 1.596, 0.996, 0.586, 0.335, 0.188)
-"""Step of the best uniform quantiser of a unit normal, by bits (Max, 1960)."""
-DISTORTION = (1.0, 0.363, 0.119, 0.0374, 0.0115, 0.0035)
-"""Mean squared error of that quantiser, by bits."""
-MAX_CHANNELS = 40
+CHUNK_TOKENS = 8192
+"""Tokens projected and encoded at a time: about 20 MiB of temporary memory at width 128."""
 
 
 class IndexArrays(Protocol):
@@ -32,63 +31,67 @@ class IndexArrays(Protocol):
     @property
     def sizes(self) -> tuple[int, ...]: ...
     @property
-    def key_projection(self) -> np.ndarray[Any, Any]: ...
+    def key_projection(self) -> NDArray[Any]: ...
     @property
-    def query_projection(self) -> np.ndarray[Any, Any]: ...
+    def query_projection(self) -> NDArray[Any]: ...
     @property
-    def key_mean(self) -> np.ndarray[Any, Any]: ...
+    def key_mean(self) -> NDArray[Any]: ...
     @property
-    def deviation(self) -> np.ndarray[Any, Any]: ...
+    def deviation(self) -> NDArray[Any]: ...
     @property
-    def bits(self) -> np.ndarray[Any, Any]: ...
+    def codebooks(self) -> tuple[NDArray[Any], ...]: ...
+    @property
+    def subspaces(self) -> tuple[NDArray[Any], ...]: ...
 
 
 @dataclass(frozen=True)
 class HeadTables:
-    """Projected-index constants of one KV head on the device.
+    """Projected-index constants of one KV head on the device, as float32.
 
-    `key_projection`, `query_projection` [dim, channels]; `key_mean` [dim]; `deviation` [channels];
-    `bits` [channels], zeros for channels that are not stored.
+    Channels are ordered so that those of a code are neighbours; `subspaces` says, per code, which
+    is its first and which one is past its last. `codebook` is in the units of projected keys.
     """
 
-    key_projection: Float[Tensor, "dim channels"]
     query_projection: Float[Tensor, "dim channels"]
+    key_projection: Float[Tensor, "dim channels"]
     key_mean: Float[Tensor, " dim"]
-    deviation: Float[Tensor, " channels"]
-    bits: tuple[int, ...]
+    codebook: Float[Tensor, "centroids channels"]
+    subspaces: Subspaces
 
     @classmethod
     def load(
         cls, arrays: IndexArrays, layer: int, head: int, bits: int, device: torch.device
     ) -> HeadTables:
-        """One head's constants for an index of `bits` bits per token, as float32 on `device`.
+        """One head's constants for an index of `bits` bits per token."""
+        size = arrays.sizes.index(bits)
+        owner = arrays.subspaces[size][layer, head]
+        order = np.argsort(owner, kind="stable")
+        ends = np.cumsum(np.bincount(owner, minlength=bits // 8)).tolist()
+        unit = arrays.deviation[layer, head][order] * np.float32(CODE_UNIT)
 
-        Channels without bits are left out.
-        """
-        widths = arrays.bits[arrays.sizes.index(bits), layer, head]
-        used = np.flatnonzero(widths)
-
-        def pick(array: np.ndarray[Any, Any]) -> Tensor:
-            return torch.from_numpy(array[layer, head].astype(np.float32)).to(device)
+        def put(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.array(array, dtype=np.float32, order="C")).to(device)
 
         return cls(
-            key_projection=pick(arrays.key_projection[..., used]),
-            query_projection=pick(arrays.query_projection[..., used]),
-            key_mean=pick(arrays.key_mean),
-            deviation=pick(arrays.deviation[..., used]),
-            bits=tuple(widths[used].tolist()),
+            query_projection=put(arrays.query_projection[layer, head][:, order]),
+            key_projection=put(arrays.key_projection[layer, head][:, order]),
+            key_mean=put(arrays.key_mean[layer, head]),
+            codebook=put(arrays.codebooks[size][layer, head][:, order] * unit),
+            subspaces=tuple(pairwise([0, *ends])),
         )
 
-    @cached_property
-    def used(self) -> list[int]:
-        """Channels that have bits."""
-        return [channel for channel, bits in enumerate(self.bits) if bits]
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The device tensors, for counting their bytes."""
+        return (self.query_projection, self.key_projection, self.key_mean, self.codebook)
 
-    @cached_property
-    def shifts(self) -> list[int]:
-        """Position of every used channel's code in the packed word."""
-        widths = [self.bits[channel] for channel in self.used]
-        return [sum(widths[:i]) for i in range(len(widths))]
+    def encode(self, keys: Float[Tensor, "items dim"]) -> UInt8[Tensor, "items codes"]:
+        """The codes of keys, CHUNK_TOKENS at a time."""
+        parts = [
+            encode((part.float() - self.key_mean) @ self.key_projection, self.codebook,
+                   self.subspaces)
+            for part in keys.split(CHUNK_TOKENS)
+        ]  # fmt: skip
+        return torch.cat(parts)
 
 
 class KeyIndex(ABC):
@@ -97,6 +100,15 @@ class KeyIndex(ABC):
     @abstractmethod
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
         """Estimated (unscaled) attention logits of every item, up to a constant per row."""
+
+    @property
+    @abstractmethod
+    def items(self) -> int:
+        """How many items are indexed."""
+
+    @abstractmethod
+    def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> KeyIndex:
+        """An index of the same kind with these items at the end."""
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -120,6 +132,15 @@ class MeanIndex(KeyIndex):
         """Digest the chunked keys, in their own dtype."""
         return cls(keys.float().mean(dim=1).to(keys.dtype))
 
+    @property
+    def items(self) -> int:
+        """Chunks."""
+        return len(self.mean)
+
+    def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> MeanIndex:
+        """Digest these chunks too."""
+        return MeanIndex(torch.cat([self.mean, self.build(keys).mean]))
+
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
         """Dot product with the mean key."""
         return query @ self.mean.float().T
@@ -141,6 +162,16 @@ class MinMaxIndex(KeyIndex):
         """Digest the chunked keys, in their own dtype."""
         return cls(keys.amin(dim=1), keys.amax(dim=1))
 
+    @property
+    def items(self) -> int:
+        """Chunks."""
+        return len(self.low)
+
+    def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> MinMaxIndex:
+        """Digest these chunks too."""
+        new = self.build(keys)
+        return MinMaxIndex(torch.cat([self.low, new.low]), torch.cat([self.high, new.high]))
+
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
         """Sum over channels of max(q * low, q * high)."""
         return query.clamp(min=0) @ self.high.float().T + query.clamp(max=0) @ self.low.float().T
@@ -152,57 +183,62 @@ class MinMaxIndex(KeyIndex):
 
 @dataclass(frozen=True)
 class ProjectedIndex(KeyIndex):
-    """One packed word per token: the projected, quantised key."""
+    """A few one-byte codes per token: the projected, product-quantised key."""
 
-    words: Int[Tensor, " items"]
+    codes: UInt8[Tensor, "items codes"]
     tables: HeadTables
 
     shared_attributes = ("tables",)
 
     @classmethod
-    def build(
-        cls, keys: Float[Tensor, "items dim"], tables: HeadTables, bits: int
-    ) -> ProjectedIndex:
-        """Project, quantise and pack the keys of one head into `bits` bits each."""
-        dtype = {16: torch.int16, 32: torch.int32, 64: torch.int64}[bits]
-        projected = (keys.float() - tables.key_mean) @ tables.key_projection[:, tables.used]
-        words = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
-        for column, (channel, shift) in enumerate(zip(tables.used, tables.shifts, strict=True)):
-            width = tables.bits[channel]
-            step = tables.deviation[channel].clamp(min=1e-12) * STEP[width]
-            code = torch.floor(torch.nan_to_num(projected[:, column]) / step).clamp(
-                -(1 << (width - 1)), (1 << (width - 1)) - 1
-            )
-            words |= (code.long() + (1 << (width - 1))) << shift
-        return cls(_wrap(words, dtype), tables)
+    def build(cls, keys: Float[Tensor, "items dim"], tables: HeadTables) -> ProjectedIndex:
+        """Project and encode the keys of one head."""
+        return cls(tables.encode(keys), tables)
 
-    def decode(self) -> Float[Tensor, "items channels"]:
-        """The quantised projections of all items, used channels only."""
-        tables = self.tables
-        words = self.words.long()[:, None]
-        used_bits = [tables.bits[c] for c in tables.used]  # empty for a head of constant keys
-        widths = torch.tensor(used_bits, dtype=torch.int64, device=words.device)
-        shifts = torch.tensor(tables.shifts, dtype=torch.int64, device=words.device)
-        codes = (words >> shifts) & ((1 << widths) - 1)
-        steps = torch.tensor([STEP[bits] for bits in used_bits], device=words.device)
-        centred = codes.float() - (1 << (widths - 1)).float() + 0.5
-        return centred * (tables.deviation[tables.used] * steps)
+    @property
+    def items(self) -> int:
+        """Tokens."""
+        return len(self.codes)
+
+    def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> ProjectedIndex:
+        """Encode these tokens too (a chunk is one token)."""
+        return replace(self, codes=torch.cat([self.codes, self.tables.encode(keys[:, 0])]))
+
+    def lut(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows codes 256"]:
+        """What every centroid of every code adds to a logit."""
+        projected = query.float() @ self.tables.query_projection
+        parts = [
+            projected[..., first:end] @ self.tables.codebook[:, first:end].T
+            for first, end in self.tables.subspaces
+        ]
+        return torch.stack(parts, dim=-2)
 
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
         """Projected query times the decoded keys (key mean omitted: constant per row)."""
-        return (query @ self.tables.query_projection[:, self.tables.used]) @ self.decode().T
+        table = self.lut(query)
+        total = table.new_zeros(*table.shape[:-2], self.items)
+        for code in range(self.codes.shape[1]):
+            total += table[..., code, :].index_select(-1, self.codes[:, code].int())
+        return total
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The packed words; the tables belong to the profile and are shared by all requests."""
-        return (self.words,)
+        """The codes; the tables belong to the profile and are shared by all requests."""
+        return (self.codes,)
 
 
-def _wrap(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reinterpret the low bits of int64 words as a narrower signed integer."""
-    if dtype is torch.int64:
-        return words
-    width = torch.iinfo(dtype).bits
-    return torch.where(words >= 1 << (width - 1), words - (1 << width), words).to(dtype)
+def rerank(
+    score: Float[Tensor, "*rows items"],
+    logits: Float[Tensor, "*rows group items"],
+    count: int,
+) -> Float[Tensor, "*rows items"]:
+    """Exact scores of the `count` items with the highest estimated ones; -1 for all others.
+
+    `logits` are exact and scaled. Softmax per query head over those items, mean over the group.
+    """
+    best = score.topk(min(count, score.shape[-1]), dim=-1).indices
+    taken = torch.gather(logits, -1, best.unsqueeze(-2).expand(*logits.shape[:-1], -1))
+    share = taken.softmax(dim=-1).mean(dim=-2)
+    return torch.full_like(score, -1.0).scatter_(-1, best, share)
 
 
 def build_index(
@@ -216,60 +252,5 @@ def build_index(
             return MinMaxIndex.build(keys)
         case "projected":
             assert tables is not None, "a projected index needs the profile's tables"
-            return ProjectedIndex.build(keys[:, 0], tables, strategy.bits)
+            return ProjectedIndex.build(keys[:, 0], tables)
     raise AssertionError(f"no index named {strategy.index!r}")
-
-
-@dataclass(frozen=True)
-class FittedTables:
-    """Result of `fit_projection`: float32 arrays for one head, bits per size."""
-
-    key_projection: Float[Tensor, "dim channels"]
-    query_projection: Float[Tensor, "dim channels"]
-    deviation: Float[Tensor, " channels"]
-    bits: dict[int, tuple[int, ...]]
-
-
-def fit_projection(
-    query_moment: Float[Tensor, "dim dim"],
-    key_covariance: Float[Tensor, "dim dim"],
-    sizes: tuple[int, ...],
-    shrink: float = 0.05,
-) -> FittedTables:
-    """Query-aware projections of keys (docs/method.md), in float64.
-
-    `query_moment` is the second moment of the group's scaled queries, shrunk by `shrink` of its
-    mean diagonal; `key_covariance` that of post-RoPE keys. With M = Cq^(1/2) Ck Cq^(1/2) and its
-    leading eigenvectors W, keys are projected by Cq^(1/2) W and queries by Cq^(-1/2) W.
-    """
-    moment = query_moment.double()
-    dim = len(moment)
-    ridge = shrink * moment.diagonal().mean().clamp(min=1e-12)
-    values, vectors = torch.linalg.eigh(moment + ridge * torch.eye(dim, dtype=moment.dtype))
-    root = vectors * values.clamp(min=1e-12).sqrt() @ vectors.T
-    inverse = vectors / values.clamp(min=1e-12).sqrt() @ vectors.T
-    variance, basis = torch.linalg.eigh(root @ key_covariance.double() @ root)
-    channels = min(MAX_CHANNELS, dim)
-    basis = basis.flip(-1)[:, :channels]
-    deviation = variance.flip(-1)[:channels].clamp(min=0).sqrt()
-    return FittedTables(
-        key_projection=(root @ basis).float(),
-        query_projection=(inverse @ basis).float(),
-        deviation=deviation.float(),
-        bits={size: allocate_bits(deviation.tolist(), size) for size in sizes},
-    )
-
-
-def allocate_bits(deviation: list[float], total: int) -> tuple[int, ...]:
-    """Bits per channel, greedily by the drop in error sd^2 * (D(b) - D(b + 1)); at most 5 each."""
-    bits = [0] * len(deviation)
-    for _ in range(total):
-        gains = [
-            sd * sd * (DISTORTION[b] - DISTORTION[b + 1]) if b < 5 else -1.0
-            for sd, b in zip(deviation, bits, strict=True)
-        ]
-        best = max(range(len(gains)), key=gains.__getitem__)
-        if gains[best] <= 0:
-            break
-        bits[best] += 1
-    return tuple(bits)

@@ -93,7 +93,7 @@ class Probe:
         for layer, trace in self.observer.traces.items():
             keys = self.cache.covered[layer].keys
             assert keys is not None
-            moments.add_keys(layer, keys[0, :, : self.encoded.tokens])
+            moments.add_keys(layer, keys[0, :, : self.encoded.tokens], self.sample.id)
             moments.add_queries(layer, trace.query[:, continuation.rows], trace.scaling)
 
     # -- second pass ------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.policy.costs import dynamic_layout, static_tokens
-from hkvprof.policy.index import HeadTables, build_index
+from hkvprof.policy.index import HeadTables, build_index, rerank
 from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
 
 ROW_BLOCK = 64
@@ -218,7 +218,7 @@ class _HeadJudge:
         chunks = self.key[layout.sinks : end].view(layout.items, layout.chunk, dim)
         index = build_index(strategy, chunks, tables)
         score = index.score(self.query.transpose(0, 1), self.rows.scaling)
-        rank = score.argsort(dim=-1, descending=True).argsort(dim=-1)
+        exact = self.logits[..., layout.sinks : end].transpose(0, 1)
         curve_rows = []
         for ratio in ratios:
             layout = dynamic_layout(strategy, ratio, tokens, keep, dim, itemsize)
@@ -227,8 +227,13 @@ class _HeadJudge:
             elif layout is None:
                 curve_rows.append(torch.full((3,), float(INFEASIBLE), device=device))
             else:
-                mask = torch.ones(len(rank), tokens, dtype=torch.bool, device=device)
-                chosen = (rank < layout.hot) | self.rows.exact[:, None]
+                due = score
+                if strategy.rerank > 1:
+                    due = rerank(score, exact, strategy.rerank * layout.hot)
+                chosen = torch.zeros_like(due, dtype=torch.bool)
+                chosen.scatter_(-1, due.topk(layout.hot, dim=-1).indices, True)
+                chosen |= self.rows.exact[:, None]
+                mask = torch.ones(len(chosen), tokens, dtype=torch.bool, device=device)
                 mask[:, layout.sinks : end] = chosen.repeat_interleave(layout.chunk, dim=1)
                 kept = self.logits.masked_fill(~mask, -torch.inf)
                 curve_rows.append(self._loss(self._attend(kept, self.value)))

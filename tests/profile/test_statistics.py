@@ -21,7 +21,7 @@ from hkvprof.models.adapter import output_projection, view_model
 from hkvprof.models.attention import hooked_attention
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.policy.costs import dynamic_layout, static_tokens
-from hkvprof.policy.index import HeadTables, build_index, fit_projection
+from hkvprof.policy.index import HeadTables, build_index
 from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
 from hkvprof.profile import statistics
 from hkvprof.profile.continuation import Continuation, build_continuation
@@ -35,6 +35,7 @@ from hkvprof.profile.statistics import (
 )
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.testbed.generator import make_sample
+from tests.tables import fit_tables
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -119,12 +120,7 @@ def make_layer(scale: float = 1.5, seed: int = 0) -> Layer:
     key = random(KV_HEADS, TOKENS, DIM, seed=seed + 1)
     tables = {}
     for head in range(KV_HEADS):
-        centred = (key[head] - key[head].mean(dim=0)).double()
-        fitted = fit_projection(torch.eye(DIM), centred.T @ centred / TOKENS, (32,))
-        tables[head, 32] = HeadTables(
-            fitted.key_projection, fitted.query_projection, key[head].mean(dim=0),
-            fitted.deviation, fitted.bits[32],
-        )  # fmt: skip
+        tables[head, 32] = fit_tables(random(64, DIM, seed=seed + 10), key[head], (32,))[32]
     rows = DecodeRows(
         query=scale * random(heads, len(positions), DIM, seed=seed),
         key=key,
@@ -413,7 +409,7 @@ def test_static_tokens_judged_are_those_the_runtime_keeps(
     places = [(layer, head) for layer in range(6) for head in range(4)]
     assert len(judged) == len(places)
     for (layer, head), kept in zip(places, judged, strict=True):
-        stored = cache.covered[layer].storage.keys(head)
+        stored = cache.covered[layer].ragged.storage.keys(head)
         assert len(kept) < 0.4 * traced.tokens
         assert torch.equal(traced.rows[layer].key[head, kept], stored), (layer, head)
 
