@@ -230,6 +230,7 @@ class RaggedLayer:
                 hot_start=self.storage.offsets[segment] + head.hot_start,
                 chunk=head.layout.chunk,
                 items=head.layout.items,
+                rerank=self._plans[segment % len(self._plans)].strategy.rerank,
             )
             for segment, head in self.dynamic.items()
         ]

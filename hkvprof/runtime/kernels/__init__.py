@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from hkvprof.runtime.kernels import native
+from hkvprof.runtime.kernels import loading
 from hkvprof.runtime.kernels.interface import DynamicSegment, Kernels, Retrieval
+from hkvprof.runtime.kernels.native import NativeKernels
 from hkvprof.runtime.kernels.reference import TorchKernels
 
 __all__ = ["DynamicSegment", "Kernels", "Retrieval", "for_device", "status"]
 
 _TORCH = TorchKernels()
-_NATIVE = {dtype: native.NativeKernels(dtype) for dtype in native.DTYPES}
+_NATIVE = {dtype: NativeKernels(dtype) for dtype in loading.DTYPES}
 
 
 def for_device(device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -23,11 +24,11 @@ def for_device(device: torch.device, dtype: torch.dtype) -> Kernels:
     The C++ kernels are compiled or loaded at their first use. Where that is not possible they warn
     once and do their work in plain torch.
     """
-    if device.type != "cpu" or dtype not in native.DTYPES or native.switched_off():
+    if device.type != "cpu" or dtype not in loading.DTYPES or loading.switched_off():
         return _TORCH
     return _NATIVE[dtype]
 
 
 def status() -> str:
     """One line: which CPU kernels are used, or why the native ones are not (yet)."""
-    return native.status()
+    return loading.status()

@@ -1,4 +1,4 @@
-"""Compile native.cpp with the user's own compiler into a private cache folder, once per machine."""
+"""Compile csrc with the user's own compiler into a private cache folder, once per machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = sorted((Path(__file__).parent / "csrc").glob("*"), key=lambda path: path.name)
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-fPIC", "-shared", "-w"),
@@ -34,11 +34,12 @@ def library(defines: tuple[str, ...]) -> Path:
     compiler = find_compiler()
     flags = (*FLAGS, *_tuning(), *(f"-D{define}" for define in defines))
     folder = cache_folder()
-    parts = (SOURCE.read_text(), *compiler, _version(compiler), *flags, _cpu())
+    sources = [path.read_text(encoding="utf-8") for path in SOURCES]
+    parts = (*sources, *compiler, _version(compiler), *flags, _cpu())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     path = folder / f"native-{digest}.so"
     if not os.path.lexists(path):
-        _compile([*compiler, *flags, str(SOURCE)], path)
+        _compile([*compiler, *flags, str(SOURCES[0].with_name("native.cpp"))], path)
     check_private(path)
     return path
 

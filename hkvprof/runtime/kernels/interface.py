@@ -32,6 +32,7 @@ class DynamicSegment:
     hot_score: Float[Tensor, " hot"] | None = None
     scale: Float[Tensor, "groups 2 dim"] | None = None
     items_per_group: int = 1
+    rerank: int = 1
 
     @property
     def hot(self) -> int:
@@ -45,7 +46,9 @@ class Retrieval(Protocol):
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Per dynamic head, the share of attention expected by every item.
 
-        Softmax per query head over the items, mean over the group.
+        Softmax per query head over the items, mean over the group. With a head's `rerank` n above
+        1: of the n * hot items with the highest such score, the same by their exact keys (softmax
+        over those items); -1 for all others.
         """
         ...
 
@@ -105,5 +108,5 @@ class Kernels(Protocol):
         codebook: Float[Tensor, "256 channels"],
         subspaces: Sequence[tuple[int, int]],
     ) -> Int[Tensor, "tokens codes"]:
-        """Nearest centroid per subspace as uint8; ties to the lower number; NaN and infinity count as 0."""
+        """Nearest centroid per subspace as uint8, of equals the first; NaN and infinity mean 0."""
         ...

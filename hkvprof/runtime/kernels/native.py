@@ -1,16 +1,10 @@
-"""The decode kernels in C++ (native.cpp), loaded with ctypes; plain torch where that cannot be."""
+"""The decode kernels in C++ (csrc), called through ctypes; plain torch where that cannot be."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import re
-import sys
-import threading
-import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
-from pathlib import Path
+from ctypes import c_int64
 from typing import Any
 
 import torch
@@ -18,162 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.policy.index import MeanIndex, MinMaxIndex
-from hkvprof.runtime.kernels import build
+from hkvprof.runtime.kernels import loading
 from hkvprof.runtime.kernels.interface import DynamicSegment, Retrieval
 from hkvprof.runtime.kernels.reference import TorchKernels
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Element types, as HKV_TYPE numbers them."""
 MAX_GROUP, MAX_DIM = 16, 512
+"""What csrc handles; widths are multiples of 8."""
 MEAN, MINMAX, PROJECTED = range(3)
 SCORE, LOAD = 1, 2
 NO_MEMORY = 2
-
-
-class AttendArgs(ctypes.Structure):
-    """As in native.cpp."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("key", "value", "query", "out")),
-        *((name, POINTER(c_int64)) for name in ("offsets", "lengths")),
-        ("segments", c_int64),
-        *((name, c_int32) for name in ("dim", "threads")),
-        ("scaling", c_float),
-    )
-
-
-class Head(ctypes.Structure):
-    """As in native.cpp."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("kind", "segment", "items", "hot", "chunk", "hot_start")),
-        *((name, c_int64) for name in ("codes", "channels", "items_per_group")),
-        *((name, c_void_p) for name in ("first", "second", "projection", "codebook")),
-        *((name, c_void_p) for name in ("subspaces", "slots", "hot_score", "host", "scale")),
-        ("score", c_void_p),
-    )
-
-
-class RetrieveArgs(ctypes.Structure):
-    """As in native.cpp."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("key", "value", "query")),
-        ("heads", POINTER(Head)),
-        ("fetched", POINTER(c_int64)),
-        ("count", c_int64),
-        *((name, c_int32) for name in ("dim", "threads", "successors")),
-        *((name, c_float) for name in ("scaling", "smoothing")),
-    )
-
-
-class EncodeArgs(ctypes.Structure):
-    """As in native.cpp."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("projected", "codebook", "subspaces", "out")),
-        *((name, c_int64) for name in ("tokens", "channels", "codes")),
-        ("threads", c_int32),
-    )
-
-
-class _State:
-    """Libraries of this process by (type, group), and why there are none."""
-
-    def __init__(self) -> None:
-        self.libraries: dict[tuple[int, int], ctypes.CDLL | None] = {}
-        self.refused = ""
-        self.notes: dict[str, None] = {}
-        self.openmp = ""
-        self.lock = threading.Lock()
-
-
-_STATE = _State()
-
-
-def reset() -> None:
-    """Forget what was loaded and refused, for tests."""
-    _STATE.__init__()  # type: ignore[misc]
-
-
-def switched_off() -> str:
-    """Why native kernels are not even tried, or an empty string."""
-    if os.environ.get("HKVPROF_NATIVE") == "0":
-        return "HKVPROF_NATIVE=0"
-    if not sys.platform.startswith("linux") or sys.byteorder != "little":
-        return f"native kernels are for Linux, little endian; this is {sys.platform}"
-    return ""
-
-
-def status() -> str:
-    """One line about this process."""
-    off = switched_off() or _STATE.refused
-    if off:
-        return f"torch: {off}"
-    loaded = sorted(group for (_, group), library in _STATE.libraries.items() if library)
-    if not loaded:
-        return "native: not compiled yet"
-    line = f"native: query heads per KV head {', '.join(map(str, loaded))}; {_STATE.openmp}"
-    return "; ".join([line, *_STATE.notes])
-
-
-def library(dtype: torch.dtype, group: int) -> ctypes.CDLL | None:
-    """The library for this element type and group; None, after one warning, if it cannot be had."""
-    if switched_off():
-        return None
-    key = (DTYPES[dtype], group)
-    if key in _STATE.libraries:
-        return _STATE.libraries[key]
-    with _STATE.lock:
-        if key not in _STATE.libraries:
-            _STATE.libraries[key] = None if _STATE.refused else _open(*key)
-    return _STATE.libraries[key]
-
-
-def _open(kind: int, group: int) -> ctypes.CDLL | None:
-    try:
-        path = build.library((f"HKV_TYPE={kind}", f"HKV_GROUP={group}"))
-        loaded = ctypes.CDLL(str(path))
-    except (build.BuildError, OSError) as error:
-        _STATE.refused = str(error)
-        warnings.warn(
-            "hkvprof: decoding with compressed caches is slower than it could be: the native CPU "
-            f"kernels are not used because {error}. HKVPROF_NATIVE=0 silences this",
-            stacklevel=2,
-        )
-        return None
-    entries, _STATE.openmp = _openmp()
-    loaded.hkv_init.argtypes = (c_void_p, c_void_p)
-    loaded.hkv_init.restype = None
-    loaded.hkv_init(*entries)
-    loaded.hkv_attend.argtypes = (POINTER(AttendArgs),)
-    loaded.hkv_retrieve.argtypes = (POINTER(RetrieveArgs), ctypes.c_int)
-    loaded.hkv_encode.argtypes = (POINTER(EncodeArgs),)
-    return loaded
-
-
-def _openmp() -> tuple[tuple[int | None, int | None], str]:
-    """GOMP_parallel and GOMP_barrier of the OpenMP runtime that torch has loaded.
-
-    Sharing it avoids a second pool of threads that spins against torch's.
-    """
-    pattern = re.compile(r"(/\S*/lib(?:gomp|iomp5|omp)[^/]*\.so[^/\s]*)$", re.MULTILINE)
-    try:
-        paths = dict.fromkeys(pattern.findall(Path("/proc/self/maps").read_text()))
-    except OSError:
-        paths = {}
-    for path in sorted(paths, key=lambda path: "torch" not in path):
-        try:
-            runtime = ctypes.CDLL(path)
-            entries = (_address(runtime.GOMP_parallel), _address(runtime.GOMP_barrier))
-        except (OSError, AttributeError):
-            continue
-        return entries, f"threads of {path}"
-    return (None, None), "one thread: torch's OpenMP runtime was not found"
-
-
-def _address(function: Any) -> int | None:
-    return ctypes.cast(function, c_void_p).value
 
 
 def _check(outcome: int) -> None:
@@ -187,7 +34,7 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 class NativeKernels:
-    """See interface.Kernels. Shapes that native.cpp does not handle go to torch (see `status`)."""
+    """See interface.Kernels. Shapes that csrc does not handle go to torch (see `status`)."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -196,12 +43,18 @@ class NativeKernels:
     @property
     def name(self) -> str:
         """`torch` once the libraries turned out to be out of reach."""
-        return "torch" if switched_off() or _STATE.refused else "native"
+        return "torch" if loading.switched_off() or loading.STATE.refused else "native"
 
-    def _library(self, group: int, dim: int) -> ctypes.CDLL | None:
-        if group <= MAX_GROUP and dim % 8 == 0 and dim <= MAX_DIM:
-            return library(self.dtype, group)
-        _STATE.notes[f"torch for {group} query heads per KV head of width {dim}"] = None
+    @staticmethod
+    def handles(group: int, dim: int) -> bool:
+        """Whether csrc has code for this shape."""
+        return group <= MAX_GROUP and dim <= MAX_DIM and dim % 8 == 0
+
+    def library(self, group: int, dim: int) -> ctypes.CDLL | None:
+        """The library for this shape, if it can be had."""
+        if self.handles(group, dim):
+            return loading.library(self.dtype, group)
+        loading.STATE.notes[f"torch for {group} query heads per KV head of width {dim}"] = None
         return None
 
     def attend(
@@ -215,15 +68,16 @@ class NativeKernels:
     ) -> Float[Tensor, "segments group dim"]:
         """Segments are split between threads; float32 accumulation (flash decoding)."""
         segments, group, dim = query.shape
-        native = self._library(group, dim)
+        native = self.library(group, dim)
         if native is None or not self._plain(key, value) or key.shape != value.shape:
             return self.torch.attend(key, value, offsets, lengths, query, scaling)
         assert len(offsets) == len(lengths) == segments
-        assert all(0 <= o <= o + n <= len(key) for o, n in zip(offsets, lengths, strict=True))
+        assert min(offsets) >= 0 <= min(lengths)
+        assert max(map(int.__add__, offsets, lengths)) <= key.shape[0]
         query = query.to(self.dtype).contiguous()
         out = torch.empty_like(query)
         numbers = c_int64 * segments
-        args = AttendArgs(
+        args = loading.AttendArgs(
             key.data_ptr(),
             value.data_ptr(),
             query.data_ptr(),
@@ -249,9 +103,9 @@ class NativeKernels:
     ) -> Retrieval:
         """Keeps pointers to the tensors of all heads."""
         unfit = [reason for head in heads if (reason := self._unfit(head))]
-        if unfit or not self._plain(storage_key, storage_value) or switched_off():
+        if unfit or not self._plain(storage_key, storage_value) or loading.switched_off():
             for reason in unfit:
-                _STATE.notes[f"torch for {reason}"] = None
+                loading.STATE.notes[f"torch for {reason}"] = None
             return self.torch.bind(
                 storage_key, storage_value, heads, scaling, smoothing, successors
             )
@@ -266,9 +120,8 @@ class NativeKernels:
         subspaces: Sequence[tuple[int, int]],
     ) -> Int[Tensor, "tokens codes"]:
         """Any library that is loaded will do: nothing here depends on type or group."""
-        opened = next((found for found in _STATE.libraries.values() if found), None)
-        native = opened or library(self.dtype, 1)
-        if native is None or switched_off():
+        native = loading.opened() or loading.library(self.dtype, 1)
+        if native is None or loading.switched_off():
             return self.torch.encode(projected, codebook, subspaces)
         projected = projected.float().contiguous()
         codebook = codebook.float().contiguous()
@@ -276,7 +129,7 @@ class NativeKernels:
         assert codebook.shape == (256, projected.shape[1])
         assert 0 <= int(bounds.min()) <= int(bounds.max()) <= projected.shape[1]
         codes = torch.empty((len(projected), len(bounds)), dtype=torch.uint8)
-        args = EncodeArgs(
+        args = loading.EncodeArgs(
             *(tensor.data_ptr() for tensor in (projected, codebook, bounds, codes)),
             len(projected),
             projected.shape[1],
@@ -292,19 +145,21 @@ class NativeKernels:
         )
 
     def _unfit(self, head: DynamicSegment) -> str:
-        """Why native.cpp cannot work on this head, or an empty string."""
+        """Why csrc cannot work on this head, or an empty string."""
         host = head.host
         if not host.is_contiguous() or host.device.type != "cpu":
             return "host chunks that are not contiguous in CPU memory"
         if host.dtype != (self.dtype if head.scale is None else torch.int8):
             return f"host chunks of {host.dtype}"
-        tables = getattr(head.index, "tables", None)
+        if head.rerank > 1:
+            return "reranking"
         if isinstance(head.index, MeanIndex | MinMaxIndex):
             return "" if self._plain(*head.index.tensors()) else "digests of another type"
-        codes = getattr(head.index, "codes", None)
-        if codes is None or codes.shape[1] not in (2, 4, 8) or tables.codebook.shape[1] > 256:
-            return f"an index {type(head.index).__name__} of this shape"
-        return ""
+        index: Any = head.index
+        fits = hasattr(index, "codes") and index.codes.shape[1] in (2, 4, 8)
+        if fits and index.tables.codebook.shape[0] == 256 >= index.tables.codebook.shape[1]:
+            return ""
+        return f"an index {type(index).__name__} of this shape"
 
 
 class NativeRetrieval:
@@ -323,10 +178,10 @@ class NativeRetrieval:
         self.kernels, self.key, self.value, self.heads = kernels, key, value, tuple(heads)
         self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, successors)
         self._alive: list[Tensor] = []
-        self._heads = (Head * len(heads))(*map(self._describe, heads))
+        self._heads = (loading.Head * len(heads))(*map(self._describe, heads))
         self._fetched = (c_int64 * len(heads))()
         self._segments = max((head.segment for head in heads), default=-1) + 1
-        self._args = RetrieveArgs(
+        self._args = loading.RetrieveArgs(
             key=key.data_ptr(),
             value=value.data_ptr(),
             heads=self._heads,
@@ -344,45 +199,50 @@ class NativeRetrieval:
         return scores if self._run(SCORE, query, scores) else self._plain.score(query)
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> list[int]:
-        """Select and fetch."""
-        given = [score.float().contiguous() for score in scores]
-        dim = self.key.shape[1]
-        probe = self.key.new_empty((self._segments, self._group or 1, dim))
-        return self._counts() if self._run(LOAD, probe, given) else self._plain.load(scores)
+        """Select and fetch. Nothing here depends on the group: any library of this type will do."""
+        dtype = self.kernels.dtype
+        native = loading.opened(dtype) or loading.library(dtype, 1)
+        if native is None or not self.kernels.handles(1, self.key.shape[1]):
+            return self._plain.load(scores)
+        self._call(native, LOAD, [score.float().contiguous() for score in scores])
+        return list(self._fetched)
 
     def step(self, query: Float[Tensor, "segments group dim"]) -> list[int]:
         """Score and load without scores leaving the library."""
         done = self._run(SCORE | LOAD, query, ())
-        return self._counts() if done else self._plain.step(query)
-
-    _group = 0
-
-    def _counts(self) -> list[int]:
-        return list(self._fetched)
+        return list(self._fetched) if done else self._plain.step(query)
 
     def _run(self, what: int, query: Tensor, scores: Sequence[Tensor]) -> bool:
         segments, group, dim = query.shape
-        native = self.kernels._library(group, dim)
+        native = self.kernels.library(group, dim)
         if native is None:
             return False
         assert segments >= self._segments
-        self._group = group
+        assert dim == self.key.shape[1]
         query = query.to(self.kernels.dtype).contiguous()
-        for head, score in zip(self._heads, scores, strict=False):
-            head.score = score.data_ptr()
         self._args.query = query.data_ptr()
-        self._args.threads = torch.get_num_threads()
-        _check(native.hkv_retrieve(self._args, what))
+        self._call(native, what, scores)
         return True
 
-    def _describe(self, head: DynamicSegment) -> Head:
+    def _call(self, native: ctypes.CDLL, what: int, scores: Sequence[Tensor]) -> None:
+        for head, native_head, score in zip(self.heads, self._heads, scores, strict=False):
+            assert len(score) == head.items
+            native_head.score = score.data_ptr()
+        self._args.threads = torch.get_num_threads()
+        _check(native.hkv_retrieve(self._args, what))
+
+    def _describe(self, head: DynamicSegment) -> loading.Head:
         dim = self.key.shape[1]
         assert head.host.shape == (len(head.host), 2, head.chunk, dim)
         assert 0 < head.hot <= head.items <= len(head.host)
         assert 0 <= head.hot_start <= len(self.key) - head.hot * head.chunk
         assert head.slots.dtype == torch.int32
         assert head.slots.is_contiguous()
-        native = Head(
+        assert all(len(tensor) >= head.items for tensor in head.index.tensors())
+        for floats in (head.hot_score, head.scale):
+            assert floats is None or floats.dtype == torch.float32
+        assert head.hot_score is None or len(head.hot_score) == head.hot
+        native = loading.Head(
             segment=head.segment,
             items=head.items,
             hot=head.hot,

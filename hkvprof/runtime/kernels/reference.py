@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -29,15 +30,18 @@ class TorchKernels:
         query: Float[Tensor, "segments group dim"],
         scaling: float,
     ) -> Float[Tensor, "segments group dim"]:
-        """Products in the tensors' dtype, softmax in float32."""
-        out = torch.empty_like(query)
+        """Products in the tensors' dtype, softmax in float32.
+
+        Segments of one length at even distances are one batch; others go one by one.
+        """
+        views = _batch(key, offsets, lengths), _batch(value, offsets, lengths)
+        if views[0] is not None and views[1] is not None:
+            return _attend(query, views[0], views[1], scaling)
+        out = torch.zeros_like(query)
         for segment, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
-            if length == 0:
-                out[segment].zero_()
-                continue
-            logits = torch.mm(query[segment], key[start : start + length].T)
-            weights = torch.softmax(logits.float().mul_(scaling), dim=-1).to(value.dtype)
-            torch.mm(weights, value[start : start + length], out=out[segment])
+            if length:
+                own = slice(start, start + length)
+                out[segment] = _attend(query[segment], key[own], value[own], scaling)
         return out
 
     def bind(
@@ -66,6 +70,30 @@ class TorchKernels:
         return torch.cat(parts)
 
 
+def _attend(
+    query: Float[Tensor, "*segments group dim"],
+    key: Float[Tensor, "*segments tokens dim"],
+    value: Float[Tensor, "*segments tokens dim"],
+    scaling: float,
+) -> Float[Tensor, "*segments group dim"]:
+    logits = query @ key.transpose(-1, -2)
+    return torch.softmax(logits.float().mul_(scaling), dim=-1).to(value.dtype) @ value
+
+
+def _batch(
+    flat: Float[Tensor, "capacity dim"], offsets: Sequence[int], lengths: Sequence[int]
+) -> Float[Tensor, "segments tokens dim"] | None:
+    """A view of segments of one length at even distances; None for any other."""
+    distances = {after - before for before, after in pairwise(offsets)}
+    if len(set(lengths)) != 1 or len(distances) > 1 or not lengths[0]:
+        return None
+    rows, width = flat.stride()
+    distance = distances.pop() if distances else 0
+    shape = (len(lengths), lengths[0], flat.shape[1])
+    start = flat.storage_offset() + offsets[0] * rows
+    return flat.as_strided(shape, (distance * rows, rows, width), start)
+
+
 class TorchRetrieval:
     """See interface.Retrieval."""
 
@@ -83,7 +111,17 @@ class TorchRetrieval:
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Expected attention of every item, per dynamic head."""
-        return [head.index.score(query[head.segment], self.scaling) for head in self.heads]
+        return [self._score(head, query[head.segment]) for head in self.heads]
+
+    def _score(self, head: DynamicSegment, query: Float[Tensor, "group dim"]) -> Tensor:
+        score = head.index.score(query, self.scaling)
+        if head.rerank == 1 or head.hot == head.items:
+            return score
+        score = torch.where(score.isnan(), -1.0, score.float())
+        best = score.topk(min(head.rerank * head.hot, head.items)).indices
+        keys = self._rows(head, best)[:, 0, 0].float()
+        exact = (query.float() @ keys.T * self.scaling).softmax(dim=-1).mean(dim=0)
+        return torch.full_like(score, -1.0).index_copy_(0, best, exact)
 
     def step(self, query: Float[Tensor, "segments group dim"]) -> list[int]:
         """Score, then load."""
@@ -118,13 +156,18 @@ class TorchRetrieval:
             head.hot_score.copy_(due[head.slots.long()])
         return fetched
 
+    def _rows(self, head: DynamicSegment, items: Tensor) -> Float[Tensor, "items 2 chunk dim"]:
+        """Host items on the device, in the storage's dtype."""
+        data = head.host[items.to(head.host.device)].to(self.key.device)
+        if head.scale is None:
+            return data
+        groups = (items // head.items_per_group).to(head.scale.device)
+        scale = head.scale[groups].to(self.key.device)
+        return (data.float() * scale[:, :, None]).to(self.key.dtype)
+
     def _fetch(self, head: DynamicSegment, items: Tensor, slots: Tensor) -> None:
         """Copy host items into hot slots."""
-        data = head.host[items.to(head.host.device)].to(self.key.device)
-        if head.scale is not None:
-            groups = (items // head.items_per_group).to(head.scale.device)
-            scale = head.scale[groups].to(self.key.device)
-            data = (data.float() * scale[:, :, None]).to(self.key.dtype)
+        data = self._rows(head, items)
         end = head.hot_start + head.hot * head.chunk
         for part, storage in enumerate((self.key, self.value)):
             hot = storage[head.hot_start : end].view(head.hot, head.chunk, -1)

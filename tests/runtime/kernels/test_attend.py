@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hkvprof.runtime import kernels
-from hkvprof.runtime.kernels import Kernels, native
+from hkvprof.runtime.kernels import Kernels, loading
 from hkvprof.runtime.kernels.reference import TorchKernels
 from tests.runtime.kernels.cases import DTYPES, PRECISION, attend_exactly, compiler
 
@@ -35,10 +35,11 @@ def segments(
 
 
 @compiler
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    lengths=st.lists(LENGTHS, min_size=1, max_size=6),
+    lengths=st.lists(LENGTHS, min_size=1, max_size=6)
+    | st.tuples(LENGTHS, st.integers(2, 5)).map(lambda pair: [pair[0]] * pair[1]),
     gaps=st.integers(0, 3),
     dim=st.sampled_from([8, 32, 64, 80, 128, 256]),
     data=st.data(),
@@ -96,7 +97,7 @@ def test_huge_logits_do_not_overflow() -> None:
 def test_shapes_without_native_code_go_to_torch_and_say_so(
     group: int, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_STATE", native._State())
+    monkeypatch.setattr(loading, "STATE", loading._State())
     key, value, offsets, query = segments([100], 0, dim, group, torch.float32, 2)
     kernel = kernels.for_device(CPU, torch.float32)
     kernel.attend(key, value, offsets, [100], query, 0.1)
