@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 import hkvprof
 from hkvprof.artifact import Profile
+from hkvprof.errors import BudgetError
 from hkvprof.evaluate import longtext
+from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.profile.continuation import opening_of_turn
 from hkvprof.profile.samples import Sample, open_images
@@ -60,14 +61,17 @@ def _digest(index: str, chunk: int) -> Variant:
     return Variant(f"{index}, chunks of {chunk}", strategy)
 
 
-def _projected(bits: int, text: str = "", **options: Any) -> Variant:
-    strategy = Strategy(HeadType.DYNAMIC, index="projected", bits=bits)
+def _projected(bits: int, text: str = "", rerank: int = 1, **options: Any) -> Variant:
+    strategy = Strategy(HeadType.DYNAMIC, index="projected", bits=bits, rerank=rerank)
     return Variant(f"projected, {bits} bits{text}", strategy, options)
 
 
 VARIANTS = (
     *(_digest(index, chunk) for index in ("mean", "minmax") for chunk in (4, 16, 32)),
     *(_projected(bits) for bits in (16, 32, 64)),
+    *(_projected(bits, ", rerank 4", 4) for bits in (16, 32, 64)),
+    _projected(32, ", rerank 2", 2),
+    _projected(32, ", rerank 8", 8),
     _projected(32, ", smoothing 0.5", smoothing=0.5),
     _projected(32, ", smoothing 0.7", smoothing=0.7),
     _projected(32, ", every 2nd step", retrieve_every=2),
@@ -84,8 +88,7 @@ VARIANTS = (
 class Script:
     """What is fed after the prompt, in passes, and the dense model's log-probabilities."""
 
-    inputs: dict[str, Tensor]
-    tokens: int
+    prompt: Prefill
     passes: tuple[Tensor, ...]
     expected: tuple[Tensor, ...]
 
@@ -109,9 +112,12 @@ def main() -> None:
     for budget in budgets:
         for variant in VARIANTS:
             if options.only in variant.text:
-                rows.append(_measure(model, profile, variant, budget, scripts))
+                try:
+                    rows.append(_measure(model, profile, variant, budget, scripts))
+                except BudgetError:
+                    rows.append({"budget": budget, "index": variant.text, "kl": None})
                 sys.stderr.write(f"{rows[-1]}\n")
-    tokens = [script.tokens for script in scripts]
+    tokens = [script.prompt.tokens for script in scripts]
     regime = (
         f"{options.model}, bfloat16, batch 1, {len(scripts)} prompts of {min(tokens)} to "
         f"{max(tokens)} tokens, {torch.get_num_threads()} threads, {kernels.status()}"
@@ -144,9 +150,9 @@ def _script(model: Any, processor: Any, sample: Sample) -> Script:
     """The dense model's own replies to the question and to the follow-up."""
     opened = dataclasses.replace(sample, messages=tuple(open_images(sample)))
     encoded = processor.encode([opened.messages])
-    inputs = encoded.to(model.device, model.dtype)
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    logits = model(**inputs, past_key_values=cache).logits
+    prompt = capture(model, encoded)
+    cache = prompt.dense_cache()
+    logits = prompt.logits[None]
     passes: list[Tensor] = []
     expected: list[Tensor] = []
     for turn in range(2):
@@ -163,7 +169,7 @@ def _script(model: Any, processor: Any, sample: Sample) -> Script:
             expected.append(logits[0, -1].float().log_softmax(-1))
         elif turn == 0:
             break
-    return Script(inputs, encoded.tokens, tuple(passes), tuple(expected))
+    return Script(prompt, tuple(passes), tuple(expected))
 
 
 def _profile(profile: Profile, strategy: Strategy | None, budget: float) -> Profile:
@@ -194,7 +200,7 @@ def _measure(
     ) as handle:
         for script in scripts:
             cache = handle.new_cache()
-            model(**script.inputs, past_key_values=cache)
+            script.prompt.fill(cache)
             start = cache.receipt()
             shares.append(start.resident_share)
             steps += _replay(model, cache, script)
@@ -232,6 +238,9 @@ def _print(regime: str, rows: list[dict[str, Any]]) -> None:
     out.write(f"{regime}\n\n| budget | index | KL | top 1 | resident | moved | hits | retrieval ms "
               "| decode ms |\n|---|---|---|---|---|---|---|---|---|\n")  # fmt: skip
     for row in rows:
+        if row["kl"] is None:
+            out.write(f"| {row['budget']:.0%} | {row['index']} | does not fit ||||||\n")
+            continue
         hits = "-" if row["hit_rate"] is None else f"{row['hit_rate']:.0%}"
         out.write(
             f"| {row['budget']:.0%} | {row['index']} | {row['kl']:.4f} | {row['top1']:.3f} | "

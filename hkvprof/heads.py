@@ -100,8 +100,8 @@ class Strategy:
     is the largest share of the kept tokens that text positions may claim first). A dynamic one
     keeps chunks of `chunk` tokens in host memory behind an index: `mean` or `minmax` digests per
     chunk, or `projected`, `bits` bits per token (method: docs/method.md, "The projected index").
-    With `rerank` n above 1 the index names n times as many items as are fetched, and their exact
-    keys, read from host memory, decide which.
+    With `rerank` n the index names n items more than have room, and their exact keys, read from
+    host memory, decide which of them have it.
     """
 
     head_type: HeadType
@@ -110,7 +110,7 @@ class Strategy:
     index: str = ""
     chunk: int = 1
     bits: int = 0
-    rerank: int = 1
+    rerank: int = 0
 
     @property
     def name(self) -> str:
@@ -119,7 +119,7 @@ class Strategy:
             prior = f"-text{self.text_prior:g}" if self.text_prior else ""
             return f"static-pool{self.pool}{prior}"
         detail = f"{self.bits}bit" if self.index == "projected" else f"chunk{self.chunk}"
-        again = f"-rerank{self.rerank}" if self.rerank > 1 else ""
+        again = f"-rerank{self.rerank}" if self.rerank else ""
         return f"dynamic-{self.index}-{detail}{again}"
 
     def to_json(self) -> dict[str, Any]:

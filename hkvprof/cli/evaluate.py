@@ -18,7 +18,8 @@ EXAMPLES = """\b
 Examples:
   hkvprof eval --model tinyvl --profile tinyvl.profile.safetensors --budget 0.10,0.20
   hkvprof eval --model smollm2 --profile p.safetensors --tasks longtext --tokens 4000
-  hkvprof eval --model ./vlm --profile p.safetensors --tasks my-samples --json"""
+  hkvprof eval --model ./vlm --profile p.safetensors --tasks my-samples --json
+  hkvprof eval --model ./vlm --profile p.safetensors --tasks docvqa:/data/docvqa"""
 
 
 def evaluate(
@@ -26,7 +27,10 @@ def evaluate(
     profile: Annotated[Path, typer.Option("--profile", help="Profile of this model.")],
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="tinyvl, longtext, or a sample folder or file."),
+        typer.Option(
+            "--tasks",
+            help="tinyvl, longtext, a sample folder or file, or LAYOUT:PATH (docs/tasks.md).",
+        ),
     ] = None,
     budget: Annotated[
         str, typer.Option("--budget", help="Shares, tokens or bytes, separated by commas.")
@@ -37,6 +41,13 @@ def evaluate(
     tokens: Annotated[
         int, typer.Option("--tokens", min=400, help="Prompt length of longtext samples.")
     ] = 2500,
+    max_samples: Annotated[
+        int | None,
+        typer.Option("--max-samples", min=1, help="Samples of a folder or layout, over all tasks."),
+    ] = None,
+    max_frames: Annotated[
+        int, typer.Option("--max-frames", min=1, help="Frames of a video, evenly spread.")
+    ] = 16,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     output: Annotated[
@@ -56,7 +67,7 @@ def evaluate(
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
     network, processor = options.open_model(model, dtype, device)
-    task_set = load_tasks(task_name, processor, per_task, tokens)
+    task_set = load_tasks(task_name, processor, per_task, tokens, max_samples, max_frames)
     answers = compare(network, processor, loaded, task_set, budgets, track)
     if output is not None:
         _write(output, answers)

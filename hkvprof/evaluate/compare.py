@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from hkvprof.artifact import Profile
 from hkvprof.errors import CompressionError
 from hkvprof.evaluate.converse import Reply, Sizes, converse
-from hkvprof.evaluate.tasks import TaskSet
+from hkvprof.evaluate.taskset import TaskSet
 from hkvprof.models.adapter import view_model
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.policy.budget import Budget
@@ -30,7 +30,9 @@ class Answer:
     `turn` 0 is the question inside the prompt, later turns ask about the compressed context. Bytes
     are those of the cache at the reply's first token (the prompt is compressed, nothing generated);
     `storage_bytes` sums the cache's actual tensors (resident), independent of the receipt's
-    `resident_bytes`. `end_share` is resident over dense bytes when the conversation has ended.
+    `resident_bytes`. `score` lies between 0 and 1 and is what `metric` says of `text`; `expected`
+    is the first of the correct answers. `end_share` is resident over dense bytes when the
+    conversation has ended.
     """
 
     sample: str
@@ -39,7 +41,8 @@ class Answer:
     method: str
     text: str
     expected: str
-    correct: bool
+    metric: str
+    score: float
     prompt_tokens: int
     decode_seconds: float
     decode_steps: int
@@ -57,9 +60,9 @@ class MethodSummary:
 
     method: str
     answers: int
-    accuracy: float
-    accuracy_first: float
-    accuracy_later: float | None
+    score: float
+    score_first: float
+    score_later: float | None
     worst_task: str
     worst_ratio: float
     resident_bytes: float
@@ -143,13 +146,15 @@ def _answers(
     end_share: float,
     hit_rate: float | None,
 ) -> list[Answer]:
+    gold = [tasks.gold_of(sample, turn) for turn in range(len(replies))]
     return [
         Answer(
             sample=sample.id,
             task=sample.task if turn == 0 else "later question",
             turn=turn,
             method=method,
-            correct=tasks.judge(reply.text, reply.expected),
+            metric=gold[turn].metric.name,
+            score=gold[turn].score(reply.text),
             text=reply.text,
             expected=reply.expected,
             prompt_tokens=reply.prompt_tokens,
@@ -185,20 +190,20 @@ def _require_compression(answers: list[Answer], budgets: Sequence[float | int | 
 def summarise(answers: Sequence[Answer]) -> list[MethodSummary]:
     """One summary per method, in the order of first appearance."""
     methods = list(dict.fromkeys(answer.method for answer in answers))
-    reference = task_accuracy([a for a in answers if a.method == FULL])
+    reference = task_scores([a for a in answers if a.method == FULL])
     return [_summary(method, [a for a in answers if a.method == method], reference)
             for method in methods]  # fmt: skip
 
 
-def task_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
-    """Share of right answers by task, in the order of first appearance."""
+def task_scores(answers: Sequence[Answer]) -> dict[str, float]:
+    """Mean score by task, in the order of first appearance."""
     names = dict.fromkeys(answer.task for answer in answers)
-    return {name: fmean(a.correct for a in answers if a.task == name) for name in names}
+    return {name: fmean(a.score for a in answers if a.task == name) for name in names}
 
 
 def _summary(method: str, answers: list[Answer], reference: dict[str, float]) -> MethodSummary:
-    accuracy = task_accuracy(answers)
-    ratios = {t: a / reference[t] for t, a in accuracy.items() if reference.get(t)}
+    scores = task_scores(answers)
+    ratios = {t: a / reference[t] for t, a in scores.items() if reference.get(t)}
     worst = min(ratios, key=lambda task: ratios[task], default="")
     first = [a for a in answers if a.turn == 0]
     later = [a for a in answers if a.turn > 0]
@@ -207,9 +212,9 @@ def _summary(method: str, answers: list[Answer], reference: dict[str, float]) ->
     return MethodSummary(
         method=method,
         answers=len(answers),
-        accuracy=fmean(a.correct for a in answers),
-        accuracy_first=fmean(a.correct for a in first),
-        accuracy_later=fmean(a.correct for a in later) if later else None,
+        score=fmean(a.score for a in answers),
+        score_first=fmean(a.score for a in first),
+        score_later=fmean(a.score for a in later) if later else None,
         worst_task=worst,
         worst_ratio=ratios.get(worst, 0.0),
         resident_bytes=fmean(a.resident_bytes for a in first),

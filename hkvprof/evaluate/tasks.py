@@ -1,28 +1,20 @@
-"""What is asked in an evaluation, and when an answer counts as right."""
+"""What is asked in an evaluation, and how an answer is scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from hkvprof.errors import UsageError
+from hkvprof.evaluate.datasets.layouts import LAYOUTS, load_layout
+from hkvprof.evaluate.metrics import EXACT_MATCH, Metric
+from hkvprof.evaluate.taskset import Gold, TaskSet
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.profile.samples import Sample, load_samples
+from hkvprof.profile.samples import load_samples
 
-Judge = Callable[[str, str], bool]
-"""(answer, expected reply) -> right or wrong."""
+__all__ = ["Gold", "TaskSet", "default_tasks", "load_tasks"]
 
-
-@dataclass(frozen=True)
-class TaskSet:
-    """Samples with one way of judging them; `max_new_tokens` bounds every answer."""
-
-    name: str
-    samples: tuple[Sample, ...]
-    judge: Judge
-    max_new_tokens: int
-
+GENERATED = ("tinyvl", "longtext")
+MAX_FRAMES = 16
 
 TINYVL_UNJUDGED = ("nimg",)
 """Tasks that tinyvl itself gets right less than 60% of the time at 16 images (docs/testbed.md);
@@ -32,24 +24,36 @@ LONGTEXT_KINDS = ("passkey", "needle_words", "needle_phone", "needle_motto")
 """Kinds that SmolLM2 answers with a full cache (`python -m hkvprof.evaluate.longtext_accuracy`)."""
 
 
-def load_tasks(name: str, processor: ChatProcessor, per_task: int, tokens: int = 2500) -> TaskSet:
-    """The held-out tasks called `name`: `tinyvl`, `longtext`, or a folder or file of samples.
+def load_tasks(
+    name: str,
+    processor: ChatProcessor,
+    per_task: int,
+    tokens: int = 2500,
+    max_samples: int | None = None,
+    max_frames: int = MAX_FRAMES,
+) -> TaskSet:
+    """The tasks called `name`: `tinyvl`, `longtext`, a sample folder or file, or `LAYOUT:PATH`.
 
     Samples of `tinyvl` have 12 or 16 images and one later question; those of `longtext` about
-    `tokens` tokens and one later question. Raises UsageError or SampleError.
+    `tokens` tokens and one later question. `max_samples` picks a subset of the others that is
+    balanced over tasks; `max_frames` bounds the frames of a video. Raises UsageError, SampleError.
     """
+    if max_samples is not None and max_samples < 1:
+        raise UsageError(f"max_samples is {max_samples}: expected at least 1")
+    if name in GENERATED and max_samples is not None:
+        raise UsageError(f"{name} takes --per-task, not --max-samples")
     if name == "tinyvl":
         return _tinyvl(per_task)
     if name == "longtext":
         return _longtext(processor, per_task, tokens)
+    layout, colon, path = name.partition(":")
+    if colon and layout in LAYOUTS:
+        return load_layout(layout, path, max_samples, max_frames)
     if Path(name).exists():
-        samples = load_samples(name).samples
-        kept = tuple(sample for sample in samples if sample.reply is not None)
-        if not kept:
-            raise UsageError(f"{name}: no sample has a reply to judge answers by")
-        return TaskSet(name, kept, _same, max_new_tokens=64)
+        return _folder(name, max_samples)
     raise UsageError(
-        f"unknown tasks {name!r}: expected tinyvl, longtext, or the path of a sample folder or file"
+        f"unknown tasks {name!r}: expected tinyvl, longtext, the path of a sample folder or file, "
+        f"or LAYOUT:PATH with a layout among {', '.join(LAYOUTS)} (docs/tasks.md)"
     )
 
 
@@ -73,7 +77,7 @@ def _tinyvl(per_task: int) -> TaskSet:
         if task not in TINYVL_UNJUDGED
         for seed in range(per_task)
     ]
-    return TaskSet("tinyvl", tuple(samples), _same, max_new_tokens=16)
+    return TaskSet("tinyvl", tuple(samples), EXACT_MATCH, max_new_tokens=16)
 
 
 def _longtext(processor: ChatProcessor, per_task: int, tokens: int) -> TaskSet:
@@ -87,9 +91,14 @@ def _longtext(processor: ChatProcessor, per_task: int, tokens: int) -> TaskSet:
         for kind in LONGTEXT_KINDS
         for index in range(per_task)
     ]
-    return TaskSet("longtext", tuple(samples), is_correct, max_new_tokens=32)
+    metric = Metric("every_part", is_correct)
+    return TaskSet("longtext", tuple(samples), metric, max_new_tokens=32)
 
 
-def _same(answer: str, expected: str) -> bool:
-    """Equal apart from white space."""
-    return "".join(answer.split()) == "".join(expected.split())
+def _folder(name: str, max_samples: int | None) -> TaskSet:
+    """Samples of a folder or file that have a reply to score answers by."""
+    samples = load_samples(name, max_samples=max_samples).samples
+    kept = tuple(sample for sample in samples if sample.reply is not None)
+    if not kept:
+        raise UsageError(f"{name}: no sample has a reply to judge answers by")
+    return TaskSet(name, kept, EXACT_MATCH, max_new_tokens=64)

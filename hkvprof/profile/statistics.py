@@ -228,8 +228,8 @@ class _HeadJudge:
                 curve_rows.append(torch.full((3,), float(INFEASIBLE), device=device))
             else:
                 due = score
-                if strategy.rerank > 1:
-                    due = rerank(score, exact, strategy.rerank * layout.hot)
+                if strategy.rerank:
+                    due = rerank(score, exact, layout.hot + strategy.rerank)
                 chosen = torch.zeros_like(due, dtype=torch.bool)
                 chosen.scatter_(-1, due.topk(layout.hot, dim=-1).indices, True)
                 chosen |= self.rows.exact[:, None]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from hkvprof.evaluate.compare import FULL, Answer, MethodSummary, summarise, task_accuracy
+from hkvprof.evaluate.compare import FULL, Answer, MethodSummary, summarise, task_scores
 
 
 def comparison_table(answers: Sequence[Answer]) -> Table:
-    """Accuracy per task, then bytes and time, one column per method."""
+    """Mean score per task, then bytes and time, one column per method."""
     summaries = summarise(answers)
     counts = {s.method: s.answers for s in summaries}
     table = Table(title=f"{counts[FULL]} answers per method, greedy, same samples")
@@ -20,12 +20,15 @@ def comparison_table(answers: Sequence[Answer]) -> Table:
             "full cache" if summary.method == FULL else summary.method, justify="right"
         )
     by_method = {
-        s.method: task_accuracy([a for a in answers if a.method == s.method]) for s in summaries
+        s.method: task_scores([a for a in answers if a.method == s.method]) for s in summaries
     }
+    mixed = len({a.metric for a in answers}) > 1
     for task in by_method[FULL]:
-        number = sum(a.task == task and a.method == FULL for a in answers)
+        metrics = [a.metric for a in answers if a.task == task and a.method == FULL]
+        named = "".join(f"{metric}, " for metric in dict.fromkeys(metrics) if mixed)
         table.add_row(
-            f"{task} (n={number})", *(f"{by_method[s.method][task]:.0%}" for s in summaries)
+            f"{task} ({named}n={len(metrics)})",
+            *(f"{by_method[s.method][task]:.0%}" for s in summaries),
         )
     table.add_section()
     for label, cells in _totals(summaries):
@@ -36,10 +39,10 @@ def comparison_table(answers: Sequence[Answer]) -> Table:
 def _totals(summaries: Sequence[MethodSummary]) -> list[tuple[str, list[str]]]:
     kib = 1024
     return [
-        ("accuracy, question in the prompt", [f"{s.accuracy_first:.1%}" for s in summaries]),
+        ("score, question in the prompt", [f"{s.score_first:.1%}" for s in summaries]),
         (
-            "accuracy, later question",
-            ["-" if s.accuracy_later is None else f"{s.accuracy_later:.1%}" for s in summaries],
+            "score, later question",
+            ["-" if s.score_later is None else f"{s.score_later:.1%}" for s in summaries],
         ),
         (
             "resident KV after the prompt, KiB",

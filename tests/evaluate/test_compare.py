@@ -18,8 +18,9 @@ import hkvprof.runtime
 from hkvprof.artifact import Profile
 from hkvprof.cli import run
 from hkvprof.errors import BudgetError, CompressionError, UsageError
-from hkvprof.evaluate.compare import Answer, compare, summarise, task_accuracy
+from hkvprof.evaluate.compare import Answer, compare, summarise, task_scores
 from hkvprof.evaluate.converse import converse
+from hkvprof.evaluate.metrics import EXACT_MATCH as SAME
 from hkvprof.evaluate.tasks import TINYVL_UNJUDGED, TaskSet, default_tasks, load_tasks
 from hkvprof.models.adapter import view_model
 from hkvprof.profile.samples import Sample
@@ -46,10 +47,6 @@ def hybrid(tiny: tuple[Any, Any]) -> Profile:
     """Static and dynamic heads in turn."""
     types = torch.arange(24).view(6, 4).remainder(2).numpy()
     return uniform_profile(tiny[0], types, budget=0.4, chunk=8)
-
-
-def same(answer: str, expected: str) -> bool:
-    return answer.split() == expected.split()
 
 
 def message(role: str, text: str) -> dict[str, Any]:
@@ -120,7 +117,7 @@ def test_full_cache_answers_are_those_of_plain_generation(
 def test_a_budget_of_everything_answers_as_the_full_cache(
     tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile
 ) -> None:
-    tasks = TaskSet("two", samples, same, 12)
+    tasks = TaskSet("two", samples, SAME, 12)
     answers = compare(*tiny, hybrid, tasks, [1.0])
     full = [a for a in answers if a.method == "full"]
     whole = [a for a in answers if a.method != "full"]
@@ -133,7 +130,7 @@ def test_a_budget_of_everything_answers_as_the_full_cache(
 
 @pytest.fixture(scope="module")
 def answers(tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile) -> list[Answer]:
-    return compare(*tiny, hybrid, TaskSet("two", samples, same, 12), [0.4, "60%"])
+    return compare(*tiny, hybrid, TaskSet("two", samples, SAME, 12), [0.4, "60%"])
 
 
 def test_every_sample_and_turn_is_answered_by_every_method(
@@ -146,7 +143,8 @@ def test_every_sample_and_turn_is_answered_by_every_method(
         sample = next(s for s in samples if s.id == answer.sample)
         replies = [sample.reply, *(turn.reply for turn in sample.followups)]
         assert answer.expected == replies[answer.turn]
-        assert answer.correct == same(answer.text, answer.expected)
+        assert answer.score == SAME(answer.text, (answer.expected,))
+        assert answer.metric == "exact_match"
         assert answer.task == (sample.task if answer.turn == 0 else "later question")
 
 
@@ -186,20 +184,20 @@ def test_the_model_is_free_again_after_a_comparison(
 def test_nothing_compressed_is_an_error(
     tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile
 ) -> None:
-    tasks = TaskSet("one", (replace(samples[0], followups=()),), same, 2)
+    tasks = TaskSet("one", (replace(samples[0], followups=()),), SAME, 2)
     with pytest.raises(CompressionError, match="budget 2GiB compressed nothing"):
         compare(*tiny, hybrid, tasks, [0.4, "2GiB"])
     short = [{"type": "text", "text": "is there any blue square"}]
     question = Sample("short", "short", ({"role": "user", "content": short},), reply="no")
     with pytest.raises(CompressionError, match=r"budget 0\.4 compressed nothing"):
-        compare(*tiny, hybrid, TaskSet("short", (question,), same, 2), [0.4])
+        compare(*tiny, hybrid, TaskSet("short", (question,), SAME, 2), [0.4])
 
 
 @pytest.mark.parametrize("budget", ["1.0", "100%", 1, "1"])
 def test_everything_may_be_asked_for(
     tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile, budget: Any
 ) -> None:
-    tasks = TaskSet("one", (replace(samples[0], followups=()),), same, 2)
+    tasks = TaskSet("one", (replace(samples[0], followups=()),), SAME, 2)
     assert len(compare(*tiny, hybrid, tasks, [budget])) == 2
 
 
@@ -215,17 +213,17 @@ def test_progress_sees_every_sample(
             yield item
 
     plain = tuple(replace(sample, followups=()) for sample in samples)
-    compare(*tiny, hybrid, TaskSet("two", plain, same, 1), [0.4], track)
+    compare(*tiny, hybrid, TaskSet("two", plain, SAME, 1), [0.4], track)
     assert seen == [2, *(sample.id for sample in samples)]
 
 
 # -- summaries by hand ----------------------------------------------------------------------------
 
 
-def answer(method: str, task: str, turn: int, correct: bool, **changes: Any) -> Answer:
+def answer(method: str, task: str, turn: int, score: float, **changes: Any) -> Answer:
     plain = Answer(
-        sample="s", task=task, turn=turn, method=method, text="", expected="", correct=correct,
-        prompt_tokens=100, decode_seconds=0.5, decode_steps=5, resident_bytes=1000,
+        sample="s", task=task, turn=turn, method=method, text="", expected="", metric="m",
+        score=score, prompt_tokens=100, decode_seconds=0.5, decode_steps=5, resident_bytes=1000,
         storage_bytes=1000, host_bytes=0, dense_bytes=1000, end_share=1.0, hit_rate=None,
     )  # fmt: skip
     return replace(plain, **changes)
@@ -248,11 +246,11 @@ def test_summaries_are_means_that_can_be_checked_by_hand() -> None:
             answer("half", "later question", 1, False, **large, hit_rate=0.1, decode_seconds=2.0),
         ]
     )
-    assert (full.method, full.answers, full.accuracy) == ("full", 5, 0.8)
-    assert (full.accuracy_first, full.accuracy_later) == (0.75, 1.0)
+    assert (full.method, full.answers, full.score) == ("full", 5, 0.8)
+    assert (full.score_first, full.score_later) == (0.75, 1.0)
     assert (full.worst_ratio, full.share, full.hit_rate) == (1.0, 1.0, None)
     assert full.decode_ms == pytest.approx(100)
-    assert (half.accuracy, half.accuracy_first, half.accuracy_later) == (0.6, 0.75, 0.0)
+    assert (half.score, half.score_first, half.score_later) == (0.6, 0.75, 0.0)
     assert (half.worst_task, half.worst_ratio) == ("later question", 0.0)
     assert half.resident_bytes == (100 + 500 + 100 + 100) / 4
     assert half.host_bytes == 900 * 3 / 4
@@ -274,7 +272,7 @@ def test_the_worst_task_is_relative_to_the_full_cache() -> None:
     ]
     summary = summarise(answers)[1]
     assert (summary.worst_task, summary.worst_ratio) == ("fair", 0.5)
-    assert task_accuracy(answers[9:]) == {"hard": 0.0, "easy": 0.75, "fair": 0.25}
+    assert task_scores(answers[9:]) == {"hard": 0.0, "easy": 0.75, "fair": 0.25}
 
 
 # -- tasks ----------------------------------------------------------------------------------------
@@ -287,8 +285,8 @@ def test_generated_tasks_are_held_out_and_leave_out_what_the_model_cannot_do(
     assert {s.task for s in tasks.samples} == set(TASKS) - set(TINYVL_UNJUDGED)
     assert len(tasks.samples) == 2 * (len(TASKS) - len(TINYVL_UNJUDGED))
     assert all(s.id.startswith("heldout-") and len(s.followups) == 1 for s in tasks.samples)
-    assert tasks.judge("yellow  cross ", "yellow cross")
-    assert not tasks.judge("yellow cross yellow", "yellow cross")
+    assert tasks.metric("yellow  cross ", ("yellow cross",)) == 1
+    assert tasks.metric("yellow cross yellow", ("yellow cross",)) == 0
 
 
 def test_unknown_tasks_are_refused(tiny: tuple[Any, Any]) -> None:
@@ -347,7 +345,7 @@ def test_the_command_writes_answers_and_summary(
     assert summary == json.loads(printed)
     assert [s["method"] for s in summary] == ["full", "budget 0.4", "budget 60%"]
     again = summarise([Answer(**line) for line in written])
-    assert [s.accuracy for s in again] == [s["accuracy"] for s in summary]
+    assert [s.score for s in again] == [s["score"] for s in summary]
     assert [s.share for s in again] == [s["share"] for s in summary]
 
 
@@ -376,6 +374,6 @@ def test_a_budget_too_small_for_the_prompts_is_wrong_usage(
 def test_budgets_are_checked_by_compare_too(
     tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile
 ) -> None:
-    tasks = TaskSet("one", (replace(samples[0], followups=()),), same, 1)
+    tasks = TaskSet("one", (replace(samples[0], followups=()),), SAME, 1)
     with pytest.raises(BudgetError):
         compare(*tiny, hybrid, tasks, ["lots"])

@@ -1,0 +1,83 @@
+"""The published layouts by name, and the way from a folder on disk to a task set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hkvprof.errors import SampleError, UsageError
+from hkvprof.evaluate.datasets import (
+    docvqa,
+    milebench,
+    mmniah,
+    nextqa,
+    ocrbench,
+    vatex,
+    videochatgpt,
+    videomme,
+)
+from hkvprof.evaluate.datasets.source import Entry, Layout, Question, Source
+from hkvprof.evaluate.metrics import EXACT_MATCH
+from hkvprof.evaluate.taskset import TaskSet
+from hkvprof.profile.sample_parse import MAX_ID_CHARACTERS, MAX_PARTS
+from hkvprof.profile.samples import Sample, choose
+
+LAYOUTS: dict[str, Layout] = {
+    "milebench": milebench.LAYOUT,
+    "vatex": vatex.LAYOUT,
+    "nextqa": nextqa.LAYOUT,
+    "videochatgpt": videochatgpt.LAYOUT,
+    "mmniah": mmniah.LAYOUT,
+    "videomme": videomme.LAYOUT,
+    "docvqa": docvqa.LAYOUT,
+    "ocrbench": ocrbench.LAYOUT,
+}
+
+
+def load_layout(
+    name: str, path: str, max_samples: int | None = None, max_frames: int = 16
+) -> TaskSet:
+    """The questions of the dataset at `path`, which lies there in the published layout `name`.
+
+    `max_samples` chooses a subset balanced over sub-tasks, the same for the same files; only the
+    chosen questions are checked in full. Raises UsageError, or SampleError naming file, record and
+    field.
+    """
+    if name not in LAYOUTS:
+        raise UsageError(f"unknown layout {name!r}: expected one of {', '.join(LAYOUTS)}")
+    if max_frames < 1 or (max_samples is not None and max_samples < 1):
+        raise UsageError(f"max_frames {max_frames}, max_samples {max_samples}: expected at least 1")
+    layout = LAYOUTS[name]
+    source = Source.at(path, max_frames)
+    entries = _unique(layout.entries(source))
+    if not entries:
+        raise SampleError(f"{source.file or source.root} holds no question of layout {name}")
+    if max_samples is not None:
+        chosen = choose([(entry.task, entry.id) for entry in entries], max_samples, seed=0)
+        entries = [entries[position] for position in chosen]
+    questions = {entry.id: entry.build() for entry in entries}
+    samples = tuple(_sample(entry, questions[entry.id]) for entry in entries)
+    gold = {id_: question.gold for id_, question in questions.items()}
+    return TaskSet(f"{name}:{path}", samples, EXACT_MATCH, layout.max_new_tokens, gold)
+
+
+def _sample(entry: Entry, question: Question) -> Sample:
+    """The user's message alone, with the first correct answer as the reply."""
+    if len(question.parts) > MAX_PARTS:
+        raise SampleError(
+            f"the question {entry.id!r} has {len(question.parts)} images and texts: expected at "
+            f"most {MAX_PARTS}"
+        )
+    message = {"role": "user", "content": question.parts}
+    return Sample(entry.id, entry.task, (message,), reply=question.gold.references[0])
+
+
+def _unique(entries: Iterable[Entry]) -> list[Entry]:
+    """All entries; an id that occurs twice is refused."""
+    kept: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.id in kept:
+            raise SampleError(f"the question {entry.id!r} occurs twice: ids must be unique")
+        if len(entry.id) > MAX_ID_CHARACTERS:
+            raise SampleError(f"the id {entry.id!r} has over {MAX_ID_CHARACTERS} characters")
+        kept[entry.id] = entry
+    return list(kept.values())

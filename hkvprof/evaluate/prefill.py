@@ -1,0 +1,90 @@
+"""One prefill for many methods: attention over a prompt is dense whatever keeps its cache after.
+
+`capture` runs the model once; `fill` hands keys, values and queries of every layer to a compressed
+cache as the model itself would, so that the cache compresses them. What is measured afterwards is
+the product's own decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from hkvprof.errors import ModelError
+from hkvprof.models.adapter import ModelView, view_model
+from hkvprof.models.attention import AttentionCall, hooked_attention
+from hkvprof.models.forward import last_row_only
+from hkvprof.models.processing import Encoded
+from hkvprof.profile.observe import ObservedCache
+from hkvprof.runtime import CompressedCache
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt on a model: per covered layer the attention call with all keys and values.
+
+    `logits` [rows, vocabulary] of the last position; `rope_deltas` are Qwen-VL's position offsets.
+    """
+
+    view: ModelView
+    calls: tuple[AttentionCall, ...]
+    logits: Tensor
+    tokens: int
+    ids: Tensor
+    rope_deltas: Tensor | None
+
+    def dense_cache(self) -> DynamicCache:
+        """A full cache of transformers, with keys and values of its own."""
+        cache = DynamicCache(config=self.view.text_config)
+        for number, call in zip(self.view.layer_ids, self.calls, strict=True):
+            cache.layers[number].update(call.key.clone(), call.value.clone())
+        return cache
+
+    def fill(self, cache: CompressedCache) -> None:
+        """Let a new cache see the prompt; it compresses as it would while the model runs."""
+        conversation = cache.conversation
+        conversation.goal = self.tokens
+        conversation.see_ids(self.ids, 0)
+        conversation.rope_deltas = self.rope_deltas
+        for layer, call in zip(cache.covered, self.calls, strict=True):
+            layer.update(call.key, call.value)
+            layer.attend(call)
+
+
+@torch.no_grad()
+def capture(model: Any, encoded: Encoded) -> Prefill:
+    """Run a prompt once. Raises ModelError for models with layers that no profile covers."""
+    view = view_model(model)
+    calls: dict[int, AttentionCall] = {}
+
+    def watch(layer: int, call: AttentionCall, output: Tensor) -> None:
+        calls[layer] = call
+
+    cache = ObservedCache(view, watch)
+    if len(cache.covered) != len(cache.layers):
+        raise ModelError(
+            f"{type(model).__name__} has layers that a profile does not cover (sliding windows): "
+            "its prefill cannot be shared between methods"
+        )
+    with hooked_attention(model):
+        inputs = encoded.to(model.device, model.dtype)
+        output = model(**inputs, past_key_values=cache, **last_row_only(model))
+    inner = getattr(model, "model", None)
+    kept = [replace(calls[number], dense=_nothing) for number in range(len(cache.covered))]
+    return Prefill(
+        view,
+        tuple(kept),
+        output.logits[:, -1],
+        encoded.tokens,
+        inputs["input_ids"],
+        getattr(inner, "rope_deltas", None),
+    )
+
+
+def _nothing() -> tuple[Any, Any]:
+    """The dense attention of a captured call: its result is not needed any more."""
+    return None, None
