@@ -151,7 +151,12 @@ class Layer:
                 index = ProjectedIndex.build(key, self.source.tables(int(kind.split()[1])))
             slots = torch.arange(hot, dtype=torch.int32)
             host = self.hosts[chunk][head]
-            heads.append(DynamicSegment(head, index, slots, host, self.offsets[head], chunk, items))
+            rerank = int(kind.split("rerank ")[1]) if "rerank" in kind else 0
+            heads.append(
+                DynamicSegment(
+                    head, index, slots, host, self.offsets[head], chunk, items, rerank=rerank
+                )
+            )
         return kernel.bind(self.key, self.value, heads, DIM**-0.5)
 
 
@@ -271,14 +276,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--kinds", nargs="*", default=None, help="indexes, such as 'projected 32'")
+    parser.add_argument("--kinds", nargs="*", default=None, help="such as 'projected 32 rerank 64'")
     parser.add_argument("--quantile", type=float, default=0.5, help="of the times; 0.5: median")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kinds = options.kinds
     if kinds is None:
-        kinds = ["projected 16", "projected 32", "projected 64", "mean", "minmax"]
+        reranked = [
+            f"projected {bits} rerank {rerank}" for bits in (16, 32) for rerank in (64, 3276)
+        ]
+        kinds = ["projected 16", "projected 32", "projected 64", *reranked, "mean", "minmax"]
     with torch.inference_mode():
         source = Keys()
         layers = [Layer(source) for _ in range(options.layers)]
@@ -293,10 +301,10 @@ def main() -> None:
     )
     out = sys.stdout.write
     out(regime + "\n")
-    out(f"{'':22}{'ms':>8}{'x dense':>9}{'of bound':>10}{'fetched':>9}")
+    out(f"{'':30}{'ms':>8}{'x dense':>9}{'of bound':>10}{'fetched':>9}")
     out(f"{'score':>8}{'load':>8}{'attend':>8}{'step/attend':>13}\n")
     for row in rows:
-        out(f"{row['variant']:22}{row['ms']:8.3f}{row['ratio_to_dense']:9.2f}")
+        out(f"{row['variant']:30}{row['ms']:8.3f}{row['ratio_to_dense']:9.2f}")
         out(f"{row['share_of_read_bound']:10.0%}" if "share_of_read_bound" in row else " " * 10)
         if "fetched_share" in row:
             out(f"{row['fetched_share']:9.1%}{row['score_ms']:8.3f}{row['load_ms']:8.3f}")

@@ -61,7 +61,7 @@ def _digest(index: str, chunk: int) -> Variant:
     return Variant(f"{index}, chunks of {chunk}", strategy)
 
 
-def _projected(bits: int, text: str = "", rerank: int = 1, **options: Any) -> Variant:
+def _projected(bits: int, text: str = "", rerank: int = 0, **options: Any) -> Variant:
     strategy = Strategy(HeadType.DYNAMIC, index="projected", bits=bits, rerank=rerank)
     return Variant(f"projected, {bits} bits{text}", strategy, options)
 
@@ -69,9 +69,8 @@ def _projected(bits: int, text: str = "", rerank: int = 1, **options: Any) -> Va
 VARIANTS = (
     *(_digest(index, chunk) for index in ("mean", "minmax") for chunk in (4, 16, 32)),
     *(_projected(bits) for bits in (16, 32, 64)),
-    *(_projected(bits, ", rerank 4", 4) for bits in (16, 32, 64)),
-    _projected(32, ", rerank 2", 2),
-    _projected(32, ", rerank 8", 8),
+    *(_projected(bits, ", rerank 64", 64) for bits in (16, 32, 64)),
+    *(_projected(32, f", rerank {count}", count) for count in (16, 32, 128)),
     _projected(32, ", smoothing 0.5", smoothing=0.5),
     _projected(32, ", smoothing 0.7", smoothing=0.7),
     _projected(32, ", every 2nd step", retrieve_every=2),

@@ -142,7 +142,8 @@ def _check_strategy(strategy: Strategy) -> None:
         "a projected index has 16, 32 or 64 bits per token and chunks of one token",
     )
     require(
-        _is_int(strategy.rerank, 0, 4096) and (not strategy.rerank or strategy.index == "projected"),
+        _is_int(strategy.rerank, 0, 4096)
+        and (not strategy.rerank or strategy.index == "projected"),
         f"rerank {strategy.rerank!r} is not 0, and at most 4096 with a projected index",
     )
 

@@ -25,7 +25,7 @@ STRATEGIES = (
     Strategy(HeadType.STATIC, pool=31),
     Strategy(HeadType.STATIC, pool=1, text_prior=0.5),
     Strategy(HeadType.DYNAMIC, index="mean", chunk=16),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=32),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=64),
 )
 RATIOS = np.array([0.0625, 0.125, 0.25, 0.5, 1.0], dtype=np.float32)
 

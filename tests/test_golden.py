@@ -12,7 +12,7 @@ from hkvprof.errors import ProfileError
 from tests.profiles import GOLDEN, GOLDEN_V1, GOLDEN_V1_INDEX, make_profile, plain_profile
 
 SHA256 = {
-    GOLDEN: "68c883dbed55cfaf15d15aa3dfa01a268edf6bcf2cc473fad8f727c674a8a655",
+    GOLDEN: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
     GOLDEN_V1: "573212a7031ef4bf8d89b2f6103250aa607fa46af741ea8606b8e88d85f9dee0",
     GOLDEN_V1_INDEX: "38d4ed3c3e1c2559c4a095c732a207e296d2443ba0019f79eec61aab9136a471",
 }

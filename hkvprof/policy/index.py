@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.heads import Strategy
-from hkvprof.policy.quantiser import CODE_UNIT, Subspaces, encode
+from hkvprof.policy.quantiser import CODE_UNIT, Encoder, Subspaces, encode
 
 CHUNK_TOKENS = 8192
 """Tokens projected and encoded at a time: about 20 MiB of temporary memory at width 128."""
@@ -57,10 +57,17 @@ class HeadTables:
     key_mean: Float[Tensor, " dim"]
     codebook: Float[Tensor, "centroids channels"]
     subspaces: Subspaces
+    encoder: Encoder = encode
 
     @classmethod
     def load(
-        cls, arrays: IndexArrays, layer: int, head: int, bits: int, device: torch.device
+        cls,
+        arrays: IndexArrays,
+        layer: int,
+        head: int,
+        bits: int,
+        device: torch.device,
+        encoder: Encoder = encode,
     ) -> HeadTables:
         """One head's constants for an index of `bits` bits per token."""
         size = arrays.sizes.index(bits)
@@ -78,6 +85,7 @@ class HeadTables:
             key_mean=put(arrays.key_mean[layer, head]),
             codebook=put(arrays.codebooks[size][layer, head][:, order] * unit),
             subspaces=tuple(pairwise([0, *ends])),
+            encoder=encoder,
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -87,10 +95,11 @@ class HeadTables:
     def encode(self, keys: Float[Tensor, "items dim"]) -> UInt8[Tensor, "items codes"]:
         """The codes of keys, CHUNK_TOKENS at a time."""
         parts = [
-            encode((part.float() - self.key_mean) @ self.key_projection, self.codebook,
-                   self.subspaces)
+            self.encoder(
+                (part.float() - self.key_mean) @ self.key_projection, self.codebook, self.subspaces
+            )
             for part in keys.split(CHUNK_TOKENS)
-        ]  # fmt: skip
+        ]
         return torch.cat(parts)
 
 

@@ -7,6 +7,7 @@ squared error of a logit, and plain k-means is what minimises it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ CODE_UNIT = 6 / 127
 ROUNDS, ITERATIONS = 16, 12
 Subspaces = tuple[tuple[int, int], ...]
 """Per code: its first channel and one past its last."""
+Encoder = Callable[[Tensor, Tensor, Subspaces], Tensor]
+"""`encode`, or something faster that does the same."""
 
 
 def encode(

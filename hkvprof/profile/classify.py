@@ -16,13 +16,16 @@ PAPER_MENU = (
 )
 """HybridKV: text-prior pruning; chunks of 16 tokens behind their mean key."""
 
+RERANK = 64
+"""Candidates beyond the hot buffer: more of them no longer help (docs/retrieval.md)."""
+
 MEASURED_MENU = (
     Strategy(HeadType.STATIC, pool=1),
     Strategy(HeadType.STATIC, pool=7),
     Strategy(HeadType.STATIC, pool=31),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=16),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=32),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=64),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=16, rerank=RERANK),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=RERANK),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=64, rerank=RERANK),
 )
 """Static scores at three pooling widths, and the projected index at three sizes."""
 

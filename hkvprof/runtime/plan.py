@@ -12,6 +12,7 @@ from hkvprof.errors import BudgetError
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.policy.budget import Allocation, Budget
 from hkvprof.policy.index import HeadTables
+from hkvprof.runtime.kernels import for_device
 from hkvprof.runtime.options import Options
 
 
@@ -106,7 +107,8 @@ class Planner:
             return None
         key = (device, layer, head, strategy.bits)
         if key not in self._tables:
-            self._tables[key] = HeadTables.load(index, layer, head, strategy.bits, device)
+            encoder = for_device(device, torch.float32).encode
+            self._tables[key] = HeadTables.load(index, layer, head, strategy.bits, device, encoder)
         return self._tables[key]
 
     @property

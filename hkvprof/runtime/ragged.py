@@ -212,9 +212,17 @@ class RaggedLayer:
             account, head = self.account.heads[segment], self.dynamic[segment]
             account.chunks_requested += head.layout.hot
             account.chunks_fetched += fetched
-            account.bytes_moved += fetched * head.host.item_bytes
+            account.bytes_moved += fetched * head.host.item_bytes + self._key_bytes(segment)
         if not self.storage.key.is_cuda:
             self.account.retrieval_seconds += time.perf_counter() - began
+
+    def _key_bytes(self, segment: int) -> int:
+        """Bytes of the exact keys that reranking reads from the host at every selection."""
+        head = self.dynamic[segment]
+        more = self._plans[segment % len(self._plans)].strategy.rerank
+        if not more or head.layout.hot == head.layout.items:
+            return 0
+        return min(head.layout.items, head.layout.hot + more) * head.host.item_bytes // 2
 
     def _bind(self, kernels: Kernels) -> Retrieval:
         options = self._shared.planner.options

@@ -19,7 +19,8 @@ class DynamicSegment:
     Its storage segment is number `segment`; slot j of its hot region holds the `chunk` tokens of
     item `slots[j]` in rows `hot_start + j * chunk` of the flat storage. `host` [items, 2, chunk,
     dim] has K then V of an item, in the storage's dtype, or int8 with value = int8 *
-    scale[item // items_per_group]. `hot_score` [hot] is needed where smoothing is used.
+    scale[item // items_per_group]. `hot_score` [hot] is needed where smoothing is used;
+    `rerank` above 0 needs chunks of one token.
     """
 
     segment: int
@@ -32,7 +33,7 @@ class DynamicSegment:
     hot_score: Float[Tensor, " hot"] | None = None
     scale: Float[Tensor, "groups 2 dim"] | None = None
     items_per_group: int = 1
-    rerank: int = 1
+    rerank: int = 0
 
     @property
     def hot(self) -> int:
@@ -47,8 +48,9 @@ class Retrieval(Protocol):
         """Per dynamic head, the share of attention expected by every item.
 
         Softmax per query head over the items, mean over the group. With a head's `rerank` n above
-        1: of the n * hot items with the highest such score, the same by their exact keys (softmax
-        over those items); -1 for all others.
+        0, unless all items are hot: of the hot + n items with the highest such score (NaN: -1), the
+        same by their exact keys (softmax over those items, where a logit that is not finite counts
+        as minus infinity; NaN where a query head has no other); -1 for all others.
         """
         ...
 

@@ -37,7 +37,7 @@ class Head(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("kind", "segment", "items", "hot", "chunk", "hot_start")),
-        *((name, c_int64) for name in ("codes", "channels", "items_per_group")),
+        *((name, c_int64) for name in ("codes", "channels", "items_per_group", "rerank")),
         *((name, c_void_p) for name in ("first", "second", "projection", "codebook")),
         *((name, c_void_p) for name in ("subspaces", "slots", "hot_score", "host", "scale")),
         ("score", c_void_p),

@@ -151,8 +151,6 @@ class NativeKernels:
             return "host chunks that are not contiguous in CPU memory"
         if host.dtype != (self.dtype if head.scale is None else torch.int8):
             return f"host chunks of {host.dtype}"
-        if head.rerank > 1:
-            return "reranking"
         if isinstance(head.index, MeanIndex | MinMaxIndex):
             return "" if self._plain(*head.index.tensors()) else "digests of another type"
         index: Any = head.index
@@ -233,6 +231,8 @@ class NativeRetrieval:
 
     def _describe(self, head: DynamicSegment) -> loading.Head:
         dim = self.key.shape[1]
+        assert head.rerank >= 0
+        assert not head.rerank or head.chunk == 1
         assert head.host.shape == (len(head.host), 2, head.chunk, dim)
         assert 0 < head.hot <= head.items <= len(head.host)
         assert 0 <= head.hot_start <= len(self.key) - head.hot * head.chunk
@@ -249,6 +249,7 @@ class NativeRetrieval:
             chunk=head.chunk,
             hot_start=head.hot_start,
             items_per_group=head.items_per_group,
+            rerank=head.rerank,
             slots=head.slots.data_ptr(),
             host=head.host.data_ptr(),
             hot_score=_pointer(head.hot_score),

@@ -115,12 +115,14 @@ class TorchRetrieval:
 
     def _score(self, head: DynamicSegment, query: Float[Tensor, "group dim"]) -> Tensor:
         score = head.index.score(query, self.scaling)
-        if head.rerank == 1 or head.hot == head.items:
+        if not head.rerank or head.hot == head.items:
             return score
         score = torch.where(score.isnan(), -1.0, score.float())
-        best = score.topk(min(head.rerank * head.hot, head.items)).indices
+        best = score.topk(min(head.hot + head.rerank, head.items)).indices
         keys = self._rows(head, best)[:, 0, 0].float()
-        exact = (query.float() @ keys.T * self.scaling).softmax(dim=-1).mean(dim=0)
+        logits = query.float() @ keys.T * self.scaling
+        logits.masked_fill_(~logits.isfinite(), -torch.inf)
+        exact = logits.softmax(dim=-1).mean(dim=0)
         return torch.full_like(score, -1.0).index_copy_(0, best, exact)
 
     def step(self, query: Float[Tensor, "segments group dim"]) -> list[int]:

@@ -77,6 +77,7 @@ def make_layer(
     dtype: torch.dtype = torch.bfloat16,
     int8: bool = False,
     smoothing: bool = False,
+    rerank: int = 0,
 ) -> Layer:
     """Segments of one dynamic head each; hot regions are filled with what the slots say."""
     random = torch.Generator().manual_seed(seed)
@@ -91,7 +92,7 @@ def make_layer(
         if int8:
             per_group = 3
             groups = -(-count // per_group)
-            scale = torch.rand(groups, 2, dim, generator=random) + 0.5
+            scale = (torch.rand(groups, 2, dim, generator=random) + 0.5) / 64
             host = torch.randint(-127, 128, host.shape, generator=random).to(torch.int8)
         slots = torch.randperm(count, generator=random)[:held].to(torch.int32)
         digests = torch.randn(count, max(1, chunk), dim, generator=random).to(dtype)
@@ -106,6 +107,7 @@ def make_layer(
             hot_score=torch.rand(held, generator=random) / count if smoothing else None,
             scale=scale,
             items_per_group=per_group,
+            rerank=rerank,
         )
         for slot, item in enumerate(slots.tolist()):
             rows = slice(start + slot * chunk, start + (slot + 1) * chunk)
@@ -143,6 +145,16 @@ def host_item(head: DynamicSegment, item: int, dtype: torch.dtype) -> Tensor:
     if head.scale is not None:
         data = data.float() * head.scale[item // head.items_per_group][:, None]
     return data.to(dtype)
+
+
+def shares_exactly(
+    head: DynamicSegment, query: Tensor, scaling: float, items: Sequence[int]
+) -> Tensor:
+    """Shares of attention among these items by their keys in float64, as Retrieval.score says."""
+    keys = torch.stack([host_item(head, item, query.dtype)[0, 0] for item in items])
+    logits = query.double() @ keys.double().T * scaling
+    logits[~logits.isfinite()] = -torch.inf
+    return logits.softmax(-1).mean(0)
 
 
 def wanted_exactly(

@@ -28,15 +28,16 @@ void pack_query(const T* query, int dim, float low, float high, float* out) {
     }
 }
 
-// out[row][P] (+)= factor * key[row] . query; rows are padded to whole vectors.
-template <bool ADD>
-void dot_rows(const T* key, int64_t rows, int dim, const float* query, float factor, float* out,
-              int64_t ahead = 0) {
+// out[row][P] (+)= factor * key(row) . query; rows are padded to whole vectors. `coming` is told
+// the first of every few rows.
+template <bool ADD, class Key, class Coming>
+INLINE void dot_any_rows(Key key, Coming coming, int64_t rows, int dim, const float* query,
+                         float factor, float* out) {
   const int whole = dim / (2 * W), tail = dim % (2 * W);
   for (int64_t row = 0; row < rows; row += TOKENS) {
     const T* at[TOKENS];
-    for (int t = 0; t < TOKENS; t++) at[t] = key + std::min(row + t, rows - 1) * dim;
-    if (ahead) prefetch(key + row * dim + ahead, TOKENS * dim);
+    for (int t = 0; t < TOKENS; t++) at[t] = key(std::min(row + t, rows - 1));
+    coming(row);
     for (int first = 0; first < P; first += Q) {
       vf sums[W] = {};
 #ifdef HKV_PAIRS
@@ -84,6 +85,15 @@ void dot_rows(const T* key, int64_t rows, int dim, const float* query, float fac
       store(target, total);
     }
   }
+}
+template <bool ADD>
+void dot_rows(const T* key, int64_t rows, int dim, const float* query, float factor, float* out,
+              int64_t ahead = 0) {
+  auto coming = [=](int64_t row) {
+    if (ahead) prefetch(key + row * dim + ahead, TOKENS * dim);
+  };
+  auto at = [=](int64_t row) { return key + row * dim; };
+  dot_any_rows<ADD>(at, coming, rows, dim, query, factor, out);
 }
 constexpr int64_t padded_rows(int64_t rows) { return (rows + TOKENS - 1) / TOKENS * TOKENS; }
 
