@@ -2,8 +2,8 @@
 
     python benchmarks/prefill_cost.py [--tokens 16384] [--budget 0.1] [--types profile]
 
-SmolLM2 reads random tokens (positions beyond its 8k are as good as any for timing). The share is that
-of compression within the same prefill, by the receipt's own clock.
+SmolLM2 reads random tokens (positions beyond its 8k are as good as any for timing). The share is
+that of compression within the same prefill, by the receipt's own clock.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -235,19 +235,39 @@ class ProjectedIndex(KeyIndex):
         return (self.codes,)
 
 
-def rerank(
-    score: Float[Tensor, "*rows items"],
-    logits: Float[Tensor, "*rows group items"],
-    count: int,
-) -> Float[Tensor, "*rows items"]:
-    """Exact scores of the `count` items with the highest estimated ones; -1 for all others.
+class Ranking:
+    """Which items are fetched, for any number of hot ones and of candidates reranked.
 
-    `logits` are exact and scaled. Softmax per query head over those items, mean over the group.
+    `score` [rows, items] is the index's; `logits` [rows, group, items], needed to rerank, are exact
+    and scaled.
     """
-    best = score.topk(min(count, score.shape[-1]), dim=-1).indices
-    taken = torch.gather(logits, -1, best.unsqueeze(-2).expand(*logits.shape[:-1], -1))
-    share = taken.softmax(dim=-1).mean(dim=-2)
-    return torch.full_like(score, -1.0).scatter_(-1, best, share)
+
+    def __init__(
+        self,
+        score: Float[Tensor, "rows items"],
+        logits: Float[Tensor, "rows group items"] | None,
+    ) -> None:
+        self._order = score.argsort(dim=-1, descending=True)
+        if logits is None:
+            return
+        weight = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        order = self._order[:, None].expand_as(weight)
+        self._weight = weight.gather(-1, order)
+        self._total = self._weight.cumsum(dim=-1)
+
+    def best(self, hot: int, more: int) -> Int[Tensor, "rows hot"]:
+        """The `hot` best items: by score, or by exact keys among `more` candidates beyond them.
+
+        Exact: softmax per query head over the candidates, mean over the group.
+        """
+        count = min(hot + more, self._order.shape[-1])
+        if count == hot or not more:
+            return self._order[:, :hot]
+        total = self._total[..., count - 1 : count].clamp(min=1e-30)
+        share = (self._weight[..., :count] / total).mean(dim=-2)
+        last = share.topk(count - hot, dim=-1, largest=False, sorted=False).indices
+        kept = torch.ones_like(share, dtype=torch.bool).scatter_(-1, last, False)
+        return self._order[:, :count][kept].view(-1, hot)
 
 
 def build_index(

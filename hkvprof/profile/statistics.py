@@ -16,10 +16,12 @@ from torch import Tensor
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.policy.costs import dynamic_layout, static_tokens
-from hkvprof.policy.index import HeadTables, build_index, rerank
+from hkvprof.policy.index import HeadTables, Ranking, build_index
 from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
 
 ROW_BLOCK = 64
+LEAST_TOTAL = 1e-20
+"""Below this sum of weights relative to the densest token's, they are formed anew."""
 
 
 def sample_text_rows(text: Bool[Tensor, " tokens"], limit: int = ROW_BLOCK) -> Int[Tensor, " rows"]:
@@ -152,6 +154,9 @@ class _HeadJudge:
         new_weight = (new - self.new_peak).exp()
         self.new_sum = new_weight.sum(-1, keepdim=True)
         self.new_out = new_weight @ new_value
+        peak = torch.maximum(self.new_peak, self.logits.amax(-1, keepdim=True))
+        self.weight = (self.logits - peak).exp()
+        self.new_scale = (self.new_peak - peak).exp()
         self.dense = self._attend(self.logits, self.value)
         dim = self.query.shape[-1]
         columns = rows.projection[
@@ -171,6 +176,13 @@ class _HeadJudge:
         weight, new = (logits - peak).exp(), (self.new_peak - peak).exp()
         total = weight.sum(-1, keepdim=True) + new * self.new_sum
         return (weight @ value + new * self.new_out) / total
+
+    def _attend_to(self, kept: Float[Tensor, "*group rows kept"], value: Tensor) -> Tensor | None:
+        """As `_attend`, from weights that are there already; None where they are too small."""
+        total = kept.sum(-1, keepdim=True) + self.new_scale * self.new_sum
+        if bool((total < LEAST_TOTAL).any()):
+            return None
+        return (kept @ value + self.new_scale * self.new_out) / total
 
     def _loss(self, out: Tensor) -> Float[Tensor, " 3"]:
         change = (self.dense - out).transpose(0, 1).flatten(1)
@@ -195,7 +207,11 @@ class _HeadJudge:
                 curve.append(torch.zeros(3, device=self.key.device))
                 continue
             kept = select_tokens(ranking, count, strategy, keep, text)
-            curve.append(self._loss(self._attend(self.logits[..., kept], self.value[kept])))
+            value = self.value[kept]
+            out = self._attend_to(self.weight[..., kept], value)
+            if out is None:
+                out = self._attend(self.logits[..., kept], value)
+            curve.append(self._loss(out))
         return torch.stack(curve)
 
     def dynamic(
@@ -219,6 +235,7 @@ class _HeadJudge:
         index = build_index(strategy, chunks, tables)
         score = index.score(self.query.transpose(0, 1), self.rows.scaling)
         exact = self.logits[..., layout.sinks : end].transpose(0, 1)
+        ranking = Ranking(score, exact if strategy.rerank else None)
         curve_rows = []
         for ratio in ratios:
             layout = dynamic_layout(strategy, ratio, tokens, keep, dim, itemsize)
@@ -227,14 +244,13 @@ class _HeadJudge:
             elif layout is None:
                 curve_rows.append(torch.full((3,), float(INFEASIBLE), device=device))
             else:
-                due = score
-                if strategy.rerank:
-                    due = rerank(score, exact, layout.hot + strategy.rerank)
-                chosen = torch.zeros_like(due, dtype=torch.bool)
-                chosen.scatter_(-1, due.topk(layout.hot, dim=-1).indices, True)
+                best = ranking.best(layout.hot, strategy.rerank)
+                chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
                 chosen |= self.rows.exact[:, None]
                 mask = torch.ones(len(chosen), tokens, dtype=torch.bool, device=device)
                 mask[:, layout.sinks : end] = chosen.repeat_interleave(layout.chunk, dim=1)
-                kept = self.logits.masked_fill(~mask, -torch.inf)
-                curve_rows.append(self._loss(self._attend(kept, self.value)))
+                out = self._attend_to(self.weight * mask, self.value)
+                if out is None:
+                    out = self._attend(self.logits.masked_fill(~mask, -torch.inf), self.value)
+                curve_rows.append(self._loss(out))
         return torch.stack(curve_rows)

@@ -22,6 +22,7 @@ from hkvprof.policy.index import (
     MeanIndex,
     MinMaxIndex,
     ProjectedIndex,
+    Ranking,
     build_index,
 )
 from hkvprof.policy.quantiser import CODE_UNIT
@@ -359,3 +360,31 @@ def test_the_order_of_stored_channels_changes_no_score() -> None:
     )
     assert torch.equal(ours.codes, theirs.codes)
     assert torch.allclose(ours.logits(query), theirs.logits(query), atol=1e-4)
+
+
+# -- reranking ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    items=st.integers(2, 60),
+    hot=st.integers(1, 59),
+    more=st.integers(0, 70),
+    seed=st.integers(0, 99),
+)
+def test_ranking_equals_its_definition(items: int, hot: int, more: int, seed: int) -> None:
+    hot = min(hot, items)
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(5, items, generator=generator)
+    logits = 4 * torch.randn(5, 3, items, generator=generator)
+    got = Ranking(score, logits).best(hot, more)
+    for row in range(5):
+        named = score[row].topk(min(items, hot + more)).indices
+        exact = logits[row][:, named].double().softmax(dim=-1).mean(dim=0)
+        expected = named[exact.topk(hot).indices] if more else named[:hot]
+        assert set(got[row].tolist()) == set(expected.tolist())
+
+
+def test_ranking_without_reranking_needs_no_logits() -> None:
+    score = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    assert Ranking(score, None).best(2, 0).tolist() == [[1, 3]]

@@ -95,6 +95,7 @@ MENU = (
     Strategy(HeadType.DYNAMIC, index="mean", chunk=8),
     Strategy(HeadType.DYNAMIC, index="minmax", chunk=4),
     Strategy(HeadType.DYNAMIC, index="projected", bits=32),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=7),
 )
 KV_HEADS, GROUP, DIM, TOKENS, NEW = 2, 2, 16, 96, 9
 
@@ -160,7 +161,12 @@ def kept_tokens(
     chunks = rows.key[head, layout.sinks : end].view(layout.items, layout.chunk, -1)
     index = build_index(strategy, chunks, layer.tables.get((head, strategy.bits)))
     group = rows.query.shape[0] // rows.key.shape[0]
-    score = index.score(rows.query[head * group : (head + 1) * group, row], rows.scaling)
+    query = rows.query[head * group : (head + 1) * group, row]
+    score = index.score(query, rows.scaling)
+    if strategy.rerank:
+        named = score.topk(min(layout.items, layout.hot + strategy.rerank)).indices
+        exact = (query @ chunks[named, 0].T * rows.scaling).softmax(dim=-1).mean(dim=0)
+        score = torch.full_like(score, -1.0).index_copy_(0, named, exact)
     kept = [*range(layout.sinks), *range(tokens - layout.recent, tokens)]
     for item in score.topk(layout.hot).indices.tolist():
         start = layout.sinks + item * layout.chunk

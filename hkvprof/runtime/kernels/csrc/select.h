@@ -29,7 +29,8 @@ int64_t collect(const float* due, int64_t items, float least, int32_t* out) {
   }
   return count;
 }
-// A superset of the best `hot` items, usually not much larger: a sample tells where to cut.
+// A superset of the best `hot` items, usually not much larger: a sample tells where to cut, above
+// the items without a score (-1).
 int64_t nominate(const float* due, int64_t items, int64_t hot, int32_t* out) {
   constexpr int64_t SAMPLE = 1024;
   if (items >= 8 * SAMPLE) {
@@ -38,7 +39,8 @@ int64_t nominate(const float* due, int64_t items, int64_t hot, int32_t* out) {
     const int64_t place = hot * SAMPLE * 5 / (items * 4) + SAMPLE / 64;
     if (place < SAMPLE) {
       std::nth_element(sample, sample + place, sample + SAMPLE, std::greater<float>());
-      const int64_t count = collect(due, items, sample[place], out);
+      const float least = std::max(sample[place], std::nextafter(-1.f, 0.f));
+      const int64_t count = collect(due, items, least, out);
       if (count >= hot) return count;
     }
   }
