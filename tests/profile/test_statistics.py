@@ -225,7 +225,7 @@ def test_losses_equal_brute_force(strategy: Strategy) -> None:
 def test_losses_stand_in_the_order_of_menu_heads_and_ratios() -> None:
     layer = make_layer()
     whole = layer.losses(MENU, RATIOS)
-    assert whole.output.shape == whole.square.shape == whole.reply.shape == (6, KV_HEADS, 6)
+    assert whole.output.shape == whole.square.shape == whole.reply.shape == (7, KV_HEADS, 6)
     for s, strategy in enumerate(MENU):
         alone = layer.losses((strategy,), RATIOS)
         assert torch.equal(whole.output[s], alone.output[0])

@@ -146,7 +146,7 @@ def check_loaded(
     dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(["mean", "projected"]),
     dim=st.sampled_from([8, 80, 128]),
-    items=st.lists(st.integers(1, 1500), min_size=1, max_size=4),
+    items=st.lists(st.integers(1, 1500) | st.just(9000), min_size=1, max_size=4),
     share=st.sampled_from([0.01, 0.1, 0.4, 1.0]),
     rerank=st.sampled_from([1, 30, 600, 4096]),
     int8=st.booleans(),

@@ -56,7 +56,7 @@ void weigh_picked(const RetrieveArgs& a, const Head& h, Work& w, int64_t span) {
   weigh(w, out, rows, span);
 }
 void mix_picked(const Head& h, Work& w, int64_t bundle) {
-  const int64_t count = picked_of(h), begin = 0;
+  const int64_t count = picked_of(h), begin = bundle * SPANS * SPAN;
   mix_bundle(w, count, bundle, w.exact);
   for (int64_t n = begin; n < std::min(count, begin + SPANS * SPAN); n++)
     w.score[w.picked[n]] = w.exact[n];
