@@ -79,6 +79,8 @@ VARIANTS = (
     Variant("static, pool 7", Strategy(HeadType.STATIC, pool=7)),
     Variant("the profile (static and dynamic)", None),
     Variant("the profile, host int8", None, {"host_dtype": "int8"}),
+    Variant("the profile, smoothing 0.3", None, {"smoothing": 0.3}),
+    Variant("the profile, smoothing 0.5", None, {"smoothing": 0.5}),
     Variant("the profile, smoothing 0.7", None, {"smoothing": 0.7}),
 )
 
