@@ -58,12 +58,12 @@ class Variant:
 
 def _digest(index: str, chunk: int) -> Variant:
     strategy = Strategy(HeadType.DYNAMIC, index=index, chunk=chunk)
-    return Variant(f"{index}, chunks of {chunk}", strategy)
+    return Variant(f"{index}, chunks of {chunk}", strategy, {"smoothing": 0.0})
 
 
 def _projected(bits: int, text: str = "", rerank: int = 0, **options: Any) -> Variant:
     strategy = Strategy(HeadType.DYNAMIC, index="projected", bits=bits, rerank=rerank)
-    return Variant(f"projected, {bits} bits{text}", strategy, options)
+    return Variant(f"projected, {bits} bits{text}", strategy, {"smoothing": 0.0, **options})
 
 
 VARIANTS = (
@@ -77,11 +77,11 @@ VARIANTS = (
     _projected(32, ", every 4th step", retrieve_every=4),
     _projected(32, ", host int8", host_dtype="int8"),
     Variant("static, pool 7", Strategy(HeadType.STATIC, pool=7)),
-    Variant("the profile (static and dynamic)", None),
-    Variant("the profile, host int8", None, {"host_dtype": "int8"}),
-    Variant("the profile, smoothing 0.3", None, {"smoothing": 0.3}),
-    Variant("the profile, smoothing 0.5", None, {"smoothing": 0.5}),
-    Variant("the profile, smoothing 0.7", None, {"smoothing": 0.7}),
+    *(
+        Variant(f"the profile, smoothing {smoothing:g}", None, {"smoothing": smoothing})
+        for smoothing in (0.0, 0.3, 0.5, 0.7)
+    ),
+    Variant("the profile, smoothing 0, host int8", None, {"smoothing": 0.0, "host_dtype": "int8"}),
 )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import hkvprof.runtime
 
 
 def random_llama(layers: int = 3, seed: int = 0, **options: Any) -> LlamaForCausalLM:
@@ -44,3 +47,7 @@ def left_padded(lengths: list[int], seed: int = 1) -> tuple[Tensor, Tensor]:
         ids[row, : longest - length] = 0
         mask[row, : longest - length] = 0
     return ids, mask
+
+
+apply = functools.partial(hkvprof.runtime.apply, min_tokens=64)
+"""Most tests work on prompts that are shorter than what pays in practice."""

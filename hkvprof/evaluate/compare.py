@@ -20,6 +20,8 @@ from hkvprof.profile.samples import Sample
 from hkvprof.runtime import apply, measure_storage
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+MIN_TOKENS = 64
+"""Fewer than `apply` asks for: here it is quality that counts, not time."""
 FULL = "full"
 
 
@@ -118,7 +120,7 @@ def _answer_compressed(
     tasks: TaskSet,
     budget: float | int | str,
 ) -> list[Answer]:
-    with apply(model, profile, budget=budget) as handle:
+    with apply(model, profile, budget=budget, min_tokens=MIN_TOKENS) as handle:
         cache = handle.new_cache()
 
         def look() -> Sizes:
@@ -183,7 +185,7 @@ def _require_compression(answers: list[Answer], budgets: Sequence[float | int | 
         if not whole and all(a.resident_bytes >= a.dense_bytes for a in mine):
             raise CompressionError(
                 f"budget {budget} compressed nothing on any of the samples: prompts may be shorter "
-                "than min_tokens, or the budget may hold them whole"
+                f"than {MIN_TOKENS} tokens, or the budget may hold them whole"
             )
 
 

@@ -17,7 +17,7 @@ from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.attention import hook_attention, refuse_features
 from hkvprof.policy.budget import Budget
 from hkvprof.runtime.cache import Books, CompressedCache
-from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, Options
+from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.receipt import Receipt
 
@@ -33,7 +33,7 @@ def apply(
     decode_compression: bool = True,
     compress_every: int = COMPRESS_EVERY,
     host_dtype: str = "same",
-    smoothing: float = 0.0,
+    smoothing: float = SMOOTHING,
     retrieve_every: int = 1,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.

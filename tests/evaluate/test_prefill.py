@@ -12,8 +12,9 @@ import hkvprof
 from hkvprof.evaluate.prefill import capture
 from hkvprof.models.forward import last_row_only
 from hkvprof.profile.uniform import uniform_profile
-from hkvprof.runtime import apply, measure_storage
+from hkvprof.runtime import measure_storage
 from hkvprof.testbed.generator import make_sample
+from tests.models_for_tests import apply
 
 torch.set_num_threads(1)
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hkvprof import load_model, uniform_profile
-from hkvprof.runtime import Handle, apply
+from hkvprof.runtime import Handle
 from hkvprof.runtime.layer import CompressedLayer
 from tests.models.conversations import picture, user
 from tests.models.tiny import COVERED, build_covered
+from tests.models_for_tests import apply
 
 PROMPT = 200
 PADDED = 37

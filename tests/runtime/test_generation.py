@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicCache
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.profile.uniform import uniform_profile
-from hkvprof.runtime import apply, measure_storage
-from tests.models_for_tests import left_padded, random_llama, token_ids
+from hkvprof.runtime import measure_storage
+from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
 from tests.runtime.test_handle import TYPES, logits_of, profile_of
 

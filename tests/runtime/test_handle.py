@@ -21,9 +21,9 @@ from hkvprof.errors import (
     UsageError,
 )
 from hkvprof.profile.uniform import uniform_profile
-from hkvprof.runtime import CompressedCache, apply, measure_storage
+from hkvprof.runtime import CompressedCache, measure_storage
 from hkvprof.testbed.generator import make_sample
-from tests.models_for_tests import left_padded, random_llama, token_ids
+from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
 
 TYPES = ("static", "dynamic", "mixed")

@@ -90,7 +90,7 @@ def test_three_steps_of_the_readme(tinyvl: tuple[Any, Any], tmp_path: Path) -> N
     encoded = processor.encode([asked.messages])
     inputs = encoded.to(model.device, model.dtype)
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    with apply(model, path, budget=0.5) as handle:
+    with apply(model, path, budget=0.5, min_tokens=64) as handle:
         got = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         receipt = handle.receipt()
     assert torch.equal(got, expected)
