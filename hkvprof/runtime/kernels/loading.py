@@ -161,7 +161,7 @@ def _openmp() -> tuple[tuple[int | None, int | None], str]:
             entries = (_address(runtime.GOMP_parallel), _address(runtime.GOMP_barrier))
         except (OSError, AttributeError):
             continue
-        return entries, f"threads of {path}"
+        return entries, f"threads of {Path(path).name}"
     return (None, None), "one thread: torch's OpenMP runtime was not found"
 
 
