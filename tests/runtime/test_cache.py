@@ -53,6 +53,21 @@ def test_second_turn_sees_every_host_chunk(llama: Any) -> None:
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("every", [0, 16])
+def test_third_turn_sees_everything_that_dynamic_heads_moved(llama: Any, every: int) -> None:
+    """Turns of several tokens stay exact, also when earlier turns have gone to the host."""
+    turns = [token_ids(2, length, seed=length) for length in (200, 25, 31, 18)]
+    dense = DynamicCache(config=llama.config)
+    options: dict[str, Any] = {"compress_every": every} if every else {"decode_compression": False}
+    with apply(llama, profile_of(llama, "dynamic"), budget=0.3, **options) as handle:
+        cache = handle.new_cache()
+        got = [llama(input_ids=ids, past_key_values=cache).logits for ids in turns]
+        assert {layer.account.compressions for layer in cache.covered} == {3 if every else 1}
+    expected = [llama(input_ids=ids, past_key_values=dense).logits for ids in turns]
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 def test_several_new_tokens_equal_one_by_one(llama: Any) -> None:
     """Static heads: a turn in one pass equals the same tokens fed one at a time."""
     ids, later = token_ids(2, 150), token_ids(2, 6, seed=9)
