@@ -35,6 +35,7 @@ from hkvprof.profile.statistics import (
 )
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.testbed.generator import make_sample
+from tests.models_for_tests import apply
 from tests.tables import fit_tables
 
 
@@ -409,7 +410,7 @@ def test_static_tokens_judged_are_those_the_runtime_keeps(
         window = traced.window[layer]
         layer_losses(rows, window, (strategy,), (share,), profile.keep, {}, traced.text, 4)
     inputs = processor.encode([sample.messages]).to(model.device, model.dtype)
-    with torch.no_grad(), hkvprof.runtime.apply(model, profile, budget=ratio) as handle:
+    with torch.no_grad(), apply(model, profile, budget=ratio) as handle:
         cache = handle.new_cache()
         model(**inputs, past_key_values=cache)
     places = [(layer, head) for layer in range(6) for head in range(4)]
@@ -441,7 +442,7 @@ def test_losses_are_those_of_the_runtime_at_the_first_layer(
     dense = run_first_layer(model, view, inputs, ids, [(0, len(ids))], None)
     passes = list(runtime_passes(traced.continuation))
     assert max(end - start for start, end in passes) > 5  # there are later questions
-    with hkvprof.runtime.apply(model, profile, budget=ratio) as handle:
+    with apply(model, profile, budget=ratio, smoothing=0.0) as handle:
         cache = handle.new_cache()
         pruned = run_first_layer(model, view, inputs, ids, passes, cache)
         assert cache.receipt().compressed_layers == 6
