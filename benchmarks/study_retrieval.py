@@ -1,6 +1,6 @@
 """Indexes of dynamic heads against each other at equal all-in bytes, on real keys.
 
-    python benchmarks/study_retrieval.py --model tinyvl [--samples 24] [--budgets 0.1,0.05]
+    python benchmarks/study_retrieval.py --model tinyvl [--samples 24] [--budgets 0.1,0.05] [--only TEXT]
     python benchmarks/study_retrieval.py --model smollm2 --samples 8
 
 Every head is dynamic with the same index and share, and the product's own runtime decodes: the
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--model", default="tinyvl", choices=["tinyvl", "smollm2"])
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=2500, help="length of long-text prompts")
-    parser.add_argument("--budgets", default="0.1,0.05")
+    parser.add_argument("--budgets", default="0.2,0.1,0.05,0.03")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

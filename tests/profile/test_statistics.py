@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hkvprof
-import hkvprof.runtime
 from hkvprof.heads import HeadType, KeepRule, Modality, Strategy
 from hkvprof.models.adapter import output_projection, view_model
 from hkvprof.models.attention import hooked_attention
