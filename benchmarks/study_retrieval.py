@@ -1,6 +1,6 @@
 """Indexes of dynamic heads against each other at equal all-in bytes, on real keys.
 
-    python benchmarks/study_retrieval.py --model tinyvl [--samples 24] [--budgets 0.1,0.05] [--only TEXT]
+    python benchmarks/study_retrieval.py --model tinyvl [--samples 24] [--budgets 0.1,0.05]
     python benchmarks/study_retrieval.py --model smollm2 --samples 8
 
 Every head is dynamic with the same index and share, and the product's own runtime decodes: the
