@@ -1,4 +1,4 @@
-"""What `apply` takes, and what compression adds to a prefill, in time and in K/V bytes at the peak.
+"""What `apply` takes, and what compression adds to a prefill, in time and in bytes at the peak.
 
     python benchmarks/prefill_cost.py [--tokens 16384] [--budget 0.1] [--types profile]
 
