@@ -48,7 +48,8 @@ def main() -> None:
     one = receipt.dense_bytes // len(receipt.layers)
     sys.stdout.write(
         f"apply(model, path): first {waits[0]:.1f} ms, median {median(waits):.1f} ms, "
-        f"{len(receipt.layers)} layers\n{options.types}, {options.tokens} tokens, bfloat16, {torch.get_num_threads()} threads: "
+        f"{len(receipt.layers)} layers\n"
+        f"{options.types}, {options.tokens} tokens, bfloat16, {torch.get_num_threads()} threads: "
         f"prefill {seconds:.1f} s, of which compression {receipt.compression_seconds:.2f} s "
         f"({receipt.compression_seconds / seconds:.2%})\n{receipt}\n"
         f"peak {receipt.peak_bytes / 2**20:.2f} MiB; resident + one dense layer "
