@@ -98,7 +98,7 @@ class CompressedLayer(DynamicLayer):
 
         Raises CompressionError when the cut would reach into what is compressed.
         """
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # a tensor in older releases
         if count < 0:
             raise CompressionError("crop takes minus the number of tokens to remove")
         if count == 0 or not self.is_initialized:
@@ -106,7 +106,7 @@ class CompressedLayer(DynamicLayer):
         if self.ragged is None:
             if self.parked is not None:
                 raise CompressionError("a prompt cannot be cropped between its prefill chunks")
-            super().crop(tokens_to_remove)
+            super().crop(-count)
         elif count > self.ragged.tail:
             raise CompressionError(
                 f"cannot remove {count} tokens: only the {self.ragged.tail} tokens since the last "
