@@ -125,16 +125,25 @@ class HostChunks:
         self.scale = torch.cat(scales)
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+def allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, pinned: bool, purpose: str, advice: str
+) -> Tensor:
+    """Host memory. Raises CompressionError, naming purpose and size, when it cannot be had."""
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=pinned)
     except (RuntimeError, MemoryError) as error:
         size = torch.Size(shape).numel() * dtype.itemsize / 2**20
         raise CompressionError(
-            f"host memory for a dynamic head ({size:.1f} MiB) cannot be allocated "
-            f"({str(error).splitlines()[0]}): free host memory, lower the batch or the prompt, "
-            "use host_dtype='int8', or a profile with static heads only"
+            f"host memory for {purpose} ({size:.1f} MiB) cannot be allocated "
+            f"({str(error).splitlines()[0]}): free host memory, {advice}"
         ) from error
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    advice = (
+        "lower the batch or the prompt, use host_dtype='int8', or a profile with static heads only"
+    )
+    return allocate(shape, dtype, pinned, "a dynamic head", advice)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hkvprof.errors import CompressionError
+from hkvprof.runtime.host import allocate
 
 
 @dataclass
@@ -27,14 +27,9 @@ class ParkedPrompt:
     def start(cls, key: Float[Tensor, "rows kv_heads tokens dim"], goal: int) -> ParkedPrompt:
         """Room for `goal` tokens. Raises CompressionError when host memory cannot be had."""
         rows, heads, _, dim = key.shape
-        try:
-            data = torch.empty((2, rows, heads, goal, dim), dtype=key.dtype, pin_memory=key.is_cuda)
-        except (RuntimeError, MemoryError) as error:
-            size = 2 * rows * heads * goal * dim * key.element_size() / 2**20
-            raise CompressionError(
-                f"host memory for a prompt in chunks ({size:.1f} MiB for one layer) cannot be "
-                f"allocated ({str(error).splitlines()[0]}): free host memory, or lower the batch"
-            ) from error
+        room = (2, rows, heads, goal, dim)
+        purpose = "one layer of a prompt in chunks"
+        data = allocate(room, key.dtype, key.is_cuda, purpose, "or lower the batch")
         return cls(data, 0)
 
     def take(self, key: Tensor, value: Tensor) -> None:

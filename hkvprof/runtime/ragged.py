@@ -28,7 +28,7 @@ class RaggedLayer:
     segment holds whole at its end.
     """
 
-    shared_attributes = ("_shared", "account", "_retrieval", "_bound_to")
+    shared_attributes = ("_shared", "account", "_retrieval")
 
     def __init__(
         self,
@@ -50,7 +50,6 @@ class RaggedLayer:
         self._steps = 0
         self._positions: list[Tensor] | None = None
         self._retrieval: Retrieval | None = None
-        self._bound_to: Tensor | None = None
         self.storage: RaggedStorage
 
     @classmethod
@@ -132,7 +131,10 @@ class RaggedLayer:
         self.tail += count
         self.account.tail += count
         self.account.dense_bytes += self.storage.segments * count * self.storage.token_bytes
-        return self.storage.key is not before
+        grown = self.storage.key is not before
+        if grown:
+            self._retrieval = None  # it is bound to the tensors that were replaced
+        return grown
 
     def drop_last(self, count: int) -> None:
         """Forget the last `count` tokens, which must be of the tail."""
@@ -153,7 +155,7 @@ class RaggedLayer:
         self.account.heads = [
             HeadAccount(**{**vars(accounts[s]), "row": i // heads}) for i, s in enumerate(segments)
         ]
-        self._retrieval = self._bound_to = None
+        self._retrieval = None
         self.measure()
 
     # -- attention ------------------------------------------------------------------------------
@@ -205,8 +207,7 @@ class RaggedLayer:
 
     def _retrieve(self, kernels: Kernels, query: Float[Tensor, "segments group dim"]) -> None:
         began = time.perf_counter()
-        if self._retrieval is None or self._bound_to is not self.storage.key:
-            self._bound_to = self.storage.key
+        if self._retrieval is None:
             self._retrieval = self._bind(kernels)
         for segment, fetched in zip(self.dynamic, self._retrieval.step(query), strict=True):
             account, head = self.account.heads[segment], self.dynamic[segment]
@@ -285,7 +286,7 @@ class RaggedLayer:
     def _install(self, packed: list[Packed], positions: list[Tensor] | list[Tensor | None]) -> None:
         self.storage = RaggedStorage([p.key for p in packed], [p.value for p in packed])
         self.dynamic = {i: p.dynamic for i, p in enumerate(packed) if p.dynamic is not None}
-        self._retrieval = self._bound_to = None
+        self._retrieval = None
         if self._shared.planner.needs_text:
             self._positions = [
                 torch.empty(0, dtype=torch.long) if p.kept is None or known is None

@@ -12,9 +12,6 @@ from torch import Tensor
 from hkvprof.policy.quantiser import encode
 from hkvprof.runtime.kernels.interface import DynamicSegment
 
-ENCODE_ROWS = 4096
-"""Tokens that `encode` compares at a time: bounds its memory to 1 KiB * ENCODE_ROWS."""
-
 
 class TorchKernels:
     """See interface.Kernels."""
@@ -62,12 +59,8 @@ class TorchKernels:
         codebook: Float[Tensor, "256 channels"],
         subspaces: Sequence[tuple[int, int]],
     ) -> Int[Tensor, "tokens codes"]:
-        """As calibration does it."""
-        parts = [
-            encode(rows.float(), codebook, tuple(subspaces))
-            for rows in projected.split(ENCODE_ROWS)
-        ]
-        return torch.cat(parts)
+        """As calibration does it; the caller bounds how many tokens come at once."""
+        return encode(projected.float(), codebook, tuple(subspaces))
 
 
 def _attend(
