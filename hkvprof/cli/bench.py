@@ -48,9 +48,7 @@ def bench(
         str | None,
         typer.Option("--context", help="Prompt tokens, separated by commas; default 2048."),
     ] = None,
-    budget: Annotated[
-        str, typer.Option("--budget", help="Shares, tokens or bytes, separated by commas.")
-    ] = "0.20,0.10,0.05",
+    budget: options.Budgets = "0.20,0.10,0.05",
     only: Annotated[
         str | None,
         typer.Option("--methods", help="Of static,dynamic,profile; default: all that can be."),
@@ -85,9 +83,9 @@ def bench(
 
     _check_sources(model, shape, profile, context, only, crossover)
     lengths = (1,) if crossover else _lengths(context or _DEFAULT_CONTEXT)
-    budgets = tuple(_parts(budget))
+    budgets = tuple(options.listed(budget))
     check_budgets(budgets)
-    wanted = ["profile"] if crossover else _parts(only or "")
+    wanted = ["profile"] if crossover else options.listed(only or "")
     check_names(wanted)
     setup = Setup(
         lengths, budgets, new_tokens, rounds, batch,
@@ -129,12 +127,8 @@ def _check_sources(
         raise UsageError("--crossover has its own contexts and methods: leave those options out")
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _lengths(text: str) -> tuple[int, ...]:
-    parts = _parts(text)
+    parts = options.listed(text)
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--context {text}: expected prompt lengths in tokens such as 2048,8192")
     return tuple(int(part) for part in parts)

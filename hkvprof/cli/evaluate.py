@@ -32,9 +32,7 @@ def evaluate(
             help="tinyvl, longtext, a sample folder or file, or LAYOUT:PATH (docs/tasks.md).",
         ),
     ] = None,
-    budget: Annotated[
-        str, typer.Option("--budget", help="Shares, tokens or bytes, separated by commas.")
-    ] = "0.10,0.20",
+    budget: options.Budgets = "0.10,0.20",
     per_task: Annotated[
         int, typer.Option("--per-task", min=1, help="Samples of each task (generated tasks).")
     ] = 6,
@@ -78,7 +76,7 @@ def evaluate(
 def _budgets(text: str) -> list[str]:
     from hkvprof.policy.budget import Budget
 
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = options.listed(text)
     if not parts:
         raise UsageError("--budget is empty: expected budgets such as 0.10,0.20")
     for part in parts:

@@ -12,6 +12,15 @@ Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present.")
 ]
 
+Budgets = Annotated[
+    str, typer.Option("--budget", help="Shares, tokens or bytes, separated by commas.")
+]
+
+
+def listed(text: str) -> list[str]:
+    """What a comma-separated option lists; blanks and empty parts do not count."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
 
 def open_model(
     name: str, dtype: str, device: str | None, device_map: str | None = None

@@ -19,7 +19,7 @@ from torch import Tensor
 CENTROIDS = 256
 MAX_CHANNELS = 32
 CHANNELS = {16: 16, 32: 24, 64: 32}
-"""Leading channels that an index of so many bits per token describes (docs/experiments.md)."""
+"""Leading channels that an index of so many bits per token describes."""
 CODE_UNIT = 6 / 127
 """Unit of stored centroids, in standard deviations of their channel: int8 reaches to 6."""
 
