@@ -1,79 +1,27 @@
-"""Full cache against compressed cache on the same samples, interleaved sample by sample."""
+"""The same samples through the full cache, hkvprof and baselines, interleaved sample by sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
-from transformers.cache_utils import DynamicCache
+import torch
 
 from hkvprof.artifact import Profile
-from hkvprof.errors import CompressionError
-from hkvprof.evaluate.converse import Reply, Sizes, converse
+from hkvprof.errors import CompressionError, UsageError
+from hkvprof.evaluate.contest import MIN_TOKENS, Caches, Contest
+from hkvprof.evaluate.journal import Journal
+from hkvprof.evaluate.plan import Entry, Plan
+from hkvprof.evaluate.questions import Question, Scene, Stage
+from hkvprof.evaluate.records import FULL, REGIMES, Answer
+from hkvprof.evaluate.replay import Distance, Reference, answer, end_tokens, refer, replay
 from hkvprof.evaluate.taskset import TaskSet
-from hkvprof.models.adapter import view_model
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.policy.budget import Budget
 from hkvprof.profile.samples import Sample
-from hkvprof.runtime import apply, measure_storage
+from hkvprof.runtime import measure_storage
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
-MIN_TOKENS = 64
-"""Fewer than `apply` asks for: here it is quality that counts, not time."""
-FULL = "full"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One reply under one method.
-
-    `turn` 0 is the question inside the prompt, later turns ask about the compressed context. Bytes
-    are those of the cache at the reply's first token (the prompt is compressed, nothing generated);
-    `storage_bytes` sums the cache's actual tensors (resident), independent of the receipt's
-    `resident_bytes`. `score` lies between 0 and 1 and is what `metric` says of `text`; `expected`
-    is the first of the correct answers. `end_share` is resident over dense bytes when the
-    conversation has ended.
-    """
-
-    sample: str
-    task: str
-    turn: int
-    method: str
-    text: str
-    expected: str
-    metric: str
-    score: float
-    prompt_tokens: int
-    decode_seconds: float
-    decode_steps: int
-    resident_bytes: int
-    storage_bytes: int
-    host_bytes: int
-    dense_bytes: int
-    end_share: float
-    hit_rate: float | None
-
-
-@dataclass(frozen=True)
-class MethodSummary:
-    """Means over all answers of one method; shares are resident over dense bytes."""
-
-    method: str
-    answers: int
-    score: float
-    score_first: float
-    score_later: float | None
-    worst_task: str
-    worst_ratio: float
-    resident_bytes: float
-    host_bytes: float
-    share: float
-    storage_share: float
-    end_share: float
-    decode_ms: float
-    hit_rate: float | None
 
 
 def compare(
@@ -81,149 +29,197 @@ def compare(
     processor: ChatProcessor,
     profile: Profile,
     tasks: TaskSet,
-    budgets: Sequence[float | int | str],
+    plan: Plan,
+    journal: Journal | None = None,
     track: Track | None = None,
 ) -> list[Answer]:
-    """Answer every sample with the full cache and at every budget, one after the other.
+    """Answers to every sample by every method, those already in the journal included.
 
-    Raises CompressionError if a budget below 1 compressed nothing on any sample.
+    Raises CompressionError if a budget below 1 compressed nothing on any sample, and UsageError if
+    no sample has a question in one of the regimes.
     """
+    journal = journal or Journal(None, {})
     track = track or (lambda items, description, total: items)
-    answers: list[Answer] = []
+    contest = Contest(model, profile, plan.seed)
     for sample in track(tasks.samples, "answering", len(tasks.samples)):
-        answers += _answer_full(model, processor, sample, tasks)
-        for budget in budgets:
-            answers += _answer_compressed(model, processor, profile, sample, tasks, budget)
-    _require_compression(answers, budgets)
+        missing = [
+            entry
+            for entry in plan.entries
+            if (sample.id, entry.method, entry.budget) not in journal.done
+        ]
+        if missing or (sample.id, FULL, "") not in journal.done:
+            _Round(model, processor, sample, tasks, plan, contest).play(missing, journal)
+            contest.forget()
+    answers = plan.select(journal.answers, tasks)
+    _check(answers, plan)
     return answers
 
 
-def _answer_full(
-    model: Any, processor: ChatProcessor, sample: Sample, tasks: TaskSet
-) -> list[Answer]:
-    cache = DynamicCache(config=view_model(model).text_config)
+@dataclass(frozen=True)
+class _Asked:
+    """A question in its scene, and what the full cache says to it."""
 
-    def look() -> Sizes:
-        held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-        size = sum(tensor.untyped_storage().nbytes() for tensor in held)
-        return Sizes(resident=size, storage=size, dense=size)
+    scene: Scene
+    question: Question
+    reference: Reference
 
-    replies = converse(model, processor, sample, cache, tasks.max_new_tokens, look)
-    return _answers(replies, sample, tasks, FULL, end_share=1.0, hit_rate=None)
-
-
-def _answer_compressed(
-    model: Any,
-    processor: ChatProcessor,
-    profile: Profile,
-    sample: Sample,
-    tasks: TaskSet,
-    budget: float | int | str,
-) -> list[Answer]:
-    with apply(model, profile, budget=budget, min_tokens=MIN_TOKENS) as handle:
-        cache = handle.new_cache()
-
-        def look() -> Sizes:
-            now = cache.receipt()
-            storage, _ = measure_storage(cache)
-            return Sizes(now.resident_bytes, storage, now.host_bytes, now.dense_bytes)
-
-        replies = converse(model, processor, sample, cache, tasks.max_new_tokens, look)
-        end = cache.receipt()
-    return _answers(
-        replies,
-        sample,
-        tasks,
-        method_name(budget),
-        end_share=end.resident_share,
-        hit_rate=end.hit_rate,
-    )
+    @property
+    def first(self) -> torch.Tensor | None:
+        """Logits that the compressed prompt ended with, where the reply follows it at once."""
+        return None if self.question.lead else self.scene.prefill.logits[0]
 
 
-def _answers(
-    replies: list[Reply],
-    sample: Sample,
-    tasks: TaskSet,
-    method: str,
-    end_share: float,
-    hit_rate: float | None,
-) -> list[Answer]:
-    gold = [tasks.gold_of(sample, turn) for turn in range(len(replies))]
-    return [
-        Answer(
-            sample=sample.id,
-            task=sample.task if turn == 0 else "later question",
-            turn=turn,
-            method=method,
-            metric=gold[turn].metric.name,
-            score=gold[turn].score(reply.text),
-            text=reply.text,
-            expected=reply.expected,
-            prompt_tokens=reply.prompt_tokens,
-            decode_seconds=reply.decode_seconds,
-            decode_steps=reply.decode_steps,
-            resident_bytes=reply.sizes.resident,
-            storage_bytes=reply.sizes.storage,
-            host_bytes=reply.sizes.host,
-            dense_bytes=reply.sizes.dense,
-            end_share=end_share,
-            hit_rate=hit_rate,
+class _Round:
+    """One sample under all methods."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: ChatProcessor,
+        sample: Sample,
+        tasks: TaskSet,
+        plan: Plan,
+        contest: Contest,
+    ) -> None:
+        self.model, self.processor, self.sample = model, processor, sample
+        self.tasks, self.plan, self.contest = tasks, plan, contest
+        self.ends = end_tokens(model, processor)
+
+    def play(self, entries: Sequence[Entry], journal: Journal) -> None:
+        """Answer with the full cache, then with every entry; each goes into the journal."""
+        asked = self._refer()
+        if not asked:
+            return
+        if (self.sample.id, FULL, "") not in journal.done:
+            journal.add([self._full(one, len(asked)) for one in asked])
+        scenes = list({id(one.scene): one.scene for one in asked}.values())
+        for entry in entries:
+            made = []
+            for scene in scenes:
+                mine = [one for one in asked if one.scene is scene]
+                with self.contest.open(entry, scene.prefill) as caches:
+                    made += [self._compressed(entry, caches, one, len(asked)) for one in mine]
+            journal.add(made)
+
+    def _refer(self) -> list[_Asked]:
+        """The questions of all regimes, and the full cache's replies."""
+        stage = Stage(self.model, self.processor, self.sample, self.tasks)
+        asked: list[_Asked] = []
+        first_reply: str | None = None
+        for regime in self.plan.regimes:
+            if regime == "inside":
+                scene: Scene | None = stage.inside()
+            elif regime == "after":
+                scene = stage.after()
+            else:
+                if first_reply is None:
+                    known = [one for one in asked if one.scene.regime == "inside"]
+                    first_reply = self._text(
+                        (known or [self._ask_full(stage.inside(), 0)])[0].reference
+                    )
+                scene = stage.later(first_reply)
+            if scene is not None:
+                asked += [self._ask_full(scene, i) for i in range(len(scene.questions))]
+        return asked
+
+    def _ask_full(self, scene: Scene, number: int) -> _Asked:
+        question = scene.questions[number]
+        prefill = scene.prefill
+        prefill.restore(self.model)
+        reference = refer(
+            self.model,
+            prefill.dense_cache(),
+            None if question.lead else prefill.logits[0],
+            question.lead,
+            self.ends,
+            self.plan.steps,
+            self.tasks.max_new_tokens,
         )
-        for turn, reply in enumerate(replies)
-    ]
+        return _Asked(scene, question, reference)
+
+    def _text(self, reference: Reference) -> str:
+        return self.processor.decode(list(reference.reply[: self.tasks.max_new_tokens]))
+
+    def _full(self, one: _Asked, questions: int) -> Answer:
+        calls = one.scene.prefill.calls
+        size = sum(call.key.nbytes + call.value.nbytes for call in calls)
+        distance = one.reference.distance(one.reference.log_probs, 0 if one.question.lead else 1)
+        return self._answer(
+            one, Entry(FULL, ""), self._text(one.reference), distance, questions,
+            sizes=(size, size, 0, size), seconds=0.0, hit_rate=None,
+        )  # fmt: skip
+
+    def _compressed(self, entry: Entry, caches: Caches, one: _Asked, questions: int) -> Answer:
+        cache = caches()
+        receipt = cache.receipt()
+        storage, _ = measure_storage(cache)
+        distance, left = replay(
+            self.model, cache, one.first, one.question.lead, one.reference,
+            stepwise=receipt.host_bytes > 0,
+        )  # fmt: skip
+        text = self._text(one.reference)
+        limit = self.tasks.max_new_tokens
+        if left is not None and left < limit:
+            ids = answer(self.model, caches(), one.first, one.question.lead, self.ends, limit)
+            text = self.processor.decode(list(ids))
+        sizes = (receipt.resident_bytes, storage, receipt.host_bytes, receipt.dense_bytes)
+        seconds = caches.seconds + receipt.compression_seconds
+        return self._answer(
+            one, entry, text, distance, questions, sizes, seconds, cache.receipt().hit_rate
+        )
+
+    def _answer(
+        self,
+        one: _Asked,
+        entry: Entry,
+        text: str,
+        distance: Distance,
+        questions: int,
+        sizes: tuple[int, int, int, int],
+        seconds: float,
+        hit_rate: float | None,
+    ) -> Answer:
+        gold = one.question.gold
+        resident, storage, host, dense = sizes
+        return Answer(
+            sample=self.sample.id,
+            task=one.question.task,
+            regime=one.scene.regime,
+            turn=one.question.turn,
+            method=entry.method,
+            budget=entry.budget,
+            text=text,
+            expected=gold.references[0] if gold else "",
+            metric=gold.metric.name if gold else "",
+            score=gold.score(text) if gold else None,
+            kl=distance.kl,
+            agreement=distance.agreement,
+            nll=distance.nll,
+            steps=distance.rows,
+            prompt_tokens=one.scene.prefill.tokens,
+            resident_bytes=resident,
+            storage_bytes=storage,
+            host_bytes=host,
+            dense_bytes=dense,
+            compress_seconds=seconds,
+            hit_rate=hit_rate,
+            questions=questions,
+        )
 
 
-def method_name(budget: float | int | str) -> str:
-    """How a budget is called in tables."""
-    return f"budget {budget}"
-
-
-def _require_compression(answers: list[Answer], budgets: Sequence[float | int | str]) -> None:
-    for budget in budgets:
-        mine = [a for a in answers if a.method == method_name(budget)]
-        whole = Budget.parse(budget).share == 1
-        if not whole and all(a.resident_bytes >= a.dense_bytes for a in mine):
-            raise CompressionError(
-                f"budget {budget} compressed nothing on any of the samples: prompts may be shorter "
-                f"than {MIN_TOKENS} tokens, or the budget may hold them whole"
+def _check(answers: Sequence[Answer], plan: Plan) -> None:
+    """What claims to compress must have done so, and every regime must have been asked."""
+    for regime in plan.regimes:
+        if not any(a.regime == regime for a in answers):
+            raise UsageError(
+                f"no sample has a question in the regime {regime!r} ({REGIMES[regime]}): leave "
+                "it out, or use samples whose question ends the prompt and that have follow-ups"
             )
-
-
-def summarise(answers: Sequence[Answer]) -> list[MethodSummary]:
-    """One summary per method, in the order of first appearance."""
-    methods = list(dict.fromkeys(answer.method for answer in answers))
-    reference = task_scores([a for a in answers if a.method == FULL])
-    return [_summary(method, [a for a in answers if a.method == method], reference)
-            for method in methods]  # fmt: skip
-
-
-def task_scores(answers: Sequence[Answer]) -> dict[str, float]:
-    """Mean score by task, in the order of first appearance."""
-    names = dict.fromkeys(answer.task for answer in answers)
-    return {name: fmean(a.score for a in answers if a.task == name) for name in names}
-
-
-def _summary(method: str, answers: list[Answer], reference: dict[str, float]) -> MethodSummary:
-    scores = task_scores(answers)
-    ratios = {t: a / reference[t] for t, a in scores.items() if reference.get(t)}
-    worst = min(ratios, key=lambda task: ratios[task], default="")
-    first = [a for a in answers if a.turn == 0]
-    later = [a for a in answers if a.turn > 0]
-    hits = [a.hit_rate for a in first if a.hit_rate is not None]
-    steps = sum(a.decode_steps for a in answers)
-    return MethodSummary(
-        method=method,
-        answers=len(answers),
-        score=fmean(a.score for a in answers),
-        score_first=fmean(a.score for a in first),
-        score_later=fmean(a.score for a in later) if later else None,
-        worst_task=worst,
-        worst_ratio=ratios.get(worst, 0.0),
-        resident_bytes=fmean(a.resident_bytes for a in first),
-        host_bytes=fmean(a.host_bytes for a in first),
-        share=sum(a.resident_bytes for a in first) / sum(a.dense_bytes for a in first),
-        storage_share=sum(a.storage_bytes for a in first) / sum(a.dense_bytes for a in first),
-        end_share=fmean(a.end_share for a in first),
-        decode_ms=1000 * sum(a.decode_seconds for a in answers) / max(steps, 1),
-        hit_rate=fmean(hits) if hits else None,
-    )
+    for entry in plan.entries:
+        mine = [a for a in answers if (a.method, a.budget) == (entry.method, entry.budget)]
+        if not entry.is_whole and all(a.resident_bytes >= a.dense_bytes for a in mine):
+            raise CompressionError(
+                f"{entry.method} at budget {entry.budget} compressed nothing on any of the "
+                f"samples: prompts may be shorter than {MIN_TOKENS} tokens, or the budget may hold "
+                "them whole"
+            )

@@ -7,27 +7,34 @@ the product's own decoding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from hkvprof.errors import ModelError
+from hkvprof.heads import Modality
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.attention import AttentionCall, hooked_attention
+from hkvprof.models.decoder_input import DecoderInput, watch_input
 from hkvprof.models.forward import last_row_only
 from hkvprof.models.processing import Encoded
 from hkvprof.profile.observe import ObservedCache
 from hkvprof.runtime import CompressedCache
+from hkvprof.runtime.packing import Packed
+from hkvprof.runtime.plan import HeadPlan
 
 
 @dataclass(frozen=True)
 class Prefill:
     """A prompt on a model: per covered layer the attention call with all keys and values.
 
-    `logits` [rows, vocabulary] of the last position; `rope_deltas` are Qwen-VL's position offsets.
+    `logits` [rows, vocabulary] of the last position; `rope_deltas` are Qwen-VL's position offsets;
+    `text` tells text from vision (or context) tokens.
     """
 
     view: ModelView
@@ -36,6 +43,29 @@ class Prefill:
     tokens: int
     ids: Tensor
     rope_deltas: Tensor | None
+    text: Bool[Tensor, " tokens"]
+    decoder_input: DecoderInput
+
+    def first(self, count: int) -> Prefill:
+        """The prefill of the first `count` tokens alone, to which attention is causal.
+
+        All vision tokens must be among them. `logits` are those of the whole prompt: use them not.
+        """
+        calls = tuple(
+            replace(
+                call, query=call.query[:, :, :count], key=call.key[:, :, :count],
+                value=call.value[:, :, :count], mask=None,
+            )
+            for call in self.calls
+        )  # fmt: skip
+        return replace(
+            self,
+            calls=calls,
+            tokens=count,
+            ids=self.ids[:, :count],
+            text=self.text[:count],
+            decoder_input=self.decoder_input.first(count),
+        )
 
     def dense_cache(self) -> DynamicCache:
         """A full cache of transformers, with keys and values of its own."""
@@ -46,13 +76,34 @@ class Prefill:
 
     def fill(self, cache: CompressedCache) -> None:
         """Let a new cache see the prompt; it compresses as it would while the model runs."""
+        self._open(cache)
+        for layer, call in zip(cache.covered, self.calls, strict=True):
+            layer.update(call.key, call.value)
+            layer.attend(call)
+
+    def fill_with(
+        self,
+        cache: CompressedCache,
+        plans: Sequence[tuple[HeadPlan, ...]],
+        given: Sequence[Mapping[int, Packed]],
+    ) -> None:
+        """As `fill`, but with these plans per layer; heads in `given` hold what they are given."""
+        self._open(cache)
+        for layer, call, heads, packed in zip(cache.covered, self.calls, plans, given, strict=True):
+            layer.update(call.key, call.value)
+            layer.adopt(call, heads, packed)
+
+    def restore(self, model: Any) -> None:
+        """Put this prompt's position offsets on the model, for passes with a cache of its own."""
+        inner: Any = getattr(model, "model", None)
+        if hasattr(inner, "rope_deltas"):
+            inner.rope_deltas = self.rope_deltas
+
+    def _open(self, cache: CompressedCache) -> None:
         conversation = cache.conversation
         conversation.goal = self.tokens
         conversation.see_ids(self.ids, 0)
         conversation.rope_deltas = self.rope_deltas
-        for layer, call in zip(cache.covered, self.calls, strict=True):
-            layer.update(call.key, call.value)
-            layer.attend(call)
 
 
 @torch.no_grad()
@@ -70,7 +121,7 @@ def capture(model: Any, encoded: Encoded) -> Prefill:
             f"{type(model).__name__} has layers that a profile does not cover (sliding windows): "
             "its prefill cannot be shared between methods"
         )
-    with hooked_attention(model):
+    with hooked_attention(model), watch_input(model, view) as seen:
         inputs = encoded.to(model.device, model.dtype)
         output = model(**inputs, past_key_values=cache, **last_row_only(model))
     inner = getattr(model, "model", None)
@@ -82,6 +133,8 @@ def capture(model: Any, encoded: Encoded) -> Prefill:
         encoded.tokens,
         inputs["input_ids"],
         getattr(inner, "rope_deltas", None),
+        (encoded.modality[0] == Modality.TEXT).to(model.device),
+        seen,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 from hkvprof.errors import UsageError
@@ -14,29 +16,33 @@ from hkvprof.profile.samples import load_samples
 __all__ = ["Gold", "TaskSet", "default_tasks", "load_tasks"]
 
 GENERATED = ("tinyvl", "longtext")
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it modulo 1 spread evenly, for any count
 MAX_FRAMES = 16
 
 TINYVL_UNJUDGED = ("nimg",)
 """Tasks that tinyvl itself gets right less than 60% of the time at 16 images (docs/testbed.md);
 they say nothing about compression."""
 
-LONGTEXT_KINDS = ("passkey", "needle_words", "needle_phone", "needle_motto")
-"""Kinds that SmolLM2 answers with a full cache (`python -m hkvprof.evaluate.longtext_accuracy`)."""
+LONGTEXT_JUDGED = ("passkey", "needle_words", "needle_phone", "needle_motto", "two_needles", "copy")
+"""Kinds that SmolLM2 answers with a full cache (`python -m hkvprof.evaluate.longtext_accuracy`).
+Of the others only the distance to the full cache is taken."""
 
 
 def load_tasks(
     name: str,
     processor: ChatProcessor,
     per_task: int,
-    tokens: int = 2500,
+    tokens: str = "2500",
     max_samples: int | None = None,
     max_frames: int = MAX_FRAMES,
 ) -> TaskSet:
     """The tasks called `name`: `tinyvl`, `longtext`, a sample folder or file, or `LAYOUT:PATH`.
 
     Samples of `tinyvl` have 12 or 16 images and one later question; those of `longtext` about
-    `tokens` tokens and one later question. `max_samples` picks a subset of the others that is
-    balanced over tasks; `max_frames` bounds the frames of a video. Raises UsageError, SampleError.
+    `tokens` tokens (a number, or a range such as 2000-8000 over which they are spread evenly) and
+    one later question; the first samples of a task are the same for any `per_task`.
+    `max_samples` picks a subset of the others that is balanced over tasks; `max_frames` bounds the
+    frames of a video. Raises UsageError, SampleError.
     """
     if max_samples is not None and max_samples < 1:
         raise UsageError(f"max_samples is {max_samples}: expected at least 1")
@@ -80,17 +86,21 @@ def _tinyvl(per_task: int) -> TaskSet:
     return TaskSet("tinyvl", tuple(samples), EXACT_MATCH, max_new_tokens=16)
 
 
-def _longtext(processor: ChatProcessor, per_task: int, tokens: int) -> TaskSet:
-    from hkvprof.evaluate.longtext import is_correct, make_sample
+def _longtext(processor: ChatProcessor, per_task: int, tokens: str) -> TaskSet:
+    from hkvprof.evaluate.longtext import TASKS, is_correct, make_sample
+    from hkvprof.evaluate.make_longtext import parse_range
 
     def count(text: str) -> int:
         return len(processor.encode_text(text))
 
-    samples = [
-        make_sample(kind, index, tokens, "heldout", followups=1, count_tokens=count)
-        for kind in LONGTEXT_KINDS
-        for index in range(per_task)
-    ]
+    low, high = parse_range(tokens)
+    samples = []
+    for index in range(per_task):
+        for number, kind in enumerate(TASKS):
+            place = (index + number / len(TASKS)) * _GOLDEN % 1.0
+            length = round(low + place * (high - low))
+            sample = make_sample(kind, index, length, "heldout", followups=1, count_tokens=count)
+            samples.append(sample if kind in LONGTEXT_JUDGED else replace(sample, reply=None))
     metric = Metric("every_part", is_correct)
     return TaskSet("longtext", tuple(samples), metric, max_new_tokens=32)
 

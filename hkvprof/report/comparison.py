@@ -1,63 +1,198 @@
-"""The table of a comparison, and what to do next."""
+"""The tables of a comparison, its duels in words, and what to do next."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from hkvprof.evaluate.compare import FULL, Answer, MethodSummary, summarise, task_scores
+from hkvprof.evaluate.records import FULL, OURS, REGIMES
+from hkvprof.evaluate.statistics import Duel, Interval, MethodSummary
+from hkvprof.policy.budget import Budget
+
+NOTES = (
+    "share: resident K/V bytes over dense, indexes included; s: seconds to compress",
+    "d score: points to the full cache on the same questions; worst task: its score over full's",
+    "KL(full || method), d NLL (to full): nats per token; agree: same likeliest next token",
+    "[..]: 95% bootstrap interval over samples",
+)
 
 
-def comparison_table(answers: Sequence[Answer]) -> Table:
-    """Mean score per task, then bytes and time, one column per method."""
-    summaries = summarise(answers)
-    counts = {s.method: s.answers for s in summaries}
-    table = Table(title=f"{counts[FULL]} answers per method, greedy, same samples")
-    table.add_column("")
-    for summary in summaries:
+@dataclass(frozen=True)
+class Column:
+    """A heading, and how a row's figure is written; `wide` ones are left out of the short form."""
+
+    heading: str
+    write: Callable[[MethodSummary], str]
+    wide: bool = False
+
+
+def comparison_table(summaries: Sequence[MethodSummary], compact: bool = False) -> Group:
+    """One table per regime, then what the columns mean; `compact` fits 100 columns."""
+    return Group(*(_regime(rows, compact) for rows in _by_regime(summaries)), *NOTES)
+
+
+def task_table(summaries: Sequence[MethodSummary]) -> Group:
+    """Mean scores by task of the full cache and of hkvprof at every budget, a table per regime."""
+    mixed = len({m for s in summaries for task in s.tasks.values() for m in task.metrics}) > 1
+    return Group(*(_tasks(rows, mixed) for rows in _by_regime(summaries)))
+
+
+def duel_lines(duels: Sequence[Duel]) -> list[str]:
+    """Every duel as a sentence."""
+    return [_sentence(duel) for duel in duels]
+
+
+def order(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
+    """Budgets descend (full is the whole); hkvprof, then full, then the others by score."""
+
+    def rank(row: MethodSummary) -> tuple[tuple[float, ...], int, float, str]:
+        place = {OURS: 0, FULL: 1}.get(row.method, 2)
+        return _size(row.budget), place, -(row.score or 0.0), row.method
+
+    return sorted(summaries, key=rank)
+
+
+def _size(budget: str) -> tuple[float, ...]:
+    """Shares before bytes before tokens, each descending."""
+    found = Budget(share=1.0) if not budget else Budget.parse(budget)
+    return tuple(-(size or 0) for size in (found.share, found.bytes, found.tokens))
+
+
+def _by_regime(summaries: Sequence[MethodSummary]) -> list[list[MethodSummary]]:
+    regimes = dict.fromkeys(s.regime for s in summaries)
+    return [order([s for s in summaries if s.regime == regime]) for regime in regimes]
+
+
+def _title(regime: str) -> str:
+    return f"{regime}: {REGIMES[regime]}" if regime in REGIMES else regime
+
+
+def _regime(rows: Sequence[MethodSummary], compact: bool) -> Table:
+    questions = next(row.answers for row in rows if row.method == FULL)
+    samples = next(row.kl.samples for row in rows if row.method == FULL)
+    title = f"{_title(rows[0].regime)} ({questions} questions, {samples} samples)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
+    columns = [column for column in COLUMNS if not (compact and column.wide)]
+    for column in columns:
+        left = column.heading in ("budget", "worst task")
         table.add_column(
-            "full cache" if summary.method == FULL else summary.method, justify="right"
+            column.heading,
+            justify="left" if left else "right",
+            no_wrap=column.heading != "worst task",
+            overflow="fold",
         )
-    by_method = {
-        s.method: task_scores([a for a in answers if a.method == s.method]) for s in summaries
-    }
-    mixed = len({a.metric for a in answers}) > 1
-    for task in by_method[FULL]:
-        metrics = [a.metric for a in answers if a.task == task and a.method == FULL]
-        named = "".join(f"{metric}, " for metric in dict.fromkeys(metrics) if mixed)
-        table.add_row(
-            f"{task} ({named}n={len(metrics)})",
-            *(f"{by_method[s.method][task]:.0%}" for s in summaries),
-        )
-    table.add_section()
-    for label, cells in _totals(summaries):
-        table.add_row(label, *cells)
+    previous = rows[0].budget
+    for row in rows:
+        if row.budget != previous:
+            table.add_row()
+        previous = row.budget
+        name = row.method if row.answers == questions else f"{row.method} (n={row.answers})"
+        table.add_row(_cell(name), *(_cell(column.write(row)) for column in columns))
     return table
 
 
-def _totals(summaries: Sequence[MethodSummary]) -> list[tuple[str, list[str]]]:
-    kib = 1024
-    return [
-        ("score, question in the prompt", [f"{s.score_first:.1%}" for s in summaries]),
-        (
-            "score, later question",
-            ["-" if s.score_later is None else f"{s.score_later:.1%}" for s in summaries],
-        ),
-        (
-            "resident KV after the prompt, KiB",
-            [f"{s.resident_bytes / kib:,.0f}" for s in summaries],
-        ),
-        ("  share of dense, by receipt", [f"{s.share:.1%}" for s in summaries]),
-        ("  share of dense, by tensors", [f"{s.storage_share:.1%}" for s in summaries]),
-        ("  share after all replies", [f"{s.end_share:.1%}" for s in summaries]),
-        ("KV on the host, KiB", [f"{s.host_bytes / kib:,.0f}" for s in summaries]),
-        ("decode, ms per token", [f"{s.decode_ms:.1f}" for s in summaries]),
-        (
-            "hit rate of the hot buffers",
-            ["-" if s.hit_rate is None else f"{s.hit_rate:.0%}" for s in summaries],
-        ),
-    ]
+def _tasks(rows: Sequence[MethodSummary], mixed: bool) -> Table:
+    shown = [row for row in rows if row.method == FULL] + [r for r in rows if r.method == OURS]
+    table = Table(title=_title(rows[0].regime), title_justify="left", box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for row in shown:
+        table.add_column("full cache" if row.method == FULL else row.budget, justify="right")
+    for name, task in shown[0].tasks.items():
+        named = "".join(f"{metric}, " for metric in task.metrics if mixed)
+        cells = [row.tasks.get(name) for row in shown]
+        table.add_row(
+            _cell(f"{name} ({named}n={task.answers})"),
+            *("-" if cell is None else f"{cell.score:.0%}" for cell in cells),
+        )
+    table.add_row("all questions", *(_percent(row.score) for row in shown))
+    return table
+
+
+def _sentence(duel: Duel) -> str:
+    gap = duel.difference
+    if duel.by == "score":
+        what, write, gained = "score", _percent, f"ours less theirs {_points(gap)} points"
+    else:
+        what, write = "KL to the full cache", _nats
+        gained = f"theirs less ours {_span(gap, _signed)} nats"
+    if duel.ratio is not None:
+        gained += f", theirs over ours {_span(duel.ratio, _nats)}"
+    sure = "the interval excludes zero" if gap.excludes_zero else "the interval includes zero"
+    return (
+        f"{duel.regime}, budget {duel.budget}, {what}: {OURS} {write(duel.ours)}, {duel.rival} "
+        f"(the best public baseline) {write(duel.theirs)} on the {duel.questions} questions of "
+        f"{gap.samples} samples that both answered; {gained}; "
+        f"{sure if gap.samples > 1 else 'one sample, so no interval'}"
+    )
+
+
+def _cell(content: str) -> Text:
+    """A stranger's name: no markup, no control characters."""
+    return Text("".join(c if c.isprintable() else "?" for c in content))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2g}"
+
+
+def _span(interval: Interval, write: Callable[[float], str]) -> str:
+    return f"{write(interval.value)} [{write(interval.low)}, {write(interval.high)}]"
+
+
+def _points(interval: Interval | None) -> str:
+    """Differences of scores in percentage points."""
+    return "-" if interval is None else _span(interval, lambda value: f"{100 * value:+.1f}")
+
+
+def _beside_full(write: Callable[[MethodSummary], str]) -> Callable[[MethodSummary], str]:
+    """The full cache is not compared with itself."""
+    return lambda row: "-" if row.method == FULL else write(row)
+
+
+def _worst(row: MethodSummary) -> str:
+    return "-" if row.worst_ratio is None else f"{row.worst_ratio:.0%} {row.worst_task}"
+
+
+def _kl_interval(row: MethodSummary) -> str:
+    return f"[{_nats(row.kl.low)}, {_nats(row.kl.high)}]"
+
+
+def _nll(row: MethodSummary) -> str:
+    return "-" if row.nll_difference is None else _signed(row.nll_difference)
+
+
+def _hits(row: MethodSummary) -> str:
+    return "-" if row.hit_rate is None else f"{row.hit_rate:.0%}"
+
+
+COLUMNS = (
+    Column("budget", lambda row: row.budget or "-"),
+    Column("share", lambda row: _percent(row.share)),
+    Column("by tensors", lambda row: _percent(row.storage_share), wide=True),
+    Column("host MiB", lambda row: f"{row.host_bytes / 2**20:,.1f}", wide=True),
+    Column("score", lambda row: _percent(row.score)),
+    Column("d score", _beside_full(lambda row: _points(row.difference))),
+    Column("worst task", _beside_full(_worst)),
+    Column("KL", _beside_full(lambda row: _nats(row.kl.value))),
+    Column("KL, 95%", _beside_full(_kl_interval), wide=True),
+    Column("d NLL", _beside_full(_nll)),
+    Column("agree", _beside_full(lambda row: _percent(row.agreement))),
+    Column("s", lambda row: f"{row.compress_seconds:.2f}"),
+    Column("hit rate", _hits, wide=True),
+)
 
 
 def next_steps(model: str, profile: str) -> list[str]:

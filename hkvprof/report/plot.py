@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape, quoteattr
 
 from hkvprof.bench.records import BenchResult, Row
+from hkvprof.report import svg
+from hkvprof.report.svg import LEGEND_LINE, PANEL_HEIGHT, PANEL_WIDTH, Frame, Line, round_step
 
-WIDTH, PANEL_WIDTH, PANEL_HEIGHT = 1180, 380, 300
+WIDTH = 1180
 _TOP, _LEFT, _GAP = 58, 70, 90
-_LEGEND_LINE = 19
-_TICK = 5
 _MOST_X_LABELS = 8
 COLOURS = {
     "dense": "#000000",
@@ -25,16 +24,6 @@ COLOURS = {
 PREALLOCATED_DASH = "1 3"
 DASHES = ("", "8 4", "2 3", "8 3 2 3", "14 5", "4 2 1 2 1 2")
 """By budget, in the order of the budgets."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One method: its look, and points (context in tokens, value)."""
-
-    name: str
-    colour: str
-    dash: str
-    points: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -65,23 +54,14 @@ def bench_plot(result: BenchResult) -> str:
     )  # fmt: skip
     legend = panels[0].lines
     footer = _footer(result)
-    height = max(_TOP + PANEL_HEIGHT + 84, _TOP + _LEGEND_LINE * (len(legend) + 1) + 40)
+    height = max(_TOP + PANEL_HEIGHT + 84, _TOP + LEGEND_LINE * (len(legend) + 1) + 40)
     body = [
         *(part for panel in panels for part in _draw(panel, contexts)),
-        *_legend(legend),
-        _text(_LEFT, 22, _heading(result), size=14),
-        *(_text(_LEFT, height - 26 + 14 * n, line, size=10) for n, line in enumerate(footer)),
+        *svg.legend(legend, _LEFT + 2 * PANEL_WIDTH + _GAP + 24, _TOP),
+        svg.text(_LEFT, 22, _heading(result), size=14),
+        *(svg.text(_LEFT, height - 26 + 14 * n, line, size=10) for n, line in enumerate(footer)),
     ]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
-            f'viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" role="img">',
-            f"<title>{escape(_heading(result))}</title>",
-            f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-            *body,
-            "</svg>\n",
-        ]
-    )
+    return svg.document(WIDTH, height, _heading(result), body)
 
 
 def _heading(result: BenchResult) -> str:
@@ -128,77 +108,27 @@ def _points(
     return tuple(found)
 
 
-def round_step(least: float) -> float:
-    """The smallest of 1, 2, 2.5 or 5 times a power of ten that is not below `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= least * (1 - 1e-9))
-
-
 def _draw(panel: Panel, contexts: Sequence[int]) -> list[str]:
     """Axes, ticks and lines; the horizontal axis is logarithmic."""
     ticks = panel.ticks
     low, high = math.log2(contexts[0]), math.log2(contexts[-1])
-    bottom, right = _TOP + PANEL_HEIGHT, panel.left + PANEL_WIDTH
+    frame = Frame(panel.left, _TOP)
 
-    def x(tokens: int) -> float:
+    def x(tokens: float) -> float:
         part = (math.log2(tokens) - low) / (high - low) if high > low else 0.5
-        return panel.left + (0.04 + 0.92 * part) * PANEL_WIDTH
+        return frame.left + (0.04 + 0.92 * part) * PANEL_WIDTH
 
     def y(value: float) -> float:
-        return bottom - value / ticks[-1] * PANEL_HEIGHT
+        return frame.bottom - value / ticks[-1] * PANEL_HEIGHT
 
-    parts = [_text(panel.left, _TOP - 12, f"{panel.title}, {panel.unit}", size=12)]
-    for tick in ticks:
-        parts.append(_stroke(panel.left, y(tick), right, y(tick), "#dddddd"))
-        parts.append(_text(panel.left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
     every = math.ceil(len(contexts) / _MOST_X_LABELS)
-    for number, tokens in enumerate(contexts):
-        parts.append(_stroke(x(tokens), bottom, x(tokens), bottom + _TICK, "#000000"))
-        if number % every == 0:
-            parts.append(_text(x(tokens), bottom + 19, f"{tokens:,}", anchor="middle"))
-    parts.append(_text(panel.left + PANEL_WIDTH / 2, bottom + 38, "context, tokens", "middle"))
-    parts.append(_stroke(panel.left, bottom, right, bottom, "#000000"))
-    parts.append(_stroke(panel.left, _TOP, panel.left, bottom, "#000000"))
-    for line in panel.lines:
-        parts += _curve(line, [(x(tokens), y(value)) for tokens, value in line.points])
-    return parts
-
-
-def _curve(line: Line, points: Sequence[tuple[float, float]]) -> list[str]:
-    """A polyline with its points marked, so that a single one is seen too."""
-    path = " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
-    dots = [f'<circle cx="{x:.2f}" cy="{y:.2f}" r="3" fill="{line.colour}"/>' for x, y in points]
-    return [
-        f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2"'
-        f"{_dash(line.dash)}><title>{escape(line.name)}</title></polyline>",
-        *dots,
-    ]
-
-
-def _legend(lines: Sequence[Line]) -> list[str]:
-    left = _LEFT + 2 * PANEL_WIDTH + _GAP + 24
-    parts = []
-    for number, line in enumerate(lines):
-        y = _TOP + 10 + number * _LEGEND_LINE
-        parts.append(_stroke(left, y, left + 42, y, line.colour, line.dash, width=2))
-        parts.append(f'<circle cx="{left + 21}" cy="{y}" r="3" fill="{line.colour}"/>')
-        parts.append(_text(left + 50, y + 4, line.name))
-    return parts
-
-
-def _stroke(
-    x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "", width: int = 1
-) -> str:
-    return (
-        f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{colour}" '
-        f'stroke-width="{width}"{_dash(dash)}/>'
+    parts = svg.axes(
+        frame,
+        f"{panel.title}, {panel.unit}",
+        "context, tokens",
+        [(x(c), "" if n % every else f"{c:,}") for n, c in enumerate(contexts)],
+        [(y(tick), f"{tick:g}") for tick in ticks],
     )
-
-
-def _dash(pattern: str) -> str:
-    return f" stroke-dasharray={quoteattr(pattern)}" if pattern else ""
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 11) -> str:
-    clean = escape("".join(c if c.isprintable() else "?" for c in text))
-    return f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size}" text-anchor="{anchor}">{clean}</text>'
+    for line in panel.lines:
+        parts += svg.curve(line, [(x(tokens), y(value)) for tokens, value in line.points])
+    return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 from hkvprof.errors import CompressionError, ModelError
 from hkvprof.models.attention import AttentionCall, mark
+from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.parked import ParkedPrompt
+from hkvprof.runtime.plan import HeadPlan
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
 from hkvprof.runtime.receipt import LayerAccount
@@ -170,6 +173,27 @@ class CompressedLayer(DynamicLayer):
         elif not self._complete:
             self._wait()
         return result
+
+    def adopt(
+        self, call: AttentionCall, plans: tuple[HeadPlan, ...], given: Mapping[int, Packed]
+    ) -> None:
+        """Compress a whole prompt (a batch of one) by these plans, whatever the planner says.
+
+        Heads in `given` hold what they are given. For comparisons of methods.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        assert call.query.shape[0] == 1
+        self._scaling, self._complete, self._checked = call.scaling, True, self._seen
+        if self.number == 0:
+            self._shared.observe_rows(None, 1, self._seen)
+        self.ragged = RaggedLayer.compress(
+            self._shared, self.number, self.account, plans, call.query.detach(),
+            self.keys.detach(), self.values.detach(), self._seen, self._scaling, given,
+        )  # fmt: skip
+        self.keys = self.values = None
+        self.account.state, self.account.reason = "compressed", ""
+        self._measure()
 
     def _wait(self) -> None:
         """Between the chunks of a prefill, dense keys and values wait on the host."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 
 import torch
@@ -64,10 +64,12 @@ class RaggedLayer:
         value: Float[Tensor, "rows kv_heads tokens dim"],
         tokens: int,
         scaling: float,
+        given: Mapping[int, Packed] | None = None,
     ) -> RaggedLayer:
         """Compress the first `tokens` dense positions; later ones become the tail.
 
-        `query` holds the last rows up to position `tokens`.
+        `query` holds the last rows up to position `tokens`. Heads in `given` hold what they are
+        given there (batches of one).
         """
         began = time.perf_counter()
         layer = cls(shared, number, account, plans, scaling)
@@ -79,6 +81,9 @@ class RaggedLayer:
             own_key, own_value = key[row, :, start:tokens], value[row, :, start:tokens]
             seen = layer._lazy_attention(query[row], own_key)  # once for all heads
             for head in range(len(plans)):
+                if given and head in given:
+                    packed.append(given[head])
+                    continue
                 rule = layer._rule(head, key.device)
                 last = query[row, layer._group(head), -1]
                 attention = partial(_of_head, seen, head)

@@ -1,16 +1,16 @@
-"""Full against compressed cache: conversations token by token, summaries by hand, the command."""
+"""Full against compressed caches: every regime against plain generation, distances by brute force,
+runs that stop and go on, the command."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import hkvprof
@@ -18,15 +18,23 @@ import hkvprof.runtime
 from hkvprof.artifact import Profile
 from hkvprof.cli import run
 from hkvprof.errors import BudgetError, CompressionError, UsageError
-from hkvprof.evaluate.compare import Answer, compare, summarise, task_scores
-from hkvprof.evaluate.converse import converse
+from hkvprof.evaluate.compare import compare
+from hkvprof.evaluate.journal import CONDITIONS, Journal
 from hkvprof.evaluate.metrics import EXACT_MATCH as SAME
+from hkvprof.evaluate.plan import Plan
+from hkvprof.evaluate.prefill import capture
+from hkvprof.evaluate.questions import Stage
+from hkvprof.evaluate.records import Answer
+from hkvprof.evaluate.replay import answer as greedy
+from hkvprof.evaluate.replay import end_tokens, refer, replay
 from hkvprof.evaluate.tasks import TINYVL_UNJUDGED, TaskSet, default_tasks, load_tasks
-from hkvprof.models.adapter import view_model
 from hkvprof.profile.samples import Sample
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.testbed.generator import make_sample
 from hkvprof.testbed.questions import TASKS
+
+STEPS = 10
+NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -43,134 +51,232 @@ def samples() -> tuple[Sample, ...]:
 
 
 @pytest.fixture(scope="module")
+def tasks(samples: tuple[Sample, ...]) -> TaskSet:
+    return TaskSet("two", samples, SAME, NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
 def hybrid(tiny: tuple[Any, Any]) -> Profile:
     """Static and dynamic heads in turn."""
     types = torch.arange(24).view(6, 4).remainder(2).numpy()
     return uniform_profile(tiny[0], types, budget=0.4, chunk=8)
 
 
+@pytest.fixture(scope="module")
+def answers(tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile) -> list[Answer]:
+    plan = Plan(("0.4", "60%", "1.0"), ("snapkv", "quest"), steps=STEPS)
+    return compare(*tiny, hybrid, tasks, plan)
+
+
 def message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-# -- conversations --------------------------------------------------------------------------------
+def generate(model: Any, processor: Any, conversation: list[Any], **options: Any) -> str:
+    """Plain generation from a whole conversation, on whatever cache generate() brings."""
+    encoded = processor.encode([conversation])
+    inputs = encoded.to(model.device, model.dtype)
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+    return str(processor.decode(ids[0, encoded.tokens :]))
 
 
-def record_prompts(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Token ids that every generation was given."""
-    prompts: list[Tensor] = []
-    generate = model.generate
-
-    def recording(**kwargs: Any) -> Tensor:
-        prompts.append(kwargs["input_ids"])
-        return generate(**kwargs)
-
-    monkeypatch.setattr(model, "generate", recording)
-    return prompts
+def asked_otherwise(sample: Sample, question: str) -> list[Any]:
+    """The sample's prompt with another question."""
+    content = [*sample.messages[0]["content"][:-1], {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
 
 
-@pytest.mark.parametrize("max_new_tokens", [16, 1])
-def test_every_turn_has_the_ids_of_the_whole_conversation(
-    tiny: tuple[Any, Any],
-    samples: tuple[Sample, ...],
-    max_new_tokens: int,
-    monkeypatch: pytest.MonkeyPatch,
+# -- what is asked --------------------------------------------------------------------------------
+
+
+def test_the_full_cache_answers_as_plain_generation_does(
+    tiny: tuple[Any, Any], samples: tuple[Sample, ...], answers: list[Answer]
 ) -> None:
-    """Whether answers end by themselves (16) or are cut short (1)."""
-    model, processor = tiny
-    prompts = record_prompts(model, monkeypatch)
-    cache = DynamicCache(config=view_model(model).text_config)
-    replies = converse(model, processor, samples[0], cache, max_new_tokens)
-    conversation = list(samples[0].messages)
-    for turn, reply in enumerate(replies):
-        encoded = processor.encode([conversation])
-        assert torch.equal(prompts[turn], encoded.inputs["input_ids"]), turn
-        assert reply.prompt_tokens == encoded.tokens
-        if turn < 2:
-            conversation.append(message("assistant", reply.text))
-            conversation.append(message("user", samples[0].followups[turn].question))
-    assert len(prompts) == len(replies) == 3
-    expected = [samples[0].reply, *(turn.reply for turn in samples[0].followups)]
-    assert [reply.expected for reply in replies] == expected
+    """In every regime, without hkvprof and from the whole conversation at once."""
+    said = {(a.sample, a.regime, a.turn): a.text for a in answers if a.method == "full"}
+    for sample in samples:
+        own = generate(*tiny, list(sample.messages))
+        assert said[sample.id, "inside", 0] == said[sample.id, "after", 0] == own
+        for number, turn in enumerate(sample.followups, start=1):
+            alone = asked_otherwise(sample, turn.question)
+            assert said[sample.id, "after", number] == generate(*tiny, alone)
+            told = [*sample.messages, message("assistant", own), message("user", turn.question)]
+            assert said[sample.id, "later", number] == generate(*tiny, told)
+    assert len(said) == 2 * (1 + 3 + 2)
 
 
-def test_full_cache_answers_are_those_of_plain_generation(
-    tiny: tuple[Any, Any], samples: tuple[Sample, ...]
+def test_hkvprof_answers_as_generation_under_apply_does(
+    tiny: tuple[Any, Any], samples: tuple[Sample, ...], answers: list[Answer], hybrid: Profile
 ) -> None:
-    """Every turn answered anew from the whole conversation, without hkvprof and without a cache."""
     model, processor = tiny
     for sample in samples:
-        cache = DynamicCache(config=view_model(model).text_config)
-        replies = converse(model, processor, sample, cache, 16)
-        conversation = list(sample.messages)
-        for turn, reply in enumerate(replies):
-            inputs = processor.encode([conversation]).to(model.device, model.dtype)
-            ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-            new = ids[0, inputs["input_ids"].shape[1] :]
-            assert reply.text == processor.decode(new)
-            assert reply.decode_steps == len(new) - 1
-            if turn < 2:
-                conversation.append(message("assistant", reply.text))
-                conversation.append(message("user", sample.followups[turn].question))
+        with hkvprof.runtime.apply(model, hybrid, budget=0.4, min_tokens=64):
+            wanted = generate(model, processor, list(sample.messages))
+        (mine,) = [
+            a.text for a in answers
+            if (a.sample, a.regime, a.method, a.budget) == (sample.id, "inside", "hkvprof", "0.4")
+        ]  # fmt: skip
+        assert mine == wanted
 
 
-def test_a_budget_of_everything_answers_as_the_full_cache(
+def test_what_is_compressed_before_the_question_knows_nothing_of_it(
+    tiny: tuple[Any, Any], samples: tuple[Sample, ...], tasks: TaskSet
+) -> None:
+    model, processor = tiny
+    scene = Stage(model, processor, samples[0], tasks).after()
+    assert scene is not None
+    prefix = [int(i) for i in scene.prefill.ids[0]]
+    turns = [t.question for t in samples[0].followups]
+    own = samples[0].messages[0]["content"][-1]["text"]
+    for question, text in zip(scene.questions, [own, *turns], strict=True):
+        whole = processor.encode([asked_otherwise(samples[0], text)]).inputs["input_ids"][0]
+        assert [*prefix, *question.lead] == whole.tolist()
+    assert own not in processor.decode(prefix)
+    assert own in processor.decode(list(scene.questions[0].lead))
+    # Its keys are those of the context run by itself.
+    alone = capture(model, processor.encode([asked_otherwise(samples[0], turns[0])]))
+    for mine, other in zip(scene.prefill.calls, alone.calls, strict=True):
+        same = other.key[:, :, : scene.prefill.tokens]
+        torch.testing.assert_close(mine.key, same, rtol=1e-4, atol=1e-4)
+
+
+def test_a_question_before_its_context_has_no_such_regime(
     tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile
 ) -> None:
-    tasks = TaskSet("two", samples, SAME, 12)
-    answers = compare(*tiny, hybrid, tasks, [1.0])
-    full = [a for a in answers if a.method == "full"]
-    whole = [a for a in answers if a.method != "full"]
-    assert [a.text for a in full] == [a.text for a in whole]
-    assert [a.resident_bytes for a in full] == [a.resident_bytes for a in whole]
+    content = samples[0].messages[0]["content"]
+    images = [i for i, part in enumerate(content) if part["type"] == "image"]
+    turned_round = [content[-1], *content[: images[-1] + 1]]
+    first = ({"role": "user", "content": turned_round},)
+    sample = replace(samples[0], messages=first, followups=())
+    turned = TaskSet("turned", (sample,), SAME, 2)
+    with pytest.raises(UsageError, match="no sample has a question in the regime 'after'"):
+        compare(*tiny, hybrid, turned, Plan(("0.4",), regimes=("inside", "after"), steps=2))
+    with pytest.raises(UsageError, match="in the regime 'later'"):
+        compare(*tiny, hybrid, turned, Plan(("0.4",), regimes=("later",), steps=2))
 
 
-# -- comparisons ----------------------------------------------------------------------------------
+# -- distances ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def answers(tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile) -> list[Answer]:
-    return compare(*tiny, hybrid, TaskSet("two", samples, SAME, 12), [0.4, "60%"])
-
-
-def test_every_sample_and_turn_is_answered_by_every_method(
-    answers: list[Answer], samples: tuple[Sample, ...]
+@torch.no_grad()
+def test_the_reference_is_a_teacher_forced_pass(
+    tiny: tuple[Any, Any], samples: tuple[Sample, ...]
 ) -> None:
-    found = [(a.sample, a.method, a.turn) for a in answers]
-    methods = ("full", "budget 0.4", "budget 60%")
-    assert found == [(s.id, m, turn) for s in samples for m in methods for turn in range(3)]
+    """Distributions from one dense pass over prompt and forced tokens; the end token is passed
+    over, what ended the reply is known."""
+    model, processor = tiny
+    ends = end_tokens(model, processor)
+    for sample in samples:
+        encoded = processor.encode([sample.messages])
+        prefill = capture(model, encoded)
+        found = refer(model, prefill.dense_cache(), prefill.logits[0], (), ends, STEPS, NEW_TOKENS)
+        inputs = encoded.to(model.device, model.dtype)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], found.forced[None]], dim=1)
+        ones = torch.ones_like(inputs["input_ids"])
+        extra = {k: torch.nn.functional.pad(v, (0, STEPS)) for k, v in inputs.items()
+                 if k == "mm_token_type_ids"}  # fmt: skip
+        logits = model(**{**inputs, "attention_mask": ones, **extra}).logits[0]
+        wanted = logits[encoded.tokens - 1 :].log_softmax(-1)
+        torch.testing.assert_close(found.log_probs, wanted, rtol=1e-3, atol=1e-3)
+        assert not set(found.forced.tolist()) & ends
+        assert processor.decode(list(found.reply)) == generate(model, processor, sample.messages)
+        assert found.ended in ends
+        assert found.forced.tolist()[: len(found.reply)] == list(found.reply)[:STEPS]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("types", ["static", "dynamic"])
+def test_distances_are_those_of_decoding_token_by_token(
+    tiny: tuple[Any, Any], samples: tuple[Sample, ...], types: str
+) -> None:
+    model, processor = tiny
+    ends = end_tokens(model, processor)
+    prefill = capture(model, processor.encode([samples[0].messages]))
+    found = refer(model, prefill.dense_cache(), prefill.logits[0], (), ends, STEPS, NEW_TOKENS)
+    with hkvprof.runtime.apply(model, uniform_profile(model, types, chunk=4), budget=0.3) as handle:
+        rows = [prefill.logits[0]]
+        cache = handle.new_cache()
+        prefill.fill(cache)
+        for token in found.forced:
+            rows.append(model(input_ids=token.view(1, 1), past_key_values=cache).logits[0, -1])
+        log_probs = torch.stack(rows).log_softmax(-1)
+        for stepwise in (True, False) if types == "static" else (True,):
+            cache = handle.new_cache()
+            prefill.fill(cache)
+            distance, left = replay(model, cache, prefill.logits[0], (), found, stepwise)
+            kl = torch.nn.functional.kl_div(
+                log_probs[1:], found.log_probs[1:], log_target=True, reduction="none"
+            )
+            assert distance.kl == pytest.approx(float(kl.sum(-1).mean()), rel=1e-3, abs=1e-6)
+            same = (log_probs.argmax(-1) == found.log_probs.argmax(-1))[1:].float().mean()
+            assert distance.agreement == pytest.approx(float(same))
+            said = [*found.reply, found.ended]
+            chances = [float(-log_probs[i, token]) for i, token in enumerate(said)]
+            assert distance.nll == pytest.approx(sum(chances) / len(said), rel=1e-3, abs=1e-5)
+            assert distance.rows == STEPS
+            cache = handle.new_cache()
+            prefill.fill(cache)
+            own = greedy(model, cache, prefill.logits[0], (), ends, NEW_TOKENS)
+            assert (left is None) == (own == found.reply)
+            if left is not None:
+                assert own[:left] == found.reply[:left]
+
+
+def test_no_distance_at_the_whole_cache(answers: list[Answer]) -> None:
+    whole = [a for a in answers if a.budget == "1.0"]
+    full = [a for a in answers if a.method == "full"]
+    assert {a.method for a in whole} == {"hkvprof"}  # baselines have nothing to show there
+    assert [a.text for a in whole] == [a.text for a in full]
+    assert [a.resident_bytes for a in whole] == [a.resident_bytes for a in full]
+    for mine, dense in zip(whole, full, strict=True):
+        assert mine.kl < 1e-5
+        assert mine.nll == pytest.approx(dense.nll, rel=1e-3, abs=1e-4)
+        assert (mine.agreement, dense.agreement, dense.kl) == (1, 1, 0)
+
+
+def test_less_room_means_more_distance(answers: list[Answer]) -> None:
+    def mean(budget: str) -> float:
+        mine = [a.kl for a in answers if (a.method, a.budget) == ("hkvprof", budget)]
+        return sum(mine) / len(mine)
+
+    assert mean("0.4") > mean("60%") > 0
+
+
+# -- bytes ----------------------------------------------------------------------------------------
+
+
+def test_every_question_is_answered_by_every_method(
+    answers: list[Answer], tasks: TaskSet
+) -> None:
+    order = [("inside", 0), ("after", 0), ("after", 1), ("after", 2), ("later", 1), ("later", 2)]
+    rows = [("full", ""), ("hkvprof", "0.4"), ("hkvprof", "60%"), ("hkvprof", "1.0"),
+            ("snapkv", "0.4"), ("snapkv", "60%"), ("quest", "0.4"), ("quest", "60%")]  # fmt: skip
+    found = [(a.sample, a.method, a.budget, a.regime, a.turn) for a in answers]
+    assert found == [(s.id, *row, *turn) for s in tasks.samples for row in rows for turn in order]
     for answer in answers:
-        sample = next(s for s in samples if s.id == answer.sample)
+        sample = next(s for s in tasks.samples if s.id == answer.sample)
         replies = [sample.reply, *(turn.reply for turn in sample.followups)]
         assert answer.expected == replies[answer.turn]
         assert answer.score == SAME(answer.text, (answer.expected,))
-        assert answer.metric == "exact_match"
-        assert answer.task == (sample.task if answer.turn == 0 else "later question")
+        assert (answer.metric, answer.task, answer.questions) == ("exact_match", sample.task, 6)
+        assert answer.steps == (STEPS if answer.regime == "inside" else STEPS + 1)
 
 
 def test_receipts_agree_with_the_tensors_within_one_percent(answers: list[Answer]) -> None:
-    compressed = [a for a in answers if a.method != "full"]
-    assert compressed
-    for answer in compressed:
+    for answer in answers:
         assert answer.storage_bytes == pytest.approx(answer.resident_bytes, rel=0.01)
-        assert answer.resident_bytes < answer.dense_bytes
-        assert answer.host_bytes > 0
-        assert answer.hit_rate is not None
-        assert 0 <= answer.hit_rate <= 1
-    for summary in summarise(answers)[1:]:
-        assert summary.storage_share == pytest.approx(summary.share, rel=0.01)
-        assert summary.share < 0.9
-    for answer in (a for a in answers if a.method == "full"):
-        # Keys and values of 6 layers, 4 heads, 32 channels in float32, of this turn's prompt.
+        # Keys and values of 6 layers, 4 heads, 32 channels in float32.
         assert answer.dense_bytes == answer.prompt_tokens * 2 * 6 * 4 * 32 * 4
-        assert (answer.resident_bytes, answer.storage_bytes) == (answer.dense_bytes,) * 2
-        assert (answer.host_bytes, answer.hit_rate) == (0, None)
-
-
-def test_a_smaller_budget_keeps_less(answers: list[Answer]) -> None:
-    full, small, large = summarise(answers)
-    assert (full.share, full.storage_share) == (1, 1)
-    assert small.share < large.share < 1
+        if answer.method == "full":
+            assert answer.resident_bytes == answer.dense_bytes
+            assert (answer.host_bytes, answer.hit_rate, answer.compress_seconds) == (0, None, 0)
+        elif answer.budget in ("0.4", "60%"):
+            share = 0.4 if answer.budget == "0.4" else 0.6
+            assert answer.resident_bytes <= share * answer.dense_bytes + 8 * 24
+            assert answer.compress_seconds > 0
+        if answer.method in ("hkvprof", "quest") and answer.budget != "1.0":
+            assert answer.host_bytes > 0
+            assert answer.hit_rate is not None
 
 
 def test_the_model_is_free_again_after_a_comparison(
@@ -185,20 +291,119 @@ def test_nothing_compressed_is_an_error(
     tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile
 ) -> None:
     tasks = TaskSet("one", (replace(samples[0], followups=()),), SAME, 2)
-    with pytest.raises(CompressionError, match="budget 2GiB compressed nothing"):
-        compare(*tiny, hybrid, tasks, [0.4, "2GiB"])
+    plan = Plan(("0.4", "2GiB"), regimes=("inside",), steps=1)
+    with pytest.raises(CompressionError, match="hkvprof at budget 2GiB compressed nothing"):
+        compare(*tiny, hybrid, tasks, plan)
     short = [{"type": "text", "text": "is there any blue square"}]
     question = Sample("short", "short", ({"role": "user", "content": short},), reply="no")
-    with pytest.raises(CompressionError, match=r"budget 0\.4 compressed nothing"):
-        compare(*tiny, hybrid, TaskSet("short", (question,), SAME, 2), [0.4])
+    plan = Plan(("0.4",), regimes=("inside",), steps=1)
+    with pytest.raises(CompressionError, match=r"hkvprof at budget 0\.4 compressed nothing"):
+        compare(*tiny, hybrid, TaskSet("short", (question,), SAME, 2), plan)
 
 
-@pytest.mark.parametrize("budget", ["1.0", "100%", 1, "1"])
-def test_everything_may_be_asked_for(
-    tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile, budget: Any
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"baselines": ("h2o",)}, "unknown baseline 'h2o': expected one of"),
+        ({"regimes": ("before",)}, "unknown regime before: expected some of inside"),
+        ({"regimes": ()}, r"unknown regime \(none\)"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_plans_are_checked(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Plan(("0.4",), **options)
+    with pytest.raises(BudgetError):
+        Plan(("lots",))
+
+
+# -- runs that stop and go on ---------------------------------------------------------------------
+
+CONDITION = {"model": "m", "steps": STEPS}
+
+
+def told(answers: Iterable[Answer]) -> list[dict[str, Any]]:
+    """Everything but the seconds."""
+    return [{**asdict(a), "compress_seconds": 0} for a in answers]
+
+
+def test_a_run_that_was_stopped_goes_on(
+    tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile, answers: list[Answer], tmp_path: Path
 ) -> None:
-    tasks = TaskSet("one", (replace(samples[0], followups=()),), SAME, 2)
-    assert len(compare(*tiny, hybrid, tasks, [budget])) == 2
+    plan = Plan(("0.4", "60%", "1.0"), ("snapkv", "quest"), steps=STEPS)
+
+    def one_sample(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+        assert total == 2
+        yield list(items)[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(*tiny, hybrid, tasks, plan, Journal(tmp_path, CONDITION), one_sample)
+    file = tmp_path / "answers.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == len(answers) / 2
+    # Killed in the middle of the last unit: two whole lines of it are there, and half of a third.
+    file.write_text("".join(lines[:-4]) + lines[-4][:50])
+    seen = []
+    journal = Journal(tmp_path, CONDITION)
+    assert len(journal.answers) == len(lines) - 6
+    journal_add = journal.add
+
+    def add(more: Iterable[Answer]) -> None:
+        new = list(more)
+        seen.extend((a.sample, a.method, a.budget) for a in new)
+        journal_add(new)
+
+    journal.add = add  # type: ignore[method-assign]
+    again = compare(*tiny, hybrid, tasks, plan, journal)
+    assert (tasks.samples[0].id, "quest", "60%") == seen[0]
+    assert len(seen) == 6 + len(answers) / 2
+    assert told(again) == told(answers)
+    assert told(Journal(tmp_path, CONDITION).answers) == told(answers)
+
+
+def test_rows_can_be_added_to_a_folder(
+    tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile, answers: list[Answer], tmp_path: Path
+) -> None:
+    for plan in (
+        Plan(("60%",), steps=STEPS),
+        Plan(("0.4",), ("snapkv",), steps=STEPS),
+    ):
+        found = compare(*tiny, hybrid, tasks, plan, Journal(tmp_path, CONDITION))
+        rows = {(FULL, ""), *((e.method, e.budget) for e in plan.entries)}
+        wanted = [a for a in answers if (a.method, a.budget) in rows]
+
+        def order(one: Answer) -> tuple[str, str, str, str, int]:
+            return one.sample, one.method, one.budget, one.regime, one.turn
+
+        assert told(sorted(found, key=order)) == told(sorted(wanted, key=order))
+
+
+FULL = "full"
+
+
+def test_folders_of_other_runs_are_refused(tmp_path: Path, answers: list[Answer]) -> None:
+    Journal(tmp_path / "a", CONDITION).add(answers[:6])
+    with pytest.raises(UsageError, match="other conditions .steps: 10 there, 11 now"):
+        Journal(tmp_path / "a", {**CONDITION, "steps": 11})
+    with (tmp_path / "a" / "answers.jsonl").open("a") as file:
+        file.write('{"sample": "x"}\n')
+    with pytest.raises(UsageError, match="line 7: not an answer of this version"):
+        Journal(tmp_path / "a", CONDITION)
+    (tmp_path / "a" / CONDITIONS).write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        Journal(tmp_path / "a", CONDITION)
+    (tmp_path / "a" / CONDITIONS).unlink()
+    with pytest.raises(UsageError, match="holds answers but no conditions"):
+        Journal(tmp_path / "a", CONDITION)
+    Journal(tmp_path / "b", CONDITION)
+    assert not (tmp_path / "b").exists()
+
+
+def test_shards_fill_one_folder(tmp_path: Path, answers: list[Answer]) -> None:
+    Journal(tmp_path, CONDITION, "-1of2").add(answers[:6])
+    Journal(tmp_path, CONDITION, "-2of2").add(answers[-6:])
+    assert Journal(tmp_path, CONDITION).answers == [*answers[:6], *answers[-6:]]
 
 
 def test_progress_sees_every_sample(
@@ -212,67 +417,9 @@ def test_progress_sees_every_sample(
             seen.append(item.id)
             yield item
 
-    plain = tuple(replace(sample, followups=()) for sample in samples)
-    compare(*tiny, hybrid, TaskSet("two", plain, SAME, 1), [0.4], track)
+    plan = Plan(("0.4",), regimes=("inside",), steps=1)
+    compare(*tiny, hybrid, TaskSet("two", samples, SAME, 1), plan, track=track)
     assert seen == [2, *(sample.id for sample in samples)]
-
-
-# -- summaries by hand ----------------------------------------------------------------------------
-
-
-def answer(method: str, task: str, turn: int, score: float, **changes: Any) -> Answer:
-    plain = Answer(
-        sample="s", task=task, turn=turn, method=method, text="", expected="", metric="m",
-        score=score, prompt_tokens=100, decode_seconds=0.5, decode_steps=5, resident_bytes=1000,
-        storage_bytes=1000, host_bytes=0, dense_bytes=1000, end_share=1.0, hit_rate=None,
-    )  # fmt: skip
-    return replace(plain, **changes)
-
-
-def test_summaries_are_means_that_can_be_checked_by_hand() -> None:
-    small = {"resident_bytes": 100, "storage_bytes": 110, "host_bytes": 900}
-    large = {"resident_bytes": 500, "storage_bytes": 520, "host_bytes": 0, "dense_bytes": 3000}
-    full, half = summarise(
-        [
-            answer("full", "ocr", 0, True),
-            answer("full", "ocr", 0, True),
-            answer("full", "count", 0, True),
-            answer("full", "count", 0, False),
-            answer("full", "later question", 1, True),
-            answer("half", "ocr", 0, True, **small, hit_rate=0.5, decode_steps=0, decode_seconds=0),
-            answer("half", "ocr", 0, False, **large),
-            answer("half", "count", 0, True, **small, hit_rate=0.7),
-            answer("half", "count", 0, True, **small),
-            answer("half", "later question", 1, False, **large, hit_rate=0.1, decode_seconds=2.0),
-        ]
-    )
-    assert (full.method, full.answers, full.score) == ("full", 5, 0.8)
-    assert (full.score_first, full.score_later) == (0.75, 1.0)
-    assert (full.worst_ratio, full.share, full.hit_rate) == (1.0, 1.0, None)
-    assert full.decode_ms == pytest.approx(100)
-    assert (half.score, half.score_first, half.score_later) == (0.6, 0.75, 0.0)
-    assert (half.worst_task, half.worst_ratio) == ("later question", 0.0)
-    assert half.resident_bytes == (100 + 500 + 100 + 100) / 4
-    assert half.host_bytes == 900 * 3 / 4
-    assert half.share == 800 / 6000
-    assert half.storage_share == 850 / 6000
-    assert half.hit_rate == pytest.approx(0.6)
-    assert half.decode_ms == pytest.approx(1000 * (0 + 0.5 + 0.5 + 0.5 + 2.0) / 20)
-
-
-def test_the_worst_task_is_relative_to_the_full_cache() -> None:
-    """A task that the full cache fails cannot be the worst; one that halves is."""
-    answers = [
-        answer("full", "hard", 0, False),
-        *[answer("full", "easy", 0, True) for _ in range(4)],
-        *[answer("full", "fair", 0, i < 2) for i in range(4)],
-        answer("b", "hard", 0, False),
-        *[answer("b", "easy", 0, i < 3) for i in range(4)],
-        *[answer("b", "fair", 0, i < 1) for i in range(4)],
-    ]
-    summary = summarise(answers)[1]
-    assert (summary.worst_task, summary.worst_ratio) == ("fair", 0.5)
-    assert task_scores(answers[9:]) == {"hard": 0.0, "easy": 0.75, "fair": 0.25}
 
 
 # -- tasks ----------------------------------------------------------------------------------------
@@ -328,52 +475,74 @@ def profile_file(tmp_path: Path, hybrid: Profile) -> Path:
 
 
 def command(profile: Path, data: Path, *more: str) -> list[str]:
-    return ["eval", "--model", "tinyvl", "--dtype", "float32", "--device", "cpu",
+    return ["eval", "--model", "tinyvl", "--dtype", "float32", "--device", "cpu", "--steps", "4",
             "--profile", str(profile), "--tasks", str(data), *more]  # fmt: skip
 
 
-def test_the_command_writes_answers_and_summary(
+def test_the_command_writes_answers_summary_and_plot(
     profile_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    code = run(command(profile_file, data, "--budget", "0.4,60%", "--json", "-o", str(out)))
-    printed, err = capsys.readouterr()
-    assert code == 0, err
-    written = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    args = command(profile_file, data, "--budget", "0.4,60%", "--baselines", "snapkv", "--json")
+    for part in ("1/2", "2/2"):  # as two processes would
+        assert run([*args, "-o", str(out), "--shard", part]) == 0, capsys.readouterr().err
+    printed, _ = capsys.readouterr()
     summary = json.loads((out / "summary.json").read_text())
-    assert len(written) == 2 * 3 * 2
-    assert summary == json.loads(printed)
-    assert [s["method"] for s in summary] == ["full", "budget 0.4", "budget 60%"]
-    again = summarise([Answer(**line) for line in written])
-    assert [s.score for s in again] == [s["score"] for s in summary]
-    assert [s.share for s in again] == [s["share"] for s in summary]
+    assert printed.endswith((out / "summary.json").read_text())
+    files = sorted(out.glob("answers*.jsonl"))
+    assert [file.name for file in files] == ["answers-1of2.jsonl", "answers-2of2.jsonl"]
+    written = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(written) == 2 * (1 + 2 + 2) * (1 + 2 + 1)
+    rows = [(s["regime"], s["method"], s["budget"]) for s in summary["summaries"]]
+    assert len(rows) == len(set(rows)) == 3 * 5
+    for one in summary["summaries"]:
+        mine = [a for a in written if (a["regime"], a["method"], a["budget"]) ==
+                (one["regime"], one["method"], one["budget"])]  # fmt: skip
+        assert one["score"] == pytest.approx(sum(a["score"] for a in mine) / len(mine))
+        assert one["kl"] == pytest.approx(sum(a["kl"] for a in mine) / len(mine))
+    assert {d["budget"] for d in summary["duels"]} == {"0.4", "60%"}
+    assert (out / "quality.svg").read_text().startswith("<svg")
+    # Again, with a row more: only that is computed, and the answers are in a file of their own.
+    assert run([*args, "-o", str(out), "--baselines", "snapkv,random"]) == 0
+    more = (out / "answers.jsonl").read_text().splitlines()
+    assert {json.loads(line)["method"] for line in more} == {"random"}
 
 
-@pytest.mark.parametrize("budget", ["", ",", "0", "1.5", "lots", "0.4,0.4", "0.4,-1", "5 tokens"])
-def test_bad_budgets_are_wrong_usage(
-    budget: str, profile_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_samples_without_followups_have_two_regimes(
+    profile_file: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = data / "samples.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps({**line, "followups": []}) for line in lines))
+    assert run(command(profile_file, data, "--budget", "0.4", "--json")) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert {s["regime"] for s in summary["summaries"]} == {"inside", "after"}
+    assert run(command(profile_file, data, "--budget", "0.4", "--regimes", "later")) == 2
+    assert "no sample has a question in the regime 'later'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(("--budget", text) for text in
+          ("", ",", "0", "1.5", "lots", "0.4,0.4", "0.4,-1", "5 tokens")),
+        ("--baselines", "h2o"),
+        ("--regimes", "inside,outside"),
+        ("--shard", "3/2"),
+        ("--shard", "one"),
+        ("--budget", "0.02"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_wrong_usage(
+    more: tuple[str, str],
+    profile_file: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert run(command(profile_file, data, "--budget", budget, "-o", str(out))) == 2
+    assert run(command(profile_file, data, *more, "-o", str(out))) == 2
     printed, err = capsys.readouterr()
     assert printed == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert not out.exists()
-
-
-def test_a_budget_too_small_for_the_prompts_is_wrong_usage(
-    profile_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert run(command(profile_file, data, "--budget", "0.02", "-o", str(out))) == 2
-    assert "too small" in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_budgets_are_checked_by_compare_too(
-    tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile
-) -> None:
-    tasks = TaskSet("one", (replace(samples[0], followups=()),), SAME, 1)
-    with pytest.raises(BudgetError):
-        compare(*tiny, hybrid, tasks, ["lots"])
+    assert err.splitlines()[-1].startswith("error: ")
+    assert not list(out.glob("summary*"))

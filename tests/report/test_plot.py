@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hkvprof.report.plot import COLOURS, DASHES, bench_plot, round_step
+from hkvprof.report.plot import COLOURS, DASHES, bench_plot
+from hkvprof.report.svg import round_step
 from tests.bench.results import make_result
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"

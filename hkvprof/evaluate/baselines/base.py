@@ -1,0 +1,202 @@
+"""What every method of the comparison is: one function from a prompt to what its heads keep."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hkvprof.artifact import Profile
+from hkvprof.errors import UsageError
+from hkvprof.evaluate.prefill import Prefill
+from hkvprof.heads import HeadGrid, KeepRule
+from hkvprof.runtime.options import SMOOTHING
+from hkvprof.runtime.plan import HeadPlan
+
+
+@dataclass(frozen=True)
+class LayerPrompt:
+    """Post-RoPE queries, keys and values of a prompt in one layer, and the scale of its logits."""
+
+    query: Float[Tensor, "query_heads tokens dim"]
+    key: Float[Tensor, "kv_heads tokens dim"]
+    value: Float[Tensor, "kv_heads tokens dim"]
+    scaling: float
+
+    def keep(self, head: int, tokens: Int[Tensor, " kept"]) -> Kept:
+        """These tokens (in ascending order) of one KV head, unchanged."""
+        ordered = tokens.sort().values
+        return Kept(self.key[head, ordered], self.value[head, ordered])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values that a head keeps on the device; the rest of the prompt is gone.
+
+    They may differ from the prompt's (merging, a compensation token); every row costs a token.
+    """
+
+    key: Float[Tensor, "kept dim"]
+    value: Float[Tensor, "kept dim"]
+
+
+Choice = Kept | HeadPlan
+"""A head's fate: what it keeps, or a strategy of the runtime's with its all-in share."""
+
+Selection = list[list[Choice]]
+"""Per covered layer, per KV head."""
+
+
+@dataclass
+class Prompt:
+    """What a method may look at: a whole prompt (batch of one) and how much it may keep.
+
+    `share` is the all-in share of dense bytes, `profile` that of the model (None if there is
+    none), `seed` for methods that draw. `memo` is shared by all shares of one prompt.
+    """
+
+    model: Any
+    prefill: Prefill
+    share: float
+    profile: Profile | None = None
+    seed: int = 0
+    memo: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    borrowed_seconds: float = 0.0
+    """Time that what was taken from the memo had cost."""
+
+    @cached_property
+    def layers(self) -> tuple[LayerPrompt, ...]:
+        """All covered layers."""
+        return tuple(
+            LayerPrompt(call.query[0], call.key[0], call.value[0], call.scaling)
+            for call in self.prefill.calls
+        )
+
+    @property
+    def grid(self) -> HeadGrid:
+        """The model's attention geometry."""
+        return self.prefill.view.grid
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt."""
+        return self.prefill.tokens
+
+    @property
+    def text(self) -> Bool[Tensor, " tokens"]:
+        """Which tokens are text; the others are vision (or long context, which plays its part)."""
+        return self.prefill.text
+
+    @property
+    def room(self) -> int:
+        """Tokens that a head may keep on average: floor(share * tokens), at least 1."""
+        return max(1, int(self.share * self.tokens + 1e-6))
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self.prefill.calls[0].key.device
+
+    def need_profile(self, name: str) -> Profile:
+        """The profile. Raises UsageError where there is none."""
+        if self.profile is None:
+            raise UsageError(f"{name} needs a profile of the model: give --profile")
+        return self.profile
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """`compute()`, once per prompt for all shares; its time counts every time."""
+        if name in self.memo:
+            value, seconds = self.memo[name]
+            self.borrowed_seconds += seconds
+            return value
+        began = time.perf_counter()
+        value = compute()
+        self.memo[name] = (value, time.perf_counter() - began)
+        return value
+
+    def offline(self, name: str, compute: Callable[[], Any]) -> Any:
+        """`compute()`, once per model; its time is no request's."""
+        known = _OFFLINE.setdefault(self.model, {})
+        if name not in known:
+            began = time.perf_counter()
+            known[name] = compute()
+            self.borrowed_seconds -= time.perf_counter() - began
+        return known[name]
+
+
+_OFFLINE: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""What methods know of a model before any prompt comes."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method by name: `paper` is its source, `select` decides what every head keeps.
+
+    `keep` (None: the profile's) and `smoothing` are what the runtime's own strategies (HeadPlan)
+    go by.
+    """
+
+    name: str
+    title: str
+    paper: str
+    select: Callable[[Prompt], Selection]
+    keep: KeepRule | None
+    smoothing: float
+    needs_profile: bool
+    public: bool
+    """Whether it is a peer's method, not an ablation of hkvprof."""
+
+
+_REGISTRY: dict[str, Baseline] = {}
+
+
+def baseline(
+    name: str,
+    title: str,
+    paper: str,
+    *,
+    keep: KeepRule | None = None,
+    smoothing: float = 0.0,
+    needs_profile: bool = False,
+    public: bool = True,
+) -> Callable[[Callable[[Prompt], Selection]], Callable[[Prompt], Selection]]:
+    """Register the decorated function under `name`."""
+
+    def register(select: Callable[[Prompt], Selection]) -> Callable[[Prompt], Selection]:
+        _register(
+            Baseline(
+                name, title, paper, select, keep or KeepRule(), smoothing, needs_profile, public
+            )
+        )
+        return select
+
+    return register
+
+
+def ablation(
+    name: str, title: str
+) -> Callable[[Callable[[Prompt], Selection]], Callable[[Prompt], Selection]]:
+    """Register a part of hkvprof itself: it keeps and smooths as the profile and runtime do."""
+
+    def register(select: Callable[[Prompt], Selection]) -> Callable[[Prompt], Selection]:
+        _register(Baseline(name, title, "hkvprof", select, None, SMOOTHING, True, False))
+        return select
+
+    return register
+
+
+def _register(method: Baseline) -> None:
+    assert method.name not in _REGISTRY, method.name
+    _REGISTRY[method.name] = method
+
+
+def registered() -> dict[str, Baseline]:
+    """All that has been registered so far."""
+    return dict(_REGISTRY)

@@ -1,0 +1,60 @@
+"""Expected Attention: what queries to come would attend to, from the statistics of past ones."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hkvprof.errors import ModelError
+from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.scores import SINKS, keep_best, same_room, with_sinks
+from hkvprof.models.decoder_input import Rotation
+
+AHEAD = 512
+"""Positions after the prompt over which the rotation is averaged."""
+EPSILON = 0.02
+
+
+@baseline("expected_attention", "Expected Attention", "arXiv 2510.00636")
+def expected_attention(prompt: Prompt) -> Selection:
+    """Queries are taken as normal, with mean and covariance of the prompt's before rotation.
+
+    The first 4 tokens are left out of the statistics and always kept. Raises ModelError for models
+    without rotary embeddings.
+    """
+    rotation = prompt.prefill.decoder_input.rotation
+    if rotation is None:
+        raise ModelError(
+            "expected_attention needs rotary position embeddings, and "
+            f"{type(prompt.model).__name__} has none: leave this method out"
+        )
+    scores = prompt.remember(
+        "expected_attention", lambda: [expected(layer, rotation) for layer in prompt.layers]
+    )
+    return keep_best(prompt, [with_sinks(prompt, s) for s in scores], same_room(prompt))
+
+
+def expected(layer: LayerPrompt, rotation: Rotation) -> Float[Tensor, "kv_heads tokens"]:
+    """(softmax of the expected logit + epsilon) times the value's norm, mean over the group.
+
+    The expectation of exp(q k s) under a normal q is exp(mu k s + k' Sigma k s^2 / 2).
+    """
+    past = rotation.undo(layer.query)[:, min(SINKS, layer.query.shape[1] - 1) :]
+    turn = torch.eye(past.shape[-1], device=past.device)
+    mean_turn = rotation.ahead(AHEAD)
+    turn[: len(mean_turn), : len(mean_turn)] = mean_turn
+    mean = past.mean(dim=1, keepdim=True)
+    spread = (past - mean) @ turn.T
+    covariance = spread.transpose(1, 2) @ spread / past.shape[1]
+    ahead = (mean @ turn.T)[:, 0]
+    group = len(layer.query) // len(layer.key)
+    scores = []
+    for head, key in enumerate(layer.key.float()):
+        mine = slice(head * group, (head + 1) * group)
+        logits = ahead[mine] @ key.T * layer.scaling
+        quadratic = ((key @ covariance[mine]) * key).sum(dim=-1)
+        logits += quadratic * layer.scaling**2 / 2
+        weight = logits[:, SINKS:].softmax(dim=-1).mean(dim=0)
+        scores.append(torch.cat([weight.new_zeros(min(SINKS, len(key))), weight]))
+    return (torch.stack(scores) + EPSILON) * layer.value.float().norm(dim=-1)

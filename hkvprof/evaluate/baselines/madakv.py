@@ -1,0 +1,71 @@
+"""MadaKV: every head decides how much of its room text gets and how much vision."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.budgets import rows, spread
+from hkvprof.evaluate.baselines.scores import POOL, best_tokens, snapkv_scores, with_recent
+from hkvprof.policy.static import pool
+
+THETA = 0.9
+"""Share of a modality's attention that its needed tokens cover."""
+FLOOR = 0.5
+"""Least share of an even budget that a head gets."""
+
+
+@baseline("madakv", "MadaKV-like", "arXiv 2506.15724")
+def madakv(prompt: Prompt) -> Selection:
+    """Modality preference per head, and budgets compensated between layers.
+
+    A head needs the fewest tokens that hold 0.9 of the last rows' attention to each modality, and
+    its room is divided between text and vision as that attention is. As published, a layer takes
+    what it needs and the ones after it share what that leaves; where the room is small, nothing is
+    left for the last layers, so here budgets are in proportion to needs, with a floor. The recent
+    tokens (as text) always stay, and scores are pooled as SnapKV's.
+    """
+    weights = prompt.remember("madakv", lambda: [snapkv_scores(x, width=1) for x in prompt.layers])
+    text = prompt.text.to(prompt.device)
+    needs = [
+        [sum(_needed(row[part]) for part in (text, ~text)) for row in weight] for weight in weights
+    ]
+    heads = prompt.grid.kv_heads
+    least = int(FLOOR * prompt.room)
+    counts = spread(prompt.room * len(needs) * heads, needs, least, prompt.tokens)
+    selection: Selection = []
+    for layer, weight, numbers in zip(prompt.layers, weights, rows(counts, heads), strict=True):
+        score = with_recent(prompt, pool(weight, POOL))
+        selection.append(
+            [
+                layer.keep(head, _divided(score[head], weight[head], text, count))
+                for head, count in enumerate(numbers)
+            ]
+        )
+    return selection
+
+
+def _needed(attention: Float[Tensor, " tokens"]) -> int:
+    """Fewest tokens that hold THETA of this attention."""
+    covered = attention.sort(descending=True).values.cumsum(dim=0)
+    return int((covered < THETA * attention.sum()).sum()) + 1 if len(attention) else 0
+
+
+def _divided(
+    score: Float[Tensor, " tokens"],
+    attention: Float[Tensor, " tokens"],
+    text: Bool[Tensor, " tokens"],
+    count: int,
+) -> Tensor:
+    """The best of text and of vision, in the proportion of the attention they get."""
+    forced = score.isinf()
+    preference = float(attention[~text].sum() / attention.sum())
+    free = count - int(forced.sum())
+    vision = min(int(preference * free + 0.5), int((~text & ~forced).sum()))
+    words = min(free - vision, int((text & ~forced).sum()))
+    vision = free - words
+    parts = [(~text & ~forced, vision), (text & ~forced, words)]
+    chosen = [best_tokens(score, number, allowed) for allowed, number in parts]
+    return torch.cat([forced.nonzero()[:, 0], *chosen])

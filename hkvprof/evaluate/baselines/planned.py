@@ -1,0 +1,99 @@
+"""Ablations of hkvprof: plans from the same profile with a part of the choice taken away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.artifact import Profile
+from hkvprof.errors import BudgetError, UsageError
+from hkvprof.evaluate.baselines.base import Prompt, Selection
+from hkvprof.heads import HeadType
+from hkvprof.policy.budget import INFEASIBLE, Allocation
+from hkvprof.policy.planning import Menu
+from hkvprof.runtime.plan import HeadPlan
+
+
+def measured_profile(prompt: Prompt, name: str) -> Profile:
+    """The profile, if it has curves to plan from. Raises UsageError."""
+    profile = prompt.need_profile(name)
+    if profile.recipe != "measured":
+        raise UsageError(
+            f"{name} plans from measured curves, and this profile's recipe is {profile.recipe!r}: "
+            "calibrate with recipe 'measured'"
+        )
+    return profile
+
+
+def only(profile: Profile, head_type: HeadType) -> Profile:
+    """The profile with strategies of one type alone in its menu."""
+    loss = profile.loss.copy()
+    loss[[s.head_type is not head_type for s in profile.strategies]] = INFEASIBLE
+    return replace(profile, loss=loss)
+
+
+def itemsize(prompt: Prompt) -> int:
+    """Bytes per element of keys and values."""
+    return int(prompt.prefill.calls[0].key.element_size())
+
+
+def allocated(prompt: Prompt, profile: Profile) -> Allocation:
+    """What the profile decides for this prompt and share. Raises BudgetError."""
+    return profile.allocation(prompt.share, prompt.tokens, itemsize(prompt))
+
+
+def planned(profile: Profile, allocation: Allocation) -> Selection:
+    """Every head as allocated."""
+    menu = profile.strategies
+    return [
+        [
+            HeadPlan(menu[choice], float(ratio))
+            for choice, ratio in zip(choices, ratios, strict=True)
+        ]
+        for choices, ratios in zip(allocation.strategy, allocation.ratio, strict=True)
+    ]
+
+
+def even(prompt: Prompt, profile: Profile) -> Selection:
+    """The same share for every head, which takes the strategy that loses least with it.
+
+    Below the first ratio at which a strategy was measured, its loss there counts. Raises
+    BudgetError where no strategy fits.
+    """
+    menu = Menu(
+        profile.strategies, profile.keep, prompt.grid.head_dim, prompt.tokens, itemsize(prompt)
+    )
+    numbers = [
+        number
+        for number, strategy in enumerate(profile.strategies)
+        if menu.fits(strategy, prompt.share) and bool((profile.loss[number] < INFEASIBLE).any())
+    ]
+    if not numbers:
+        raise BudgetError(
+            f"budget {prompt.share:.4g} is too small for a prompt of {prompt.tokens} tokens: no "
+            "strategy fits; raise the budget or use longer prompts"
+        )
+    ratio = np.full(profile.loss.shape[1:3], prompt.share, dtype=np.float64)
+    losses = np.stack([loss_at(profile, number, ratio) for number in numbers])
+    best = np.array(numbers)[losses.argmin(axis=0)]
+    return [
+        [HeadPlan(profile.strategies[choice], prompt.share) for choice in choices]
+        for choices in best
+    ]
+
+
+def loss_at(profile: Profile, number: int, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Loss of every head, [layers, kv_heads], with strategy `number` at these ratios."""
+    known, wanted = np.log(profile.ratios.astype(np.float64)), np.log(ratio)
+    result = np.empty_like(wanted)
+    for place in np.ndindex(*wanted.shape):
+        curve = profile.loss[number][place].astype(np.float64)
+        fits = curve < INFEASIBLE
+        result[place] = (
+            np.interp(wanted[place], known[fits], np.minimum.accumulate(curve[fits]))
+            if fits.any()
+            else INFEASIBLE
+        )
+    return result

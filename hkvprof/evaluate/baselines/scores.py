@@ -1,0 +1,95 @@
+"""What many methods share: attention of the last rows, and keeping the best-scored tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection
+from hkvprof.policy.static import pool
+
+WINDOW = 16
+"""Observation window: SnapKV's default of 64 does far worse where questions are short."""
+POOL = 7
+"""Pooling width of SnapKV-like scores."""
+SINKS = 4
+
+
+def observed(
+    layer: LayerPrompt, window: int = WINDOW
+) -> Float[Tensor, "query_heads window tokens"]:
+    """Attention weights of the last `window` rows on all tokens, per query head, float32."""
+    window = min(window, layer.query.shape[1])
+    kv_heads, tokens, dim = layer.key.shape
+    query = layer.query[:, -window:].reshape(kv_heads, -1, dim).float()
+    logits = torch.matmul(query, layer.key.float().transpose(1, 2)) * layer.scaling
+    logits = logits.view(len(layer.query), window, tokens)
+    future = torch.ones(window, tokens, dtype=torch.bool, device=logits.device)
+    return logits.masked_fill_(future.triu(tokens - window + 1), -torch.inf).softmax(dim=-1)
+
+
+def snapkv_scores(
+    layer: LayerPrompt, window: int = WINDOW, width: int = POOL
+) -> Float[Tensor, "kv_heads tokens"]:
+    """SnapKV: mean over the window's rows and the group, average pooling over neighbours."""
+    weights = observed(layer, window).mean(dim=1)
+    return pool(weights.view(len(layer.key), -1, weights.shape[-1]).mean(dim=1), width)
+
+
+def with_recent(
+    prompt: Prompt, score: Float[Tensor, "*heads tokens"], window: int = WINDOW
+) -> Float[Tensor, "*heads tokens"]:
+    """A copy in which the last `window` tokens score infinity: they stay.
+
+    Where they would take more than half of the room, only as many as half of it holds.
+    """
+    score = score.clone()
+    score[..., prompt.tokens - min(window, max(1, prompt.room // 2)) :] = torch.inf
+    return score
+
+
+def best_tokens(
+    score: Float[Tensor, " tokens"],
+    count: int,
+    allowed: Bool[Tensor, " tokens"] | None = None,
+) -> Int[Tensor, " count"]:
+    """The `count` best-scored tokens, ascending; ties go to the earlier one.
+
+    `allowed` restricts the choice; fewer come back where fewer are allowed.
+    """
+    if allowed is not None:
+        places = allowed.nonzero()[:, 0]
+        return places[best_tokens(score[places], count)]
+    order = torch.sort(score, descending=True, stable=True).indices
+    return order[: min(count, len(score))].sort().values
+
+
+def keep_best(
+    prompt: Prompt, scores: list[Float[Tensor, "kv_heads tokens"]], counts: list[list[int]]
+) -> Selection:
+    """Every head keeps its `counts[layer][head]` best-scored tokens."""
+    return [
+        [layer.keep(head, best_tokens(score[head], count)) for head, count in enumerate(numbers)]
+        for layer, score, numbers in zip(prompt.layers, scores, counts, strict=True)
+    ]
+
+
+def same_room(prompt: Prompt) -> list[list[int]]:
+    """`room` tokens for every head of every layer."""
+    return [[prompt.room] * prompt.grid.kv_heads for _ in prompt.layers]
+
+
+def snapkv_of(prompt: Prompt) -> list[Float[Tensor, "kv_heads tokens"]]:
+    """SnapKV's scores of every layer, the recent tokens at infinity."""
+    scores = prompt.remember("snapkv", lambda: [snapkv_scores(layer) for layer in prompt.layers])
+    return [with_recent(prompt, score) for score in scores]
+
+
+def with_sinks(
+    prompt: Prompt, score: Float[Tensor, "*heads tokens"]
+) -> Float[Tensor, "*heads tokens"]:
+    """A copy in which the first 4 tokens score infinity (no more than half of the room)."""
+    score = score.clone()
+    score[..., : min(SINKS, max(1, prompt.room // 2))] = torch.inf
+    return score

@@ -1,0 +1,111 @@
+"""A method's selection becomes a compressed cache; its bytes are checked against its share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hkvprof.artifact import Profile
+from hkvprof.errors import CompressionError, UsageError
+from hkvprof.evaluate.baselines.base import Baseline, Choice, Kept, Prompt, Selection
+from hkvprof.evaluate.prefill import Prefill
+from hkvprof.heads import HeadType, Strategy
+from hkvprof.profile.uniform import uniform_profile
+from hkvprof.runtime import CompressedCache, Handle, apply
+from hkvprof.runtime.packing import Packed
+from hkvprof.runtime.plan import HeadPlan
+
+_SEGMENT_BYTES = 8
+"""Per head: the runtime's note of where its tokens lie."""
+_PRUNED = Strategy(HeadType.STATIC)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method decided for one prompt and share, and the time it took."""
+
+    method: Baseline
+    share: float
+    selection: Selection
+    seconds: float
+
+
+def decide(method: Baseline, prompt: Prompt) -> Decision:
+    """Let a method select. The model must not have a profile applied. Raises UsageError."""
+    if method.needs_profile:
+        prompt.need_profile(method.name)
+    if not 0 < prompt.share < 1:
+        raise UsageError(f"{method.name}: a share lies between 0 and 1, found {prompt.share}")
+    prompt.borrowed_seconds = 0.0
+    began = time.perf_counter()
+    selection = method.select(prompt)
+    seconds = time.perf_counter() - began + prompt.borrowed_seconds
+    grid = prompt.grid
+    assert [len(layer) for layer in selection] == [grid.kv_heads] * grid.layers, method.name
+    return Decision(method, prompt.share, selection, seconds)
+
+
+@contextmanager
+def applied(
+    model: Any, method: Baseline, share: float, profile: Profile | None
+) -> Iterator[Handle]:
+    """Within: the model's caches are the runtime's, with the method's keep rule."""
+    base = profile or uniform_profile(model)
+    mine = base if method.keep is None else replace(base, keep=method.keep)
+    with apply(
+        model, mine, budget=share, min_tokens=1, decode_compression=False,
+        smoothing=method.smoothing,
+    ) as handle:  # fmt: skip
+        yield handle
+
+
+def fill(cache: CompressedCache, prefill: Prefill, decision: Decision) -> None:
+    """Put what was selected into a new cache. Raises CompressionError where it is too much."""
+    plans = [tuple(_plan(choice) for choice in layer) for layer in decision.selection]
+    given = [
+        {
+            head: Packed(choice.key, choice.value, decision.method.name)
+            for head, choice in enumerate(layer)
+            if isinstance(choice, Kept)
+        }
+        for layer in decision.selection
+    ]
+    prefill.fill_with(cache, plans, given)
+    receipt = cache.receipt()
+    segments = sum(len(layer) for layer in decision.selection)
+    allowed = decision.share * receipt.dense_bytes + _SEGMENT_BYTES * segments
+    if receipt.resident_bytes > allowed:
+        raise CompressionError(
+            f"{decision.method.name} keeps {receipt.resident_bytes} bytes of "
+            f"{receipt.dense_bytes}: more than its share of {decision.share}"
+        )
+
+
+def _plan(choice: Choice) -> HeadPlan:
+    return HeadPlan(_PRUNED, 0.0) if isinstance(choice, Kept) else choice
+
+
+@contextmanager
+def compress(
+    model: Any,
+    prefill: Prefill,
+    name: str,
+    share: float,
+    profile: Profile | None = None,
+    seed: int = 0,
+) -> Iterator[CompressedCache]:
+    """Within: a cache that holds what the baseline `name` keeps of a captured prompt.
+
+    `share` is the all-in share of dense bytes. Raises UsageError, CompressionError.
+    """
+    from hkvprof.evaluate.baselines import find
+
+    method = find(name)
+    decision = decide(method, Prompt(model, prefill, share, profile, seed))
+    with applied(model, method, share, profile) as handle:
+        cache = handle.new_cache(prefill.tokens)
+        fill(cache, prefill, decision)
+        yield cache

@@ -1,0 +1,115 @@
+"""Answers on disk, line by line, so that a run that was stopped goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from hkvprof.errors import UsageError
+from hkvprof.evaluate.records import Answer
+from hkvprof.files import write_atomically
+
+CONDITIONS = "conditions.json"
+_FIELDS = {field.name for field in fields(Answer)}
+Unit = tuple[str, str, str]
+"""Sample, method, budget: what is done at one go."""
+
+
+class Journal:
+    """A folder of answers made under the same conditions.
+
+    Several processes may fill it, each with a shard of the samples and a file of its own.
+    """
+
+    def __init__(self, folder: Path | None, conditions: Mapping[str, Any], shard: str = "") -> None:
+        """Open or create. Raises UsageError where the folder holds answers of other conditions."""
+        self._path: Path | None = None
+        self._unwritten: Mapping[str, Any] | None = None
+        self.answers: list[Answer] = []
+        if folder is None:
+            return
+        if not _agree(folder, conditions):
+            self._unwritten = conditions
+        self._path = folder / f"answers{shard}.jsonl"
+        for path in sorted(folder.glob("answers*.jsonl")):
+            found, cut = _read(path)
+            self.answers += found
+            if cut and path == self._path:
+                write_atomically(path, _lines(found))
+
+    @property
+    def done(self) -> set[Unit]:
+        """What need not be done again."""
+        return {_unit(answer) for answer in self.answers}
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Keep all answers of a unit: on disk before this returns."""
+        new = list(answers)
+        self.answers += new
+        if self._path is None:
+            return
+        if self._unwritten is not None:
+            text = json.dumps(self._unwritten, indent=2, sort_keys=True) + "\n"
+            write_atomically(self._path.parent / CONDITIONS, text.encode())
+            self._unwritten = None
+        with self._path.open("ab") as file:
+            file.write(_lines(new))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _agree(folder: Path, conditions: Mapping[str, Any]) -> bool:
+    """Whether the folder holds answers, of these conditions."""
+    path = folder / CONDITIONS
+    if not path.exists():
+        if any(folder.glob("answers*.jsonl")):
+            raise UsageError(f"{folder} holds answers but no {CONDITIONS}: use another folder")
+        return False
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error}): use another folder") from None
+    if not isinstance(theirs, dict):
+        raise UsageError(f"{path} is not a JSON object: use another folder")
+    mine = json.loads(json.dumps(conditions))
+    differing = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+    if differing:
+        said = "; ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in differing)
+        raise UsageError(
+            f"{folder} holds answers of other conditions ({said}): use another folder, or the same "
+            "options to go on"
+        )
+    return True
+
+
+def _lines(answers: Iterable[Answer]) -> bytes:
+    return "".join(json.dumps(asdict(a), sort_keys=True) + "\n" for a in answers).encode()
+
+
+def _read(path: Path) -> tuple[list[Answer], bool]:
+    """The answers of complete units, and whether something was cut off by a crash."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    answers = []
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or set(record) != _FIELDS:
+            raise UsageError(
+                f"{path}, line {number}: not an answer of this version: use another folder"
+            )
+        answers.append(Answer(**record))
+    counts = Counter(_unit(a) for a in answers)
+    complete = [a for a in answers if counts[_unit(a)] == a.questions]
+    return complete, whole < len(data) or len(complete) < len(answers)
+
+
+def _unit(answer: Answer) -> Unit:
+    return answer.sample, answer.method, answer.budget

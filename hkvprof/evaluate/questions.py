@@ -1,0 +1,110 @@
+"""A sample as it is asked: what is compressed, and which tokens follow before the reply begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hkvprof.evaluate.prefill import Prefill, capture
+from hkvprof.evaluate.taskset import Gold, TaskSet
+from hkvprof.heads import Modality
+from hkvprof.models.processing import ChatProcessor, Encoded
+from hkvprof.profile.continuation import opening_of_turn
+from hkvprof.profile.samples import Sample, open_images
+
+_OTHER_QUESTIONS = ("?", "Why", "1")
+"""Where encodings of these differ from the sample's own, its question begins."""
+_LEAST_CONTEXT = 0.5
+"""Share of the prompt that must come before the question, else there is little to compress."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """`lead` are token ids fed after the compressed prompt, in one pass; empty when the prompt ends
+    with the question. `gold` is None where nothing says what is correct."""
+
+    turn: int
+    task: str
+    lead: tuple[int, ...]
+    gold: Gold | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A prompt that is compressed, and the questions that are asked of it, each on its own."""
+
+    regime: str
+    prefill: Prefill
+    questions: tuple[Question, ...]
+
+
+class Stage:
+    """One sample, opened and run through the model once."""
+
+    def __init__(self, model: Any, processor: ChatProcessor, sample: Sample, tasks: TaskSet):
+        self.processor, self.sample, self.tasks = processor, sample, tasks
+        self.opened = replace(sample, messages=tuple(open_images(sample)))
+        self.encoded = processor.encode([self.opened.messages])
+        self.prefill = capture(model, self.encoded)
+
+    def inside(self) -> Scene:
+        """The question is the end of what is compressed."""
+        question = Question(0, self.sample.task, (), self._gold(0))
+        return Scene("inside", self.prefill, (question,))
+
+    def after(self) -> Scene | None:
+        """The context is compressed before any question is known; each question follows it.
+
+        The question is the text that ends the prompt; None where none does.
+        """
+        last = self.opened.messages[-1]["content"]
+        if not isinstance(last, str) and last[-1]["type"] != "text":
+            return None
+        own = self._ids(self.encoded)
+        turns = [turn.question for turn in self.sample.followups]
+        asked = [own] + [self._ids(self._encode_with(text)) for text in turns]
+        others = [self._ids(self._encode_with(text)) for text in _OTHER_QUESTIONS]
+        split = min(_common(own, ids) for ids in [*asked[1:], *others])
+        late_vision = (self.encoded.modality[0, split:] != Modality.TEXT) & (
+            self.encoded.modality[0, split:] != Modality.CONTEXT
+        )
+        if split < _LEAST_CONTEXT * len(own) or bool(late_vision.any()):
+            return None
+        questions = tuple(
+            Question(turn, self.sample.task, tuple(ids[split:]), self._gold(turn))
+            for turn, ids in enumerate(asked)
+        )
+        return Scene("after", self.prefill.first(split), questions)
+
+    def later(self, first_reply: str) -> Scene | None:
+        """A follow-up, after the question inside the prompt has been answered."""
+        questions = []
+        for number, turn in enumerate(self.sample.followups, start=1):
+            alone = replace(self.opened, followups=(turn,))
+            lead = opening_of_turn(self.processor, alone, [first_reply])
+            questions.append(Question(number, self.sample.task, tuple(lead), self._gold(number)))
+        return Scene("later", self.prefill, tuple(questions)) if questions else None
+
+    def _gold(self, turn: int) -> Gold | None:
+        known = self.sample.reply if turn == 0 else self.sample.followups[turn - 1].reply
+        has_gold = turn == 0 and self.sample.id in self.tasks.gold
+        return self.tasks.gold_of(self.sample, turn) if known or has_gold else None
+
+    def _encode_with(self, question: str) -> Encoded:
+        """The prompt with another question in place of its last text."""
+        *before, last = self.opened.messages
+        content = last["content"]
+        asked: Any = question
+        if not isinstance(content, str):
+            asked = [*content[:-1], {**content[-1], "text": question}]
+        return self.processor.encode([[*before, {**last, "content": asked}]])
+
+    @staticmethod
+    def _ids(encoded: Encoded) -> list[int]:
+        return [int(token) for token in encoded.inputs["input_ids"][0]]
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Length of the common beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -1,0 +1,55 @@
+"""The record of one answer, and of a whole comparison's conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FULL = "full"
+"""The method that compresses nothing."""
+OURS = "hkvprof"
+"""The profile, through `hkvprof.runtime.apply`."""
+REGIMES = {
+    "inside": "question in the compressed prompt",
+    "after": "context compressed first, question after it",
+    "later": "a later question, after a first one inside the prompt",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question under one method; `budget` is "" for the full cache.
+
+    - `turn` 0 is the sample's own question, later ones its follow-ups.
+    - `text` is what greedy decoding says, `score` in [0, 1] what `metric` makes of it against
+      `expected` (the first of the correct answers); None where there is no correct answer.
+    - `kl` is the mean KL(full || this) in nats over the `steps` next-token distributions while the
+      full cache's own continuation is forced, `agreement` the share of them with the same likeliest
+      token; `nll` the mean negative log-likelihood, in nats per token, of the full cache's reply.
+    - bytes are those when the prompt has been compressed; `storage_bytes` sums the cache's tensors
+      (resident), independent of the receipt's `resident_bytes`.
+    - `compress_seconds`: deciding and packing, extra passes of the model included.
+    - `questions`: how many answers this method gives to this sample in all.
+    """
+
+    sample: str
+    task: str
+    regime: str
+    turn: int
+    method: str
+    budget: str
+    text: str
+    expected: str
+    metric: str
+    score: float | None
+    kl: float
+    agreement: float
+    nll: float
+    steps: int
+    prompt_tokens: int
+    resident_bytes: int
+    storage_bytes: int
+    host_bytes: int
+    dense_bytes: int
+    compress_seconds: float
+    hit_rate: float | None
+    questions: int = 1

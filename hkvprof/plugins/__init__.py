@@ -1,0 +1,1 @@
+"""Models for evaluation harnesses; each module needs its harness (docs/harnesses.md)."""
