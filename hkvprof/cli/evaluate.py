@@ -14,7 +14,7 @@ from hkvprof.cli import options
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
-    from hkvprof.evaluate.records import Answer
+    from hkvprof.evaluate.statistics import Duel, MethodSummary
 
 EXAMPLES = """\b
 Examples:
@@ -23,7 +23,28 @@ Examples:
   hkvprof eval --model ./vlm --profile p.safetensors --tasks my-samples --regimes inside --json
   hkvprof eval --model ./vlm --profile p.safetensors --tasks docvqa:/data/docvqa"""
 
+_WIDE = 170
+"""Columns that the whole table needs; narrower terminals get a compact one."""
 _SHARD_HELP = "Part I of N of the samples, as I/N: several processes may fill one folder."
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is printed and written; `public` are the baselines that are peers' methods."""
+
+    conditions: dict[str, Any]
+    summaries: tuple[MethodSummary, ...]
+    duels: tuple[Duel, ...]
+    public: set[str]
+
+    def to_json(self) -> str:
+        """The text of summary.json."""
+        plain = {
+            "conditions": self.conditions,
+            "summaries": [one.to_json() for one in self.summaries],
+            "duels": [one.to_json() for one in self.duels],
+        }
+        return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
 
 def evaluate(
@@ -79,6 +100,7 @@ def evaluate(
     from hkvprof.evaluate.compare import compare
     from hkvprof.evaluate.journal import Journal
     from hkvprof.evaluate.plan import Plan
+    from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
 
     part, parts = _shard(shard)
@@ -101,10 +123,12 @@ def evaluate(
     mine = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
     compare(network, processor, loaded, mine, plan, journal, track)
     answers = plan.select(journal.answers, task_set)
-    heading = f"{model}, {conditions['dtype']}, {task_name}"
+    found = Outcome(
+        conditions, tuple(summarise(answers)), tuple(duels(answers, plan.public)), plan.public
+    )
     if output is not None:
-        _write(output, answers, plan, heading)
-    _print(answers, plan, model, profile, as_json)
+        _write(output, found, model)
+    _print(found, model, profile, as_json)
 
 
 def _budgets(text: str) -> tuple[str, ...]:
@@ -144,37 +168,35 @@ def _shard(text: str) -> tuple[int, int]:
     raise UsageError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/2")
 
 
-def _write(folder: Path, answers: list[Answer], plan: Any, heading: str) -> None:
+def _write(folder: Path, found: Outcome, model: str) -> None:
     from hkvprof.cli.output import say
+    from hkvprof.evaluate.records import FULL
     from hkvprof.files import write_atomically
     from hkvprof.report.quality_plot import quality_plot
 
-    write_atomically(folder / "summary.json", _summary(answers, plan).encode())
-    write_atomically(folder / "quality.svg", quality_plot(answers, plan.public, heading).encode())
+    plot = quality_plot(
+        found.summaries,
+        found.public,
+        model=model,
+        tasks=[found.conditions["tasks"]],
+        questions=sum(one.answers for one in found.summaries if one.method == FULL),
+        dtype=found.conditions["dtype"],
+    )
+    write_atomically(folder / "summary.json", found.to_json().encode())
+    write_atomically(folder / "quality.svg", plot.encode())
     say(f"answers, summary.json and quality.svg in {folder}")
 
 
-def _summary(answers: list[Answer], plan: Any) -> str:
-    from hkvprof.evaluate.statistics import duels, summarise
-
-    found = {
-        "conditions": plan.conditions(),
-        "summaries": [one.to_json() for one in summarise(answers)],
-        "duels": [one.to_json() for one in duels(answers, plan.public)],
-    }
-    return json.dumps(found, indent=2, sort_keys=True) + "\n"
-
-
-def _print(answers: list[Answer], plan: Any, model: str, profile: Path, as_json: bool) -> None:
+def _print(found: Outcome, model: str, profile: Path, as_json: bool) -> None:
     from rich.console import Console
 
-    from hkvprof.report.comparison import comparison, next_steps
+    from hkvprof.report.comparison import comparison_table, duel_lines, next_steps, task_table
 
     if as_json:
-        typer.echo(_summary(answers, plan), nl=False)
+        typer.echo(found.to_json(), nl=False)
         return
     console = Console()
-    for part in comparison(answers, plan.public):
-        console.print(part)
-    for line in next_steps(model, str(profile)):
+    console.print(comparison_table(found.summaries, compact=console.width < _WIDE))
+    console.print(task_table(found.summaries))
+    for line in [*duel_lines(found.duels), *next_steps(model, str(profile))]:
         typer.echo(line)

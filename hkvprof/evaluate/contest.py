@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hkvprof.artifact import Profile
-from hkvprof.evaluate.baselines import Prompt, find
+from hkvprof.evaluate.baselines.base import Prompt
+from hkvprof.evaluate.baselines.registry import find
 from hkvprof.evaluate.baselines.session import applied, decide, fill
 from hkvprof.evaluate.plan import Entry
 from hkvprof.evaluate.prefill import Prefill

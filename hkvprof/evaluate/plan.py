@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.baselines import baselines, find
+from hkvprof.evaluate.baselines.registry import baselines, find
 from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer
 from hkvprof.evaluate.replay import STEPS
 from hkvprof.evaluate.taskset import TaskSet

@@ -20,7 +20,7 @@ class Rotation:
     """Rotary embedding of a prompt's positions (halves rotated against each other, as in Llama).
 
     `cos`, `sin` [tokens, width] float32; width may be less than the head's (partial rotary). Where
-    text follows an image they are those of M-RoPE.
+    text follows an image they are those of M-RoPE. Some models scale both (YaRN).
     """
 
     cos: Float[Tensor, "tokens width"]
@@ -28,17 +28,20 @@ class Rotation:
 
     def undo(self, rotated: Float[Tensor, "heads tokens dim"]) -> Float[Tensor, "heads tokens dim"]:
         """Queries or keys as they were before the rotation, float32."""
-        return _turn(rotated.float(), self.cos, -self.sin)
+        square = self.cos**2 + self.sin**2
+        return _turn(rotated.float(), self.cos / square, -self.sin / square)
 
     def ahead(self, steps: int) -> Float[Tensor, "width width"]:
         """Mean rotation matrix over the `steps` positions that follow the last one, which is text.
 
-        The angle of one step is that between the last two tokens of the prompt.
+        The angle of one step is that between the first two tokens: the last two may have an image
+        between them, after which positions jump.
         """
-        last = torch.atan2(self.sin[-1], self.cos[-1])
-        step = last - torch.atan2(self.sin[-2], self.cos[-2])
-        angle = last + step * torch.arange(1, steps + 1, device=step.device)[:, None]
-        cos, sin = angle.cos().mean(dim=0), angle.sin().mean(dim=0)
+        angles = torch.atan2(self.sin, self.cos)
+        step = angles[1] - angles[0]
+        angle = angles[-1] + step * torch.arange(1, steps + 1, device=step.device)[:, None]
+        scale = torch.hypot(self.sin[-1], self.cos[-1])
+        cos, sin = scale * angle.cos().mean(dim=0), scale * angle.sin().mean(dim=0)
         half = len(cos) // 2
         matrix = torch.diag(cos)
         columns = torch.arange(half, device=cos.device)

@@ -118,7 +118,7 @@ class HkvVLM(lmms):
             total_gen_tokens=tokens,
             avg_speed=tokens / seconds if seconds else 0.0,
             additional_metrics={
-                f"hkvprof_{name}": count for name, count in self.counts.to_json().items()
+                f"hkvprof_{name}": count for name, count in self.session.latest.to_json().items()
             },
         )
 

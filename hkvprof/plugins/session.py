@@ -21,7 +21,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Session:
-    """`model` compresses all it generates; `counts` are the requests of all calls so far."""
+    """`model` compresses all it generates.
+
+    `counts` are the requests of all calls so far, `latest` those of the latest call.
+    """
 
     def __init__(self, arguments: Arguments) -> None:
         """Load and hook the model. Raises HkvError as load_model, load_profile and apply do."""
@@ -35,7 +38,7 @@ class Session:
         self.model, self.processor = load_model(arguments.pretrained, **arguments.loading)
         self.handle: Handle = apply(self.model, self.profile, **arguments.runtime)
         self.counts = Counts()
-        self._call = Counts()
+        self.latest = Counts()
 
     @property
     def full(self) -> bool:
@@ -49,7 +52,7 @@ class Session:
         At its end CompressionError is raised if the budget is below 1 and none of its requests was
         compressed. A BudgetError tells about `min_tokens`.
         """
-        self._call = Counts()
+        self.latest = Counts()
         try:
             yield
         except BudgetError as error:
@@ -57,11 +60,13 @@ class Session:
                 f"{error}; or set min_tokens in --model_args (now {self.min_tokens}): shorter "
                 "prompts stay dense and are counted as such"
             ) from error
-        self.counts.merge(self._call)
+        self.counts.merge(self.latest)
         if self.full:
             return
-        self._call.require(name)
-        _LOG.log(logging.WARNING if self._call.dense else logging.INFO, "%s: %s", name, self._call)
+        self.latest.require(name)
+        _LOG.log(
+            logging.WARNING if self.latest.dense else logging.INFO, "%s: %s", name, self.latest
+        )
 
     def foresee(self, lengths: Iterable[int]) -> None:
         """Raise BudgetError now if one of these prompts is too short for the budget.
@@ -74,7 +79,7 @@ class Session:
 
     def count(self, receipt: Receipt, requests: int) -> None:
         """Note the requests that one cache served."""
-        self._call.add(receipt, requests)
+        self.latest.add(receipt, requests)
 
     def close(self) -> None:
         """Give the model back as it was and forget it; the counts stay."""

@@ -71,11 +71,11 @@ def _title(regime: str) -> str:
     return f"{regime}: {REGIMES[regime]}" if regime in REGIMES else regime
 
 
-def _regime(rows: Sequence[MethodSummary], compact: bool) -> Table:
+def _regime(rows: Sequence[MethodSummary], compact: bool) -> Group:
     questions = next(row.answers for row in rows if row.method == FULL)
     samples = next(row.kl.samples for row in rows if row.method == FULL)
     title = f"{_title(rows[0].regime)} ({questions} questions, {samples} samples)"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold")
     columns = [column for column in COLUMNS if not (compact and column.wide)]
     for column in columns:
@@ -93,12 +93,12 @@ def _regime(rows: Sequence[MethodSummary], compact: bool) -> Table:
         previous = row.budget
         name = row.method if row.answers == questions else f"{row.method} (n={row.answers})"
         table.add_row(_cell(name), *(_cell(column.write(row)) for column in columns))
-    return table
+    return Group(_cell(title), table, "")
 
 
-def _tasks(rows: Sequence[MethodSummary], mixed: bool) -> Table:
+def _tasks(rows: Sequence[MethodSummary], mixed: bool) -> Group:
     shown = [row for row in rows if row.method == FULL] + [r for r in rows if r.method == OURS]
-    table = Table(title=_title(rows[0].regime), title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("", overflow="fold")
     for row in shown:
         table.add_column("full cache" if row.method == FULL else row.budget, justify="right")
@@ -110,7 +110,7 @@ def _tasks(rows: Sequence[MethodSummary], mixed: bool) -> Table:
             *("-" if cell is None else f"{cell.score:.0%}" for cell in cells),
         )
     table.add_row("all questions", *(_percent(row.score) for row in shown))
-    return table
+    return Group(_cell(_title(rows[0].regime)), table, "")
 
 
 def _sentence(duel: Duel) -> str:

@@ -24,7 +24,7 @@ from hkvprof.evaluate.metrics import EXACT_MATCH as SAME
 from hkvprof.evaluate.plan import Plan
 from hkvprof.evaluate.prefill import capture
 from hkvprof.evaluate.questions import Stage
-from hkvprof.evaluate.records import Answer
+from hkvprof.evaluate.records import FULL, Answer
 from hkvprof.evaluate.replay import answer as greedy
 from hkvprof.evaluate.replay import end_tokens, refer, replay
 from hkvprof.evaluate.tasks import TINYVL_UNJUDGED, TaskSet, default_tasks, load_tasks
@@ -365,10 +365,7 @@ def test_a_run_that_was_stopped_goes_on(
 def test_rows_can_be_added_to_a_folder(
     tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile, answers: list[Answer], tmp_path: Path
 ) -> None:
-    for plan in (
-        Plan(("60%",), steps=STEPS),
-        Plan(("0.4",), ("snapkv",), steps=STEPS),
-    ):
+    for plan in (Plan(("60%",), steps=STEPS), Plan(("0.4",), ("snapkv",), steps=STEPS)):
         found = compare(*tiny, hybrid, tasks, plan, Journal(tmp_path, CONDITION))
         rows = {(FULL, ""), *((e.method, e.budget) for e in plan.entries)}
         wanted = [a for a in answers if (a.method, a.budget) in rows]
@@ -377,9 +374,6 @@ def test_rows_can_be_added_to_a_folder(
             return one.sample, one.method, one.budget, one.regime, one.turn
 
         assert told(sorted(found, key=order)) == told(sorted(wanted, key=order))
-
-
-FULL = "full"
 
 
 def test_folders_of_other_runs_are_refused(tmp_path: Path, answers: list[Answer]) -> None:
@@ -499,7 +493,7 @@ def test_the_command_writes_answers_summary_and_plot(
         mine = [a for a in written if (a["regime"], a["method"], a["budget"]) ==
                 (one["regime"], one["method"], one["budget"])]  # fmt: skip
         assert one["score"] == pytest.approx(sum(a["score"] for a in mine) / len(mine))
-        assert one["kl"] == pytest.approx(sum(a["kl"] for a in mine) / len(mine))
+        assert one["kl"]["value"] == pytest.approx(sum(a["kl"] for a in mine) / len(mine))
     assert {d["budget"] for d in summary["duels"]} == {"0.4", "60%"}
     assert (out / "quality.svg").read_text().startswith("<svg")
     # Again, with a row more: only that is computed, and the answers are in a file of their own.

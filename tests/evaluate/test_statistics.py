@@ -206,6 +206,13 @@ def test_degenerate_data_has_degenerate_intervals() -> None:
         assert not found.excludes_zero
 
 
+def test_rounding_does_not_put_the_mean_outside() -> None:
+    """Sums of a constant over one to three questions round differently."""
+    found = bootstrap(figures([[0.45] * questions for questions in (1, 3, 2, 3)]))
+    assert found is not None
+    assert found.low <= found.value <= found.high
+
+
 def test_ratios_of_sums() -> None:
     over, under = figures([[2.0], [6.0]]), figures([[1.0], [2.0]])
     assert bootstrap(over, under) == interval(8 / 3, 2.0, 3.0, 2)

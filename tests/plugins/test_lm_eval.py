@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -241,3 +244,18 @@ def test_a_whole_evaluation(
     assert results is not None
     assert 0 <= results["results"]["hkvprof_tiny"]["acc,none"] <= 1
     assert results["config"]["hkvprof"]["compressed"] == 9
+
+
+def test_the_command_line_knows_the_model(folder: Path, task_folder: Path) -> None:
+    given = f"pretrained={folder},profile={folder}/profile.safetensors,budget=0.35,buget=1"
+    command = f"-m hkvprof.plugins.lm_eval run --model hkvprof --model_args {given}".split()
+    run = subprocess.run(
+        [sys.executable, *command, "--tasks", "hkvprof_tiny", "--include_path", str(task_folder)],
+        env={**os.environ, "HF_DATASETS_CACHE": str(task_folder / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode
+    assert "UsageError: --model hkvprof knows no argument 'buget'" in run.stderr

@@ -28,7 +28,7 @@ from hkvprof.profile.classify import (
     classify_by_sparsity,
     planning_loss,
 )
-from hkvprof.profile.samples import Sample, Turn
+from hkvprof.profile.samples import Sample, Turn, open_images
 from hkvprof.testbed.generator import make_sample
 
 BUDGET = 0.25
@@ -452,13 +452,18 @@ def test_own_replies_are_what_the_model_says(tiny: tuple[Any, Any]) -> None:
 
 
 def _spoken(model: Any, processor: Any, sample: Sample) -> list[str]:
-    """The model's greedy replies, turn by turn, by plain generate() on a dense cache."""
-    from transformers.cache_utils import DynamicCache
-
-    from hkvprof.evaluate.converse import converse
-
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return [reply.text for reply in converse(model, processor, sample, cache, 48)]
+    """The model's greedy replies, turn by turn, by plain generate() on whole conversations."""
+    conversation = list(open_images(sample))
+    replies: list[str] = []
+    for turn in (None, *sample.followups):
+        if turn is not None:
+            for role, text in (("assistant", replies[-1]), ("user", turn.question)):
+                conversation.append({"role": role, "content": [{"type": "text", "text": text}]})
+        encoded = processor.encode([conversation])
+        inputs = encoded.to(model.device, model.dtype)
+        ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        replies.append(processor.decode(ids[0, encoded.tokens :]))
+    return replies
 
 
 def test_one_sample_proves_no_head_static() -> None:

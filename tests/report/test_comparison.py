@@ -1,38 +1,179 @@
-"""The table of a comparison: mean scores by task, and the metric where there are several."""
+"""The tables tell the figures of the summaries, in order, and fit a terminal."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from typing import Any
 
-from rich.console import Console
+import pytest
+from rich.console import Console, RenderableType
 
-from hkvprof.evaluate.compare import Answer
-from hkvprof.report.comparison import comparison_table
+from hkvprof.evaluate.records import FULL, OURS, Answer
+from hkvprof.evaluate.statistics import Duel, Interval, MethodSummary, TaskScore, summarise
+from hkvprof.report.comparison import (
+    NOTES,
+    comparison_table,
+    duel_lines,
+    next_steps,
+    order,
+    task_table,
+)
+from tests.evaluate.test_statistics import answer
 
 
-def answer(task: str, metric: str, score: float, method: str = "full") -> Answer:
-    return Answer(
-        sample="s", task=task, turn=0, method=method, text="", expected="", metric=metric,
-        score=score, prompt_tokens=9, decode_seconds=0.5, decode_steps=5, resident_bytes=1024,
-        storage_bytes=1024, host_bytes=0, dense_bytes=1024, end_share=1.0, hit_rate=None,
-    )  # fmt: skip
+def summary(method: str = OURS, budget: str = "0.10", **other: Any) -> MethodSummary:
+    known: dict[str, Any] = {
+        "regime": "inside", "answers": 8, "scored": 8, "score": 0.5,
+        "tasks": {"ocr": TaskScore(0.5, 8, ("anls",))}, "score_share": 0.625,
+        "difference": Interval(-0.3, -0.4, 0.05, 4), "worst_task": "ocr", "worst_ratio": 0.625,
+        "kl": Interval(0.0123, 0.01, 0.015, 4), "agreement": 0.875, "nll": 1.0,
+        "nll_difference": 0.25, "share": 0.0975, "storage_share": 0.1, "host_bytes": 3 * 2.0**20,
+        "compress_seconds": 0.456, "hit_rate": None,
+    }  # fmt: skip
+    return MethodSummary(method=method, budget=budget, **(known | other))
 
 
-def rendered(answers: list[Answer]) -> str:
+def full(**other: Any) -> MethodSummary:
+    known = {"score": 0.8, "share": 1.0, "compress_seconds": 0.0}
+    return summary(FULL, "", **(known | other))
+
+
+def text(page: RenderableType, width: int = 200) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=100).print(comparison_table(answers))
-    return stream.getvalue()
+    Console(file=stream, width=width, no_color=True).print(page)
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
-def test_scores_are_means_by_task() -> None:
-    text = rendered([answer("ocr", "anls", 1.0), answer("ocr", "anls", 0.5)])
-    row = next(line for line in text.splitlines() if "ocr (n=2)" in line)
-    assert "75%" in row
-    assert "score, question in the prompt" in text
-    assert "anls" not in text
+def test_every_figure_of_a_row() -> None:
+    title, heading, first, blank, row, end, *notes = text(comparison_table([full(), summary()]))
+    assert title == "inside: question in the compressed prompt (8 questions, 4 samples)"
+    assert " ".join(heading.split()) == (
+        "method budget share by tensors host MiB score d score worst task KL KL, 95% d NLL agree s "
+        "hit rate"
+    )
+    assert first.split() == [FULL, "-", "100.0%", "10.0%", "3.0", "80.0%", *"------", "0.00", "-"]
+    assert blank == end == ""
+    assert " ".join(row.split()) == (
+        "hkvprof 0.10 9.8% 10.0% 3.0 50.0% -30.0 [-40.0, +5.0] 62% ocr 0.012 [0.01, 0.015] +0.25 "
+        "87.5% 0.46 -"
+    )
+    assert notes == list(NOTES)
+
+
+def test_the_short_form_leaves_columns_out_and_fits_100() -> None:
+    rows = [full()]
+    for budget in ("0.20", "4096", "2GiB"):
+        rows.append(summary(OURS, budget, difference=Interval(-0.999, -1.0, -0.987, 4)))
+        rows.append(
+            summary("a_public_baseline_with_a_long_name", budget, worst_task="some_very_long_task",
+                    answers=7, nll_difference=-1.23e-5, kl=Interval(1.23e-5, 0.0, 1.0, 4))
+        )  # fmt: skip
+    page = text(comparison_table(rows, compact=True), width=100)
+    assert max(map(len, page)) <= 100
+    assert "by tensors" not in page[1]
+    assert "hit rate" not in page[1]
+    joined = "".join("".join(page).split())
+    assert joined.count("-99.9[-100.0,-98.7]") == 3
+    assert joined.count("-1.2e-05") == 3
+    assert "some_very" in joined
+
+
+def test_budgets_descend_then_ours_then_by_score() -> None:
+    rows = [summary("b", "0.05", score=0.9), summary("a", "10%", score=0.2), summary(OURS, "0.05"),
+            summary("b", "10%", score=0.3), summary(OURS, "10%", score=0.1), summary(OURS, "1"),
+            full(), summary("c", "2MiB"), summary("c", "512", score=None),
+            summary("a", "512", score=0.0)]  # fmt: skip
+    assert [(row.method, row.budget) for row in order(rows)] == [
+        (OURS, "1"), (FULL, ""), (OURS, "10%"), ("b", "10%"), ("a", "10%"), (OURS, "0.05"),
+        ("b", "0.05"), ("c", "2MiB"), ("a", "512"), ("c", "512"),
+    ]  # fmt: skip
+
+
+def test_regimes_have_their_own_tables() -> None:
+    rows = [full(), full(regime="after", score=0.7), summary(), summary(regime="after", score=0.6)]
+    page = text(comparison_table(rows))
+    starts = [n for n, line in enumerate(page) if line.startswith(("inside:", "after:"))]
+    assert len(starts) == 2
+    assert "context compressed first, question after it" in page[starts[1]]
+    assert [line.split()[5] for line in page if line.startswith(OURS)] == ["50.0%", "60.0%"]
+
+
+def test_methods_that_answered_less_say_so() -> None:
+    page = text(comparison_table([full(), summary(answers=5), summary("snapkv")]))
+    assert any(line.startswith("hkvprof (n=5) ") for line in page)
+    assert any(line.startswith("snapkv  ") for line in page)
+
+
+def test_what_is_missing_is_a_dash() -> None:
+    bare = summary(
+        score=None, difference=None, worst_ratio=None, worst_task="", nll_difference=None
+    )
+    row = next(line for line in text(comparison_table([full(), bare], True)) if OURS in line)
+    assert row.split() == [OURS, "0.10", "9.8%", "-", "-", "-", "0.012", "-", "87.5%", "0.46"]
+
+
+def answers() -> list[Answer]:
+    return [
+        answer("a", score=1.0), answer("b", score=0.5),
+        answer("a", OURS, 0.5, budget="0.20"), answer("b", OURS, 0.5, budget="0.20"),
+        answer("a", OURS, 0.0, budget="0.10"), answer("b", OURS, 0.5, budget="0.10"),
+        answer("a", "snapkv", 0.25, budget="0.10"),
+    ]  # fmt: skip
+
+
+def test_scores_by_task_of_full_and_ours() -> None:
+    title, heading, row, total, end = text(task_table(summarise(answers())))
+    assert (title, end) == ("inside: question in the compressed prompt", "")
+    assert heading.split() == ["full", "cache", "0.20", "0.10"]
+    assert row.split("  ")[0] == "ocr (n=2)"
+    assert row.split()[2:] == ["75%", "50%", "25%"]
+    assert total.split() == ["all", "questions", "75.0%", "50.0%", "25.0%"]
 
 
 def test_metrics_are_named_where_they_differ() -> None:
-    text = rendered([answer("ocr", "anls", 1.0), answer("caption", "rouge_l", 0.25)])
-    assert "ocr (anls, n=1)" in text
-    assert "caption (rouge_l, n=1)" in text
+    extra = [answer("c", task="caption", metric="rouge_l"),
+             answer("d", task="caption", metric="words", score=0.0)]  # fmt: skip
+    page = text(task_table(summarise([*answers(), *extra])))
+    rows = {line.split("  ")[0]: line.split("  ")[-1] for line in page}
+    assert rows["ocr (anls, n=2)"].strip() == "25%"
+    assert rows["caption (rouge_l, words, n=2)"].strip() == "-"
+
+
+def test_strangers_names_are_no_markup_and_no_control_characters() -> None:
+    odd = [replace(a, task="\x1b[2J[bold]x[/bold]") for a in answers()]
+    page = "\n".join(text(task_table(summarise(odd))))
+    assert "?[2J[bold]x[/bold] (n=2)" in page
+    assert "\x1b" not in "\n".join(text(comparison_table(summarise(odd))))
+
+
+SCORE = Duel("inside", "0.10", "score", "snapkv", 120, 0.85, 0.8, Interval(0.05, -0.01, 0.11, 60),
+             None)  # fmt: skip
+KL = Duel("after", "4096", "kl", "quest", 80, 0.01, 0.03, Interval(0.02, 0.015, 0.025, 40),
+          Interval(3.0, 2.5, 3.75, 40))  # fmt: skip
+
+
+def test_duels_are_sentences() -> None:
+    score, kl = duel_lines([SCORE, KL])
+    assert score == (
+        "inside, budget 0.10, score: hkvprof 85.0%, snapkv (the best public baseline) 80.0% on the "
+        "120 questions of 60 samples that both answered; ours less theirs +5.0 [-1.0, +11.0] "
+        "points; the interval includes zero"
+    )
+    assert kl == (
+        "after, budget 4096, KL to the full cache: hkvprof 0.01, quest (the best public baseline) "
+        "0.03 on the 80 questions of 40 samples that both answered; theirs less ours +0.02 "
+        "[+0.015, +0.025] nats, theirs over ours 3 [2.5, 3.8]; the interval excludes zero"
+    )
+
+
+@pytest.mark.parametrize("duel", [SCORE, KL])
+def test_one_sample_has_no_interval_to_speak_of(duel: Duel) -> None:
+    (line,) = duel_lines([replace(duel, difference=Interval(0.5, 0.5, 0.5, 1))])
+    assert line.endswith("; one sample, so no interval")
+
+
+def test_next_steps_name_model_and_profile() -> None:
+    lines = next_steps("org/model", "p.safetensors")
+    assert '    model, processor = hkvprof.load_model("org/model")' in lines
+    assert any('apply(model, "p.safetensors", budget=0.10)' in line for line in lines)

@@ -77,7 +77,8 @@ def _attention(
     fed = query.shape[1]
     sinks = min(SINKS, begin)
     seen = torch.cat([key[:, :sinks], key[:, begin:stop], key[:, tokens:]], dim=1)
-    rows = slice(fed - (stop - begin) - 1, fed)  # the row before a token is what predicts it
+    # The row before a token is what predicts it.
+    rows = slice(max(0, fed - (stop - begin) - 1), fed)
     future = torch.ones(fed, fed, dtype=torch.bool, device=key.device).triu(1)[rows]
     future = torch.nn.functional.pad(future, (seen.shape[1] - fed, 0))
     group = len(query) // len(key)

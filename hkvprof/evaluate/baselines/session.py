@@ -11,6 +11,7 @@ from typing import Any
 from hkvprof.artifact import Profile
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.evaluate.baselines.base import Baseline, Choice, Kept, Prompt, Selection
+from hkvprof.evaluate.baselines.registry import find
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.profile.uniform import uniform_profile
@@ -101,8 +102,6 @@ def compress(
 
     `share` is the all-in share of dense bytes. Raises UsageError, CompressionError.
     """
-    from hkvprof.evaluate.baselines import find
-
     method = find(name)
     decision = decide(method, Prompt(model, prefill, share, profile, seed))
     with applied(model, method, share, profile) as handle:

@@ -1,0 +1,150 @@
+"""Methods that plan from a profile: budgets and plans against the profile's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hkvprof
+from hkvprof.artifact import Profile, load_profile
+from hkvprof.errors import BudgetError, UsageError
+from hkvprof.evaluate.baselines import Prompt, find, session
+from hkvprof.evaluate.baselines import sparsemm as sparsemm_file
+from hkvprof.evaluate.baselines.base import Selection
+from hkvprof.evaluate.baselines.planned import even, loss_at, only
+from hkvprof.evaluate.prefill import Prefill, capture
+from hkvprof.heads import HeadType
+from hkvprof.runtime.options import SMOOTHING
+from hkvprof.runtime.plan import HeadPlan
+from hkvprof.testbed.generator import make_sample
+from tests.evaluate.baselines.synthetic import counts
+
+torch.set_num_threads(1)
+
+SHARE = 0.1
+ABLATIONS = ("all_static", "all_dynamic", "no_head_level", "no_type_level")
+Subject = tuple[Any, Prefill, Profile]
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    model, processor = hkvprof.load_model("tinyvl", dtype="float32")
+    sample = make_sample("list", 1, images=12, split="calibration")
+    prefill = capture(model, processor.encode([sample.messages]))
+    return model, prefill, load_profile("profiles/tinyvl.hkv.safetensors")
+
+
+def plans(selection: Selection) -> list[HeadPlan]:
+    """All heads' plans in one list."""
+    choices = [choice for layer in selection for choice in layer]
+    assert all(isinstance(choice, HeadPlan) for choice in choices)
+    return [choice for choice in choices if isinstance(choice, HeadPlan)]
+
+
+def chosen(subject: Subject, name: str, share: float = SHARE) -> list[HeadPlan]:
+    model, prefill, profile = subject
+    return plans(find(name).select(Prompt(model, prefill, share, profile)))
+
+
+def test_sparsemm_budgets(subject: Subject) -> None:
+    model, prefill, profile = subject
+    prompt = Prompt(model, prefill, SHARE, profile)
+    numbers = np.array(counts(find("sparsemm").select(prompt)))
+    at = int(np.abs(profile.ratios - sparsemm_file.AT).argmin())
+    static = [s.head_type is HeadType.STATIC for s in profile.strategies]
+    score = profile.loss[static][..., at].min(axis=0)
+    room = prompt.room
+    window = min(16, room // 2)
+    least = window + int(sparsemm_file.RHO * (room - window))
+    exact = least + score / score.sum() * (room - least) * score.size
+    assert numbers.sum() == room * score.size
+    assert float(np.abs(numbers - np.minimum(exact, prefill.tokens)).max()) <= 1
+
+
+def test_all_static_and_all_dynamic(subject: Subject) -> None:
+    for name, kind in (("all_static", HeadType.STATIC), ("all_dynamic", HeadType.DYNAMIC)):
+        heads = chosen(subject, name)
+        assert {plan.strategy.head_type for plan in heads} == {kind}
+        assert np.mean([plan.ratio for plan in heads]) <= SHARE + 1e-6
+
+
+def test_static_plans_are_those_of_a_profile_without_dynamic_losses(subject: Subject) -> None:
+    _, prefill, profile = subject
+    edited = only(profile, HeadType.STATIC)
+    want = edited.allocation(SHARE, prefill.tokens, 4)
+    got = chosen(subject, "all_static")
+    assert [p.ratio for p in got] == pytest.approx(want.ratio.ravel().tolist())
+    menu = profile.strategies
+    assert [p.strategy for p in got] == [menu[choice] for choice in want.strategy.ravel()]
+    assert bool((profile.loss < 1e30).any(axis=(1, 2, 3)).all())  # the profile itself is as it was
+
+
+def test_no_head_level_gives_all_heads_the_same(subject: Subject) -> None:
+    heads = chosen(subject, "no_head_level")
+    assert {plan.ratio for plan in heads} == {SHARE}
+    profile = subject[2]
+    at = int(np.abs(profile.ratios - SHARE).argmin())
+    # The share is one of the measured ratios: the least loss there decides (all strategies fit).
+    best = profile.loss[..., : at + 1].min(axis=-1).argmin(axis=0).ravel()
+    assert [p.strategy for p in heads] == [profile.strategies[choice] for choice in best]
+
+
+def test_no_type_level_keeps_the_shares_and_takes_one_static_strategy(subject: Subject) -> None:
+    _, prefill, profile = subject
+    want = profile.allocation(SHARE, prefill.tokens, 4)
+    heads = chosen(subject, "no_type_level")
+    assert [p.ratio for p in heads] == pytest.approx(want.ratio.ravel().tolist())
+    (strategy,) = {p.strategy for p in heads}
+    assert strategy.head_type is HeadType.STATIC
+    ratio = want.ratio.astype(np.float64)
+    sums = [
+        loss_at(profile, number, ratio).sum()
+        for number, other in enumerate(profile.strategies)
+        if other.head_type is HeadType.STATIC
+    ]
+    mine = loss_at(profile, profile.strategies.index(strategy), ratio).sum()
+    assert mine == min(sums)
+
+
+def test_losses_between_measured_ratios(subject: Subject) -> None:
+    profile = subject[2]
+    at = profile.ratios[4].astype(np.float64)
+    ratio = np.full(profile.loss.shape[1:3], at)
+    assert np.allclose(loss_at(profile, 0, ratio), profile.loss[0, ..., : 4 + 1].min(axis=-1))
+    middle = np.full_like(ratio, np.sqrt(at * profile.ratios[5]))
+    monotone = np.minimum.accumulate(profile.loss[0].astype(np.float64), axis=-1)
+    assert np.allclose(loss_at(profile, 0, middle), monotone[..., 4:6].mean(axis=-1))
+
+
+def test_even_dynamic_shares_where_measured_ratios_are_too_coarse(subject: Subject) -> None:
+    heads = chosen(subject, "all_dynamic", 0.05)
+    assert {plan.ratio for plan in heads} == {0.05}
+    assert {plan.strategy.head_type for plan in heads} == {HeadType.DYNAMIC}
+
+
+def test_no_dynamic_strategy_fits(subject: Subject) -> None:
+    model, prefill, profile = subject
+    with pytest.raises(BudgetError, match="no strategy fits"):
+        even(Prompt(model, prefill, 0.02, profile), only(profile, HeadType.DYNAMIC))
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_go_by_the_profile_and_runtime(subject: Subject, name: str) -> None:
+    model, _, profile = subject
+    method = find(name)
+    assert method.keep is None
+    assert method.smoothing == SMOOTHING
+    with session.applied(model, method, SHARE, profile) as handle:
+        assert handle.profile.keep == profile.keep
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_need_measured_curves(subject: Subject, name: str) -> None:
+    model, prefill, profile = subject
+    other = replace(profile, recipe="paper")
+    with pytest.raises(UsageError, match="recipe 'measured'"):
+        find(name).select(Prompt(model, prefill, SHARE, other))
