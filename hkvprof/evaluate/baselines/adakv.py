@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
 from hkvprof.evaluate.baselines.budgets import best_of_all, keep_marked
-from hkvprof.evaluate.baselines.scores import WINDOW, snapkv_of
+from hkvprof.evaluate.baselines.scores import recent_count, snapkv_of
 
 SAFEGUARD = 0.2
 """Share of an even budget that every head has for sure."""
@@ -13,7 +13,7 @@ SAFEGUARD = 0.2
 @baseline("adakv", "Ada-KV (SnapKV)", "arXiv 2407.11550")
 def adakv(prompt: Prompt) -> Selection:
     """A layer's best-scored tokens over all of its heads, and a fifth of the room for each head."""
-    window = min(WINDOW, max(1, prompt.room // 2))
+    window = recent_count(prompt)
     safe = window + int(SAFEGUARD * (prompt.room - window))
     total = prompt.room * prompt.grid.kv_heads
     return keep_marked(prompt, [best_of_all(score, total, safe) for score in snapkv_of(prompt)])

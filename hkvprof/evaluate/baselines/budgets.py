@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -40,8 +41,11 @@ def spread(total: int, weights: ArrayLike, least: int, most: int) -> list[int]:
     return [int(number) for number in whole]
 
 
-def rows(numbers: Sequence[int], width: int) -> list[list[int]]:
-    """A flat list of head budgets as one list per layer."""
+T = TypeVar("T")
+
+
+def rows(numbers: Sequence[T], width: int) -> list[list[T]]:
+    """A flat list over all heads as one list per layer."""
     return [list(numbers[i : i + width]) for i in range(0, len(numbers), width)]
 
 

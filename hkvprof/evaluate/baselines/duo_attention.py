@@ -8,21 +8,21 @@ from torch import Tensor
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
 from hkvprof.evaluate.baselines.budgets import rows
-from hkvprof.evaluate.baselines.offline import full_heads, habits
+from hkvprof.evaluate.baselines.offline import full_heads, static_loss
 from hkvprof.evaluate.baselines.scores import SINKS
 
 LOCAL = 20
 """Tokens that a streaming head holds at least, sinks included (no more than half of the room)."""
 
 
-@baseline("duo_attention", "DuoAttention-like", "arXiv 2410.10819")
+@baseline("duo_attention", "DuoAttention-like", "arXiv 2410.10819", needs_profile=True)
 def duo_attention(prompt: Prompt) -> Selection:
-    """As many whole heads as there is room for, those first that streaming hurts most.
+    """As many whole heads as there is room for, those first that lose most when pruned.
 
-    Published gates are trained; here a head's is the change of its layer's output on repeated
-    random tokens when it streams, measured once per model.
+    Published gates are trained on passkeys; here the profile orders the heads, by the loss of a
+    static head on calibration samples.
     """
-    loss = habits(prompt, SINKS, LOCAL - SINKS).streaming.flatten()
+    loss = torch.from_numpy(static_loss(prompt.need_profile("duo_attention"))).flatten()
     rank = torch.sort(loss, descending=True, stable=True).indices.tolist()
     _, counts = full_heads(prompt, rank, min(LOCAL, max(1, prompt.room // 2)))
     return [

@@ -8,20 +8,24 @@ from torch import Tensor
 
 from hkvprof.errors import ModelError
 from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.scores import SINKS, keep_best, same_room, with_sinks
+from hkvprof.evaluate.baselines.budgets import best_of_all, keep_marked
+from hkvprof.evaluate.baselines.scores import SINKS, with_sinks
 from hkvprof.models.decoder_input import Rotation
 
 AHEAD = 512
 """Positions after the prompt over which the rotation is averaged."""
 EPSILON = 0.02
+SAFEGUARD = 0.2
+"""Share of an even budget that every head has for sure."""
 
 
 @baseline("expected_attention", "Expected Attention", "arXiv 2510.00636")
 def expected_attention(prompt: Prompt) -> Selection:
     """Queries are taken as normal, with mean and covariance of the prompt's before rotation.
 
-    The first 4 tokens are left out of the statistics and always kept. Raises ModelError for models
-    without rotary embeddings.
+    The first 4 tokens are left out of the statistics and always kept. Tokens compete across the
+    heads of a layer as in Ada-KV, the setting in which the method does best. Raises ModelError for
+    models without rotary embeddings.
     """
     rotation = prompt.prefill.decoder_input.rotation
     if rotation is None:
@@ -32,7 +36,10 @@ def expected_attention(prompt: Prompt) -> Selection:
     scores = prompt.remember(
         "expected_attention", lambda: [expected(layer, rotation) for layer in prompt.layers]
     )
-    return keep_best(prompt, [with_sinks(prompt, s) for s in scores], same_room(prompt))
+    total, safe = prompt.room * prompt.grid.kv_heads, int(SAFEGUARD * prompt.room)
+    return keep_marked(
+        prompt, [best_of_all(with_sinks(prompt, score), total, safe) for score in scores]
+    )
 
 
 def expected(layer: LayerPrompt, rotation: Rotation) -> Float[Tensor, "kv_heads tokens"]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hkvprof.evaluate.baselines.base import Choice, LayerPrompt, Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.budgets import rows, spread
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import token_floor
 from hkvprof.policy.costs import dynamic_layout
@@ -16,8 +16,8 @@ from hkvprof.profile.classify import allocate_by_sparsity
 from hkvprof.profile.statistics import sample_text_rows, text_sparsity
 from hkvprof.runtime.plan import HeadPlan
 
-THETA, KAPPA = 0.9, 0.1
-"""A head is static when its top tenth of tokens gets 0.9 of the attention; 0.9 is published."""
+THETA, KAPPA = 0.9, 0.02
+"""A head is static when the top 2% of its tokens get 0.9 of the attention; 0.9 is published."""
 KEEP = KeepRule(2, 4, 16)
 PRUNED = Strategy(HeadType.STATIC, pool=1, text_prior=0.5)
 CHUNKS = (16, 32, 64)
@@ -37,40 +37,55 @@ def hybridkv(prompt: Prompt) -> Selection:
     types = np.where(static, HeadType.STATIC, HeadType.DYNAMIC).astype(np.uint8)
     floor = min(prompt.share, token_floor(KEEP.floor_tokens, prompt.tokens))
     ratios = allocate_by_sparsity(types, mean, prompt.share, floor, grid).ratio
-    selection: Selection = []
-    for number, layer in enumerate(prompt.layers):
-        ranking = rank_tokens(
-            window_attention(layer.query[:, -KEEP.window :], layer.key, layer.scaling), 1, KEEP
-        )
-        selection.append(
-            [
-                _choice(
-                    prompt, layer, head, ranking[head], float(ratio), bool(static[number, head])
-                )
-                for head, ratio in enumerate(ratios[number])
-            ]
-        )
-    return selection
+    plans = [_retrieval(prompt, float(r)) for r in ratios.flat]
+    pruned = static.ravel() | np.array([plan is None for plan in plans])
+    share = np.where(pruned, ratios.ravel().astype(np.float64), 0.0)
+    counts = np.zeros(len(plans), dtype=int)
+    if pruned.any():
+        whole = int(share.sum() * prompt.tokens + 1e-6)
+        counts[pruned] = spread(max(1, whole), share[pruned], 0, prompt.tokens)
+    kept = [None if cut else plan for cut, plan in zip(pruned, plans, strict=True)]
+    heads = grid.kv_heads
+    per_layer = zip(rows(counts.tolist(), heads), rows(kept, heads), strict=True)
+    return [
+        _layer(prompt, layer, numbers, mine)
+        for layer, (numbers, mine) in zip(prompt.layers, per_layer, strict=True)
+    ]
+
+
+def _layer(
+    prompt: Prompt, layer: LayerPrompt, counts: list[int], plans: list[HeadPlan | None]
+) -> list[Choice]:
+    """Retrieval where there is a plan, else text-prior pruning to that many tokens."""
+    attention = window_attention(layer.query[:, -KEEP.window :], layer.key, layer.scaling)
+    ranking = rank_tokens(attention, PRUNED.pool, KEEP)
+    return [
+        plan or layer.keep(head, select_tokens(ranking[head], count, PRUNED, KEEP, prompt.text))
+        for head, (count, plan) in enumerate(zip(counts, plans, strict=True))
+    ]
+
+
+def _retrieval(prompt: Prompt, ratio: float) -> HeadPlan | None:
+    """A dynamic head with the smallest published chunk that fits into its share."""
+    key = prompt.layers[0].key
+    for chunk in CHUNKS:
+        strategy = Strategy(HeadType.DYNAMIC, index="mean", chunk=chunk)
+        size = key.shape[-1], key.element_size()
+        if dynamic_layout(strategy, ratio, prompt.tokens, KEEP, *size) is not None:
+            return HeadPlan(strategy, ratio)
+    return None
 
 
 def _sparsity(prompt: Prompt) -> NDArray[np.float32]:
-    """Text-centric sparsity of every query head, [layers, query_heads]."""
-    rows = sample_text_rows(prompt.text.to(prompt.device))
+    """Text-centric sparsity of every query head, [layers, query_heads].
+
+    A prompt that ends with its context has no text row that sees it: all rows count as text then.
+    """
+    text = prompt.text.to(prompt.device)
+    at = sample_text_rows(text)
+    if not len(at):
+        at = sample_text_rows(torch.ones_like(text))
     found = [
-        text_sparsity(x.query[:, rows], x.key, rows, x.scaling, (KAPPA,))[0] for x in prompt.layers
+        text_sparsity(x.query[:, at], x.key, at, x.scaling, (KAPPA,))[0] for x in prompt.layers
     ]
     return torch.stack(found).cpu().numpy()
-
-
-def _choice(
-    prompt: Prompt, layer: LayerPrompt, head: int, ranking: Tensor, ratio: float, static: bool
-) -> Choice:
-    if not static:
-        for chunk in CHUNKS:
-            strategy = Strategy(HeadType.DYNAMIC, index="mean", chunk=chunk)
-            key = layer.key
-            size = key.shape[-1], key.element_size()
-            if dynamic_layout(strategy, ratio, prompt.tokens, KEEP, *size) is not None:
-                return HeadPlan(strategy, ratio)
-    count = max(1, int(ratio * prompt.tokens + 1e-6))
-    return layer.keep(head, select_tokens(ranking, count, PRUNED, KEEP, prompt.text))

@@ -121,14 +121,29 @@ def _turns(model: Any) -> tuple[Any, str, str]:
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
     except (OSError, ValueError):
         return None, "", ""
+    for said in (_SAID, [[{"type": "text", "text": words}] for words in _SAID]):
+        messages = [
+            {"role": role, "content": words} for role, words in zip(_ROLES, said, strict=True)
+        ]
+        found = _between(tokenizer, messages)
+        if found is not None:
+            return tokenizer, *found
+    return tokenizer, "\n\n", "\n"
+
+
+_ROLES = ("user", "assistant", "user")
+_SAID = ("Alpha", "Beta", "Gamma")
+
+
+def _between(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """What a template puts after the reply and after the second question; None if it cannot."""
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
-        return tokenizer, "\n\n", "\n"
-    said = ["Alpha", "Beta", "Gamma"]
-    roles = ["user", "assistant", "user"]
-    text = tokenizer.apply_chat_template(
-        [{"role": role, "content": words} for role, words in zip(roles, said, strict=True)],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    between, close = text.split("Beta", 1)[1].split("Gamma", 1)
-    return tokenizer, between, close
+        return None
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        between, close = text.split(_SAID[1], 1)[1].split(_SAID[2], 1)
+    except (TemplateError, TypeError, IndexError, ValueError):
+        return None  # templates differ in whether they take strings or lists of parts
+    return between, close

@@ -17,15 +17,23 @@ BLOCK = 4096
 def look_m(prompt: Prompt) -> Selection:
     """Recent tokens, then text, then vision, each by score; pivotal merging of what goes.
 
-    Scores are SnapKV's in place of attention summed over all rows, which serves the method better
-    here. Where the text alone exceeds the room, its best-scored tokens stay. Only vision tokens are
-    merged.
+    Two things serve the method better here than what is published: scores are SnapKV's, not
+    attention summed over all rows; and where the text alone exceeds the room, so that no vision
+    token would be left, the text has no precedence. Evicted vision tokens are merged, text is not.
     """
-    selection: Selection = []
-    for layer, score in zip(prompt.layers, snapkv_of(prompt), strict=True):
-        preferred = score + prompt.text * (1 + score[score.isfinite()].max())
-        selection.append([merged(prompt, layer, head, row) for head, row in enumerate(preferred)])
-    return selection
+    return [
+        [merged(prompt, layer, head, row) for head, row in enumerate(preferred(prompt, score))]
+        for layer, score in zip(prompt.layers, snapkv_of(prompt), strict=True)
+    ]
+
+
+def preferred(
+    prompt: Prompt, score: Float[Tensor, "kv_heads tokens"]
+) -> Float[Tensor, "kv_heads tokens"]:
+    """The scores, those of text above all others if there is room for all of it."""
+    if int(prompt.text.sum()) > prompt.room:
+        return score
+    return score + prompt.text.to(score.device) * (1 + score[score.isfinite()].max())
 
 
 def merged(prompt: Prompt, layer: LayerPrompt, head: int, score: Float[Tensor, " tokens"]) -> Kept:

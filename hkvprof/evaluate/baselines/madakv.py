@@ -7,41 +7,46 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import rows, spread
-from hkvprof.evaluate.baselines.scores import POOL, best_tokens, snapkv_scores, with_recent
+from hkvprof.evaluate.baselines.budgets import spread
+from hkvprof.evaluate.baselines.scores import (
+    POOL,
+    best_tokens,
+    recent_count,
+    snapkv_scores,
+    with_recent,
+)
 from hkvprof.policy.static import pool
 
 THETA = 0.9
 """Share of a modality's attention that its needed tokens cover."""
-FLOOR = 0.5
-"""Least share of an even budget that a head gets."""
+FLOOR = 0.8
+"""Least share of an even budget that a layer gets."""
 
 
 @baseline("madakv", "MadaKV-like", "arXiv 2506.15724")
 def madakv(prompt: Prompt) -> Selection:
     """Modality preference per head, and budgets compensated between layers.
 
-    A head needs the fewest tokens that hold 0.9 of the last rows' attention to each modality, and
-    its room is divided between text and vision as that attention is. As published, a layer takes
-    what it needs and the ones after it share what that leaves; where the room is small, nothing is
-    left for the last layers, so here budgets are in proportion to needs, with a floor. The recent
-    tokens (as text) always stay, and scores are pooled as SnapKV's.
+    A head's room is divided between text and vision as the attention of the last rows is, and it
+    needs the fewest tokens that hold 0.9 of that attention in each. As published, a layer takes
+    what its heads need and the ones after it share what that leaves; where the room is small,
+    nothing is left for the last layers, so here layers get room in proportion to their needs, with
+    a floor. The recent tokens (as text) always stay, and scores are pooled as SnapKV's.
     """
     weights = prompt.remember("madakv", lambda: [snapkv_scores(x, width=1) for x in prompt.layers])
     text = prompt.text.to(prompt.device)
     needs = [
-        [sum(_needed(row[part]) for part in (text, ~text)) for row in weight] for weight in weights
+        sum(_needed(row[part]) for row in weight for part in (text, ~text)) for weight in weights
     ]
-    heads = prompt.grid.kv_heads
-    least = int(FLOOR * prompt.room)
-    counts = spread(prompt.room * len(needs) * heads, needs, least, prompt.tokens)
+    least = max(recent_count(prompt), int(FLOOR * prompt.room))
+    counts = spread(prompt.room * len(needs), needs, least, prompt.tokens)
     selection: Selection = []
-    for layer, weight, numbers in zip(prompt.layers, weights, rows(counts, heads), strict=True):
+    for layer, weight, count in zip(prompt.layers, weights, counts, strict=True):
         score = with_recent(prompt, pool(weight, POOL))
         selection.append(
             [
                 layer.keep(head, _divided(score[head], weight[head], text, count))
-                for head, count in enumerate(numbers)
+                for head in range(prompt.grid.kv_heads)
             ]
         )
     return selection

@@ -1,22 +1,28 @@
-"""What can be known of heads before any prompt: how they look at repeated random tokens."""
+"""What can be known of heads before any prompt, from the model or from its profile."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hkvprof.artifact import Profile
 from hkvprof.evaluate.baselines.base import Prompt
 from hkvprof.evaluate.baselines.passes import watched
-from hkvprof.models.adapter import output_projection
+from hkvprof.heads import HeadType
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.forward import last_row_only
 
 DISTINCT, REPEATS = 256, 4
 """RazorAttention repeats 2500 tokens four times; fewer here, as vocabularies and limits allow."""
+
+AT = 0.2
+"""Kept share at which a profile is asked what heads lose."""
 
 
 @dataclass(frozen=True)
@@ -24,29 +30,27 @@ class Habits:
     """Of every KV head, the most of its group, [layers, kv_heads].
 
     `echo` and `induction`: attention to earlier occurrences of the same token, and to what followed
-    them. `streaming`: relative change of the layer's output when the head sees sinks and recent
-    tokens alone.
+    them.
     """
 
     echo: Float[Tensor, "layers kv_heads"]
     induction: Float[Tensor, "layers kv_heads"]
-    streaming: Float[Tensor, "layers kv_heads"]
 
 
-def habits(prompt: Prompt, sinks: int, recent: int) -> Habits:
+def habits(prompt: Prompt) -> Habits:
     """Watch the model read random tokens over and over; once per model."""
-    return prompt.offline(f"habits {sinks} {recent}", lambda: _watch(prompt, sinks, recent))
+    found: Habits = prompt.offline("habits", lambda: _watch(prompt))
+    return found
 
 
-def _watch(prompt: Prompt, sinks: int, recent: int) -> Habits:
+def _watch(prompt: Prompt) -> Habits:
     model, view = prompt.model, prompt.prefill.view
     once = _random_ids(prompt)
     ids = once.repeat(1, REPEATS)
     seen: dict[int, Tensor] = {}
 
     def watch(number: int, call: AttentionCall, output: Tensor) -> None:
-        projection = output_projection(view.attention[number]).detach().float()
-        seen[number] = _layer(call, output, projection, once.shape[1], sinks, recent)
+        seen[number] = _layer(call, once.shape[1])
 
     with watched(model, view, watch) as cache:
         model(input_ids=ids, past_key_values=cache, **last_row_only(model))
@@ -54,32 +58,21 @@ def _watch(prompt: Prompt, sinks: int, recent: int) -> Habits:
     return Habits(*found)
 
 
-def _layer(
-    call: AttentionCall, output: Tensor, projection: Tensor, period: int, sinks: int, recent: int
-) -> Float[Tensor, "3 kv_heads"]:
-    """Echo, induction and streaming loss of one layer, one query head at a time."""
-    query, key, value = call.query[0].float(), call.key[0].float(), call.value[0].float()
-    tokens, dim = query.shape[1:]
+def _layer(call: AttentionCall, period: int) -> Float[Tensor, "2 kv_heads"]:
+    """Echo and induction of one layer, one query head at a time."""
+    query, key = call.query[0].float(), call.key[0].float()
+    tokens = query.shape[1]
     rows = torch.arange(period, tokens, device=query.device)
-    place = torch.arange(tokens, device=query.device)[None]
-    distance = rows[:, None] - place
-    past = distance >= 0
-    same = past & (distance > 0) & (distance % period == 0)
-    after = past & (distance > 0) & ((distance + 1) % period == 0)
-    near = past & ((distance < recent) | (place < sinks))
-    norm = (output[0, period:].float().flatten(1) @ projection.T).norm(dim=-1).clamp(min=1e-12)
+    distance = rows[:, None] - torch.arange(tokens, device=query.device)[None]
+    same = (distance > 0) & (distance % period == 0)
+    after = (distance > 0) & ((distance + 1) % period == 0)
     group = len(query) // len(key)
     found = []
     for head, row in enumerate(query):
         logits = row[rows] @ key[head // group].T * call.scaling
-        weights = logits.masked_fill(~past, -torch.inf).softmax(dim=-1)
-        local = logits.masked_fill(~near, -torch.inf).softmax(dim=-1)
-        change = (weights - local) @ value[head // group]
-        columns = projection[:, head * dim : (head + 1) * dim]
-        loss = ((change @ columns.T).norm(dim=-1) / norm).mean()
-        echo, induction = ((weights * mask).sum(dim=-1).mean() for mask in (same, after))
-        found.append(torch.stack([echo, induction, loss]))
-    return torch.stack(found, dim=-1).view(3, len(key), group).amax(dim=-1)
+        weights = logits.masked_fill_(distance < 0, -torch.inf).softmax(dim=-1)
+        found.append(torch.stack([(weights * mask).sum(-1).mean() for mask in (same, after)]))
+    return torch.stack(found, dim=-1).view(2, len(key), group).amax(dim=-1)
 
 
 def _random_ids(prompt: Prompt) -> Int[Tensor, "1 period"]:
@@ -96,6 +89,17 @@ def _random_ids(prompt: Prompt) -> Int[Tensor, "1 period"]:
     period = min(DISTINCT, len(usable) // 2, limit // REPEATS)
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))
     return usable[order[:period]][None].to(prompt.device)
+
+
+def static_loss(profile: Profile) -> NDArray[np.float32]:
+    """What every head loses when it is static at 20%, with its best pooling; [layers, kv_heads].
+
+    At 5%, where most heads lose much, the order of heads says less.
+    """
+    static = [strategy.head_type is HeadType.STATIC for strategy in profile.strategies]
+    at = int(np.abs(profile.ratios - AT).argmin())
+    least: NDArray[np.float32] = profile.loss[static][..., at].min(axis=0)
+    return least
 
 
 def full_heads(prompt: Prompt, rank: list[int], local: int) -> tuple[set[int], list[int]]:

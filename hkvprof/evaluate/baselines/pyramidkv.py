@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
 from hkvprof.evaluate.baselines.budgets import spread
-from hkvprof.evaluate.baselines.scores import WINDOW, keep_best, snapkv_of
+from hkvprof.evaluate.baselines.scores import keep_best, recent_count, snapkv_of
 
 BETA = 20
 """The last layer gets 1/20 of the mean beside the window, the first one what that leaves."""
@@ -17,7 +17,7 @@ def pyramidkv(prompt: Prompt) -> Selection:
     The window is the same everywhere. Budgets are rounded so that they sum to the room exactly.
     """
     layers, heads = prompt.grid.layers, prompt.grid.kv_heads
-    window = min(WINDOW, max(1, prompt.room // 2))
+    window = recent_count(prompt)
     mean = prompt.room - window
     last = mean / BETA
     first = 2 * mean - last

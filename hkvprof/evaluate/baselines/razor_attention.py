@@ -8,7 +8,6 @@ from hkvprof.evaluate.baselines.base import Kept, LayerPrompt, Prompt, Selection
 from hkvprof.evaluate.baselines.budgets import rows
 from hkvprof.evaluate.baselines.duo_attention import LOCAL, ends
 from hkvprof.evaluate.baselines.offline import Habits, full_heads, habits
-from hkvprof.evaluate.baselines.scores import SINKS
 
 INDUCTION_HEADS, ECHO_HEADS = 14, 1
 """Heads are taken in the proportion of the published shares, 14% and 1%."""
@@ -21,7 +20,7 @@ def razor_attention(prompt: Prompt) -> Selection:
     A compensation token is the mean of the dropped keys and values. As published it weighs as much
     as the tokens it stands for; a cache of keys and values cannot say so, and it weighs as one.
     """
-    rank = ranked(habits(prompt, SINKS, LOCAL - SINKS))
+    rank = ranked(habits(prompt))
     full, counts = full_heads(prompt, rank, min(LOCAL, max(2, prompt.room // 2)))
     heads = prompt.grid.kv_heads
     return [

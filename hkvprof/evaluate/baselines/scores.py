@@ -45,8 +45,13 @@ def with_recent(
     Where they would take more than half of the room, only as many as half of it holds.
     """
     score = score.clone()
-    score[..., prompt.tokens - min(window, max(1, prompt.room // 2)) :] = torch.inf
+    score[..., prompt.tokens - recent_count(prompt, window) :] = torch.inf
     return score
+
+
+def recent_count(prompt: Prompt, window: int = WINDOW) -> int:
+    """How many recent tokens `with_recent` keeps."""
+    return min(window, max(1, prompt.room // 2))
 
 
 def best_tokens(

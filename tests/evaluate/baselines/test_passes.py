@@ -16,6 +16,7 @@ from hkvprof.evaluate.baselines.base import Kept
 from hkvprof.evaluate.baselines.duo_attention import ends
 from hkvprof.evaluate.baselines.razor_attention import compensated, ranked
 from hkvprof.evaluate.prefill import capture
+from hkvprof.models.decoder_input import watch_input
 from hkvprof.models.processing import Encoded
 from hkvprof.testbed.generator import make_sample
 from tests.evaluate.baselines.synthetic import counts, random_prompt, with_values_as_numbers
@@ -124,6 +125,18 @@ def test_kvzip_continues_the_positions_of_this_prompt(tinyvl: tuple[Any, Any, An
     assert model.model.rope_deltas is stale
 
 
+def test_kvzip_repeats_at_the_positions_that_follow(tinyvl: tuple[Any, Any, Any]) -> None:
+    model, _, prefill = tinyvl
+    with watch_input(model, prefill.view) as seen:
+        kvzip_file.repeat_scores(Prompt(model, prefill, 0.2))
+    known, fed = prefill.decoder_input.rotation, seen.rotation
+    assert fed is not None
+    angles = torch.atan2(known.sin, known.cos)
+    step = angles[1] - angles[0]
+    assert torch.allclose(fed.cos[0], (angles[-1] + step).cos(), atol=1e-3)
+    assert torch.allclose(fed.sin[-1], (angles[-1] + len(fed.sin) * step).sin(), atol=1e-2)
+
+
 def test_kvzip_asks_in_a_turn_of_its_own_or_goes_on(tinyvl: tuple[Any, Any, Any]) -> None:
     model, processor, prefill = tinyvl
     switch = "<|im_end|>\n<|im_start|>user\n"
@@ -137,13 +150,36 @@ def test_kvzip_asks_in_a_turn_of_its_own_or_goes_on(tinyvl: tuple[Any, Any, Any]
     assert first[0].tolist() == processor.encode_text("\n\n" + kvzip_file.FIRST)
 
 
+class Tokenizer:
+    """Renders with a template, as a tokenizer does."""
+
+    def __init__(self, chat_template: str) -> None:
+        self.chat_template = chat_template
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        from jinja2 import Template
+
+        return Template(self.chat_template).render(messages=messages)
+
+
+def test_kvzip_templates_of_strings_and_of_parts() -> None:
+    strings = [{"role": "user", "content": words} for words in kvzip_file._SAID]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in strings]
+    plain = Tokenizer("{% for m in messages %}[{{ m.content }}]{% endfor %}>")
+    listed = Tokenizer("{% for m in messages %}[{{ m.content[0].text }}]{% endfor %}>")
+    assert kvzip_file._between(plain, strings) == ("][", "]>")
+    assert kvzip_file._between(listed, strings) is None
+    assert kvzip_file._between(listed, parts) == ("][", "]>")
+    assert kvzip_file._between(Tokenizer(""), strings) is None
+
+
 # -- retrieval heads --------------------------------------------------------------------------
 
 
 def test_habits_by_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "DISTINCT", 12)
     prompt = llama_prompt()
-    known = offline.habits(prompt, sinks=2, recent=3)
+    known = offline.habits(prompt)
     once = offline._random_ids(prompt)
     period = once.shape[1]
     assert period == 12
@@ -160,20 +196,14 @@ def test_habits_by_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
                 induction += weights[:, :, row, past] / len(rows)
     assert torch.allclose(known.echo, echo.view(3, 2, 2).amax(-1), atol=1e-5)
     assert torch.allclose(known.induction, induction.view(3, 2, 2).amax(-1), atol=1e-5)
-    assert bool((known.streaming > 0).all())
-    assert offline.habits(prompt, sinks=2, recent=3) is known
-
-
-def test_streaming_loses_nothing_where_all_is_recent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "DISTINCT", 8)
-    assert bool((offline.habits(llama_prompt(), 0, 32).streaming == 0).all())
+    assert offline.habits(prompt) is known
 
 
 def test_offline_pass_gives_the_position_offset_back(tinyvl: tuple[Any, Any, Any]) -> None:
     model, _, prefill = tinyvl
     mark = prefill.rope_deltas.clone()
     model.model.rope_deltas = mark
-    offline._watch(Prompt(model, prefill, 0.2), 4, 16)
+    offline._watch(Prompt(model, prefill, 0.2))
     assert model.model.rope_deltas is mark
 
 
@@ -181,7 +211,7 @@ def test_fourteen_induction_heads_for_an_echo_head() -> None:
     induction = torch.arange(20, 0, -1).float().view(4, 5)  # heads 0, 1, 2, ... in order
     echo = torch.zeros(4, 5)
     echo[3, 4] = 1.0
-    order = ranked(offline.Habits(echo, induction, echo))
+    order = ranked(offline.Habits(echo, induction))
     assert order[:16] == [*range(14), 19, 14]
 
 
@@ -193,16 +223,6 @@ def test_as_many_whole_heads_as_there_is_room_for() -> None:
     full, numbers = offline.full_heads(prompt, [2, 0, 1, 3], local=20)
     assert not full
     assert numbers == [30] * 4
-
-
-def test_duo_attention_streams_all_but_the_heads_that_it_hurts() -> None:
-    prompt = llama_prompt(tokens=60, share=0.4)
-    loss = offline.habits(prompt, 4, 16).streaming.flatten()
-    numbers = torch.tensor(counts(find("duo_attention").select(prompt))).flatten()
-    whole = numbers == 60
-    assert 0 < int(whole.sum()) < 6
-    assert float(loss[whole].min()) >= float(loss[~whole].max())
-    assert int(numbers.sum()) == 24 * 6
 
 
 def test_ends() -> None:
@@ -226,7 +246,7 @@ def test_razor_attention_keeps_whole_heads_and_one_mean_token_elsewhere() -> Non
     selection = find("razor_attention").select(prompt)
     numbers = counts(selection)
     assert sum(map(sum, numbers)) == 24 * 6
-    order = ranked(offline.habits(prompt, 4, 16))
+    order = ranked(offline.habits(prompt))
     whole = [h for h, n in enumerate(x for layer in numbers for x in layer) if n == 60]
     assert sorted(order[: len(whole)]) == whole
     for layer, choices in zip(prompt.layers, selection, strict=True):

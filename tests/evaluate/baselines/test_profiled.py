@@ -14,7 +14,8 @@ from hkvprof.artifact import Profile, load_profile
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.baselines import Prompt, find, session
 from hkvprof.evaluate.baselines import sparsemm as sparsemm_file
-from hkvprof.evaluate.baselines.base import Selection
+from hkvprof.evaluate.baselines.base import Kept, Selection
+from hkvprof.evaluate.baselines.offline import static_loss
 from hkvprof.evaluate.baselines.planned import even, loss_at, only
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.heads import HeadType
@@ -54,15 +55,38 @@ def test_sparsemm_budgets(subject: Subject) -> None:
     model, prefill, profile = subject
     prompt = Prompt(model, prefill, SHARE, profile)
     numbers = np.array(counts(find("sparsemm").select(prompt)))
-    at = int(np.abs(profile.ratios - sparsemm_file.AT).argmin())
-    static = [s.head_type is HeadType.STATIC for s in profile.strategies]
-    score = profile.loss[static][..., at].min(axis=0)
+    score = static_loss(profile)
     room = prompt.room
     window = min(16, room // 2)
     least = window + int(sparsemm_file.RHO * (room - window))
     exact = least + score / score.sum() * (room - least) * score.size
     assert numbers.sum() == room * score.size
     assert float(np.abs(numbers - np.minimum(exact, prefill.tokens)).max()) <= 1
+
+
+def test_static_loss_is_the_least_of_the_static_curves_at_a_fifth(subject: Subject) -> None:
+    profile = subject[2]
+    assert float(profile.ratios[9]) == pytest.approx(0.2)
+    assert [s.head_type for s in profile.strategies[:3]] == [HeadType.STATIC] * 3
+    assert np.array_equal(static_loss(profile), profile.loss[:3, ..., 9].min(axis=0))
+
+
+def test_duo_attention_streams_all_but_the_heads_that_lose_most(subject: Subject) -> None:
+    model, prefill, profile = subject
+    prompt = Prompt(model, prefill, 0.2, profile)
+    selection = find("duo_attention").select(prompt)
+    numbers = np.array(counts(selection))
+    whole = numbers == prefill.tokens
+    assert 0 < whole.sum() < whole.size
+    assert numbers.sum() == prompt.room * whole.size
+    loss = static_loss(profile)
+    assert loss[whole].min() >= loss[~whole].max()
+    layer, head = np.argwhere(~whole)[0]
+    streaming = selection[layer][head]
+    assert isinstance(streaming, Kept)
+    assert torch.equal(streaming.key[:4], prompt.layers[layer].key[head, :4])
+    recent = len(streaming.key) - 4
+    assert torch.equal(streaming.key[4:], prompt.layers[layer].key[head, -recent:])
 
 
 def test_all_static_and_all_dynamic(subject: Subject) -> None:
@@ -129,7 +153,7 @@ def test_even_dynamic_shares_where_measured_ratios_are_too_coarse(subject: Subje
 def test_no_dynamic_strategy_fits(subject: Subject) -> None:
     model, prefill, profile = subject
     with pytest.raises(BudgetError, match="no strategy fits"):
-        even(Prompt(model, prefill, 0.02, profile), only(profile, HeadType.DYNAMIC))
+        even(Prompt(model, prefill, 0.004, profile), only(profile, HeadType.DYNAMIC))
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -17,7 +17,7 @@ from hkvprof.evaluate.baselines import hybridkv as hybridkv_file
 from hkvprof.evaluate.baselines import look_m as look_m_file
 from hkvprof.evaluate.baselines import madakv as madakv_file
 from hkvprof.evaluate.baselines.base import Kept
-from hkvprof.evaluate.baselines.scores import snapkv_scores, with_recent
+from hkvprof.evaluate.baselines.scores import with_recent
 from hkvprof.heads import HeadType
 from hkvprof.models.decoder_input import DecoderInput, Rotation
 from hkvprof.policy.static import window_attention
@@ -111,8 +111,9 @@ def test_keydiff_keeps_keys_unlike_the_others() -> None:
     key[..., 0] = 3.0
     key[0, 0, 5] = torch.tensor([0.0, 7.0])
     key[0, 0, 2] = torch.tensor([1.0, 1.0])
-    prompt = with_values_as_numbers(prompt_of(key, key, key.clone(), share=0.25))
-    assert select("keydiff", prompt) == [[[2, 5]]]
+    key[0, 0, 3] = torch.tensor([9.0, 1.0])
+    prompt = with_values_as_numbers(prompt_of(key, key, key.clone(), share=0.5))
+    assert select("keydiff", prompt) == [[[2, 5, 6, 7]]]  # half of the room is recent
 
 
 def test_expected_attention_by_brute_force() -> None:
@@ -184,20 +185,17 @@ def test_look_m_merges_evicted_vision_into_the_nearest_key() -> None:
     assert torch.allclose(result.value[:, 0], torch.tensor([(1 + 2 + 3) / 3, (2 + 5) / 2]))
 
 
-def test_look_m_keeps_text_before_vision() -> None:
+@pytest.mark.parametrize(("share", "prior"), [(0.6, True), (0.4, False)])
+def test_look_m_keeps_text_first_if_all_of_it_fits(
+    monkeypatch: pytest.MonkeyPatch, share: float, prior: bool
+) -> None:
+    monkeypatch.setattr(look_m_file, "_pivotal", lambda kept, gone, target: kept)
     weights = [0.3, 0.01, 0.3, 0.02, 0.3, 0.01, 0.03, 0.01, 0.01, 0.01]
-    prompt = attending([[weights]], share=0.4)
-    text = torch.tensor([False, True] * 5)
-    object.__setattr__(prompt.prefill, "text", text)
-    result = find("look_m").select(prompt)[0][0]
-    assert isinstance(result, Kept)
-    # Room 4, of which 8 and 9 are recent; text 1, 3, 5 and 7 comes before better-scored vision.
-    scores = snapkv_scores(prompt.layers[0])[0]
-    best = sorted((1, 3, 5, 7), key=lambda token: -float(scores[token]))[:2]
-    chosen = torch.tensor([*sorted(best), 8, 9])
-    same = result.key[:, 1] == prompt.layers[0].key[0, chosen, 1]
-    assert len(result.key) == 4
-    assert bool(same.all())
+    prompt = attending([[weights]], share)
+    object.__setattr__(prompt.prefill, "text", torch.tensor([False, True] * 5))
+    # Rooms 6 and 4, of which half is recent; the text is 1, 3, 5, 7 and 9.
+    want = [[[1, 3, 5, 7, 8, 9]]] if prior else select("snapkv", attending([[weights]], share))
+    assert select("look_m", prompt) == want
 
 
 def test_madakv_counts_the_tokens_that_hold_most_of_the_attention() -> None:
@@ -216,14 +214,15 @@ def test_madakv_divides_a_head_by_its_preference() -> None:
     assert len(every) == 9
 
 
-def test_madakv_gives_more_to_heads_that_need_more() -> None:
+def test_madakv_gives_more_to_layers_that_need_more() -> None:
     flat, sharp = [0.05] * 20, [0.9, *[0.1 / 19] * 19]
     text = torch.tensor([True] * 10 + [False] * 10)
-    prompt = attending([[flat, sharp]], share=0.4)
+    prompt = attending([[flat, flat], [sharp, sharp]], share=0.5)
     object.__setattr__(prompt.prefill, "text", text)
-    numbers = counts(find("madakv").select(prompt))[0]
-    assert sum(numbers) == 16
-    assert numbers[0] > numbers[1] >= 4  # at least half of an even share
+    first, second = counts(find("madakv").select(prompt))
+    # Flat weights need all tokens, sharp ones few: 8 each, and the other 4 in that proportion.
+    assert first == [11, 11]
+    assert second == [9, 9]
 
 
 @pytest.mark.parametrize(("theta", "static"), [(0.0, True), (1.1, False)])
@@ -254,3 +253,10 @@ def test_hybridkv_group_is_static_only_if_all_of_it_is() -> None:
     query[0, 1] = query[0, 0]
     prompt = prompt_of(query, key, key.clone(), 0.5)
     assert isinstance(find("hybridkv").select(prompt)[0][0], Kept)
+
+
+def test_hybridkv_where_no_text_follows_the_context() -> None:
+    prompt = random_prompt(0, tokens=120, share=0.3)
+    prompt.text[:] = False
+    prompt.text[:5] = True
+    assert len(find("hybridkv").select(prompt)) == 2
