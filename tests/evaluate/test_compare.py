@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
 
 import hkvprof
 import hkvprof.runtime
@@ -245,9 +244,7 @@ def test_less_room_means_more_distance(answers: list[Answer]) -> None:
 # -- bytes ----------------------------------------------------------------------------------------
 
 
-def test_every_question_is_answered_by_every_method(
-    answers: list[Answer], tasks: TaskSet
-) -> None:
+def test_every_question_is_answered_by_every_method(answers: list[Answer], tasks: TaskSet) -> None:
     order = [("inside", 0), ("after", 0), ("after", 1), ("after", 2), ("later", 1), ("later", 2)]
     rows = [("full", ""), ("hkvprof", "0.4"), ("hkvprof", "60%"), ("hkvprof", "1.0"),
             ("snapkv", "0.4"), ("snapkv", "60%"), ("quest", "0.4"), ("quest", "60%")]  # fmt: skip
@@ -334,7 +331,7 @@ def test_a_run_that_was_stopped_goes_on(
 
     def one_sample(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
         assert total == 2
-        yield list(items)[0]
+        yield next(iter(items))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -378,11 +375,11 @@ def test_rows_can_be_added_to_a_folder(
 
 def test_folders_of_other_runs_are_refused(tmp_path: Path, answers: list[Answer]) -> None:
     Journal(tmp_path / "a", CONDITION).add(answers[:6])
-    with pytest.raises(UsageError, match="other conditions .steps: 10 there, 11 now"):
+    with pytest.raises(UsageError, match=r"other conditions .steps: 10 there, 11 now"):
         Journal(tmp_path / "a", {**CONDITION, "steps": 11})
     with (tmp_path / "a" / "answers.jsonl").open("a") as file:
         file.write('{"sample": "x"}\n')
-    with pytest.raises(UsageError, match="line 7: not an answer of this version"):
+    with pytest.raises(UsageError, match=r"line 7: not an answer of this version"):
         Journal(tmp_path / "a", CONDITION)
     (tmp_path / "a" / CONDITIONS).write_text("{")
     with pytest.raises(UsageError, match="cannot be read"):
