@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import hkvprof
-from hkvprof.cli import bench, calibrate, evaluate, inspect, models
+from hkvprof.cli import bench, calibrate, evaluate, inspect, merge, models
 
 app = typer.Typer(
     name="hkvprof",
@@ -38,6 +38,7 @@ def _global(
 
 
 app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)

@@ -103,7 +103,7 @@ def evaluate(
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
 
-    part, parts = _shard(shard)
+    part, parts = options.parse_shard(shard)
     plan = Plan(_budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed)
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
@@ -159,13 +159,6 @@ def _regimes(text: str | None) -> tuple[str, ...]:
     from hkvprof.evaluate.records import REGIMES
 
     return tuple(REGIMES) if text is None else tuple(dict.fromkeys(options.listed(text)))
-
-
-def _shard(text: str) -> tuple[int, int]:
-    part, slash, parts = text.partition("/")
-    if slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
-        return int(part), int(parts)
-    raise UsageError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/2")
 
 
 def _write(folder: Path, found: Outcome, model: str) -> None:
