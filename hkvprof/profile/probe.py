@@ -31,6 +31,7 @@ from hkvprof.profile.statistics import (
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
 KAPPAS = (0.02, 0.05, 0.10, 0.20)
+VISION = (Modality.IMAGE, Modality.VIDEO)
 MAX_REPLY_TOKENS = 48
 MAX_CONTINUATION = 192
 
@@ -120,6 +121,7 @@ class Probe:
                 self._layer_losses(layer, continuation, margins, tables)
                 for layer in range(self.bench.view.grid.layers)
             ]
+        held = self.encoded.modality[0]
         return SampleRow(
             id=self.sample.id,
             task=self.sample.task,
@@ -127,6 +129,7 @@ class Probe:
             sparsity=torch.stack([sparsity[i] for i in sorted(sparsity)], dim=1).cpu().numpy(),
             losses=torch.stack(losses, dim=2).cpu().numpy(),
             digest=self.digest,
+            vision_tokens=int(sum((held == kind).sum() for kind in VISION)),
         )
 
     def _layer_losses(

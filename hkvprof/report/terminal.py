@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,6 +11,8 @@ from rich.text import Text
 from hkvprof.artifact import Profile
 from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.profile.confidence_record import KEY
+from hkvprof.report.certainty import agreement_text, certainty, plain, type_agreements
 from hkvprof.report.glyphs import ASCII, UNICODE, Glyphs
 from hkvprof.report.summary import (
     borderline,
@@ -46,6 +48,8 @@ def overview(profile: Profile, tokens: int, ascii_only: bool) -> RenderableType:
         *_strategies(profile),
         Text(),
         *_borderline(profile),
+        Text(),
+        *(Text(line) for line in certainty(profile)),
         Text(),
         *_origin(profile),
     )
@@ -140,23 +144,15 @@ def _origin(profile: Profile) -> list[Text]:
         ),
     ]
     if model.hub_id:
-        lines.append(Text(f"  source: {_plain(model.hub_id)} {_plain(model.commit)}".rstrip()))
+        lines.append(Text(f"  source: {plain(model.hub_id)} {plain(model.commit)}".rstrip()))
     lines.append(
         Text(f"  recipe: {profile.recipe}, default budget {percent(profile.default_budget)}")
     )
     for key, value in sorted(profile.provenance.items(), key=lambda item: str(item[0])):
-        lines.append(Text(f"  {_plain(key)}: {_plain(value)}", overflow="ellipsis", no_wrap=True))
+        if key == KEY:  # shown above
+            continue
+        lines.append(Text(f"  {plain(key)}: {plain(value)}", overflow="ellipsis", no_wrap=True))
     return lines
-
-
-def _plain(value: object) -> str:
-    """A stranger's JSON value on one line, control characters escaped."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(entry) for entry in value)
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def layer_page(profile: Profile, layer: int, ascii_only: bool) -> RenderableType:
@@ -172,7 +168,11 @@ def layer_page(profile: Profile, layer: int, ascii_only: bool) -> RenderableType
 def _decisions(profile: Profile, layer: int, marks: Glyphs) -> Table:
     kappa = kappa_index(profile)
     label = "" if kappa is None else f" (top {percent(profile.kappas[kappa])})"
-    table = _table("head", "type", "strategy", "kept", "loss", f"sparsity per query head{label}")
+    columns = ["head", "type", "strategy", "kept", "loss"]
+    sure = type_agreements(profile, layer)
+    if sure:
+        columns.append("samples that agree on the type")
+    table = _table(*columns, f"sparsity per query head{label}")
     for head in range(profile.grid.kv_heads):
         number = int(profile.strategy[layer, head])
         strategy = profile.strategies[number]
@@ -186,6 +186,7 @@ def _decisions(profile: Profile, layer: int, marks: Glyphs) -> Table:
             strategy.name,
             percent(float(profile.budget[layer, head])),
             _loss(losses_at_budget(profile, layer, head)[number]),
+            *([agreement_text(sure[head])] if sure else []),
             "" if kappa is None else _sparsity(profile, kappa, layer, head),
         )
     return table
