@@ -15,6 +15,7 @@ import numpy as np
 from hkvprof.artifact import Profile, ProjectedIndexTables
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.profile.confidence_record import KEY, MEASURES, Comparison, Confidence, Interval
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = FOLDER / "profile-v2.safetensors"
@@ -104,6 +105,25 @@ def _index(grid: HeadGrid) -> ProjectedIndexTables:
         codebooks=tuple(codebooks),
         subspaces=tuple(subspaces),
     )
+
+
+def with_confidence(profile: Profile) -> Profile:
+    """The profile with figures on how sure it is."""
+    half = Interval(0.5, 0.25, 0.75)
+    figures = dict.fromkeys(MEASURES, half)
+    layers, heads = profile.strategy.shape
+    share = tuple(tuple(1 - (i + h) / 16 for h in range(heads)) for i in range(layers))
+    record = Confidence(
+        16,
+        agree=share,
+        low=tuple(tuple(x / 2 for x in layer) for layer in share),
+        high=tuple((1.0,) * heads for _ in share),
+        halves=Comparison({**figures, "types": Interval(0.94, 0.9, 0.97)}, 20, 100),
+        tasks=Comparison(figures, 2, 100),
+        by_task={"ocr": dict.fromkeys(MEASURES, 0.75), "count": dict.fromkeys(MEASURES, 0.25)},
+        kinds=Comparison(reason="there is only one kind: every prompt holds images or video"),
+    )
+    return replace(profile, provenance={**profile.provenance, KEY: record.to_json()})
 
 
 def plain_profile(profile: Profile) -> Profile:

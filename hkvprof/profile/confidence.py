@@ -104,11 +104,14 @@ def _halves(evidence: Evidence) -> Comparison:
     def split(parts: Strata) -> Figures:
         return compare(evidence, *_halve(random, parts, evidence.samples))
 
+    def enough(drawn: NDArray[np.int64], parts: Strata) -> bool:
+        return sum(map(len, parts)) >= LEAST_SAMPLES
+
     estimate = np.mean([split(strata) for _ in range(SPLITS)], axis=0)
     count = _affordable(evidence, 2 * SPLITS_PER_RESAMPLE)
     resampled = [
         np.mean([split(parts) for _ in range(SPLITS_PER_RESAMPLE)], axis=0)
-        for _, parts in _resamples(random, strata, count, lambda chosen: True)
+        for _, parts in _resamples(random, strata, count, enough)
     ]
     return _comparison(estimate, resampled, SPLITS)
 
@@ -138,8 +141,10 @@ def _tasks(evidence: Evidence) -> tuple[Comparison, dict[str, dict[str, float]]]
               for t in sorted(compared)}  # fmt: skip
     count = _affordable(evidence, 2 * len(compared))
 
-    def comparable(drawn: NDArray[np.int64]) -> bool:
-        return len(set(drawn.tolist())) > 1 and bool(set(compared) & set(drawn.tolist()))
+    def comparable(drawn: NDArray[np.int64], parts: Strata) -> bool:
+        sizes = {t: int((drawn == t).sum()) * len(strata[t]) for t in drawn.tolist()}
+        judged = set(compared) & set(sizes)
+        return bool(judged) and all(sum(sizes.values()) - sizes[t] >= 2 for t in judged)
 
     resampled = [against_others(*r) for r in _resamples(_random(1), strata, count, comparable)]
     estimate = np.mean(list(single.values()), axis=0)
@@ -160,16 +165,14 @@ def _kinds(evidence: Evidence) -> Comparison:
         return Comparison(reason="one kind has but one sample: expected at least two of each")
     strata = _strata(evidence)
 
-    def both(drawn: NDArray[np.int64]) -> bool:
-        held = np.concatenate([seeing[strata[t]] for t in drawn])
-        return bool(held.any()) and not held.all()
+    def both(drawn: NDArray[np.int64], parts: Strata) -> bool:
+        held = seeing[np.concatenate(parts)]
+        return min(held.sum(), (~held).sum()) >= 2
 
     resampled = []
-    count = _affordable(evidence, 2)
-    for _, parts in _resamples(_random(2), strata, count, both):
+    for _, parts in _resamples(_random(2), strata, _affordable(evidence, 2), both):
         counts = _counts(evidence, parts)
-        if counts[seeing].any() and counts[~seeing].any():
-            resampled.append(compare(evidence, counts * ~seeing, counts * seeing))
+        resampled.append(compare(evidence, counts * ~seeing, counts * seeing))
     estimate = compare(evidence, evidence.everything * ~seeing, evidence.everything * seeing)
     return _comparison(estimate, resampled, 1)
 
@@ -202,14 +205,15 @@ def _resamples(
     random: np.random.RandomState,
     strata: Strata,
     count: int,
-    accept: Callable[[NDArray[np.int64]], bool],
+    accept: Callable[[NDArray[np.int64], Strata], bool],
 ) -> Iterator[tuple[NDArray[np.int64], Strata]]:
-    """Tasks drawn with replacement, and then samples of each; `accept` judges the drawn tasks."""
+    """Tasks drawn with replacement, and then samples of each: the first `count` that `accept`
+    takes. It must take the strata themselves, so that there is an end."""
     made = 0
     while made < count:
         drawn = random.randint(len(strata), size=len(strata))
-        if accept(drawn):
-            parts = [strata[t][random.randint(len(strata[t]), size=len(strata[t]))] for t in drawn]
+        parts = [strata[t][random.randint(len(strata[t]), size=len(strata[t]))] for t in drawn]
+        if accept(drawn, parts):
             yield drawn, parts
             made += 1
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 import hkvprof
 from hkvprof.cli import run
 from hkvprof.errors import UsageError
-from hkvprof.heads import KeepRule
+from hkvprof.heads import KeepRule, Modality
 from hkvprof.profile.calibrate import calibrate, measure
 from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.merge import Decision, merge
@@ -153,6 +153,24 @@ def test_the_default_budget_and_theta_are_decided_when_merging(folder: Path) -> 
             Decision(**wrong)  # type: ignore[arg-type]
 
 
+def test_rows_tell_text_from_images_and_profiles_how_sure_they_are(
+    tiny: tuple[Any, Any], samples: list[Sample], folder: Path, tmp_path: Path
+) -> None:
+    conditions = read_conditions(folder)
+    for row in read_rows(folder, conditions):
+        sample = next(sample for sample in samples if sample.id == row.id)
+        modality = tiny[1].encode([sample.messages]).modality
+        assert row.vision_tokens == int((modality == Modality.IMAGE).sum()) > 0
+    found = merge([folder]).provenance["confidence"]
+    assert found["samples"] == 4
+    assert "holds images or video" in found["kinds"]["reason"]
+    text = replace(samples[0], messages=({"role": "user", "content": "code star . " * 20},))
+    measure(*tiny, [text], tmp_path / "text", keep=KEEP)
+    (row,) = read_rows(tmp_path / "text", conditions)
+    assert row.vision_tokens == 0
+    assert merge([tmp_path / "text"]).provenance["confidence"]["reason"].startswith("too few")
+
+
 def test_conditions_come_back_as_they_were(folder: Path) -> None:
     found = read_conditions(folder)
     assert Conditions.from_json(found.to_json()) == found
@@ -244,6 +262,10 @@ def damage(data: bytes, how: str) -> bytes:
         tensors["extra"] = np.zeros(1, np.float32)
     elif how == "tokens":
         about["tokens"] = -1
+    elif how == "vision":
+        about["vision_tokens"] = about["tokens"] + 1
+    elif how == "no vision":
+        del about["vision_tokens"]
     elif how == "id":
         about["id"] = "another"
     elif how == "conditions":
@@ -255,8 +277,8 @@ def damage(data: bytes, how: str) -> bytes:
 
 @pytest.mark.parametrize(
     "how",
-    ["cut", "empty", "text", "nan", "shape", "dtype", "more", "tokens", "id", "conditions",
-     "missing"],
+    ["cut", "empty", "text", "nan", "shape", "dtype", "more", "tokens", "vision", "no vision", "id",
+     "conditions", "missing"],
 )  # fmt: skip
 def test_damaged_rows_are_named(folder: Path, tmp_path: Path, how: str) -> None:
     rows = copy(folder, tmp_path / "rows")
