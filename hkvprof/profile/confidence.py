@@ -126,33 +126,36 @@ def _tasks(evidence: Evidence) -> tuple[Comparison, dict[str, dict[str, float]]]
     if not compared:
         return Comparison(reason="no task has two samples, and the others two"), {}
 
-    def against_others(drawn: NDArray[np.int64], parts: Strata) -> Figures:
-        """Mean over the drawn tasks that are compared, each as often as it was drawn."""
-        found, weights = [], []
-        for task in sorted(set(compared) & set(drawn.tolist())):
-            mine = [part for t, part in zip(drawn, parts, strict=True) if t == task]
-            rest = [part for t, part in zip(drawn, parts, strict=True) if t != task]
-            found.append(compare(evidence, _counts(evidence, mine), _counts(evidence, rest)))
-            weights.append(len(mine))
-        return np.average(found, axis=0, weights=weights)
-
-    everything = [_counts(evidence, [part]) for part in strata]
-    single = {t: compare(evidence, everything[t], evidence.everything - everything[t])
-              for t in sorted(compared)}  # fmt: skip
-    count = _affordable(evidence, 2 * len(compared))
-
     def comparable(drawn: NDArray[np.int64], parts: Strata) -> bool:
         sizes = {t: int((drawn == t).sum()) * len(strata[t]) for t in drawn.tolist()}
         judged = set(compared) & set(sizes)
         return bool(judged) and all(sum(sizes.values()) - sizes[t] >= 2 for t in judged)
 
-    resampled = [against_others(*r) for r in _resamples(_random(1), strata, count, comparable)]
+    single = _against_others(evidence, compared, np.arange(len(strata)), strata)
+    count = _affordable(evidence, 2 * len(compared))
+    resampled = []
+    for drawn, parts in _resamples(_random(1), strata, count, comparable):
+        found = _against_others(evidence, compared, drawn, parts)
+        weights = [int((drawn == t).sum()) for t in found]  # each as often as it was drawn
+        resampled.append(np.average(list(found.values()), axis=0, weights=weights))
     estimate = np.mean(list(single.values()), axis=0)
     by_task = {
         names[t]: dict(zip(MEASURES, (np.round(figures, 4) + 0.0).tolist(), strict=True))
         for t, figures in single.items()
     }
     return _comparison(estimate, resampled, len(single)), by_task
+
+
+def _against_others(
+    evidence: Evidence, compared: Sequence[int], drawn: NDArray[np.int64], parts: Strata
+) -> dict[int, Figures]:
+    """Each drawn task that is compared, against the others; `parts` are the samples drawn of it."""
+    found = {}
+    for task in sorted(set(compared) & set(drawn.tolist())):
+        mine = [part for t, part in zip(drawn, parts, strict=True) if t == task]
+        rest = [part for t, part in zip(drawn, parts, strict=True) if t != task]
+        found[task] = compare(evidence, _counts(evidence, mine), _counts(evidence, rest))
+    return found
 
 
 def _kinds(evidence: Evidence) -> Comparison:
@@ -187,8 +190,10 @@ def _random(stream: int) -> np.random.RandomState:
 
 def _strata(evidence: Evidence) -> Strata:
     """Samples of each task, by the tasks' names."""
-    labels = np.array(evidence.tasks)
-    return [(labels == task).nonzero()[0] for task in sorted(set(evidence.tasks))]
+    return [
+        np.array([i for i, label in enumerate(evidence.tasks) if label == task])
+        for task in sorted(set(evidence.tasks))
+    ]
 
 
 def _counts(evidence: Evidence, parts: Strata) -> Counts:

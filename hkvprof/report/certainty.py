@@ -7,10 +7,13 @@ from typing import Any
 
 from hkvprof.artifact import Profile
 from hkvprof.errors import ProfileError
+from hkvprof.heads import HeadType
 from hkvprof.profile.confidence_record import KEY, Comparison, Confidence, Interval
 
 MOST_HEADS = 6
 """Least sure heads that are named; --layer and --json have all."""
+FEW = 0.1
+"""Share of heads of one type up to which kappa depends on a handful of them."""
 
 
 def confidence(profile: Profile) -> Confidence | None:
@@ -48,6 +51,7 @@ def certainty(profile: Profile) -> list[str]:
         _line("two halves of the samples", found.halves),
         _line("one task and all others", found.tasks) + most,
         _line("text and multimodal prompts", found.kinds),
+        *_one_sided(profile),
         f"  single samples agree on the type of {_whole(1 - found.flip_rate)} of heads",
         *_least_sure(found),
     ]
@@ -67,6 +71,15 @@ def _line(who: str, found: Comparison) -> str:
         f"  {who}: agree on the type of {_whole(figures['types'].value)} of heads, kappa "
         f"{_interval(figures['kappa'])}, budgets rank alike by {_interval(figures['ratios'])}"
     )
+
+
+def _one_sided(profile: Profile) -> list[str]:
+    """A warning where Cohen's kappa is low for want of heads to agree on."""
+    static = float((profile.head_types == HeadType.STATIC).mean())
+    if FEW < static < 1 - FEW:
+        return []
+    few = "static" if static <= FEW else "dynamic"
+    return [f"  (kappa says little here: {_whole(min(static, 1 - static))} of heads are {few})"]
 
 
 def _interval(found: Interval) -> str:

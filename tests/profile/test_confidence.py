@@ -1,228 +1,44 @@
-"""How sure a profile is: the measures by their definitions, and what rows by construction give."""
+"""How sure a profile is: what rows by construction give."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from scipy import stats
 
-from hkvprof.errors import ProfileError
-from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
-from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.heads import HeadGrid, HeadType
 from hkvprof.policy.planning import plan_anew
 from hkvprof.profile import classify, confidence
-from hkvprof.profile.agreement import cohen_kappa, jaccard, same_share, spearman, wilson
-from hkvprof.profile.conditions import Conditions
-from hkvprof.profile.confidence_record import MEASURES, Comparison, Confidence
-from hkvprof.profile.evidence import Decision, Evidence
-from hkvprof.profile.merge import build_profile
-from hkvprof.profile.probe import KAPPAS, RATIOS
-from hkvprof.profile.rows import SampleRow
+from hkvprof.profile.agreement import wilson
+from hkvprof.profile.confidence_record import MEASURES, Confidence
+from tests.profile.made_rows import (
+    CONDITIONS,
+    DECISION,
+    GRID,
+    SHAPE,
+    TYPES,
+    D,
+    S,
+    assess,
+    evidence_of,
+    make_row,
+    make_rows,
+    values,
+)
 from tests.profiles import fingerprint
 
-S, D = HeadType.STATIC, HeadType.DYNAMIC
-GRID = HeadGrid(layers=3, query_heads=8, kv_heads=4, head_dim=64)
-SHAPE = (GRID.layers, GRID.kv_heads)
-CONDITIONS = Conditions(
-    fingerprint=fingerprint(GRID),
-    recipe="measured",
-    strategies=(Strategy(S, pool=1), Strategy(D, index="mean", chunk=64)),
-    keep=KeepRule(2, 4, 8),
-    kappas=KAPPAS,
-    ratios=RATIOS,
-    replies="given",
-    dtype="bfloat16",
-    versions=(("hkvprof", "0"),),
-)
-DECISION = Decision(budget=0.3)
-EVEN = np.arange(GRID.total).reshape(SHAPE) % 2 == 0
-TYPES = np.where(EVEN, S, D).astype(np.uint8)
+ONE = dict.fromkeys(MEASURES, 1.0)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many resamples as the least."""
     monkeypatch.setattr(confidence, "MOST_RESAMPLES", confidence.LEAST_RESAMPLES)
-
-
-def make_row(
-    number: int,
-    task: str,
-    types: NDArray[np.uint8],
-    noise: float = 0.0,
-    vision: int = 7,
-    seed: int = 0,
-) -> SampleRow:
-    """A sample that loses a third with the strategy of the wanted type, and is as sparse as it."""
-    random = np.random.RandomState(1000 * seed + number)
-    level = np.linspace(1.0, 1.3, GRID.total).reshape(SHAPE)
-    factor = np.stack([np.where(types == S, 1.0, 9.0), np.where(types == D, 1.0, 9.0)])
-    spread = np.exp(noise * random.randn(3, 2, *SHAPE, 1))
-    losses = (level * factor)[None, ..., None] * spread * (1 - np.array(RATIOS)) ** 16
-    sparsity = np.where(types == S, 0.97, 0.8).repeat(GRID.group, axis=1)
-    sparsity = np.clip(sparsity + 0.1 * noise * random.randn(len(KAPPAS), *sparsity.shape), 0, 1)
-    return SampleRow(
-        id=f"s{number:03}",
-        task=task,
-        tokens=2000 + number,
-        sparsity=np.broadcast_to(sparsity, (len(KAPPAS), *sparsity.shape[-2:])).astype(np.float32),
-        losses=losses.astype(np.float32),
-        vision_tokens=vision,
-    )
-
-
-def make_rows(counts: dict[str, int], noise: float = 0.0, seed: int = 0) -> list[SampleRow]:
-    """Samples of several tasks that all want TYPES, but for noise."""
-    tasks = [task for task, count in counts.items() for _ in range(count)]
-    return [make_row(i, task, TYPES, noise, seed=seed) for i, task in enumerate(tasks)]
-
-
-def evidence_of(rows: Sequence[SampleRow], recipe: str = "measured") -> Evidence:
-    return Evidence.of(replace(CONDITIONS, recipe=recipe), rows, DECISION)
-
-
-def assess(rows: Sequence[SampleRow], recipe: str = "measured") -> Confidence:
-    evidence = evidence_of(rows, recipe)
-    return confidence.assess(evidence, evidence.plan(evidence.everything))
-
-
-def values(found: Comparison) -> dict[str, float]:
-    return {name: interval.value for name, interval in found.figures.items()}
-
-
-ONE = dict.fromkeys(MEASURES, 1.0)
-
-# -- measures -------------------------------------------------------------------------------------
-
-
-def test_wilson_intervals_are_those_of_scipy() -> None:
-    for total in (1, 2, 3, 10, 61, 263):
-        for count in range(total + 1):
-            expected = stats.binomtest(count, total).proportion_ci(method="wilson")
-            assert wilson(count, total) == pytest.approx((expected.low, expected.high), abs=1e-9)
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
-
-
-@given(st.integers(1, 500), st.data())
-def test_wilson_intervals_hold_the_share_and_mirror(total: int, data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, total))
-    low, high = wilson(count, total)
-    assert 0 <= low <= count / total <= high <= 1
-    assert wilson(total - count, total) == pytest.approx((1 - high, 1 - low))
-
-
-def test_kappa_and_jaccard_worked_out_by_hand() -> None:
-    first, second = np.array([S, S, D, D]), np.array([S, D, D, D])
-    assert same_share(first, second) == 0.75
-    assert cohen_kappa(first, second) == pytest.approx(0.5)  # (3/4 - 1/2) / (1 - 1/2)
-    assert jaccard(first, second) == 0.5
-    assert cohen_kappa(first, 1 - first) == -1
-    assert jaccard(first, 1 - first) == 0
-    # Cohen 1960, table 1, cut to two categories: 25 + 15 of 50 equal; 0.5 and 0.6 "yes".
-    yes = np.repeat([[0, 0], [0, 1], [1, 0], [1, 1]], [20, 5, 10, 15], axis=0)
-    assert cohen_kappa(yes[:, 0], yes[:, 1]) == pytest.approx(0.4)
-
-
-PAIRS = st.integers(1, 40).flatmap(
-    lambda n: st.tuples(*[st.lists(st.integers(0, 1), min_size=n, max_size=n)] * 2)
-)
-
-
-@given(PAIRS)
-def test_kappa_and_jaccard_by_counting(pair: tuple[list[int], list[int]]) -> None:
-    first, second = map(np.array, pair)
-    table = [[sum((a, b) == (i, j) for a, b in zip(*pair, strict=True)) for j in (0, 1)]
-             for i in (0, 1)]  # fmt: skip
-    n = len(first)
-    rows, columns = [sum(row) for row in table], [sum(row[j] for row in table) for j in (0, 1)]
-    expected = sum(rows[i] * columns[i] for i in (0, 1)) / n**2
-    if expected < 1:
-        observed = (table[0][0] + table[1][1]) / n
-        assert cohen_kappa(first, second) == pytest.approx((observed - expected) / (1 - expected))
-    else:
-        assert cohen_kappa(first, second) == 1
-    sets = [{i for i, kind in enumerate(kinds) if kind == S} for kinds in pair]
-    union = sets[0] | sets[1]
-    assert jaccard(first, second) == (len(sets[0] & sets[1]) / len(union) if union else 1)
-    assert cohen_kappa(first, second) == pytest.approx(cohen_kappa(second, first))
-
-
-@given(
-    st.integers(2, 30).flatmap(
-        lambda n: st.tuples(*[st.lists(st.integers(-5, 5), min_size=n, max_size=n)] * 2)
-    )
-)
-def test_spearman_is_that_of_scipy(pair: tuple[list[int], list[int]]) -> None:
-    first, second = map(np.array, pair)
-    assume(len(set(pair[0])) > 1)
-    assume(len(set(pair[1])) > 1)
-    assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second)[0], abs=1e-12)
-
-
-def test_spearman_without_spread_is_defined() -> None:
-    flat, rising = np.full(4, 2.0), np.arange(4.0)
-    assert spearman(flat, flat + 1) == 1
-    assert spearman(flat, rising) == spearman(rising, flat) == 0
-    assert spearman(rising[:1], rising[:1]) == 1
-
-
-# -- evidence -------------------------------------------------------------------------------------
-
-
-def some_fit_not(seed: int) -> list[SampleRow]:
-    random = np.random.RandomState(seed)
-    rows = make_rows({"a": 3, "b": 4}, noise=0.5)
-    for row in rows:
-        row.losses[:, 1][:, random.rand(*SHAPE, len(RATIOS)) < 0.4] = INFEASIBLE
-    return rows
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_counts_weigh_as_repeated_rows_do(seed: int) -> None:
-    """Against means written down plainly; of everything, to the bit."""
-    rows = some_fit_not(seed)
-    evidence = evidence_of(rows, "paper")
-    for counts in (evidence.everything, np.array([2, 0, 1, 3, 0, 0, 1])):
-        repeated = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-        losses = np.stack([row.losses for row in repeated]).astype(np.float64)
-        fits = losses[:, :1] < INFEASIBLE
-        number = fits.sum(axis=0)
-        mean = np.where(fits, losses, 0).sum(axis=0) / np.maximum(number, 1)
-        mean = np.where(number * 2 > len(repeated), mean, float(INFEASIBLE))
-        curves = evidence.curves(counts)
-        found = np.array([curves.output, curves.square, curves.reply])
-        assert (found >= INFEASIBLE).any()
-        np.testing.assert_allclose(found, mean, rtol=1e-12)
-        assert np.array_equal(found, mean) or counts.max() > 1
-        sparsity = np.stack([row.sparsity[2] for row in repeated]).astype(np.float64)
-        expected = [sparsity.mean(axis=0), sparsity.std(axis=0)]
-        np.testing.assert_allclose(evidence.moments(counts), expected, rtol=1e-5)
-
-
-def test_the_whole_is_the_profile() -> None:
-    rows = make_rows({"a": 4, "b": 4}, noise=0.7)
-    for recipe in ("measured", "paper"):
-        conditions = replace(CONDITIONS, recipe=recipe)
-        profile = build_profile(conditions, rows, None, DECISION)
-        evidence = evidence_of(rows, recipe)
-        plan = evidence.plan(evidence.everything)
-        assert np.array_equal(plan.types, profile.head_types)
-        assert np.array_equal(plan.chosen.ratio, profile.budget)
-        mean, std = evidence.moments(evidence.everything)
-        assert np.array_equal(mean, profile.sparsity_mean[2])
-        assert np.array_equal(std, profile.sparsity_std[2])
-        recorded = profile.provenance["confidence"]
-        assert recorded == assess(rows, recipe).to_json()
 
 
 # -- heads ----------------------------------------------------------------------------------------
@@ -439,6 +255,11 @@ def test_resamples_draw_whole_tasks_and_then_samples() -> None:
             assert set(part) <= set(strata[task])
 
 
+def test_tasks_are_told_apart_by_their_whole_names() -> None:
+    strata = confidence._strata(evidence_of(make_rows({"a": 2, "a\0": 3, "": 1})))
+    assert [part.tolist() for part in strata] == [[5], [0, 1], [2, 3, 4]]
+
+
 def test_large_models_get_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confidence, "MOST_RESAMPLES", 100)
     found = []
@@ -448,44 +269,3 @@ def test_large_models_get_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> No
         evidence = replace(evidence_of(make_rows({"a": 4})), conditions=conditions)
         found.append(confidence._affordable(evidence, 4))
     assert found == [100, 50, 20]
-
-
-# -- the record -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def record() -> dict[str, Any]:
-    return assess(make_rows({"a": 3, "b": 3}, noise=1.0)).to_json()
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ((), []), (("samples",), -1), (("samples",), True), (("heads",), None),
-        (("heads", "agree"), [[1.0]]), (("heads", "low", 0), "x"), (("heads", "high", 0, 0), 1.5),
-        (("heads", "high", 0, 0), float("nan")), (("halves",), None), (("halves", "kappa"), [1, 2]),
-        (("halves", "kappa", 0), -2), (("halves", "types", 1), 2), (("halves", "repeats"), 1.5),
-        (("halves", "types"), [0.5, 0.6, 0.7]), (("tasks", "resamples"), "many"),
-        (("by_task",), []), (("by_task", "a"), 1), (("by_task", "a", "types"), "x"),
-        (("kinds",), {"reason": 1}), (("kinds",), {"reason": ""}), (("reason",), None),
-    ],
-)  # fmt: skip
-def test_records_that_are_not_sound_are_refused(
-    record: dict[str, Any], path: tuple[Any, ...], value: Any
-) -> None:
-    assert Confidence.from_json(record, SHAPE).to_json() == record
-    if path:
-        damaged = json.loads(json.dumps(record))
-        place = damaged
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
-    else:
-        damaged = value
-    with pytest.raises(ProfileError, match=r"expected .* found .* again"):
-        Confidence.from_json(damaged, SHAPE)
-
-
-def test_a_record_of_another_grid_is_refused(record: dict[str, Any]) -> None:
-    with pytest.raises(ProfileError, match="expected 3 lists of 5 numbers"):
-        Confidence.from_json(record, (3, 5))

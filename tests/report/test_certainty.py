@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hkvprof.artifact import Profile
@@ -82,6 +83,14 @@ def test_strangers_names_cannot_draw_on_the_terminal() -> None:
     page = text(terminal.overview(having(found), 32768, ascii_only=True), width=200)
     assert "\x1b" not in page
     assert page.count(r"\x1b[2J[bold]\n") == 2
+
+
+def test_kappa_is_doubted_where_nearly_all_heads_are_of_one_type() -> None:
+    profile = with_confidence(make_profile())
+    assert not any("says little" in line for line in certainty(profile))
+    for strategy, says in ((0, "0% of heads are dynamic"), (2, "0% of heads are static")):
+        same = replace(profile, strategy=np.full_like(profile.strategy, strategy))
+        assert any(f"kappa says little here: {says}" in line for line in certainty(same))
 
 
 def test_sure_profiles_name_no_heads() -> None:
