@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from hkvprof.checks import check_index, check_metadata, check_ratios, expect, read_json, require
+from hkvprof.checks import check_profile, read_json, require
 from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
@@ -114,7 +114,7 @@ class Profile:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_profile(self)
         for array in self._tensors().values():
             array.flags.writeable = False
 
@@ -267,36 +267,4 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         provenance=metadata["provenance"],
         index=tables,
         **tensors,
-    )
-
-
-def _check(profile: Profile) -> None:
-    """Raise ProfileError unless every bound holds; called for built and for loaded profiles."""
-    check_metadata(profile)
-    grid, menu = profile.grid, len(profile.strategies)
-    heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
-    ratios, kappas = len(profile.ratios), len(profile.kappas)
-    expect("ratios", profile.ratios, (ratios,), np.float32)
-    expect("strategy", profile.strategy, heads, np.uint8)
-    expect("budget", profile.budget, heads, np.float32)
-    for name in ("sparsity_mean", "sparsity_std"):
-        expect(name, getattr(profile, name), (kappas, *queries), np.float32)
-    for name in ("loss", "output_error"):
-        expect(name, getattr(profile, name), (menu, *heads, ratios), np.float32)
-        require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
-    check_ratios(profile.ratios)
-    require(
-        bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"
-    )
-    require(
-        bool((profile.budget > 0).all()) and bool((profile.budget <= 1).all()),
-        "budget holds shares outside (0, 1]",
-    )
-    if profile.index is not None:
-        check_index(profile.index, grid)
-    needed = {s.bits for s in profile.strategies if s.index == "projected"}
-    have = set(profile.index.sizes) if profile.index else set()
-    require(
-        needed <= have,
-        f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
     )
