@@ -11,7 +11,6 @@ the Lagrangian optimum of the convexified problem.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,12 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError
+from hkvprof.policy.sizes import UNITS, number_and_unit
 
 INFEASIBLE = np.float32(1e30)
 """Loss of a strategy whose fixed bytes alone exceed the ratio."""
-
-_TEXT = re.compile(r"\s*(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})\s*([a-zA-Z%]*)\s*", re.ASCII)
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -55,14 +52,14 @@ class Budget:
 
     @classmethod
     def _parse_text(cls, text: str) -> Budget:
-        match = _TEXT.fullmatch(text)
-        if not match:
+        parts = number_and_unit(text)
+        if not parts:
             raise BudgetError(_expected(text))
-        number, unit = match[1], match[2].lower()
+        number, unit = parts
         if unit == "%":
             return cls.parse(float(number) / 100)
-        if unit in _UNITS:
-            size = int(float(number) * _UNITS[unit])
+        if unit in UNITS:
+            size = int(float(number) * UNITS[unit])
             if size < 1:
                 raise BudgetError(_expected(text))
             return cls(bytes=size)
