@@ -154,8 +154,8 @@ def _reach(fit: Fit) -> str:
     context = f"{rows} of up to {fit.context:,} tokens (dense: {fit.dense_context:,})"
     batch = f"batches of up to {fit.batch:,} at {fit.tokens:,} tokens (dense: {fit.dense_batch:,})"
     what = [part for part, most in ((context, fit.context), (batch, fit.batch)) if most]
-    answer = f"fits {', or '.join(what)}" if what else "does not fit prompts of any length"
-    return f"The default budget of {percent(fit.budget)} {answer}."
+    answer = ", or ".join(what) or "no prompt of any length"
+    return f"The default budget of {percent(fit.budget)} takes {answer}."
 
 
 def _share(share: float) -> str:

@@ -58,7 +58,7 @@ def test_what_fits_says_so() -> None:
     assert first.endswith(
         "; with 100 KiB of weights and 0 B in reserve that is 1.6 MiB of 2 MiB: it fits."
     )
-    assert reach.startswith("The default budget of 10% fits 2 prompts of up to ")
+    assert reach.startswith("The default budget of 10% takes 2 prompts of up to ")
     assert "at 4,096 tokens (dense: 2)." in reach
 
 
@@ -78,6 +78,9 @@ def test_what_never_fits_says_why() -> None:
     assert lines[1].startswith("Not even the smallest budget does, 0.32%: it needs ")
     assert lines[1].endswith(" at its peak, and 300 KiB are left.")
     none = sentences(outlook(make_profile(), gpu=90))
+    assert sentences(outlook(make_profile(), gpu=101))[2] == (
+        "The default budget of 10% takes no prompt of any length."
+    )
     assert none[1] == "Nothing fits: weights and reserve alone take 100 KiB of 90 KiB."
 
 

@@ -113,6 +113,14 @@ def test_bytes_of_a_random_model(llama: Any, menu: str, rows: int, tokens: int) 
         check(plan, receipt_of(llama, profile, budget, inputs))
 
 
+def test_bytes_in_half_precision() -> None:
+    model = random_llama().to(torch.bfloat16)
+    profile = measured(model, MENUS["all"], seed=1)
+    for budget in (0.2, 0.5):
+        plan = profile.plan(budget, 500, rows=2)
+        check(plan, receipt_of(model, profile, budget, {"input_ids": token_ids(2, 500)}))
+
+
 def test_the_cases_above_are_of_every_kind(llama: Any) -> None:
     profile = measured(llama, MENUS["all"])
     kinds = {
