@@ -124,7 +124,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         check_profile(self)
-        for array in self._tensors().values():
+        for array in self.tensors().values():
             array.flags.writeable = False
 
     @property
@@ -185,10 +185,11 @@ class Profile:
             )
         except (TypeError, ValueError) as error:
             raise ProfileError(f"provenance and fingerprint must be plain JSON: {error}") from None
-        tensors = {key: np.ascontiguousarray(value) for key, value in self._tensors().items()}
+        tensors = {key: np.ascontiguousarray(value) for key, value in self.tensors().items()}
         return bytes(to_bytes(tensors, {METADATA_KEY: text}))
 
-    def _tensors(self) -> dict[str, NDArray[Any]]:
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All arrays by their names in the file."""
         tensors: dict[str, NDArray[Any]] = {
             "ratios": self.ratios,
             "strategy": self.strategy,
