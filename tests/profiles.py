@@ -75,7 +75,7 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
         sparsity_std=_ramp(2, grid.layers, grid.query_heads, low=0.0, high=0.25),
         loss=loss.astype(np.float32),
         output_error=(loss.clip(max=1) / 2).astype(np.float32),
-        index=_index(grid),
+        index=index_tables(grid),
         provenance={
             "samples": 16,
             "tasks": {"ocr": 8, "count": 8},
@@ -88,7 +88,8 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
     )
 
 
-def _index(grid: HeadGrid) -> ProjectedIndexTables:
+def index_tables(grid: HeadGrid) -> ProjectedIndexTables:
+    """Tables of 16 and 32 bits, 3 and 4 channels, that lead nowhere in particular."""
     heads, channels = (grid.layers, grid.kv_heads), 4
     codebooks, subspaces = [], []
     for owner in ((1, 0, 1), (3, 1, 0, 1)):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hkvprof.policy.costs import END_BYTES
 from hkvprof.policy.static import window_attention
 from hkvprof.runtime.attention import attend
 from hkvprof.runtime.host import DynamicHead
@@ -324,7 +325,7 @@ class RaggedLayer:
             state = self.dynamic.get(segment)
             head.tokens_resident = storage.lengths[segment]
             head.tokens_seen = seen - starts[head.row]
-            head.resident_bytes = storage.capacities[segment] * storage.token_bytes + 8
+            head.resident_bytes = storage.capacities[segment] * storage.token_bytes + END_BYTES
             if state is not None:
                 first = id(state.host) not in counted
                 counted.add(id(state.host))
