@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hkvprof.artifact import Profile
 from hkvprof.errors import UsageError
 from hkvprof.heads import HeadType
+from hkvprof.profile.agreement import cohen_kappa, same_share, spearman
 from hkvprof.report.summary import percent
 
 _SETTINGS = ("recipe", "default_budget", "keep", "strategies", "kappas")
@@ -35,20 +35,19 @@ class Difference:
     """Second against first profile, both at their default budgets.
 
     `settings` are the names of what was asked of calibration and differs; `arrays` those of the
-    tensors that differ. `agreement` is the share of heads of the same type, `kappa` Cohen's (1960),
-    None where one of the types does not occur at all; `share_change` the mean and `largest_change`
-    the largest absolute change of a head's share; `rank_correlation` Spearman's of the shares, None
-    where one profile gives all heads the same.
+    tensors that differ. `agreement` is the share of heads of the same type, `kappa` Cohen's; `share_change` the mean and `largest_change`
+    the largest absolute change of a head's share; `rank_correlation` Spearman's of the shares
+    (both: profile.agreement).
     """
 
     settings: tuple[str, ...]
     arrays: tuple[str, ...]
     flips: tuple[Flip, ...]
     agreement: float
-    kappa: float | None
+    kappa: float
     share_change: float
     largest_change: float
-    rank_correlation: float | None
+    rank_correlation: float
 
     @property
     def is_same(self) -> bool:
@@ -82,33 +81,23 @@ def difference(first: Profile, second: Profile) -> Difference:
         settings=tuple(n for n in _SETTINGS if getattr(first, n) != getattr(second, n)),
         arrays=tuple(_differing(first, second)),
         flips=flips,
-        agreement=float((types[0] == types[1]).mean()),
+        agreement=same_share(types[0], types[1]),
         kappa=cohen_kappa(types[0], types[1]),
         share_change=float(change.mean()),
         largest_change=float(change.max()),
-        rank_correlation=_spearman(first.budget, second.budget),
+        rank_correlation=spearman(first.budget, second.budget),
     )
-
-
-def cohen_kappa(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float | None:
-    """Agreement beyond chance of two labellings (Cohen 1960); None where chance says it all."""
-    observed = float((first == second).mean())
-    labels = np.union1d(first, second)
-    chance = sum(float((first == x).mean()) * float((second == x).mean()) for x in labels)
-    return None if chance >= 1 else (observed - chance) / (1 - chance)
 
 
 def lines(found: Difference) -> list[str]:
     """The difference in words."""
     if found.is_same:
         return ["The profiles are the same (apart from their provenance)."]
-    kappa = "" if found.kappa is None else f" (kappa {found.kappa:.2f})"
-    rank = "" if found.rank_correlation is None else f", Spearman {found.rank_correlation:.2f}"
     told = [
-        f"{percent(found.agreement)} of heads have the same type{kappa}; "
+        f"{percent(found.agreement)} of heads have the same type (kappa {found.kappa:.2f}); "
         f"{len(found.flips)} flipped",
         f"shares change by {percent(found.share_change)} of dense bytes on average, at most by "
-        f"{percent(found.largest_change)}{rank}",
+        f"{percent(found.largest_change)}, Spearman {found.rank_correlation:.2f}",
     ]
     if found.settings:
         told.insert(0, f"settings that differ: {', '.join(found.settings)}")
@@ -132,12 +121,3 @@ def _differing(first: Profile, second: Profile) -> Iterator[str]:
     for name in sorted(mine.keys() | theirs.keys()):
         if name not in mine or name not in theirs or not np.array_equal(mine[name], theirs[name]):
             yield name
-
-
-def _spearman(first: NDArray[np.float32], second: NDArray[np.float32]) -> float | None:
-    from scipy.stats import spearmanr
-
-    flat = first.ravel(), second.ravel()
-    if len(np.unique(flat[0])) == 1 or len(np.unique(flat[1])) == 1:
-        return None
-    return float(spearmanr(*flat).statistic)

@@ -6,12 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hkvprof.errors import UsageError
 from hkvprof.heads import KeepRule
-from hkvprof.report.difference import cohen_kappa, difference, lines
+from hkvprof.report.difference import difference, lines
 from tests.profiles import make_profile
 
 
@@ -69,21 +67,3 @@ def test_curves_alone_make_a_difference() -> None:
     assert not found.is_same
     assert found.arrays == ("loss",)
     assert found.flips == ()
-
-
-def test_kappa_by_hand() -> None:
-    first = np.array([0, 0, 1, 1], np.uint8)
-    assert cohen_kappa(first, first) == 1
-    assert cohen_kappa(first, 1 - first) == -1
-    assert cohen_kappa(first, np.array([0, 1, 0, 1], np.uint8)) == 0
-    # Observed 3/4; by chance (1/2)(1/4) + (1/2)(3/4) = 1/2.
-    assert cohen_kappa(first, np.array([0, 1, 1, 1], np.uint8)) == 0.5
-    assert cohen_kappa(first * 0, first * 0) is None
-
-
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30))
-def test_kappa_is_symmetric_and_at_most_one(pairs: list[tuple[int, int]]) -> None:
-    first, second = (np.array(side, np.uint8) for side in zip(*pairs, strict=True))
-    kappa = cohen_kappa(first, second)
-    assert kappa == cohen_kappa(second, first)
-    assert kappa is None or -1 <= kappa <= 1 + 1e-12
