@@ -35,9 +35,9 @@ class Difference:
     """Second against first profile, both at their default budgets.
 
     `settings` are the names of what was asked of calibration and differs; `arrays` those of the
-    tensors that differ. `agreement` is the share of heads of the same type, `kappa` Cohen's; `share_change` the mean and `largest_change`
-    the largest absolute change of a head's share; `rank_correlation` Spearman's of the shares
-    (both: profile.agreement).
+    tensors that differ. `agreement` is the share of heads of the same type, `kappa` Cohen's;
+    `share_change` the mean and `largest_change` the largest absolute change of a head's share;
+    `rank_correlation` Spearman's of the shares (both: profile.agreement).
     """
 
     settings: tuple[str, ...]
