@@ -123,6 +123,8 @@ class HostChunks:
             self.data[begin + first : begin + first + len(block)] = code.to(torch.int8)
             scales.append(scale.cpu()[None])
         self.scale = torch.cat(scales)
+        if self.pinned:  # kernels read it where it is
+            self.scale = self.scale.pin_memory()
 
 
 def allocate(

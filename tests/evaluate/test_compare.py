@@ -245,9 +245,7 @@ def test_less_room_means_more_distance(answers: list[Answer]) -> None:
 # -- bytes ----------------------------------------------------------------------------------------
 
 
-def test_every_question_is_answered_by_every_method(
-    answers: list[Answer], tasks: TaskSet
-) -> None:
+def test_every_question_is_answered_by_every_method(answers: list[Answer], tasks: TaskSet) -> None:
     order = [("inside", 0), ("after", 0), ("after", 1), ("after", 2), ("later", 1), ("later", 2)]
     rows = [("full", ""), ("hkvprof", "0.4"), ("hkvprof", "60%"), ("hkvprof", "1.0"),
             ("snapkv", "0.4"), ("snapkv", "60%"), ("quest", "0.4"), ("quest", "60%")]  # fmt: skip

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 
 from hkvprof.runtime.kernels import loading
-from hkvprof.runtime.kernels.interface import DynamicSegment, Kernels, Retrieval
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Kernels, Retrieval
 from hkvprof.runtime.kernels.native import NativeKernels
 from hkvprof.runtime.kernels.reference import TorchKernels
 
-__all__ = ["DynamicSegment", "Kernels", "Retrieval", "for_device", "status"]
+__all__ = ["DynamicSegment", "Extents", "Kernels", "Retrieval", "for_device", "status"]
 
 _TORCH = TorchKernels()
 _NATIVE = {dtype: NativeKernels(dtype) for dtype in loading.DTYPES}
