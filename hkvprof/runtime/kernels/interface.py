@@ -15,8 +15,8 @@ from hkvprof.policy.index import KeyIndex
 
 def device_integers(
     numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device
-) -> Int[Tensor, "..."]:
-    """As int64 on the device; copied from pinned memory, so that the host does not wait for CUDA."""
+) -> Tensor:
+    """As int64 on the device; copied from pinned memory, so that the host need not wait."""
     made = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return made.to(device, non_blocking=True)
 

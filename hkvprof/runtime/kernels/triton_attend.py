@@ -42,10 +42,10 @@ def _split_kernel(
     part_sum: tl.tensor,
     scale: tl.tensor,
     group: tl.tensor,
-    dim: tl.tensor,
     splits: tl.tensor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
@@ -60,19 +60,19 @@ def _split_kernel(
         return
     end = tl.minimum(begin + share, length)
     heads = tl.arange(0, GROUP)
-    channels = tl.arange(0, DIM)
+    channels = tl.arange(0, WIDTH)
     rows = tl.arange(0, BLOCK)
-    real = (heads[:, None] < group) & (channels[None, :] < dim)
-    own = (segment * group + heads[:, None]) * dim + channels[None, :]
+    real = (heads[:, None] < group) & (channels[None, :] < DIM)
+    own = (segment * group + heads[:, None]) * DIM + channels[None, :]
     q = tl.load(query + own, mask=real, other=0.0)
     top = tl.full([GROUP], -float("inf"), tl.float32)
     total = tl.zeros([GROUP], tl.float32)
-    out = tl.zeros([GROUP, DIM], tl.float32)
+    out = tl.zeros([GROUP, WIDTH], tl.float32)
     for start in range(begin, end, BLOCK):
         token = start + rows
         here = token < end
-        where = (first + token)[:, None] * dim + channels[None, :]
-        inside = here[:, None] & (channels[None, :] < dim)
+        where = (first + token)[:, None] * DIM + channels[None, :]
+        inside = here[:, None] & (channels[None, :] < DIM)
         k = tl.load(key + where, mask=inside, other=0.0)
         logits = dot(q, tl.trans(k), UPCAST) * scale
         logits = tl.where(here[None, :], logits, -float("inf"))
@@ -90,7 +90,7 @@ def _split_kernel(
     part = (segment * splits + split) * group + heads
     tl.store(part_top + part, top, mask=heads < group)
     tl.store(part_sum + part, total, mask=heads < group)
-    tl.store(part_out + part[:, None] * dim + channels[None, :], out, mask=real)
+    tl.store(part_out + part[:, None] * DIM + channels[None, :], out, mask=real)
 
 
 @triton.jit
@@ -102,9 +102,9 @@ def _merge_kernel(
     ends: tl.tensor,
     result: tl.tensor,
     group: tl.tensor,
-    dim: tl.tensor,
     splits: tl.tensor,
     DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -112,8 +112,8 @@ def _merge_kernel(
     """One query head's output from its splits; zeros where the segment is empty."""
     segment = tl.program_id(0)
     head = tl.program_id(1)
-    channels = tl.arange(0, DIM)
-    inside = channels < dim
+    channels = tl.arange(0, WIDTH)
+    inside = channels < DIM
     length = (tl.load(ends + segment) - tl.load(starts + segment)).to(tl.int32)
     share = _share(length, splits, BLOCK)
     used = 0
@@ -124,16 +124,16 @@ def _merge_kernel(
     top = tl.load(part_top + parts, mask=number < used, other=-float("inf"))
     top = tl.max(top, 0)
     base = tl.where(top == -float("inf"), 0.0, top)
-    out = tl.zeros([DIM], tl.float32)
+    out = tl.zeros([WIDTH], tl.float32)
     total = 0.0
-    for split in range(0, used):
+    for split in range(used):
         part = (segment * splits + split) * group + head
         weight = tl.exp2(tl.load(part_top + part) - base)
         total += weight * tl.load(part_sum + part)
-        out += weight * tl.load(part_out + part * dim + channels, mask=inside, other=0.0)
+        out += weight * tl.load(part_out + part * DIM + channels, mask=inside, other=0.0)
     if used > 0:
         out = out / total
-    where = (segment * group + head) * dim + channels
+    where = (segment * group + head) * DIM + channels
     tl.store(result + where, narrow(out, result.dtype.element_ty, UPCAST), mask=inside)
 
 
@@ -170,10 +170,10 @@ def attend(
         part_sum,
         scaling * LOG2_E,
         group,
-        dim,
         splits,
         GROUP=padded(group),
-        DIM=width,
+        DIM=dim,
+        WIDTH=width,
         BLOCK=block,
         UPCAST=INTERPRETED,
         num_warps=4,
@@ -187,9 +187,9 @@ def attend(
         ends,
         out,
         group,
-        dim,
         splits,
-        DIM=width,
+        DIM=dim,
+        WIDTH=width,
         BLOCK=block,
         SPLITS=padded(splits, 1),
         UPCAST=INTERPRETED,

@@ -28,12 +28,61 @@ def dot(a: tl.tensor, b: tl.tensor, UPCAST: tl.constexpr) -> tl.tensor:
 @triton.jit
 def narrow(x: tl.tensor, DTYPE: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor:
     """float32 as DTYPE, rounded to the nearest, of equals the even one."""
-    if UPCAST:
-        if DTYPE == tl.bfloat16:
-            bits = x.to(tl.uint32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    if UPCAST and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
+
+
+FIELDS = tl.constexpr(19)
+"""Columns of a descriptor: what the kernels know about a dynamic head, as int64, addresses too."""
+SEGMENT = tl.constexpr(0)
+ITEMS = tl.constexpr(1)
+HOT = tl.constexpr(2)
+HOT_START = tl.constexpr(3)
+PICKED = tl.constexpr(4)
+"""Items that get an exact score; 0: the estimated scores stay."""
+BASE = tl.constexpr(5)
+"""Where the head's items begin in scratch that holds one entry per item of all heads."""
+PARTS = tl.constexpr(6)
+"""Where its partial sums begin in scratch that holds one entry per block of items."""
+BLOCK_ITEMS = tl.constexpr(7)
+"""Items of such a block."""
+FIRST = tl.constexpr(8)
+"""Mean or smallest keys, or codes."""
+SECOND = tl.constexpr(9)
+"""Largest keys."""
+PROJECTION = tl.constexpr(10)
+CODEBOOK = tl.constexpr(11)
+CHANNELS = tl.constexpr(12)
+SLOTS = tl.constexpr(13)
+HOT_SCORE = tl.constexpr(14)
+HOST = tl.constexpr(15)
+SCALE = tl.constexpr(16)
+PER_GROUP = tl.constexpr(17)
+BOUNDS = tl.constexpr(18)
+"""Address of pairs of int64: the first channel of every code, and one past its last."""
+
+
+@triton.jit
+def field(heads: tl.tensor, head: tl.tensor, NUMBER: tl.constexpr) -> tl.tensor:
+    """One number of a head's descriptor."""
+    return tl.load(heads + head * FIELDS + NUMBER)
+
+
+@triton.jit
+def small(heads: tl.tensor, head: tl.tensor, NUMBER: tl.constexpr) -> tl.tensor:
+    """One number that fits into 32 bits."""
+    return field(heads, head, NUMBER).to(tl.int32)
+
+
+@triton.jit
+def address(
+    heads: tl.tensor, head: tl.tensor, NUMBER: tl.constexpr, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """One address, of elements of this type; a multiple of 16, so that reads can be wide."""
+    return tl.multiple_of(field(heads, head, NUMBER).to(tl.pointer_type(DTYPE)), 16)
 
 
 INTERPRETED = not isinstance(dot, triton.runtime.JITFunction)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from hkvprof.runtime import kernels
 from hkvprof.runtime.kernels import Kernels
@@ -15,12 +14,10 @@ from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from tests.runtime.kernels.cases import (
     DTYPES,
     KINDS,
-    Layer,
+    check_loaded,
     compiler,
-    host_item,
     make_layer,
     shares_exactly,
-    wanted_exactly,
 )
 
 CPU = torch.device("cpu")
@@ -110,34 +107,6 @@ def test_load(
         assert isinstance(retrieval, TorchRetrieval if kernel.name == "torch" else NativeRetrieval)
         retrieval.load(scores)
         check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing, successors)
-
-
-def check_loaded(
-    before: Layer,
-    after: Layer,
-    scores: list[Tensor],
-    counts: list[int],
-    smoothing: float,
-    successors: int,
-) -> None:
-    """What Retrieval.load promises."""
-    outside = torch.ones(len(after.key), dtype=torch.bool)
-    for old, head, score, count in zip(before.heads, after.heads, scores, counts, strict=True):
-        wanted, due = wanted_exactly(old, score.tolist(), smoothing, successors)
-        held = head.slots.tolist()
-        assert set(held) == wanted
-        kept = sum(a == b for a, b in zip(old.slots.tolist(), held, strict=True))
-        assert count == len(held) - kept == len(wanted - set(old.slots.tolist()))
-        for slot, item in enumerate(held):
-            start = head.hot_start + slot * head.chunk
-            rows = slice(start, start + head.chunk)
-            key, value = host_item(head, item, after.key.dtype)
-            assert torch.equal(after.key[rows], key)
-            assert torch.equal(after.value[rows], value)
-            outside[rows] = False
-        if head.hot_score is not None:
-            assert torch.equal(head.hot_score, torch.tensor([due[item] for item in held]))
-    assert torch.equal(after.key[outside], before.key[outside])
 
 
 @compiler
