@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a CUDA device that need not be there.
 
-    python -m tests.runtime.kernels.compile_triton 80
+    python -m tests.runtime.kernels.compile_triton 80 bfloat16
 
 The launchers run on CPU tensors; instead of launching, each kernel is compiled with the arguments
 it was given, down to machine code of the named compute capability. Prints a line per kernel.
@@ -20,7 +20,7 @@ from triton.runtime import JITFunction
 
 from hkvprof.runtime.kernels import Extents
 from hkvprof.runtime.kernels.triton_backend import TritonKernels
-from tests.runtime.kernels.cases import DTYPES, make_layer
+from tests.runtime.kernels.cases import make_layer
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -84,10 +84,10 @@ def layers(dtype: torch.dtype) -> Iterator[Any]:
 
 
 def main() -> None:
-    """Compile for the compute capability that the command line names."""
+    """Compile for the compute capability and the types that the command line names."""
     compiler = Compiler(int(sys.argv[1]))
     JITFunction.run = lambda self, *args, **kwargs: compiler(self, *args, **kwargs)
-    for dtype in DTYPES:
+    for dtype in (getattr(torch, name) for name in sys.argv[2:]):
         kernels = TritonKernels(dtype)
         for layer in layers(dtype):
             kernels.bind(layer.key, layer.value, layer.heads, 0.1, 0.5, 1).step(layer.query)

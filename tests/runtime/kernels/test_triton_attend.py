@@ -18,7 +18,7 @@ LENGTHS = st.one_of(st.sampled_from([0, 1, 2, 127, 128, 129, 251]), st.integers(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
     lengths=st.lists(LENGTHS, min_size=1, max_size=4),

@@ -27,7 +27,7 @@ def assert_close(score: torch.Tensor, exact: torch.Tensor) -> None:
     torch.testing.assert_close(score.cpu(), exact, rtol=2e-4, atol=1e-7, equal_nan=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(DTYPES),
@@ -82,7 +82,7 @@ def scores_exactly(layer: Layer, number: int) -> torch.Tensor:
     return (logits * 0.3).softmax(-1).mean(0).float()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=35, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     shape=st.lists(
