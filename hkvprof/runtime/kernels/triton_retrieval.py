@@ -23,9 +23,13 @@ from hkvprof.runtime.kernels.triton_gather import gather_kernel
 CODED_ITEMS = 512
 """Items of a projected index per program."""
 SHARE_ITEMS = 256
+"""Items per program that turns logits into scores."""
+RESET_BLOCKS = 16
+"""Blocks of picked items in which a program resets scores."""
 SELECT_ITEMS = 4096
 """Items per round of the one program that selects for a head."""
 GATHER_ELEMENTS = 2048
+"""Numbers that a program copies at a time."""
 WORDS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
@@ -108,7 +112,7 @@ class TritonRetrieval:
         shared = (*partial, picked, scores, group)
         share = {"GROUP": padded(group, 1), "BLOCK": SHARE_ITEMS, "EXACT_ITEMS": self._block}
         everyone = self._everyone
-        grid = everyone.grid(lambda head: head.items, SHARE_ITEMS)
+        grid = everyone.grid(_items, SHARE_ITEMS)
         scores_of.share_kernel[grid](self._table, everyone.which, *shared, EXACT=False, **share)
         if self._reranked is None:
             return scores
@@ -116,11 +120,13 @@ class TritonRetrieval:
         selection.pick_kernel[(count,)](
             self._table, which, scores, picked, BLOCK=self._round(), num_warps=8
         )
+        reset = RESET_BLOCKS * self._block
         for launch in self._exact:
-            grid = launch.grid(lambda head: max(_picked(head), head.items // 16), self._block)
+            picks, resets = launch.grid(_picked, self._block), launch.grid(_items, reset)
+            grid = max(picks, resets)
             scores_of.exact_kernel[grid](
                 self._table, launch.which, query, picked, scores, *partial, self._scale, group,
-                **sizes, BLOCK=self._block, RESET=16 * self._block, INT8=launch.kind,
+                **sizes, BLOCK=self._block, RESET=reset, INT8=launch.kind,
                 UPCAST=INTERPRETED,
             )  # fmt: skip
         grid = self._reranked.grid(_picked, SHARE_ITEMS)
@@ -137,7 +143,7 @@ class TritonRetrieval:
         """Logits of one kind of index."""
         group = query.shape[1]
         if not isinstance(launch.kind, int):
-            scores_of.digest_kernel[launch.grid(lambda head: head.items, self._block)](
+            scores_of.digest_kernel[launch.grid(_items, self._block)](
                 self._table, launch.which, query, *partial, self._scale, group, **sizes,
                 BLOCK=self._block, MINMAX=launch.kind == "minmax", UPCAST=INTERPRETED,
             )  # fmt: skip
@@ -148,7 +154,7 @@ class TritonRetrieval:
         scores_of.table_kernel[(count, codes)](
             self._table, launch.which, query, tables, group, **narrow, CODES=codes
         )
-        scores_of.coded_kernel[launch.grid(lambda head: head.items, CODED_ITEMS)](
+        scores_of.coded_kernel[launch.grid(_items, CODED_ITEMS)](
             self._table, launch.which, tables, *partial, self._scale, group,
             GROUP=padded(group, 1), CODES=codes, WORD=WORDS[codes], BLOCK=CODED_ITEMS,
         )  # fmt: skip
@@ -163,7 +169,7 @@ class TritonRetrieval:
         smooth = self._smoothing > 0
         everyone = self._everyone
         longest = max(head.items for head in self.heads)
-        selection.due_kernel[everyone.grid(lambda head: head.items, 1024)](
+        selection.due_kernel[everyone.grid(_items, 1024)](
             self._table, scores, due, held, min(self._successors, longest - 1), BLOCK=1024
         )
         selection.hold_kernel[everyone.grid(lambda head: head.hot, 256)](
@@ -277,6 +283,10 @@ class TritonRetrieval:
         place = self._alive[-1].data_ptr()
         assert place % 16 == 0, "kernels read 16 bytes at a time"
         return place
+
+
+def _items(head: DynamicSegment) -> int:
+    return head.items
 
 
 def _picked(head: DynamicSegment) -> int:

@@ -190,6 +190,17 @@ def test_reranked_scores(
             assert estimate[picked].min() >= others.max() * (1 - 1e-3)
 
 
+def test_all_that_is_not_picked_scores_minus_one(device: str) -> None:
+    """Also behind the last full block of items."""
+    items = [257, 270, 33]
+    layer = make_layer(4, "mean", items, [1] * 3, dim=256, dtype=torch.float32, rerank=1)
+    own = moved(layer, device)
+    retrieval = triton_kernels(torch.float32).bind(own.key, own.value, own.heads, 0.3)
+    for score, count in zip(retrieval.score(own.query), items, strict=True):
+        assert len(score) == count
+        assert (score != -1).sum() == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "rerank", "chunk", "int8"),
     [
