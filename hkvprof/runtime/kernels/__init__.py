@@ -7,13 +7,11 @@ are first met.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 import warnings
-from functools import cache
 
 import torch
 
+from hkvprof.lazy import no_triton
 from hkvprof.runtime.kernels import loading
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Kernels, Retrieval
 from hkvprof.runtime.kernels.native import NativeKernels
@@ -21,8 +19,6 @@ from hkvprof.runtime.kernels.reference import TorchKernels
 
 __all__ = ["DynamicSegment", "Extents", "Kernels", "Retrieval", "for_device", "status"]
 
-TRITON = (3, 2)
-"""The oldest release that the kernels are written for."""
 _TORCH = TorchKernels()
 _NATIVE = {dtype: NativeKernels(dtype) for dtype in loading.DTYPES}
 _ON_CUDA: dict[torch.dtype, Kernels] = {}
@@ -53,22 +49,6 @@ def status() -> str:
     used = f"torch: {reason}" if reason else f"triton {version}"
     notes = dict.fromkeys(note for one in _ON_CUDA.values() for note in getattr(one, "notes", ()))
     return f"CUDA: {'; '.join([used, *notes])}; CPU: {line}"
-
-
-@cache
-def no_triton() -> str:
-    """Why the Triton kernels cannot be used, or an empty string. Imports triton."""
-    if os.environ.get("HKVPROF_TRITON") == "0":
-        return "HKVPROF_TRITON=0"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    try:
-        version = importlib.import_module("triton").__version__
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"triton cannot be imported ({str(error).splitlines()[0]})"
-    if tuple(int(part) for part in version.split(".")[:2]) < TRITON:
-        return f"triton {version} is older than {'.'.join(map(str, TRITON))}"
-    return ""
 
 
 def _for_cuda(dtype: torch.dtype) -> Kernels:

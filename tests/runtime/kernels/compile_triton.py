@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from hkvprof.profile.triton_mass import top_mass
 from hkvprof.runtime.kernels import Extents
 from hkvprof.runtime.kernels.triton_backend import TritonKernels
 from tests.runtime.kernels.cases import make_layer
@@ -94,6 +95,10 @@ def main() -> None:
             extents = Extents.of([0, 500], [500, 60])
             kernels.attend(layer.key, layer.value, extents, layer.query, 0.1)
         assert not kernels.notes
+        for dim in (64, 80, 256):
+            key, rows = torch.zeros(2, 5000, dim, dtype=dtype), torch.arange(0, 5000, 100)
+            query = torch.zeros(6, len(rows), dim, dtype=dtype)
+            top_mass(query, key, rows, 0.1, torch.ones(2, len(rows), dtype=torch.long))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ KERNELS = {
     "hold_kernel",
     "select_kernel",
     "gather_kernel",
+    "peak_kernel",
+    "mass_kernel",
 }
 
 

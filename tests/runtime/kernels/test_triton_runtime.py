@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import hkvprof
+from hkvprof.lazy import no_triton
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import kernels, ragged
 from hkvprof.runtime.kernels import Kernels
@@ -114,25 +115,9 @@ def test_without_triton_cuda_tensors_go_to_torch_with_a_warning(
 def test_with_triton_cuda_tensors_are_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cuda = torch.device("cuda")
-    assert kernels.no_triton() == ""
+    assert no_triton() == ""
     chosen = kernels.for_device(cuda, torch.bfloat16)
     assert chosen.name == "triton"
     assert kernels.for_device(cuda, torch.bfloat16) is chosen
     assert kernels.for_device(cuda, torch.float64).name == "torch"
     assert kernels.status().startswith("CUDA: triton 3.")
-
-
-def test_old_triton_and_switches_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        kernels.no_triton.cache_clear()
-        monkeypatch.setenv("HKVPROF_TRITON", "0")
-        assert kernels.no_triton() == "HKVPROF_TRITON=0"
-        monkeypatch.delenv("HKVPROF_TRITON")
-        kernels.no_triton.cache_clear()
-        monkeypatch.setattr(kernels, "TRITON", (99, 0))
-        monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
-        fake = type("triton", (), {"__version__": "3.1.0"})
-        monkeypatch.setattr(kernels.importlib, "import_module", lambda name: fake)
-        assert kernels.no_triton() == "triton 3.1.0 is older than 99.0"
-    finally:
-        kernels.no_triton.cache_clear()
