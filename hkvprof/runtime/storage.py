@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hkvprof.runtime.kernels.interface import Extents, device_integers
 
-PLACE_BYTES = 16
+PLACE_BYTES = 8
 """Device bytes per segment that say where it starts and ends."""
 SLACK_SHARE = 1 / 32
 MIN_SLACK = 4
@@ -42,7 +42,8 @@ class RaggedStorage:
         for capacity in self.capacities[:-1]:
             self.offsets.append(self.offsets[-1] + capacity)
         ends = [o + n for o, n in zip(self.offsets, self.lengths, strict=True)]
-        self.starts, self.ends = device_integers([self.offsets, ends], self.key.device)
+        places = device_integers([self.offsets, ends], self.key.device, torch.int32)
+        self.starts, self.ends = places
         self.longest = max(self.capacities)
 
     @property

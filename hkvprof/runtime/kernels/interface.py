@@ -14,10 +14,12 @@ from hkvprof.policy.index import KeyIndex
 
 
 def device_integers(
-    numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device
+    numbers: Sequence[int] | Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """As int64 on the device; copied from pinned memory, so that the host need not wait."""
-    made = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    """On the device; copied from pinned memory, so that the host need not wait."""
+    made = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return made.to(device, non_blocking=True)
 
 
@@ -26,8 +28,8 @@ class Extents:
     """Where the segments of a layer lie in its flat storage, told to the host and to the device.
 
     Segment s is rows starts[s] to starts[s] + lengths[s]; `device_starts` and `device_ends` say the
-    same as int64 on the storage's device. `longest` bounds all lengths and is the same at every
-    step until the storage grows.
+    same as int32 on the storage's device (rows, not bytes). `longest` bounds all lengths and is the
+    same at every step until the storage grows.
     """
 
     starts: Sequence[int]
@@ -42,7 +44,7 @@ class Extents:
     ) -> Extents:
         """Of numbers on the host."""
         ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-        first, end = device_integers([list(starts), ends], torch.device(device))
+        first, end = device_integers([list(starts), ends], torch.device(device), torch.int32)
         return cls(starts, lengths, max(lengths, default=0), first, end)
 
 

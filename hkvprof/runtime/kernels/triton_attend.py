@@ -52,8 +52,8 @@ def _split_kernel(
     """Attention of one segment's query heads over one split; `scale` has log2(e) folded in."""
     segment = tl.program_id(0)
     split = tl.program_id(1)
-    first = tl.load(starts + segment)
-    length = (tl.load(ends + segment) - first).to(tl.int32)
+    first = tl.load(starts + segment).to(tl.int64)
+    length = tl.load(ends + segment) - first.to(tl.int32)
     share = _share(length, splits, BLOCK)
     begin = split * share
     if begin >= length:
@@ -114,7 +114,7 @@ def _merge_kernel(
     head = tl.program_id(1)
     channels = tl.arange(0, WIDTH)
     inside = channels < DIM
-    length = (tl.load(ends + segment) - tl.load(starts + segment)).to(tl.int32)
+    length = tl.load(ends + segment) - tl.load(starts + segment)
     share = _share(length, splits, BLOCK)
     used = 0
     if length > 0:
@@ -147,7 +147,7 @@ def attend(
     scaling: float,
     programs: int = PROGRAMS,
 ) -> Float[Tensor, "segments group dim"]:
-    """Attention of one new token per row; segment s is rows starts[s] to ends[s] (int64).
+    """Attention of one new token per row; segment s is rows starts[s] to ends[s] (int32).
 
     No segment may be longer than `longest`, which sets the grid together with `programs`.
     """
