@@ -17,7 +17,7 @@ from hkvprof.policy.index import MeanIndex, MinMaxIndex, ProjectedIndex
 from hkvprof.runtime.kernels import triton_attend
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
 from hkvprof.runtime.kernels.reference import TorchKernels
-from hkvprof.runtime.kernels.triton_common import DTYPES
+from hkvprof.runtime.kernels.triton_common import DTYPES, INTERPRETED
 from hkvprof.runtime.kernels.triton_retrieval import TritonRetrieval
 
 MAX_GROUP, MAX_DIM = 64, 256
@@ -92,6 +92,8 @@ class TritonKernels:
             return f"{group} query heads per KV head of widths {widths}"
         if any(t.dtype != self.dtype or not t.is_contiguous() for t in (key, value)):
             return f"storage of {key.dtype} and {value.dtype} that is not plain {self.dtype}"
+        if INTERPRETED and key.is_cuda:
+            return "CUDA tensors, whose addresses Triton's interpreter cannot read"
         return ""
 
     def _unfit(self, head: DynamicSegment) -> str:

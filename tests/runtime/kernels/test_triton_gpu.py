@@ -13,12 +13,13 @@ from hkvprof.runtime.kernels import Extents
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.storage import RaggedStorage
 from tests.models_for_tests import apply, random_llama, token_ids
-from tests.runtime.kernels.triton_cases import HAS_TRITON, triton_kernels
+from tests.runtime.kernels.triton_cases import HAS_TRITON, INTERPRETED, triton_kernels
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not (HAS_TRITON and torch.cuda.is_available()), reason="needs triton and a CUDA device"
+        not HAS_TRITON or INTERPRETED or not torch.cuda.is_available(),
+        reason="needs triton and a CUDA device",
     ),
 ]
 

@@ -113,6 +113,7 @@ def test_without_triton_cuda_tensors_go_to_torch_with_a_warning(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_with_triton_cuda_tensors_are_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_ON_CUDA", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cuda = torch.device("cuda")
     assert no_triton() == ""

@@ -32,7 +32,7 @@ DEVICES = [
         marks=[
             pytest.mark.gpu,
             pytest.mark.skipif(
-                not (HAS_TRITON and torch.cuda.is_available()),
+                not HAS_TRITON or INTERPRETED or not torch.cuda.is_available(),
                 reason="needs triton and a CUDA device",
             ),
         ],
