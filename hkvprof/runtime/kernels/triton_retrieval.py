@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hkvprof.policy.index import MeanIndex, MinMaxIndex, ProjectedIndex
+from hkvprof.policy.index import ProjectedIndex
 from hkvprof.runtime.kernels import triton_scores as scores_of
 from hkvprof.runtime.kernels import triton_select as selection
 from hkvprof.runtime.kernels.interface import DynamicSegment, device_integers
@@ -19,6 +18,8 @@ from hkvprof.runtime.kernels.reference import counter
 from hkvprof.runtime.kernels.triton_attend import LOG2_E, TILE_BYTES
 from hkvprof.runtime.kernels.triton_common import FIELDS, INTERPRETED, blocks, padded
 from hkvprof.runtime.kernels.triton_gather import gather_kernel
+from hkvprof.runtime.kernels.triton_launch import Launch, items_of, kind_of, picked_of
+from hkvprof.runtime.kernels.triton_rerank import exact_kernel
 
 CODED_ITEMS = 512
 """Items of a projected index per program."""
@@ -31,19 +32,6 @@ SELECT_ITEMS = 4096
 GATHER_ELEMENTS = 2048
 """Numbers that a program copies at a time."""
 WORDS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """Heads that one launch works on: their numbers on both sides, and what they share."""
-
-    kind: Any
-    heads: tuple[DynamicSegment, ...]
-    which: Int[Tensor, " n"]
-
-    def grid(self, number: Callable[[DynamicSegment], int], block: int) -> tuple[int, int]:
-        """One program per head and block."""
-        return len(self.heads), blocks(max(map(number, self.heads)), block)
 
 
 class TritonRetrieval:
@@ -71,10 +59,10 @@ class TritonRetrieval:
             return
         self._describe_all()
         everyone = list(range(len(heads)))
-        reranked = [n for n in everyone if _picked(self.heads[n])]
+        reranked = [n for n in everyone if picked_of(self.heads[n])]
         self._everyone = self._launch(None, everyone)
         self._reranked = self._launch(None, reranked) if reranked else None
-        self._indexes = list(self._launches(everyone, lambda head: _kind(head.index)))
+        self._indexes = list(self._launches(everyone, lambda head: kind_of(head.index)))
         self._exact = list(self._launches(reranked, lambda head: head.scale is not None))
         self._gathers = list(
             self._launches(everyone, lambda head: (head.scale is not None, head.chunk))
@@ -112,7 +100,7 @@ class TritonRetrieval:
         shared = (*partial, picked, scores, group)
         share = {"GROUP": padded(group, 1), "BLOCK": SHARE_ITEMS, "EXACT_ITEMS": self._block}
         everyone = self._everyone
-        grid = everyone.grid(_items, SHARE_ITEMS)
+        grid = everyone.grid(items_of, SHARE_ITEMS)
         scores_of.share_kernel[grid](self._table, everyone.which, *shared, EXACT=False, **share)
         if self._reranked is None:
             return scores
@@ -122,20 +110,20 @@ class TritonRetrieval:
         )
         reset = RESET_BLOCKS * self._block
         for launch in self._exact:
-            picks, resets = launch.grid(_picked, self._block), launch.grid(_items, reset)
+            picks, resets = launch.grid(picked_of, self._block), launch.grid(items_of, reset)
             grid = max(picks, resets)
-            scores_of.exact_kernel[grid](
+            exact_kernel[grid](
                 self._table, launch.which, query, picked, scores, *partial, self._scale, group,
                 **sizes, BLOCK=self._block, RESET=reset, INT8=launch.kind,
                 UPCAST=INTERPRETED,
             )  # fmt: skip
-        grid = self._reranked.grid(_picked, SHARE_ITEMS)
+        grid = self._reranked.grid(picked_of, SHARE_ITEMS)
         scores_of.share_kernel[grid](self._table, which, *shared, EXACT=True, **share)
         return scores
 
     def _estimate(
         self,
-        launch: _Launch,
+        launch: Launch,
         query: Tensor,
         partial: tuple[Tensor, Tensor, Tensor],
         sizes: dict[str, int],
@@ -143,7 +131,7 @@ class TritonRetrieval:
         """Logits of one kind of index."""
         group = query.shape[1]
         if not isinstance(launch.kind, int):
-            scores_of.digest_kernel[launch.grid(_items, self._block)](
+            scores_of.digest_kernel[launch.grid(items_of, self._block)](
                 self._table, launch.which, query, *partial, self._scale, group, **sizes,
                 BLOCK=self._block, MINMAX=launch.kind == "minmax", UPCAST=INTERPRETED,
             )  # fmt: skip
@@ -154,7 +142,7 @@ class TritonRetrieval:
         scores_of.table_kernel[(count, codes)](
             self._table, launch.which, query, tables, group, **narrow, CODES=codes
         )
-        scores_of.coded_kernel[launch.grid(_items, CODED_ITEMS)](
+        scores_of.coded_kernel[launch.grid(items_of, CODED_ITEMS)](
             self._table, launch.which, tables, *partial, self._scale, group,
             GROUP=padded(group, 1), CODES=codes, WORD=WORDS[codes], BLOCK=CODED_ITEMS,
         )  # fmt: skip
@@ -169,7 +157,7 @@ class TritonRetrieval:
         smooth = self._smoothing > 0
         everyone = self._everyone
         longest = max(head.items for head in self.heads)
-        selection.due_kernel[everyone.grid(_items, 1024)](
+        selection.due_kernel[everyone.grid(items_of, 1024)](
             self._table, scores, due, held, min(self._successors, longest - 1), BLOCK=1024
         )
         selection.hold_kernel[everyone.grid(lambda head: head.hot, 256)](
@@ -197,13 +185,13 @@ class TritonRetrieval:
 
     # -- what the kernels are told once ------------------------------------------------------
 
-    def _launch(self, kind: Any, numbers: Sequence[int]) -> _Launch:
+    def _launch(self, kind: Any, numbers: Sequence[int]) -> Launch:
         which = device_integers(list(numbers), self.key.device)
-        return _Launch(kind, tuple(self.heads[n] for n in numbers), which)
+        return Launch(kind, tuple(self.heads[n] for n in numbers), which)
 
     def _launches(
         self, numbers: Sequence[int], kind: Callable[[DynamicSegment], Hashable]
-    ) -> Iterator[_Launch]:
+    ) -> Iterator[Launch]:
         """Heads of one kind each."""
         kinds = {n: kind(self.heads[n]) for n in numbers}
         for one in dict.fromkeys(kinds.values()):
@@ -223,7 +211,7 @@ class TritonRetrieval:
             block = CODED_ITEMS if coded else self._block
             rows.append(self._describe(head, block, where))
             self._items += head.items
-            self._parts += max(blocks(head.items, block), blocks(_picked(head), self._block))
+            self._parts += max(blocks(head.items, block), blocks(picked_of(head), self._block))
             if isinstance(head.index, ProjectedIndex):
                 where += 16 * len(head.index.tables.subspaces)
         self._table = device_integers(rows, self.key.device)
@@ -260,7 +248,7 @@ class TritonRetrieval:
             head.items,
             head.hot,
             head.hot_start,
-            _picked(head),
+            picked_of(head),
             self._items,
             self._parts,
             block,
@@ -283,21 +271,3 @@ class TritonRetrieval:
         place = self._alive[-1].data_ptr()
         assert place % 16 == 0, "kernels read 16 bytes at a time"
         return place
-
-
-def _items(head: DynamicSegment) -> int:
-    return head.items
-
-
-def _picked(head: DynamicSegment) -> int:
-    """How many items get an exact score."""
-    if not head.rerank or head.hot == head.items:
-        return 0
-    return min(head.hot + head.rerank, head.items)
-
-
-def _kind(index: Any) -> str | int:
-    """A name, or the number of codes."""
-    if isinstance(index, MeanIndex):
-        return "mean"
-    return "minmax" if isinstance(index, MinMaxIndex) else int(index.codes.shape[1])

@@ -1,4 +1,4 @@
-"""Scores of dynamic heads' items in Triton: estimated by the index, or exact by keys on the host.
+"""Scores of dynamic heads' items in Triton, as the index estimates them.
 
 Logits of a block of items and the block's log-sum-exp are written by one launch; the next turns
 them into shares: softmax per query head, mean over the group. Which heads a launch works on is
@@ -19,19 +19,15 @@ from hkvprof.runtime.kernels.triton_common import (
     CHANNELS,
     CODEBOOK,
     FIRST,
-    HOST,
     ITEMS,
     PARTS,
-    PER_GROUP,
     PICKED,
     PROJECTION,
-    SCALE,
     SECOND,
     SEGMENT,
     address,
     dot,
     field,
-    narrow,
     small,
 )
 
@@ -40,7 +36,7 @@ PART_TILE = tl.constexpr(64)
 
 
 @triton.jit
-def _queries(
+def queries(
     query: tl.tensor,
     heads: tl.tensor,
     head: tl.tensor,
@@ -57,7 +53,7 @@ def _queries(
 
 
 @triton.jit
-def _put(
+def put(
     values: tl.tensor,
     logits: tl.tensor,
     tops: tl.tensor,
@@ -100,7 +96,7 @@ def table_kernel(
     n = tl.program_id(0)
     code = tl.program_id(1)
     head = tl.load(which + n)
-    q = _queries(query, heads, head, group, DIM, GROUP, WIDTH).to(tl.float32)
+    q = queries(query, heads, head, group, DIM, GROUP, WIDTH).to(tl.float32)
     channels = small(heads, head, CHANNELS)
     bounds = address(heads, head, BOUNDS, tl.int64) + 2 * code
     projection = address(heads, head, PROJECTION, tl.float32)
@@ -150,7 +146,7 @@ def coded_kernel(
         centroid = ((word >> (8 * code)) & 255).to(tl.int32)
         row = ((n * group + g) * CODES + code) * CENTROIDS
         total += tl.load(tables + row[:, None] + centroid[None, :], mask=inside, other=0.0)
-    _put(total * scale, logits, tops, sums, heads, head, block, item, items, group, GROUP)
+    put(total * scale, logits, tops, sums, heads, head, block, item, items, group, GROUP)
 
 
 @triton.jit
@@ -178,7 +174,7 @@ def digest_kernel(
         return
     item = block * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, WIDTH)
-    q = _queries(query, heads, head, group, DIM, GROUP, WIDTH)
+    q = queries(query, heads, head, group, DIM, GROUP, WIDTH)
     where = item[:, None] * DIM + d[None, :]
     inside = (item[:, None] < items) & (d[None, :] < DIM)
     first = address(heads, head, FIRST, query.dtype.element_ty)
@@ -192,60 +188,7 @@ def digest_kernel(
         total = dot(below, tl.trans(low), UPCAST) + dot(above, tl.trans(high), UPCAST)
     else:
         total = dot(q, tl.trans(tl.load(first + where, mask=inside, other=0.0)), UPCAST)
-    _put(total * scale, logits, tops, sums, heads, head, block, item, items, group, GROUP)
-
-
-@triton.jit
-def exact_kernel(
-    heads: tl.tensor,
-    which: tl.tensor,
-    query: tl.tensor,
-    picked: tl.tensor,
-    scores: tl.tensor,
-    logits: tl.tensor,
-    tops: tl.tensor,
-    sums: tl.tensor,
-    scale: tl.tensor,
-    group: tl.tensor,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RESET: tl.constexpr,
-    INT8: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """Logits of the picked items by their keys in host memory; and -1 for all scores, for now.
-
-    A logit that is not finite counts as minus infinity.
-    """
-    block = tl.program_id(1)
-    head = tl.load(which + tl.program_id(0))
-    items = small(heads, head, ITEMS)
-    base = field(heads, head, BASE)
-    own = block * RESET + tl.arange(0, RESET)
-    tl.store(scores + base + own, tl.full([RESET], -1.0, tl.float32), mask=own < items)
-    count = small(heads, head, PICKED)
-    if block * BLOCK >= count:
-        return
-    number = block * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, WIDTH)
-    q = _queries(query, heads, head, group, DIM, GROUP, WIDTH)
-    item = tl.load(picked + base + number, mask=number < count, other=0).to(tl.int64)
-    where = item[:, None] * (2 * DIM) + d[None, :]
-    inside = (number[:, None] < count) & (d[None, :] < DIM)
-    if INT8:
-        data = tl.load(address(heads, head, HOST, tl.int8) + where, mask=inside, other=0)
-        owner = item // field(heads, head, PER_GROUP)
-        unit = address(heads, head, SCALE, tl.float32) + owner[:, None] * (2 * DIM) + d[None, :]
-        k = data.to(tl.float32) * tl.load(unit, mask=inside, other=0.0)
-        k = narrow(k, query.dtype.element_ty, UPCAST)
-    else:
-        host = address(heads, head, HOST, query.dtype.element_ty)
-        k = tl.load(host + where, mask=inside, other=0.0)
-    total = dot(q, tl.trans(k), UPCAST) * scale
-    total = tl.where(tl.abs(total) < float("inf"), total, -float("inf"))
-    _put(total, logits, tops, sums, heads, head, block, number, count, group, GROUP)
+    put(total * scale, logits, tops, sums, heads, head, block, item, items, group, GROUP)
 
 
 @triton.jit
