@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from hkvprof.checks import check_index, check_metadata, check_ratios, expect, read_json, require
+from hkvprof.checks import check_profile, read_json, require
 from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import Allocation, Budget
+from hkvprof.policy.costs import table_bytes
+from hkvprof.policy.forecast import Plan, forecast
 from hkvprof.policy.planning import Menu, plan_anew, plan_scaled
 
 SCHEMA_VERSION = 2
@@ -49,6 +51,13 @@ class ProjectedIndexTables:
     deviation: NDArray[np.float32]
     codebooks: tuple[NDArray[np.int8], ...]
     subspaces: tuple[NDArray[np.uint8], ...]
+
+    @property
+    def head_bytes(self) -> dict[int, int]:
+        """Device bytes of one head's tables by index size (bits per token)."""
+        dim = self.key_mean.shape[-1]
+        used = (owner.shape[-1] for owner in self.subspaces)
+        return {size: table_bytes(dim, n) for size, n in zip(self.sizes, used, strict=True)}
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The arrays by their names in the file."""
@@ -114,8 +123,8 @@ class Profile:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self)
-        for array in self._tensors().values():
+        check_profile(self)
+        for array in self.tensors().values():
             array.flags.writeable = False
 
     @property
@@ -138,12 +147,29 @@ class Profile:
         last two matter for budgets in bytes alone. A `paper` profile keeps its types and scales
         its ratios; a `measured` one is planned anew. Raises BudgetError.
         """
-        dense = rows * tokens * self.grid.token_bytes(itemsize)
-        share = Budget.parse(budget).resolve(tokens, dense)
-        menu = Menu(self.strategies, self.keep, self.grid.head_dim, tokens, itemsize)
+        menu, share = self._question(budget, tokens, itemsize, rows)
         if self.recipe == "measured":
             return plan_anew(menu, self.loss, self.ratios, share)
-        return plan_scaled(menu, self.strategy, self.budget, share)
+        return plan_scaled(menu, self.strategy, self.budget, self.loss, self.ratios, share)
+
+    def plan(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
+             rows: int = 1) -> Plan:  # fmt: skip
+        """What `rows` prompts of `tokens` tokens hold under a budget, head by head, and lose.
+
+        Needs neither model nor torch. The figures are those of `apply` with its default options
+        on prompts of at least its `min_tokens`. Raises BudgetError.
+        """
+        menu, share = self._question(budget, tokens, itemsize, rows)
+        allocation = self.allocation(share, tokens, itemsize, rows)
+        tables = self.index.head_bytes if self.index else {}
+        curves = None if self.recipe == "uniform" else self.loss  # those say nothing
+        return forecast(menu, allocation, share, rows, tables, self.ratios, curves)
+
+    def _question(self, budget: float | int | str | Budget, tokens: int, itemsize: int,
+                  rows: int) -> tuple[Menu, float]:  # fmt: skip
+        dense = rows * tokens * self.grid.token_bytes(itemsize)
+        menu = Menu(self.strategies, self.keep, self.grid.head_dim, tokens, itemsize)
+        return menu, Budget.parse(budget).resolve(tokens, dense)
 
     def save(self, path: str | Path) -> Path:
         """Write the profile atomically, deterministic to the byte. Raises HkvError."""
@@ -159,10 +185,11 @@ class Profile:
             )
         except (TypeError, ValueError) as error:
             raise ProfileError(f"provenance and fingerprint must be plain JSON: {error}") from None
-        tensors = {key: np.ascontiguousarray(value) for key, value in self._tensors().items()}
+        tensors = {key: np.ascontiguousarray(value) for key, value in self.tensors().items()}
         return bytes(to_bytes(tensors, {METADATA_KEY: text}))
 
-    def _tensors(self) -> dict[str, NDArray[Any]]:
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All arrays by their names in the file."""
         tensors: dict[str, NDArray[Any]] = {
             "ratios": self.ratios,
             "strategy": self.strategy,
@@ -267,36 +294,4 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         provenance=metadata["provenance"],
         index=tables,
         **tensors,
-    )
-
-
-def _check(profile: Profile) -> None:
-    """Raise ProfileError unless every bound holds; called for built and for loaded profiles."""
-    check_metadata(profile)
-    grid, menu = profile.grid, len(profile.strategies)
-    heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
-    ratios, kappas = len(profile.ratios), len(profile.kappas)
-    expect("ratios", profile.ratios, (ratios,), np.float32)
-    expect("strategy", profile.strategy, heads, np.uint8)
-    expect("budget", profile.budget, heads, np.float32)
-    for name in ("sparsity_mean", "sparsity_std"):
-        expect(name, getattr(profile, name), (kappas, *queries), np.float32)
-    for name in ("loss", "output_error"):
-        expect(name, getattr(profile, name), (menu, *heads, ratios), np.float32)
-        require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
-    check_ratios(profile.ratios)
-    require(
-        bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"
-    )
-    require(
-        bool((profile.budget > 0).all()) and bool((profile.budget <= 1).all()),
-        "budget holds shares outside (0, 1]",
-    )
-    if profile.index is not None:
-        check_index(profile.index, grid)
-    needed = {s.bits for s in profile.strategies if s.index == "projected"}
-    have = set(profile.index.sizes) if profile.index else set()
-    require(
-        needed <= have,
-        f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
     )

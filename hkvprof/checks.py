@@ -70,7 +70,7 @@ class Header(Protocol):
     def provenance(self) -> Mapping[str, Any]: ...
 
 
-def check_metadata(header: Header) -> None:
+def _check_metadata(header: Header) -> None:
     """Raise ProfileError unless every field is of its kind and within bounds."""
     _check_grid(header.fingerprint.grid)
     _check_fingerprint(header.fingerprint)
@@ -148,7 +148,7 @@ def _check_strategy(strategy: Strategy) -> None:
     )
 
 
-def check_ratios(ratios: NDArray[np.float32]) -> None:
+def _check_ratios(ratios: NDArray[np.float32]) -> None:
     """Raise ProfileError unless the curves' abscissae [R] rise to 1."""
     sound = len(ratios) >= 1 and bool((ratios > 0).all()) and ratios[-1] == 1
     require(
@@ -207,6 +207,51 @@ def check_index(index: IndexTables, grid: HeadGrid) -> None:
             bool((owner < size // 8).all()),
             f"index.subspace_{size} holds numbers beyond its {size // 8} codes",
         )
+
+
+class Content(Header, Protocol):
+    """All of a profile; see hkvprof.artifact.Profile."""
+
+    @property
+    def strategy(self) -> NDArray[np.uint8]: ...
+    @property
+    def budget(self) -> NDArray[np.float32]: ...
+    @property
+    def ratios(self) -> NDArray[np.float32]: ...
+    @property
+    def index(self) -> IndexTables | None: ...
+
+
+def check_profile(profile: Content) -> None:
+    """Raise ProfileError unless every bound holds; called for built and for loaded profiles."""
+    _check_metadata(profile)
+    grid, menu = profile.fingerprint.grid, len(profile.strategies)
+    heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
+    ratios, kappas = len(profile.ratios), len(profile.kappas)
+    expect("ratios", profile.ratios, (ratios,), np.float32)
+    expect("strategy", profile.strategy, heads, np.uint8)
+    expect("budget", profile.budget, heads, np.float32)
+    for name in ("sparsity_mean", "sparsity_std"):
+        expect(name, getattr(profile, name), (kappas, *queries), np.float32)
+    for name in ("loss", "output_error"):
+        expect(name, getattr(profile, name), (menu, *heads, ratios), np.float32)
+        require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
+    _check_ratios(profile.ratios)
+    require(
+        bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"
+    )
+    require(
+        bool((profile.budget > 0).all()) and bool((profile.budget <= 1).all()),
+        "budget holds shares outside (0, 1]",
+    )
+    if profile.index is not None:
+        check_index(profile.index, grid)
+    needed = {s.bits for s in profile.strategies if s.index == "projected"}
+    have = set(profile.index.sizes) if profile.index else set()
+    require(
+        needed <= have,
+        f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
+    )
 
 
 def _last(array: NDArray[Any], dimensions: int) -> int:

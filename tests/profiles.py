@@ -15,6 +15,7 @@ import numpy as np
 from hkvprof.artifact import Profile, ProjectedIndexTables
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.profile.confidence_record import KEY, MEASURES, Comparison, Confidence, Interval
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = FOLDER / "profile-v2.safetensors"
@@ -74,7 +75,7 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
         sparsity_std=_ramp(2, grid.layers, grid.query_heads, low=0.0, high=0.25),
         loss=loss.astype(np.float32),
         output_error=(loss.clip(max=1) / 2).astype(np.float32),
-        index=_index(grid),
+        index=index_tables(grid),
         provenance={
             "samples": 16,
             "tasks": {"ocr": 8, "count": 8},
@@ -87,7 +88,8 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
     )
 
 
-def _index(grid: HeadGrid) -> ProjectedIndexTables:
+def index_tables(grid: HeadGrid) -> ProjectedIndexTables:
+    """Tables of 16 and 32 bits, 3 and 4 channels, that lead nowhere in particular."""
     heads, channels = (grid.layers, grid.kv_heads), 4
     codebooks, subspaces = [], []
     for owner in ((1, 0, 1), (3, 1, 0, 1)):
@@ -104,6 +106,25 @@ def _index(grid: HeadGrid) -> ProjectedIndexTables:
         codebooks=tuple(codebooks),
         subspaces=tuple(subspaces),
     )
+
+
+def with_confidence(profile: Profile) -> Profile:
+    """The profile with figures on how sure it is."""
+    half = Interval(0.5, 0.25, 0.75)
+    figures = dict.fromkeys(MEASURES, half)
+    layers, heads = profile.strategy.shape
+    share = tuple(tuple(1 - (i + h) / 16 for h in range(heads)) for i in range(layers))
+    record = Confidence(
+        16,
+        agree=share,
+        low=tuple(tuple(x / 2 for x in layer) for layer in share),
+        high=tuple((1.0,) * heads for _ in share),
+        halves=Comparison({**figures, "types": Interval(0.94, 0.9, 0.97)}, 20, 100),
+        tasks=Comparison(figures, 2, 100),
+        by_task={"ocr": dict.fromkeys(MEASURES, 0.75), "count": dict.fromkeys(MEASURES, 0.25)},
+        kinds=Comparison(reason="there is only one kind: every prompt holds images or video"),
+    )
+    return replace(profile, provenance={**profile.provenance, KEY: record.to_json()})
 
 
 def plain_profile(profile: Profile) -> Profile:

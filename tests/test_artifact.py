@@ -26,7 +26,7 @@ SEARCH = settings(
 def parts() -> tuple[dict, dict[str, np.ndarray]]:
     """Metadata and tensors of the golden file, for tampering."""
     profile = make_profile()
-    return json.loads(json.dumps(profile._metadata())), dict(profile._tensors())
+    return json.loads(json.dumps(profile._metadata())), dict(profile.tensors())
 
 
 def write(path: Path, metadata: object, tensors: dict[str, np.ndarray]) -> Path:
@@ -81,7 +81,7 @@ def test_any_json_survives_in_provenance(value: object) -> None:
 
 def test_arrays_are_read_only() -> None:
     for profile in (make_profile(), load_profile(GOLDEN)):
-        for array in [*profile._tensors().values(), profile.head_types]:
+        for array in [*profile.tensors().values(), profile.head_types]:
             with pytest.raises(ValueError, match="read-only"):
                 array[...] = 0
 
@@ -171,7 +171,7 @@ def test_missing_metadata_is_refused_or_harmless(tmp_path: Path, keys: tuple) ->
         load_profile(path).to_bytes()
 
 
-@pytest.mark.parametrize("name", sorted(make_profile()._tensors()))
+@pytest.mark.parametrize("name", sorted(make_profile().tensors()))
 def test_tensors_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "p.safetensors"
     _, tensors = parts()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import hkvprof
-from hkvprof.cli import bench, calibrate, evaluate, inspect, models
+from hkvprof.cli import bench, calibrate, diff, evaluate, inspect, merge, models, plan, validate
 
 app = typer.Typer(
     name="hkvprof",
@@ -38,7 +38,11 @@ def _global(
 
 
 app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("diff", epilog=diff.EXAMPLES)(diff.diff)
+app.command("validate", epilog=validate.EXAMPLES)(validate.validate)
 app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)

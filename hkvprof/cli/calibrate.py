@@ -21,7 +21,8 @@ Examples:
   hkvprof calibrate --model tinyvl --data calibration/mini
   hkvprof calibrate --model qwen2.5-vl-7b --data my-samples --dtype bfloat16
   hkvprof calibrate --model ./finetune --data owner/dataset:validation \\
-    --max-samples 128 --on-error skip -o finetune.profile.safetensors"""
+    --max-samples 128 --on-error skip -o finetune.profile.safetensors
+  hkvprof calibrate --model ./vlm --data my-samples --rows rows --shard 1/4 --device cuda:0"""
 
 _MOST_REASONS = 20
 
@@ -76,38 +77,57 @@ def calibrate(
     on_error: Annotated[
         OnError, typer.Option("--on-error", help="Stop at a bad sample, or skip and count it.")
     ] = OnError.RAISE,
+    rows: Annotated[
+        Path | None,
+        typer.Option("--rows", help="Folder of measured samples; default OUTPUT.rows until done."),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option("--shard", help="Measure part I of N into --rows; then `hkvprof merge`.")
+    ] = "1/1",
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Profile; default ./<model>.profile.safetensors."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Observe a model on samples and write its profile."""
+    """Observe a model on samples and write its profile. A run that was stopped goes on."""
     from hkvprof.cli.output import check_output, default_profile_path, say
+    from hkvprof.profile.rows import forget
 
-    share = _share(budget)
+    share = parse_share(budget)
     if not 0 < theta <= 1:
         raise UsageError(f"--theta is {theta}: expected a sparsity in (0, 1]")
     if device is not None and device_map is not None:
         raise UsageError("--device and --device-map exclude each other: give one of them")
+    part = options.parse_shard(shard)
+    if part[1] > 1 and rows is None:
+        raise UsageError("--shard needs --rows: the folder that all shards fill")
     path = output or default_profile_path(model)
-    check_output(path, force)
+    if part[1] == 1:
+        check_output(path, force)
     samples = _samples(data, max_samples, seed, on_error)
     loaded, processor = options.open_model(model, dtype, device, device_map)
+    how = {"recipe": recipe.value, "on_error": on_error.value, "replies": replies.value}
+    if part[1] > 1:
+        _measure(loaded, processor, samples, rows, part, how)
+        return
+    folder = rows or path.with_name(f"{path.name}.rows")
     profile = _calibrated(
-        loaded, processor, samples, recipe=recipe.value, theta=theta, budget=share, seed=seed,
-        on_error=on_error.value, replies=replies.value,
-    )  # fmt: skip
+        loaded, processor, samples, theta=theta, budget=share, seed=seed, rows=folder, **how
+    )
     for name in profile.provenance.get("skipped_ids", [])[:_MOST_REASONS]:
         say(f"skipped while measuring: {name}")
     profile = with_source(profile, data, samples)
     check_output(path, force)
     profile.save(path)
+    if rows is None:  # they have served their purpose
+        forget(folder)
     say("")
-    _announce(profile, path)
+    announce(profile, path)
 
 
-def _share(text: str) -> float:
+def parse_share(text: str) -> float:
+    """A profile's default budget. Raises BudgetError for tokens and bytes."""
     from hkvprof.policy.budget import Budget
 
     share = Budget.parse(text).share
@@ -139,6 +159,23 @@ def _calibrated(model: Any, processor: Any, samples: LoadedSamples, **options: A
     return measure(model, processor, samples.samples, track=track, **options)
 
 
+def _measure(
+    model: Any,
+    processor: Any,
+    samples: LoadedSamples,
+    rows: Path | None,
+    part: tuple[int, int],
+    how: dict[str, Any],
+) -> None:
+    from hkvprof.cli.progress import track
+    from hkvprof.profile.calibrate import measure
+
+    assert rows is not None
+    count = measure(model, processor, samples.samples, rows, shard=part, track=track, **how)
+    typer.echo(f"{count} samples of shard {part[0]} of {part[1]} measured into {rows}")
+    typer.echo(f"Next, when all shards are done: hkvprof merge {rows} -o PROFILE")
+
+
 def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
     """The profile with the data's name, digest and the loader's skipped samples in provenance."""
     later = profile.provenance.get("skipped", 0)
@@ -151,7 +188,8 @@ def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
     return dataclasses.replace(profile, provenance=origin)
 
 
-def _announce(profile: Profile, path: Path) -> None:
+def announce(profile: Profile, path: Path) -> None:
+    """Say what was made and what to do with it."""
     from hkvprof.report.summary import human, sentence
 
     typer.echo(f"{sentence(profile, 32768)}.")

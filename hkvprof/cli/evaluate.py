@@ -14,6 +14,7 @@ from hkvprof.cli import options
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
+    from hkvprof.evaluate.plan import Entry
     from hkvprof.evaluate.statistics import Duel, MethodSummary
 
 EXAMPLES = """\b
@@ -96,6 +97,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Compare the full cache with a profile, and with other methods, at several budgets."""
     from hkvprof.artifact import load_profile
+    from hkvprof.cli.output import say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
     from hkvprof.evaluate.journal import Journal
@@ -103,7 +105,7 @@ def evaluate(
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
 
-    part, parts = _shard(shard)
+    part, parts = options.parse_shard(shard)
     plan = Plan(_budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed)
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
@@ -121,7 +123,10 @@ def evaluate(
     }
     journal = Journal(output, conditions, "" if parts == 1 else f"-{part}of{parts}")
     mine = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
-    compare(network, processor, loaded, mine, plan, journal, track)
+    refused: dict[Entry, str] = {}
+    compare(network, processor, loaded, mine, plan, journal, track, refused)
+    for entry, reason in refused.items():
+        say(f"{entry.method} at {entry.budget} has no answer to some prompts: {reason}")
     answers = plan.select(journal.answers, task_set)
     found = Outcome(
         conditions, tuple(summarise(answers)), tuple(duels(answers, plan.public)), plan.public
@@ -161,13 +166,6 @@ def _regimes(text: str | None) -> tuple[str, ...]:
     return tuple(REGIMES) if text is None else tuple(dict.fromkeys(options.listed(text)))
 
 
-def _shard(text: str) -> tuple[int, int]:
-    part, slash, parts = text.partition("/")
-    if slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
-        return int(part), int(parts)
-    raise UsageError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/2")
-
-
 def _write(folder: Path, found: Outcome, model: str) -> None:
     from hkvprof.cli.output import say
     from hkvprof.evaluate.records import FULL
@@ -188,14 +186,13 @@ def _write(folder: Path, found: Outcome, model: str) -> None:
 
 
 def _print(found: Outcome, model: str, profile: Path, as_json: bool) -> None:
-    from rich.console import Console
-
+    from hkvprof.cli.output import stdout
     from hkvprof.report.comparison import comparison_table, duel_lines, next_steps, task_table
 
     if as_json:
         typer.echo(found.to_json(), nl=False)
         return
-    console = Console()
+    console = stdout()
     console.print(comparison_table(found.summaries, compact=console.width < _WIDE))
     console.print(task_table(found.summaries))
     for line in [*duel_lines(found.duels), *next_steps(model, str(profile))]:

@@ -28,7 +28,7 @@ def inspect(
         int, typer.Option("--context", min=1, help="Prompt tokens for the memory figures.")
     ] = 32768,
 ) -> None:
-    """Show head types, budgets, borderline heads and provenance of a profile."""
+    """Show a profile: head types, budgets, borderline heads, how sure it is, provenance."""
     from hkvprof.artifact import load_profile
     from hkvprof.cli.output import draws_ascii, stdout
     from hkvprof.report import summary, terminal

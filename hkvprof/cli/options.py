@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hkvprof.errors import UsageError
+
 Model = Annotated[str, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[
@@ -20,6 +22,14 @@ Budgets = Annotated[
 def listed(text: str) -> list[str]:
     """What a comma-separated option lists; blanks and empty parts do not count."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Part and number of parts from `I/N`. Raises UsageError."""
+    part, slash, parts = text.partition("/")
+    if slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
+        return int(part), int(parts)
+    raise UsageError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/2")
 
 
 def open_model(

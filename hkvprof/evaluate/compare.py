@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from hkvprof.artifact import Profile
-from hkvprof.errors import CompressionError, UsageError
+from hkvprof.errors import BudgetError, CompressionError, UsageError
 from hkvprof.evaluate.contest import MIN_TOKENS, Caches, Contest
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.plan import Entry, Plan
 from hkvprof.evaluate.questions import Question, Scene, Stage
-from hkvprof.evaluate.records import FULL, REGIMES, Answer
+from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer
 from hkvprof.evaluate.replay import Distance, Reference, answer, end_tokens, refer, replay
 from hkvprof.evaluate.taskset import TaskSet
 from hkvprof.models.processing import ChatProcessor
@@ -32,11 +32,14 @@ def compare(
     plan: Plan,
     journal: Journal | None = None,
     track: Track | None = None,
+    refused: dict[Entry, str] | None = None,
 ) -> list[Answer]:
     """Answers to every sample by every method, those already in the journal included.
 
-    Raises CompressionError if a budget below 1 compressed nothing on any sample, and UsageError if
-    no sample has a question in one of the regimes.
+    A baseline whose rule cannot meet a budget on a prompt has no answer to it; `refused` is filled
+    with the reason. hkvprof's own failure is an error. Raises CompressionError if a budget below 1
+    compressed nothing on any sample, and UsageError if no sample has a question in one of the
+    regimes.
     """
     journal = journal or Journal(None, {})
     track = track or (lambda items, description, total: items)
@@ -48,7 +51,10 @@ def compare(
             if (sample.id, entry.method, entry.budget) not in journal.done
         ]
         if missing or (sample.id, FULL, "") not in journal.done:
-            _Round(model, processor, sample, tasks, plan, contest).play(missing, journal)
+            now = _Round(model, processor, sample, tasks, plan, contest)
+            for entry, reason in now.play(missing, journal).items():
+                if refused is not None:
+                    refused.setdefault(entry, f"{sample.id}: {reason}")
             contest.forget()
     answers = plan.select(journal.answers, tasks)
     _check(answers, plan)
@@ -85,21 +91,31 @@ class _Round:
         self.tasks, self.plan, self.contest = tasks, plan, contest
         self.ends = end_tokens(model, processor)
 
-    def play(self, entries: Sequence[Entry], journal: Journal) -> None:
-        """Answer with the full cache, then with every entry; each goes into the journal."""
+    def play(self, entries: Sequence[Entry], journal: Journal) -> dict[Entry, str]:
+        """Answer with the full cache, then with every entry; each goes into the journal.
+
+        Returns the baselines that could not meet their budget, with the reason.
+        """
         asked = self._refer()
+        refused: dict[Entry, str] = {}
         if not asked:
-            return
+            return refused
         if (self.sample.id, FULL, "") not in journal.done:
             journal.add([self._full(one, len(asked)) for one in asked])
         scenes = list({id(one.scene): one.scene for one in asked}.values())
         for entry in entries:
-            made = []
-            for scene in scenes:
-                mine = [one for one in asked if one.scene is scene]
-                with self.contest.open(entry, scene.prefill) as caches:
-                    made += [self._compressed(entry, caches, one, len(asked)) for one in mine]
-            journal.add(made)
+            try:
+                made = []
+                for scene in scenes:
+                    mine = [one for one in asked if one.scene is scene]
+                    with self.contest.open(entry, scene.prefill) as caches:
+                        made += [self._compressed(entry, caches, one, len(asked)) for one in mine]
+                journal.add(made)
+            except BudgetError as error:
+                if entry.method == OURS:
+                    raise
+                refused[entry] = str(error)
+        return refused
 
     def _refer(self) -> list[_Asked]:
         """The questions of all regimes, and the full cache's replies."""
@@ -217,7 +233,7 @@ def _check(answers: Sequence[Answer], plan: Plan) -> None:
             )
     for entry in plan.entries:
         mine = [a for a in answers if (a.method, a.budget) == (entry.method, entry.budget)]
-        if not entry.is_whole and all(a.resident_bytes >= a.dense_bytes for a in mine):
+        if not entry.is_whole and mine and all(a.resident_bytes >= a.dense_bytes for a in mine):
             raise CompressionError(
                 f"{entry.method} at budget {entry.budget} compressed nothing on any of the "
                 f"samples: prompts may be shorter than {MIN_TOKENS} tokens, or the budget may hold "

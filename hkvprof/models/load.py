@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import torch
 
 from hkvprof.errors import HkvError, ModelError, UsageError
+from hkvprof.heads import ModelFingerprint
+from hkvprof.models.adapter import view_model
 from hkvprof.models.aliases import ALIASES, TINYVL_FOLDER
 from hkvprof.models.processing import ChatProcessor, hide_broken_torchvision, load_processor
 
@@ -59,6 +61,22 @@ def load_model(
     if target is not None:
         model = model.to(target)
     return model.eval(), processor
+
+
+def model_fingerprint(name_or_path: str | Path) -> ModelFingerprint:
+    """The identity of a model from its config alone: no weights are read, `weights_digest` is "".
+
+    Raises ModelError.
+    """
+    source = resolve_source(str(name_or_path))
+    local = Path(source).is_dir() or not _hub_answers()
+    try:
+        config, model_class = _model_class(source, local)
+        with torch.device("meta"):
+            model = model_class.from_config(config, attn_implementation="sdpa")
+    except Exception as error:
+        raise _unavailable(str(name_or_path), source, error) from error
+    return view_model(model).fingerprint
 
 
 def resolve_source(name: str) -> str:

@@ -11,7 +11,6 @@ the Lagrangian optimum of the convexified problem.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,12 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError
+from hkvprof.policy.sizes import UNITS, number_and_unit
 
 INFEASIBLE = np.float32(1e30)
 """Loss of a strategy whose fixed bytes alone exceed the ratio."""
-
-_TEXT = re.compile(r"\s*(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})\s*([a-zA-Z%]*)\s*", re.ASCII)
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -55,14 +52,14 @@ class Budget:
 
     @classmethod
     def _parse_text(cls, text: str) -> Budget:
-        match = _TEXT.fullmatch(text)
-        if not match:
+        parts = number_and_unit(text)
+        if not parts:
             raise BudgetError(_expected(text))
-        number, unit = match[1], match[2].lower()
+        number, unit = parts
         if unit == "%":
             return cls.parse(float(number) / 100)
-        if unit in _UNITS:
-            size = int(float(number) * _UNITS[unit])
+        if unit in UNITS:
+            size = int(float(number) * UNITS[unit])
             if size < 1:
                 raise BudgetError(_expected(text))
             return cls(bytes=size)
@@ -96,11 +93,15 @@ def _expected(value: object) -> str:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Decisions for every head; arrays are [layers, kv_heads]."""
+    """Decisions for every head; arrays are [layers, kv_heads].
+
+    `head_loss` is each head's share of `expected_loss`; both are NaN where nothing was measured.
+    """
 
     strategy: NDArray[np.uint8]
     ratio: NDArray[np.float32]
     expected_loss: float
+    head_loss: NDArray[np.float64] | None = None
 
 
 def allocate(
@@ -119,16 +120,9 @@ def allocate(
     grid = np.concatenate([[floor], ratios[ratios > floor]]).astype(np.float64)
     curves = _interpolate(np.log(ratios.astype(np.float64)), flat, np.log(grid))
     ratio = _spend(curves.min(axis=1), grid, share, floor)
-    at_ratio = np.stack(
-        [
-            _interpolate(
-                np.log(ratios.astype(np.float64)), flat[h : h + 1], np.log(ratio[h : h + 1])
-            )[0, :, 0]
-            for h in range(heads)
-        ]
-    )
-    choice = at_ratio.argmin(axis=1)
-    if float(at_ratio.min(axis=1).max()) >= INFEASIBLE:
+    at_ratio = _losses_at(flat, ratios, ratio)
+    choice, least = at_ratio.argmin(axis=1), at_ratio.min(axis=1)
+    if float(least.max()) >= INFEASIBLE:
         raise BudgetError(
             f"budget {share:.4g} is too small: no strategy of some heads fits their share; raise "
             "the budget or use longer prompts"
@@ -136,7 +130,37 @@ def allocate(
     return Allocation(
         strategy=choice.astype(np.uint8).reshape(layers, kv_heads),
         ratio=_round_down(ratio).reshape(layers, kv_heads),
-        expected_loss=float(at_ratio.min(axis=1).sum()),
+        expected_loss=float(least.sum()),
+        head_loss=least.reshape(layers, kv_heads),
+    )
+
+
+def losses_of(
+    loss: NDArray[np.float32],
+    ratios: NDArray[np.float32],
+    strategy: NDArray[np.uint8],
+    ratio: NDArray[np.float32],
+) -> NDArray[np.float64]:
+    """Loss of every head under its `strategy` at its `ratio`, all [layers, kv_heads].
+
+    NaN where the strategy was not measured at that ratio, because it did not fit.
+    """
+    flat = loss.transpose(1, 2, 0, 3).reshape(ratio.size, len(loss), -1).astype(np.float64)
+    at_ratio = _losses_at(flat, ratios, ratio.reshape(-1).astype(np.float64))
+    own = np.take_along_axis(at_ratio, strategy.reshape(-1, 1).astype(np.intp), axis=1)
+    return np.where(own < INFEASIBLE, own, np.nan).reshape(ratio.shape)
+
+
+def _losses_at(
+    flat: NDArray[np.float64], ratios: NDArray[np.float32], ratio: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """[heads, strategies] losses; `flat` [heads, strategies, ratios], `ratio` [heads]."""
+    known = np.log(ratios.astype(np.float64))
+    return np.stack(
+        [
+            _interpolate(known, flat[h : h + 1], np.log(ratio[h : h + 1]))[0, :, 0]
+            for h in range(len(flat))
+        ]
     )
 
 

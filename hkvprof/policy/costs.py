@@ -8,6 +8,14 @@ from hkvprof.heads import HeadType, KeepRule, Strategy
 
 SLOT_BYTES = 4
 """Bytes of the device-side slot map per hot item (int32 item number)."""
+SCORE_BYTES = 4
+"""More of them where scores are smoothed over steps (float32)."""
+END_BYTES = 8
+"""Bytes per segment, one (batch row, KV head): where it starts and ends (int32 each)."""
+CENTROIDS = 256
+"""Values of a one-byte code of the projected index (policy.quantiser)."""
+TOO_SHORT = "static (row too short for its index)"
+"""What a dynamic head is called whose prompt leaves no room for index and hot items."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,14 @@ def index_item_bytes(strategy: Strategy, head_dim: int, itemsize: int) -> int:
         case "projected":
             return strategy.bits // 8
     raise AssertionError(f"no index named {strategy.index!r}")
+
+
+def table_bytes(head_dim: int, channels: int) -> int:
+    """Device bytes of one head's projected-index tables, as float32 (policy.index.HeadTables).
+
+    Projections of queries and keys, the keys' mean, the codebook.
+    """
+    return 4 * (2 * head_dim * channels + head_dim + CENTROIDS * channels)
 
 
 def dynamic_layout(

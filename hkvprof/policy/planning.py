@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.policy.budget import INFEASIBLE, Allocation, allocate, scale_ratios, token_floor
+from hkvprof.policy.budget import (
+    INFEASIBLE,
+    Allocation,
+    allocate,
+    losses_of,
+    scale_ratios,
+    token_floor,
+)
 from hkvprof.policy.costs import dynamic_layout
 
 
@@ -56,9 +63,17 @@ def plan_anew(
 
 
 def plan_scaled(
-    menu: Menu, strategy: NDArray[np.uint8], base: NDArray[np.float32], share: float
+    menu: Menu,
+    strategy: NDArray[np.uint8],
+    base: NDArray[np.float32],
+    loss: NDArray[np.float32],
+    ratios: NDArray[np.float32],
+    share: float,
 ) -> Allocation:
-    """Strategies as they are, ratios in proportion to `base`, both [L, Hkv]. Raises BudgetError."""
+    """Strategies as they are, ratios in proportion to `base`, both [L, Hkv]. Raises BudgetError.
+
+    The curves [S, L, Hkv, R] decide nothing here: they say what to expect.
+    """
     ratio = scale_ratios(base, share, menu.floor)
     for choice, kept in zip(strategy.flat, ratio.flat, strict=True):
         chosen = menu.strategies[choice]
@@ -68,4 +83,16 @@ def plan_scaled(
                 f"tokens, less than its index ({chosen.name}), sinks and recent tokens need: raise "
                 "the budget or use a longer prompt"
             )
-    return Allocation(strategy, ratio, float("nan"))
+    expected = losses_of(loss, ratios, strategy, ratio)
+    return Allocation(strategy, ratio, float(expected.sum()), expected)
+
+
+def poorest_loss(strategies: tuple[Strategy, ...], loss: NDArray[np.float32]) -> float | None:
+    """Summed loss of all heads at the least measured share under their best static strategy.
+
+    A measure to read other losses by: no plan loses more from that share on, at any prompt length.
+    Where the menu has no static strategy the best of all counts; None where nothing was measured.
+    """
+    static = np.array([strategy.head_type is HeadType.STATIC for strategy in strategies])
+    least = loss[static if static.any() else slice(None), ..., 0].min(axis=0).astype(np.float64)
+    return float(least.sum()) if bool((least < INFEASIBLE).all()) else None

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-CENTROIDS = 256
+from hkvprof.policy.costs import CENTROIDS
+
 MAX_CHANNELS = 32
 CHANNELS = {16: 16, 32: 24, 64: 32}
 """Leading channels that an index of so many bits per token describes."""

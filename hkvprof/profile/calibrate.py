@@ -2,14 +2,19 @@
 
 Per sample: prefill under the model's own attention, teacher-force the reply and the follow-up turns
 in one pass, and reduce every layer to small rows of figures. Rows are merged in the order of their
-sample ids, in float64, so that the order of samples does not matter.
+sample ids, in float64, so that the order of samples does not matter. They can be kept in a folder:
+then a run can be stopped, and several processes can share the work.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hkvprof.artifact import Profile, ProjectedIndexTables
@@ -19,12 +24,14 @@ from hkvprof.models.adapter import view_model
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile import classify
+from hkvprof.profile.conditions import Conditions, current_versions
 from hkvprof.profile.fit import Moments
 from hkvprof.profile.merge import Decision, build_profile
-from hkvprof.profile.probe import KAPPAS, RATIOS, Bench, Probe, SampleRow
+from hkvprof.profile.probe import KAPPAS, RATIOS, Bench, Probe
+from hkvprof.profile.rows import RowFolder, SampleRow
 from hkvprof.profile.samples import Sample
 
-__all__ = ["KAPPAS", "RATIOS", "calibrate"]
+__all__ = ["KAPPAS", "RATIOS", "calibrate", "measure"]
 
 T = TypeVar("T")
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -48,6 +55,7 @@ def calibrate(
     replies: Literal["given", "own"] = "given",
     track: Track | None = None,
     keep: KeepRule | None = None,
+    rows: str | Path | None = None,
 ) -> Profile:
     """Measure every KV head of `model` on `samples` and decide types and budgets.
 
@@ -59,16 +67,57 @@ def calibrate(
     them (`skipped`, `skipped_ids`).
     `replies="own"` judges the model's own greedy replies in place of those in the samples (a sample
     without a reply is always judged by the model's own); `keep` are the tokens that every head
-    keeps. `track(iterable, description, total)` may wrap the loops to show progress.
+    keeps. `track(iterable, description, total)` may wrap the loops to show progress. With `rows`, a
+    folder, every measured sample is kept there at once, and a run that was stopped goes on from it.
 
     Raises ModelError for unsupported models, SampleError for bad samples, UsageError for options
-    out of range.
+    out of range and for a folder of other conditions.
     """
-    _check_options(recipe, theta, budget, on_error, samples)
+    decision = Decision(theta, budget, seed)
+    bench = _bench(model, processor, recipe, replies, keep)
+    run = _Run(bench, recipe, on_error, track or _untracked, rows)
+    found, tables = run.measure(samples, (1, 1))
+    skipped = tuple(sorted(run.skipped))
+    return build_profile(run.conditions, found, tables, replace(decision, skipped=skipped))
+
+
+def measure(
+    model: Any,
+    processor: ChatProcessor,
+    samples: Sequence[Sample],
+    rows: str | Path,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    recipe: Recipe = "measured",
+    on_error: Literal["raise", "skip"] = "raise",
+    replies: Literal["given", "own"] = "given",
+    track: Track | None = None,
+    keep: KeepRule | None = None,
+) -> int:
+    """Measure part `shard` (number, of how many) of the samples into a folder of rows.
+
+    All shards get the same samples: the index is fitted on all of them. Returns how many rows this
+    shard has there. `merge` makes a profile of the folder when all shards are done. Raises as
+    `calibrate` does.
+    """
+    part, parts = shard
+    if not 1 <= part <= parts:
+        raise UsageError(f"shard is {part} of {parts}: expected 1 <= part <= parts")
+    bench = _bench(model, processor, recipe, replies, keep)
+    run = _Run(bench, recipe, on_error, track or _untracked, rows)
+    found, _ = run.measure(samples, shard)
+    return len(found)
+
+
+def _bench(
+    model: Any, processor: ChatProcessor, recipe: str, replies: str, keep: KeepRule | None
+) -> Bench:
+    if recipe not in ("paper", "measured"):
+        raise UsageError(f"unknown recipe {recipe!r}: expected paper or measured")
     if replies not in ("given", "own"):
         raise UsageError(f"replies is {replies!r}: expected 'given' or 'own'")
     paper = recipe == "paper"
-    bench = Bench(
+    return Bench(
         model=model,
         processor=processor,
         view=view_model(model),
@@ -76,28 +125,9 @@ def calibrate(
         keep=keep or (KeepRule() if paper else classify.MEASURED_KEEP),
         own_replies=replies == "own",
     )
-    run = _Run(bench, on_error, track or _untracked)
-    ordered = sorted(samples, key=lambda sample: sample.id)
-    tables = None
-    with hooked_attention(model):
-        if not paper:
-            tables = run.fit(_spread(ordered))
-        rows = run.rows(ordered, tables)
-    decision = Decision(recipe, theta, budget, seed, tuple(sorted(run.skipped)))
-    return build_profile(bench, rows, tables, decision)
 
 
-def _check_options(
-    recipe: str, theta: float, budget: float, on_error: str, samples: Sequence[Sample]
-) -> None:
-    if recipe not in ("paper", "measured"):
-        raise UsageError(f"unknown recipe {recipe!r}: expected paper or measured")
-    if not 0 < theta <= 1:
-        raise UsageError(f"theta must lie in (0, 1], found {theta}")
-    if not 0 < budget <= 1:
-        raise UsageError(f"the default budget must be a share in (0, 1], found {budget}")
-    if on_error not in ("raise", "skip"):
-        raise UsageError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
+def _check_samples(samples: Sequence[Sample]) -> None:
     if not samples:
         raise SampleError("there are no samples to calibrate on: expected at least one")
     identifier, count = Counter(sample.id for sample in samples).most_common(1)[0]
@@ -119,9 +149,50 @@ def _spread(samples: Sequence[Sample]) -> list[Sample]:
 class _Run:
     """The two passes over the samples."""
 
-    def __init__(self, bench: Bench, on_error: str, track: Track) -> None:
+    def __init__(
+        self, bench: Bench, recipe: str, on_error: str, track: Track, rows: str | Path | None
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise UsageError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
         self.bench, self.on_error, self.track = bench, on_error, track
         self.skipped: dict[str, str] = {}
+        self.conditions = Conditions(
+            fingerprint=bench.view.fingerprint,
+            recipe=recipe,
+            strategies=bench.menu,
+            keep=bench.keep,
+            kappas=KAPPAS,
+            ratios=RATIOS,
+            replies="own" if bench.own_replies else "given",
+            dtype=str(bench.model.dtype).removeprefix("torch."),
+            versions=current_versions(),
+        )
+        self.folder = None if rows is None else RowFolder(Path(rows), self.conditions)
+
+    def measure(
+        self, samples: Sequence[Sample], shard: tuple[int, int]
+    ) -> tuple[list[SampleRow], ProjectedIndexTables | None]:
+        """Rows of a shard's samples, sorted by id, and the index tables."""
+        _check_samples(samples)
+        ordered = sorted(samples, key=lambda sample: sample.id)
+        tables = None
+        with hooked_attention(self.bench.model):
+            if self.conditions.recipe == "measured":
+                tables = self._tables(ordered)
+            mine = ordered[shard[0] - 1 :: shard[1]]
+            return self.rows(mine, tables), tables
+
+    def _tables(self, ordered: Sequence[Sample]) -> ProjectedIndexTables:
+        """Those of the folder, else fitted now."""
+        names = json.dumps([sample.id for sample in ordered])
+        fitted_on = hashlib.sha256(names.encode()).hexdigest()
+        known = None if self.folder is None else self.folder.tables(fitted_on)
+        if known is not None:
+            return known
+        tables = self.fit(_spread(ordered))
+        if self.folder is not None:
+            self.folder.keep_tables(tables, fitted_on)
+        return tables
 
     def fit(self, samples: Sequence[Sample]) -> ProjectedIndexTables:
         """First pass, until enough is seen: fit the projected index."""
@@ -149,12 +220,23 @@ class _Run:
         """Second pass, all samples: sparsity and loss curves."""
         rows = []
         for sample in self.track(samples, "measuring heads", len(samples)):
-            row = self._guarded(sample, lambda probe: probe.measure(tables))
+            row = self._guarded(sample, lambda probe: self._row(probe, tables))
             if row is not None:
                 rows.append(row)
         if not rows:
             raise SampleError(f"no sample could be used: {self._first_reason()}")
         return sorted(rows, key=lambda row: row.id)
+
+    def _row(self, probe: Probe, tables: ProjectedIndexTables | None) -> SampleRow:
+        """Measured now, unless the folder has it."""
+        if self.folder is None:
+            return probe.measure(tables)
+        known = self.folder.find(probe.sample.id, probe.digest)
+        if known is not None:
+            return known
+        row = probe.measure(tables)
+        self.folder.add(row)
+        return row
 
     def _guarded(self, sample: Sample, work: Callable[[Probe], T]) -> T | None:
         if sample.id in self.skipped:

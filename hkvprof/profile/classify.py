@@ -51,18 +51,27 @@ class Curves:
     reply: NDArray[np.float64]
 
 
-def planning_loss(curves: Curves, ratios: NDArray[np.float32]) -> NDArray[np.float32]:
+def loss_scales(curves: Curves, ratios: NDArray[np.float32]) -> tuple[float, float]:
+    """Means over all heads of `square` and `reply` at the menu's first strategy (static) near
+    REFERENCE_RATIO."""
+    at = int(np.abs(ratios - REFERENCE_RATIO).argmin())
+    return float(curves.square[0, :, :, at].mean()), float(curves.reply[0, :, :, at].mean())
+
+
+def planning_loss(
+    curves: Curves, ratios: NDArray[np.float32], scales: tuple[float, float] | None = None
+) -> NDArray[np.float32]:
     """What planning minimises: root mean squares of the reply's and of the output's change.
 
-    Each mean square is divided by its mean over all heads at the menu's first strategy (static)
-    near REFERENCE_RATIO, whatever the model's scale. The root, because the errors of many heads
-    pull a margin the same way and so add up by size, not by square (docs/experiments.md).
+    Each mean square is divided by its `scales` (default: `loss_scales` of these curves), whatever
+    the model's scale. The root, because the errors of many heads pull a margin the same way and so
+    add up by size, not by square (docs/experiments.md).
     """
-    at = int(np.abs(ratios - REFERENCE_RATIO).argmin())
+    square, reply = loss_scales(curves, ratios) if scales is None else scales
+    terms = ((curves.square, square, OUTPUT_WEIGHT), (curves.reply, reply, REPLY_WEIGHT))
     total = np.zeros_like(curves.square)
-    for term, weight in ((curves.square, OUTPUT_WEIGHT), (curves.reply, REPLY_WEIGHT)):
-        scale = term[0, :, :, at].mean()
-        total += weight * (term / max(float(scale), 1e-30)) ** POWER
+    for term, scale, weight in terms:
+        total += weight * (term / max(scale, 1e-30)) ** POWER
     total = np.where(curves.output >= INFEASIBLE, float(INFEASIBLE), total)
     return np.minimum(total, float(INFEASIBLE)).astype(np.float32)
 
@@ -77,8 +86,14 @@ def classify_by_sparsity(
     wrong static loses data for good, a wrong dynamic costs milliseconds). One sample is no proof.
     """
     error = std / np.sqrt(samples - 1) if samples > 1 else np.full_like(std, np.inf)
-    lower = mean - Z95 * error
-    static = (lower >= theta).reshape(grid.layers, grid.kv_heads, grid.group).all(axis=-1)
+    return types_by_sparsity(mean - Z95 * error, theta, grid)
+
+
+def types_by_sparsity(
+    sparsity: NDArray[np.float32], theta: float, grid: HeadGrid
+) -> NDArray[np.uint8]:
+    """Types [layers, kv_heads]: static where all query heads of the group reach `theta`."""
+    static = (sparsity >= theta).reshape(grid.layers, grid.kv_heads, grid.group).all(axis=-1)
     return np.where(static, HeadType.STATIC, HeadType.DYNAMIC).astype(np.uint8)
 
 

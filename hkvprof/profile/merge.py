@@ -2,99 +2,72 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-import hkvprof
 from hkvprof.artifact import Profile, ProjectedIndexTables
-from hkvprof.policy.budget import INFEASIBLE
-from hkvprof.policy.planning import Menu, plan_anew
-from hkvprof.profile import classify
-from hkvprof.profile.probe import KAPPAS, RATIOS, Bench, SampleRow
+from hkvprof.errors import UsageError
+from hkvprof.profile.conditions import Conditions
+from hkvprof.profile.confidence import assess
+from hkvprof.profile.confidence_record import KEY
+from hkvprof.profile.evidence import THETA_KAPPA, Decision, Evidence
+from hkvprof.profile.rows import SampleRow, gather
 
-THETA_KAPPA = 0.10
-"""The kappa whose sparsity HybridKV's rule looks at."""
 
+def merge(folders: Iterable[str | Path], decision: Decision | None = None) -> Profile:
+    """A profile of the rows in these folders (`calibrate(rows=...)`, `measure`); needs no model.
 
-@dataclass(frozen=True)
-class Decision:
-    """How a run decides: its options, and the samples it left out."""
-
-    recipe: str
-    theta: float
-    budget: float
-    seed: int
-    skipped: tuple[str, ...]
+    The same rows give the same profile, in whatever folders they lie. Raises UsageError where
+    folders do not belong together or are damaged.
+    """
+    conditions, rows, tables = gather(Path(folder) for folder in folders)
+    if tables is None and conditions.recipe == "measured":
+        raise UsageError("the folders hold no index tables: measure again with the same options")
+    return build_profile(conditions, rows, tables, decision or Decision())
 
 
 def build_profile(
-    bench: Bench,
+    conditions: Conditions,
     rows: list[SampleRow],
     tables: ProjectedIndexTables | None,
     decision: Decision,
 ) -> Profile:
-    """Merge the rows (sorted by id) in float64, decide types and budgets for the default share.
+    """Merge the rows in float64, decide types and budgets for the default share, and how sure.
 
     The default decision is made for the mean prompt length, or for the shortest at which the share
     holds sinks and recent tokens; other lengths and budgets are planned when they are met.
     """
-    ratios = np.array(RATIOS, dtype=np.float32)
-    stacked = np.stack([row.sparsity for row in rows]).astype(np.float64)
-    mean, std = (f(stacked, axis=0).astype(np.float32) for f in (np.mean, np.std))
-    curves = classify.Curves(*_mean_losses(rows))
-    loss = classify.planning_loss(curves, ratios)
-    tokens = max(
-        math.ceil(float(np.mean([row.tokens for row in rows]))),
-        math.ceil(bench.keep.floor_tokens / decision.budget) + 1,
-    )
-    itemsize = torch.empty(0, dtype=bench.model.dtype).element_size()
-    menu = Menu(bench.menu, bench.keep, bench.view.grid.head_dim, tokens, itemsize)
-    if decision.recipe == "paper":
-        at, grid = KAPPAS.index(THETA_KAPPA), bench.view.grid
-        types = classify.classify_by_sparsity(mean[at], std[at], len(rows), decision.theta, grid)
-        chosen = classify.allocate_by_sparsity(types, mean[at], decision.budget, menu.floor, grid)
-    else:
-        chosen = plan_anew(menu, loss, ratios, decision.budget)
+    evidence = Evidence.of(conditions, rows, decision)
+    sparsity = evidence.sparsity.astype(np.float64)
+    plan = evidence.plan(evidence.everything)
     return Profile(
-        fingerprint=bench.view.fingerprint,
-        recipe=decision.recipe,
+        fingerprint=conditions.fingerprint,
+        recipe=conditions.recipe,
         default_budget=decision.budget,
-        keep=bench.keep,
-        strategies=bench.menu,
-        kappas=KAPPAS,
-        ratios=ratios,
-        strategy=chosen.strategy,
-        budget=chosen.ratio,
-        sparsity_mean=mean,
-        sparsity_std=std,
-        loss=loss,
-        output_error=curves.output.astype(np.float32),
+        keep=conditions.keep,
+        strategies=conditions.strategies,
+        kappas=conditions.kappas,
+        ratios=evidence.ratios,
+        strategy=plan.chosen.strategy,
+        budget=plan.chosen.ratio,
+        sparsity_mean=np.mean(sparsity, axis=0).astype(np.float32),
+        sparsity_std=np.std(sparsity, axis=0).astype(np.float32),
+        loss=plan.loss,
+        output_error=plan.curves.output.astype(np.float32),
         index=tables,
-        provenance=_provenance(bench, rows, decision),
+        provenance={
+            **_provenance(conditions, rows, decision),
+            KEY: assess(evidence, plan).to_json(),
+        },
     )
 
 
-def _mean_losses(rows: list[SampleRow]) -> NDArray[np.float64]:
-    """[3, strategies, layers, kv_heads, ratios]: means over the samples where a point fits.
-
-    A point that does not fit most samples is INFEASIBLE.
-    """
-    stacked = np.stack([row.losses for row in rows]).astype(np.float64)
-    fits = stacked[:, :1] < INFEASIBLE
-    count = fits.sum(axis=0)
-    total = np.where(fits, stacked, 0).sum(axis=0)
-    mean = total / np.maximum(count, 1)
-    return np.where(count * 2 > len(rows), mean, float(INFEASIBLE))
-
-
-def _provenance(bench: Bench, rows: list[SampleRow], decision: Decision) -> dict[str, Any]:
-    import transformers
-
+def _provenance(
+    conditions: Conditions, rows: list[SampleRow], decision: Decision
+) -> dict[str, Any]:
     tasks = [row.task for row in rows]
     tokens = [row.tokens for row in rows]
     return {
@@ -110,11 +83,7 @@ def _provenance(bench: Bench, rows: list[SampleRow], decision: Decision) -> dict
         "theta": decision.theta,
         "theta_kappa": THETA_KAPPA,
         "seed": decision.seed,
-        "replies": "own" if bench.own_replies else "given",
-        "dtype": str(bench.model.dtype).removeprefix("torch."),
-        "versions": {
-            "hkvprof": hkvprof.__version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        "replies": conditions.replies,
+        "dtype": conditions.dtype,
+        "versions": dict(conditions.versions),
     }

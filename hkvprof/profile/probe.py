@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.artifact import ProjectedIndexTables
@@ -20,6 +20,7 @@ from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.continuation import Continuation, build_continuation, opening_of_turn
 from hkvprof.profile.fit import Moments, tables_of_layer
 from hkvprof.profile.observe import ObservedCache, Observer
+from hkvprof.profile.rows import SampleRow
 from hkvprof.profile.samples import Sample, Turn, open_images
 from hkvprof.profile.statistics import (
     DecodeRows,
@@ -30,19 +31,9 @@ from hkvprof.profile.statistics import (
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
 KAPPAS = (0.02, 0.05, 0.10, 0.20)
+VISION = (Modality.IMAGE, Modality.VIDEO)
 MAX_REPLY_TOKENS = 48
 MAX_CONTINUATION = 192
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """What one sample contributes; L layers, see statistics for the terms."""
-
-    id: str
-    task: str
-    tokens: int
-    sparsity: NDArray[np.float32]
-    losses: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,16 @@ class Probe:
                 f"calibrate on (at least {bench.keep.floor_tokens + bench.keep.window})"
             )
         self.opened = opened
+
+    @property
+    def digest(self) -> str:
+        """Of what the measurement depends on: tokens and pixels of the prompt, replies, turns."""
+        said = json.dumps([self.opened.reply, [vars(turn) for turn in self.opened.followups]])
+        digest = hashlib.sha256(said.encode())
+        for name in sorted(self.encoded.inputs):
+            digest.update(name.encode())
+            digest.update(self.encoded.inputs[name].contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     # -- first pass -------------------------------------------------------------------------
 
@@ -120,12 +121,15 @@ class Probe:
                 self._layer_losses(layer, continuation, margins, tables)
                 for layer in range(self.bench.view.grid.layers)
             ]
+        held = self.encoded.modality[0]
         return SampleRow(
             id=self.sample.id,
             task=self.sample.task,
             tokens=self.encoded.tokens,
             sparsity=torch.stack([sparsity[i] for i in sorted(sparsity)], dim=1).cpu().numpy(),
             losses=torch.stack(losses, dim=2).cpu().numpy(),
+            digest=self.digest,
+            vision_tokens=int(sum((held == kind).sum() for kind in VISION)),
         )
 
     def _layer_losses(

@@ -12,11 +12,17 @@ class Glyphs:
     static: str
     dynamic: str
     shades: str
+    whole: str
     static_style: str = ""
     dynamic_style: str = ""
 
 
-ASCII = Glyphs(static="#", dynamic="o", shades=".-=%@")
+ASCII = Glyphs(static="#", dynamic="o", shades=".-=%@", whole="W")
 UNICODE = Glyphs(
-    static="■", dynamic="○", shades="·░▒▓█", static_style="blue", dynamic_style="yellow"
+    static="■",
+    dynamic="○",
+    shades="·░▒▓█",
+    whole="▲",
+    static_style="blue",
+    dynamic_style="yellow",
 )

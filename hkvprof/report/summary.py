@@ -14,6 +14,7 @@ from hkvprof.artifact import SCHEMA_VERSION, Profile
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.report.certainty import recorded, type_agreements
 
 CLOSE = 0.10
 """Relative difference in loss below which the two types of a measured head are borderline."""
@@ -176,6 +177,7 @@ def summarise(profile: Profile, tokens: int) -> dict[str, Any]:
         ],
         "budget": _rounded(profile.budget),
         "borderline": [vars(head) for head in borderline(profile)],
+        "confidence": recorded(profile),
         "provenance": dict(profile.provenance),
     }
 
@@ -186,11 +188,14 @@ def summarise_layer(profile: Profile, layer: int) -> dict[str, Any]:
         raise UsageError(
             f"there is no layer {layer}: expected 0 to {profile.grid.layers - 1} (--layer)"
         )
+    heads = [_head(profile, layer, head) for head in range(profile.grid.kv_heads)]
+    for head, agreement in enumerate(type_agreements(profile, layer)):
+        heads[head]["type_agreement"] = agreement
     return {
         "layer": layer,
         "kappas": list(profile.kappas),
         "ratios": _rounded(profile.ratios),
-        "heads": [_head(profile, layer, head) for head in range(profile.grid.kv_heads)],
+        "heads": heads,
     }
 
 

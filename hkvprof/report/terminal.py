@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +9,10 @@ from rich.text import Text
 from hkvprof.artifact import Profile
 from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.profile.confidence_record import KEY
+from hkvprof.report.certainty import agreement_text, certainty, plain, type_agreements
 from hkvprof.report.glyphs import ASCII, UNICODE, Glyphs
+from hkvprof.report.pictures import heads_picture, shares_picture
 from hkvprof.report.summary import (
     borderline,
     kappa_index,
@@ -21,11 +22,7 @@ from hkvprof.report.summary import (
     strategies_used,
 )
 
-LAYERS_PER_BLOCK = 60
 _MOST_BORDERLINE = 12
-
-Cell = Callable[[int, int], tuple[str, str]]
-"""Glyph and style of (layer, head)."""
 
 
 def glyphs(ascii_only: bool) -> Glyphs:
@@ -47,6 +44,8 @@ def overview(profile: Profile, tokens: int, ascii_only: bool) -> RenderableType:
         Text(),
         *_borderline(profile),
         Text(),
+        *(Text(line) for line in certainty(profile)),
+        Text(),
         *_origin(profile),
     )
 
@@ -54,6 +53,7 @@ def overview(profile: Profile, tokens: int, ascii_only: bool) -> RenderableType:
 def types_picture(profile: Profile, marks: Glyphs) -> Text:
     """Rows are KV heads, columns layers; the legend above."""
     types = profile.head_types
+    layers, heads = types.shape
 
     def cell(layer: int, head: int) -> tuple[str, str]:
         if types[layer, head] == HeadType.STATIC:
@@ -63,48 +63,12 @@ def types_picture(profile: Profile, marks: Glyphs) -> Text:
     legend = Text("Head types: ")
     legend.append(marks.static, marks.static_style).append(" static (pruned once)  ")
     legend.append(marks.dynamic, marks.dynamic_style).append(" dynamic (fetched on demand)")
-    return _picture(profile, legend, cell)
+    return heads_picture(layers, heads, legend, cell)
 
 
 def budget_picture(profile: Profile, marks: Glyphs) -> Text:
     """The share that every head keeps, relative to the default budget."""
-    mean = profile.default_budget
-    bounds = (0.5, 0.8, 1.25, 2.0)
-
-    def cell(layer: int, head: int) -> tuple[str, str]:
-        relative = float(profile.budget[layer, head]) / mean
-        return marks.shades[sum(relative >= bound for bound in bounds)], ""
-
-    ranges = [f"< {percent(bounds[0] * mean)}"]
-    ranges += [f">= {percent(bound * mean)}" for bound in bounds]
-    legend = Text("Share kept: ")
-    legend.append("  ".join(f"{s} {r}" for s, r in zip(marks.shades, ranges, strict=True)))
-    return _picture(profile, legend, cell)
-
-
-def _picture(profile: Profile, legend: Text, cell: Cell) -> Text:
-    """The legend and the grid, wrapped after LAYERS_PER_BLOCK layers."""
-    layers, heads = profile.strategy.shape
-    text = Text(no_wrap=True).append_text(legend)
-    for start in range(0, layers, LAYERS_PER_BLOCK):
-        block = range(start, min(layers, start + LAYERS_PER_BLOCK))
-        text.append("\n" + _ruler(block) + "\n", "dim")
-        for head in range(heads):
-            text.append(f"head {head:>3} ", "dim")
-            for layer in block:
-                text.append(*cell(layer, head))
-            if head + 1 < heads:
-                text.append("\n")
-    return text
-
-
-def _ruler(block: range) -> str:
-    """Layer numbers over every tenth column, a label before them."""
-    line = ""
-    for layer in block:
-        if layer % 10 == 0:
-            line = line.ljust(layer - block.start) + str(layer)
-    return f"layer    {line}"
+    return shares_picture(profile.budget, profile.default_budget, marks)
 
 
 def _strategies(profile: Profile) -> list[Text]:
@@ -140,23 +104,15 @@ def _origin(profile: Profile) -> list[Text]:
         ),
     ]
     if model.hub_id:
-        lines.append(Text(f"  source: {_plain(model.hub_id)} {_plain(model.commit)}".rstrip()))
+        lines.append(Text(f"  source: {plain(model.hub_id)} {plain(model.commit)}".rstrip()))
     lines.append(
         Text(f"  recipe: {profile.recipe}, default budget {percent(profile.default_budget)}")
     )
     for key, value in sorted(profile.provenance.items(), key=lambda item: str(item[0])):
-        lines.append(Text(f"  {_plain(key)}: {_plain(value)}", overflow="ellipsis", no_wrap=True))
+        if key == KEY:  # shown above
+            continue
+        lines.append(Text(f"  {plain(key)}: {plain(value)}", overflow="ellipsis", no_wrap=True))
     return lines
-
-
-def _plain(value: object) -> str:
-    """A stranger's JSON value on one line, control characters escaped."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(entry) for entry in value)
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def layer_page(profile: Profile, layer: int, ascii_only: bool) -> RenderableType:
@@ -172,7 +128,11 @@ def layer_page(profile: Profile, layer: int, ascii_only: bool) -> RenderableType
 def _decisions(profile: Profile, layer: int, marks: Glyphs) -> Table:
     kappa = kappa_index(profile)
     label = "" if kappa is None else f" (top {percent(profile.kappas[kappa])})"
-    table = _table("head", "type", "strategy", "kept", "loss", f"sparsity per query head{label}")
+    columns = ["head", "type", "strategy", "kept", "loss"]
+    sure = type_agreements(profile, layer)
+    if sure:
+        columns.append("samples that agree on the type")
+    table = plain_table(*columns, f"sparsity per query head{label}")
     for head in range(profile.grid.kv_heads):
         number = int(profile.strategy[layer, head])
         strategy = profile.strategies[number]
@@ -186,6 +146,7 @@ def _decisions(profile: Profile, layer: int, marks: Glyphs) -> Table:
             strategy.name,
             percent(float(profile.budget[layer, head])),
             _loss(losses_at_budget(profile, layer, head)[number]),
+            *([agreement_text(sure[head])] if sure else []),
             "" if kappa is None else _sparsity(profile, kappa, layer, head),
         )
     return table
@@ -201,7 +162,7 @@ def _sparsity(profile: Profile, kappa: int, layer: int, head: int) -> str:
 
 
 def _losses(profile: Profile, layer: int) -> Table:
-    table = _table("head", "strategy", *(percent(float(ratio)) for ratio in profile.ratios))
+    table = plain_table("head", "strategy", *(percent(float(ratio)) for ratio in profile.ratios))
     for head in range(profile.grid.kv_heads):
         for number, strategy in enumerate(profile.strategies):
             star = "* " if profile.strategy[layer, head] == number else "  "
@@ -214,7 +175,8 @@ def _loss(value: float) -> str:
     return "-" if value >= INFEASIBLE else f"{value:.3g}"
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table without lines."""
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(name, no_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hkvprof.errors import UsageError
-from hkvprof.policy.costs import SLOT_BYTES
+from hkvprof.policy.costs import SCORE_BYTES, SLOT_BYTES
 
 MIN_TOKENS = 256
 """Shorter prompts decode no faster compressed (`hkvprof bench --crossover`; README)."""
@@ -49,4 +49,4 @@ class Options:
     @property
     def slot_bytes(self) -> int:
         """Device bytes per hot item beside its K/V: its number, with smoothing also its score."""
-        return SLOT_BYTES + (4 if self.smoothing else 0)
+        return SLOT_BYTES + (SCORE_BYTES if self.smoothing else 0)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.policy.costs import DynamicLayout, dynamic_layout, static_tokens
+from hkvprof.policy.costs import TOO_SHORT, DynamicLayout, dynamic_layout, static_tokens
 from hkvprof.policy.index import HeadTables, KeyIndex, build_index
 from hkvprof.policy.static import rank_tokens, select_tokens
 from hkvprof.runtime.host import DynamicHead, HostChunks
@@ -82,7 +82,7 @@ def pack(
             return _pack_dynamic(rule, layout, index, host, query, key[ends], value[ends])
         short = replace(rule.strategy, head_type=HeadType.STATIC, pool=1)
         packed = repack_static(replace(rule, strategy=short), attention, key, value, tokens, text)
-        return replace(packed, name="static (row too short for its index)")
+        return replace(packed, name=TOO_SHORT)
     return repack_static(rule, attention, key, value, tokens, text)
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hkvprof.policy.costs import END_BYTES
 from hkvprof.policy.static import window_attention
 from hkvprof.runtime.attention import attend
 from hkvprof.runtime.host import DynamicHead
@@ -18,7 +19,7 @@ from hkvprof.runtime.packing import Attention, Packed, Rule, pack, repack_dynami
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.receipt import Fetches, HeadAccount, LayerAccount
-from hkvprof.runtime.storage import PLACE_BYTES, RaggedStorage
+from hkvprof.runtime.storage import RaggedStorage
 
 
 class RaggedLayer:
@@ -332,8 +333,7 @@ class RaggedLayer:
             state = self.dynamic.get(segment)
             head.tokens_resident = storage.lengths[segment]
             head.tokens_seen = seen - starts[head.row]
-            head.resident_bytes = storage.capacities[segment] * storage.token_bytes
-            head.resident_bytes += PLACE_BYTES
+            head.resident_bytes = storage.capacities[segment] * storage.token_bytes + END_BYTES
             if state is not None:
                 first = id(state.host) not in counted
                 counted.add(id(state.host))

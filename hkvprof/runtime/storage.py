@@ -15,8 +15,6 @@ from torch import Tensor
 
 from hkvprof.runtime.kernels.interface import Extents, device_integers
 
-PLACE_BYTES = 8
-"""Device bytes per segment that say where it starts and ends."""
 SLACK_SHARE = 1 / 32
 MIN_SLACK = 4
 

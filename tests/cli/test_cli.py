@@ -20,7 +20,7 @@ from hkvprof.errors import UsageError
 from tests.profiles import GOLDEN, make_profile
 
 DATA = Path(__file__).parents[2] / "calibration" / "mini"
-VERBS = ("bench", "calibrate", "eval", "inspect", "models")
+VERBS = ("bench", "calibrate", "eval", "inspect", "models", "plan")
 
 
 # Help
@@ -45,7 +45,7 @@ def test_global_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "line",
     ["", "bogus", "calibrate", "calibrate --model x", "inspect", "inspect a b",
-     "inspect p --layer x", "inspect p --context 0", "models --nope",
+     "inspect p --layer x", "inspect p --context 0", "models --nope", "plan", "plan p --batch x",
      "calibrate --model x --data y --recipe z",
      "calibrate --model x --data y --max-samples 0", "calibrate --model x --data y --on-error no"],
 )  # fmt: skip

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
 
 import hkvprof
 import hkvprof.runtime
 from hkvprof.artifact import Profile
 from hkvprof.cli import run
 from hkvprof.errors import BudgetError, CompressionError, UsageError
+from hkvprof.evaluate.baselines import base, find
 from hkvprof.evaluate.compare import compare
 from hkvprof.evaluate.journal import CONDITIONS, Journal
 from hkvprof.evaluate.metrics import EXACT_MATCH as SAME
-from hkvprof.evaluate.plan import Plan
+from hkvprof.evaluate.plan import Entry, Plan
 from hkvprof.evaluate.prefill import capture
 from hkvprof.evaluate.questions import Stage
 from hkvprof.evaluate.records import FULL, Answer
@@ -332,7 +332,7 @@ def test_a_run_that_was_stopped_goes_on(
 
     def one_sample(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
         assert total == 2
-        yield list(items)[0]
+        yield next(iter(items))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -376,11 +376,11 @@ def test_rows_can_be_added_to_a_folder(
 
 def test_folders_of_other_runs_are_refused(tmp_path: Path, answers: list[Answer]) -> None:
     Journal(tmp_path / "a", CONDITION).add(answers[:6])
-    with pytest.raises(UsageError, match="other conditions .steps: 10 there, 11 now"):
+    with pytest.raises(UsageError, match=r"other conditions .steps: 10 there, 11 now"):
         Journal(tmp_path / "a", {**CONDITION, "steps": 11})
     with (tmp_path / "a" / "answers.jsonl").open("a") as file:
         file.write('{"sample": "x"}\n')
-    with pytest.raises(UsageError, match="line 7: not an answer of this version"):
+    with pytest.raises(UsageError, match=r"line 7: not an answer of this version"):
         Journal(tmp_path / "a", CONDITION)
     (tmp_path / "a" / CONDITIONS).write_text("{")
     with pytest.raises(UsageError, match="cannot be read"):
@@ -396,6 +396,27 @@ def test_shards_fill_one_folder(tmp_path: Path, answers: list[Answer]) -> None:
     Journal(tmp_path, CONDITION, "-1of2").add(answers[:6])
     Journal(tmp_path, CONDITION, "-2of2").add(answers[-6:])
     assert Journal(tmp_path, CONDITION).answers == [*answers[:6], *answers[-6:]]
+
+
+def test_a_baseline_that_cannot_meet_a_budget_is_named(
+    tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def select(prompt: Any) -> Any:
+        if prompt.share < 0.5:
+            raise BudgetError("too small for it")
+        return find("random").select(prompt)
+
+    monkeypatch.setattr(base, "_REGISTRY", dict(base.registered()))
+    base.baseline("picky", "picky", "none")(select)
+    refused: dict[Entry, str] = {}
+    plan = Plan(("0.4", "60%"), ("picky",), ("inside",), steps=1)
+    found = compare(*tiny, hybrid, tasks, plan, refused=refused)
+    assert refused == {Entry("picky", "0.4"): f"{tasks.samples[0].id}: too small for it"}
+    assert {(a.method, a.budget) for a in found} == {
+        ("full", ""), ("hkvprof", "0.4"), ("hkvprof", "60%"), ("picky", "60%")
+    }  # fmt: skip
+    with pytest.raises(BudgetError, match="too small"):
+        compare(*tiny, hybrid, tasks, Plan(("0.005",), regimes=("inside",), steps=1))
 
 
 def test_progress_sees_every_sample(

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkvprof.errors import BudgetError, UsageError
-from hkvprof.policy.budget import INFEASIBLE, Budget, allocate, scale_ratios, token_floor
+from hkvprof.policy.budget import (
+    INFEASIBLE,
+    Budget,
+    allocate,
+    losses_of,
+    scale_ratios,
+    token_floor,
+)
 
 RATIOS = np.array([0.02, 0.05, 0.1, 0.2, 0.5, 1.0], dtype=np.float32)
 SEARCH = settings(max_examples=200, deadline=None)
@@ -134,6 +141,76 @@ def test_equals_brute_force_on_convex_curves(seed: int, heads: int) -> None:
         if sum(choice) + heads <= steps
     )
     assert plan.expected_loss == pytest.approx(best, rel=1e-5, abs=1e-6)
+
+
+def is_vertex(curve: np.ndarray, at: int) -> bool:
+    """Whether a point lies strictly below every chord that spans it."""
+    spans = product(range(at), range(at + 1, len(curve)))
+    return all(curve[at] < np.interp(at, [i, j], [curve[i], curve[j]]) for i, j in spans)
+
+
+def test_equals_brute_force_wherever_no_segment_is_cut() -> None:
+    """Buying hull segments is optimal for any curves and menus at the budgets it spends exactly.
+
+    Everett's theorem (Operations Research, 1963): where every head ends on a vertex of its hull,
+    brute force over strategies and grid ratios finds nothing better within the same bytes.
+    """
+    ratios = np.arange(1, 9, dtype=np.float32) / 8  # exact, as are sums of steps
+    checked = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        loss = rng.gamma(0.5, size=(2, 1, 2, 8)).astype(np.float32)
+        loss[1, ..., : rng.integers(0, 3)] = INFEASIBLE
+        steps = int(rng.integers(2, 17))
+        plan = allocate(loss, ratios, steps / 16, 1 / 8)
+        taken = plan.ratio.astype(np.float64).ravel() * 8
+        points = taken.round().astype(int) - 1
+        envelope = np.minimum.accumulate(loss.min(axis=0)[0], axis=-1)
+        on_vertices = all(is_vertex(c, at) for c, at in zip(envelope, points, strict=True))
+        if np.abs(taken - taken.round()).max() > 1e-5 or not on_vertices:
+            continue
+        checked += 1
+        best = min(
+            sum(float(loss[s, 0, h, r]) for h, (s, r) in enumerate(choice))
+            for choice in product(product(range(2), range(8)), repeat=2)
+            if sum(r + 1 for _, r in choice) <= steps
+        )
+        assert plan.expected_loss == pytest.approx(best, rel=1e-4, abs=1e-6), seed
+    assert checked >= 40
+
+
+@given(st.integers(0, 2**32), shares)
+@SEARCH
+def test_the_order_of_heads_does_not_matter(seed: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    loss = np.sort(rng.gamma(0.5, size=(3, 2, 4, 6)), axis=-1)[..., ::-1].astype(np.float32)
+    loss[1:, ..., : rng.integers(0, 3)] = INFEASIBLE
+    order = rng.permutation(8)
+    moved = loss.reshape(3, 8, 6)[:, order].reshape(loss.shape)
+    plain, permuted = (allocate(curves, RATIOS, share, 0.01) for curves in (loss, moved))
+    np.testing.assert_array_equal(permuted.ratio.ravel(), plain.ratio.ravel()[order])
+    np.testing.assert_array_equal(permuted.strategy.ravel(), plain.strategy.ravel()[order])
+    assert permuted.expected_loss == pytest.approx(plain.expected_loss, rel=1e-12)
+
+
+@given(curves(), shares)
+@SEARCH
+def test_losses_of_heads_sum_to_the_expected_loss(loss: np.ndarray, share: float) -> None:
+    plan = allocate(loss, RATIOS, share, 0.02)
+    assert plan.head_loss is not None
+    assert plan.head_loss.sum() == pytest.approx(plan.expected_loss, rel=1e-12)
+    again = losses_of(loss, RATIOS, plan.strategy, plan.ratio)
+    np.testing.assert_allclose(again, plan.head_loss, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_of_given_strategies() -> None:
+    """Linear in the logarithm of the ratio; NaN where a strategy did not fit."""
+    loss = np.zeros((2, 1, 3, 6), np.float32)
+    loss[0, ..., :] = [6, 5, 4, 2, 1, 0]
+    loss[1, ..., :] = [INFEASIBLE, INFEASIBLE, 3, 2, 1, 0]
+    ratio = np.array([[0.1, np.sqrt(0.1 * 0.2), 0.06]], np.float32)
+    found = losses_of(loss, RATIOS, np.array([[1, 0, 1]], np.uint8), ratio)
+    np.testing.assert_allclose(found, [[3, 3, np.nan]], rtol=1e-6)
 
 
 def test_a_head_whose_strategies_all_need_more_raises() -> None:

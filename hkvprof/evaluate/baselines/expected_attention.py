@@ -9,7 +9,7 @@ from torch import Tensor
 from hkvprof.errors import ModelError
 from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection, baseline
 from hkvprof.evaluate.baselines.budgets import best_of_all, keep_marked
-from hkvprof.evaluate.baselines.scores import SINKS, with_sinks
+from hkvprof.evaluate.baselines.scores import SINKS, with_recent, with_sinks
 from hkvprof.models.decoder_input import Rotation
 
 AHEAD = 512
@@ -23,9 +23,9 @@ SAFEGUARD = 0.2
 def expected_attention(prompt: Prompt) -> Selection:
     """Queries are taken as normal, with mean and covariance of the prompt's before rotation.
 
-    The first 4 tokens are left out of the statistics and always kept. Tokens compete across the
-    heads of a layer as in Ada-KV, the setting in which the method does best. Raises ModelError for
-    models without rotary embeddings.
+    The first 4 tokens are left out of the statistics and always kept; tokens compete across the
+    heads of a layer as in Ada-KV. The recent tokens stay too, which is not in the paper: it serves
+    the method better here. Raises ModelError for models without rotary embeddings.
     """
     rotation = prompt.prefill.decoder_input.rotation
     if rotation is None:
@@ -36,10 +36,9 @@ def expected_attention(prompt: Prompt) -> Selection:
     scores = prompt.remember(
         "expected_attention", lambda: [expected(layer, rotation) for layer in prompt.layers]
     )
-    total, safe = prompt.room * prompt.grid.kv_heads, int(SAFEGUARD * prompt.room)
-    return keep_marked(
-        prompt, [best_of_all(with_sinks(prompt, score), total, safe) for score in scores]
-    )
+    total, safe = prompt.room * prompt.grid.kv_heads, max(1, int(SAFEGUARD * prompt.room))
+    forced = [with_recent(prompt, with_sinks(prompt, score)) for score in scores]
+    return keep_marked(prompt, [best_of_all(score, total, safe) for score in forced])
 
 
 def expected(layer: LayerPrompt, rotation: Rotation) -> Float[Tensor, "kv_heads tokens"]:

@@ -12,7 +12,7 @@ from hkvprof.errors import ModelError
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
 from hkvprof.evaluate.baselines.budgets import best_of_all, keep_marked
 from hkvprof.evaluate.baselines.passes import watched
-from hkvprof.evaluate.baselines.scores import SINKS, with_sinks
+from hkvprof.evaluate.baselines.scores import SINKS, with_recent, with_sinks
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.forward import last_row_only
 
@@ -20,6 +20,7 @@ CHUNK = 1024
 """Tokens repeated at a time (2048 as published)."""
 LEAD = 8
 """Tokens of the chunk before that a later chunk's instruction ends with."""
+RECENT = 4
 FIRST = "Repeat the previous context exactly."
 LATER = "Repeat the part of the previous context exactly, starting with"
 
@@ -28,13 +29,14 @@ LATER = "Repeat the part of the previous context exactly, starting with"
 def kvzip(prompt: Prompt) -> Selection:
     """The largest attention a token gets while the model is made to repeat its chunk.
 
-    One threshold over all layers and heads; the first 4 tokens always stay. The repetition is fed
-    as embeddings, vision tokens included, at positions that continue the prompt's (for models that
-    add vision features in deeper layers, without those). The seconds of this pass count.
+    One threshold over all layers and heads; the first 4 tokens always stay, and so do the last 4
+    (not in the paper: it serves the method better here). The repetition is fed as embeddings,
+    vision tokens included, at positions that continue the prompt's (for models that add vision
+    features in deeper layers, without those). The seconds of this pass count.
     """
     scores = torch.stack(prompt.remember("kvzip", lambda: repeat_scores(prompt)))
-    total = prompt.room * prompt.grid.total
-    return keep_marked(prompt, list(best_of_all(with_sinks(prompt, scores), total)))
+    forced = with_recent(prompt, with_sinks(prompt, scores), RECENT)
+    return keep_marked(prompt, list(best_of_all(forced, prompt.room * prompt.grid.total, safe=1)))
 
 
 def repeat_scores(prompt: Prompt) -> list[Float[Tensor, "kv_heads tokens"]]:

@@ -1,0 +1,40 @@
+"""`hkvprof merge`: from folders of rows to a profile, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hkvprof.cli.calibrate import announce, parse_share
+
+EXAMPLES = """\b
+Examples:
+  hkvprof merge rows -o mine.profile.safetensors
+  hkvprof merge rows-of-machine-1 rows-of-machine-2 --budget 0.05 -o mine.profile.safetensors"""
+
+
+def merge(
+    rows: Annotated[
+        list[Path], typer.Argument(metavar="ROWS...", help="Folders of `hkvprof calibrate --rows`.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Profile.")],
+    budget: Annotated[
+        str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
+    ] = "0.10",
+    theta: Annotated[
+        float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
+    ] = 0.9,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Make a profile of what shards have measured. The same rows give the same profile."""
+    from hkvprof.cli.output import check_output
+    from hkvprof.profile.merge import Decision
+    from hkvprof.profile.merge import merge as merged
+
+    decision = Decision(theta=theta, budget=parse_share(budget))
+    check_output(output, force)
+    profile = merged(rows, decision)
+    profile.save(output)
+    announce(profile, output)

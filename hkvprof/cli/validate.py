@@ -1,0 +1,66 @@
+"""`hkvprof validate`: is a file a sound profile, and of this model?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXAMPLES = """\b
+Examples:
+  hkvprof validate mine.safetensors
+  hkvprof validate mine.safetensors Qwen/Qwen2.5-VL-7B-Instruct --json
+Exit code: 0 sound (and of the model), 1 not a sound profile, 3 of another model, 4 of the same
+geometry but another config. No weights are loaded: a fine-tune cannot be told from its base."""
+
+OTHER_MODEL, OTHER_CONFIG = 3, 4
+
+
+def validate(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A file.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Alias, hub id or folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a profile's schema and bounds, and whether it belongs to a model."""
+    from hkvprof.artifact import SCHEMA_VERSION, load_profile
+
+    loaded = load_profile(profile)
+    found: dict[str, Any] = {
+        "profile": str(profile),
+        "sound": True,
+        "schema": SCHEMA_VERSION,
+        "recipe": loaded.recipe,
+        "architecture": loaded.fingerprint.architecture,
+    }
+    said, code = f"{profile} is a sound profile of {loaded.fingerprint.architecture}", 0
+    if model is not None:
+        more, code = _against(loaded, model)
+        found |= {"model": model, **more}
+        said += f"; {more['verdict']}"
+    typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else said)
+    if code:
+        raise typer.Exit(code)
+
+
+def _against(profile: Any, model: str) -> tuple[dict[str, Any], int]:
+    """The verdict on a model, tier by tier, and the exit code."""
+    from hkvprof.cli.output import quiet_transformers
+    from hkvprof.models.load import model_fingerprint
+
+    quiet_transformers()
+    theirs = model_fingerprint(model)
+    mismatches = profile.fingerprint.mismatches(theirs)
+    if mismatches:
+        verdict = f"made for another model than {model} (profile != model): {'; '.join(mismatches)}"
+        return {"mismatches": mismatches, "same_config": False, "verdict": verdict}, OTHER_MODEL
+    same = profile.fingerprint.config_hash == theirs.config_hash
+    verdict = f"{model} is its model" if same else (
+        f"{model} has its geometry, but its config differs in fields that do not change attention: "
+        "compression works, the measured quality may not carry over"
+    )  # fmt: skip
+    found = {"mismatches": [], "same_config": same, "verdict": verdict}
+    return found, 0 if same else OTHER_CONFIG

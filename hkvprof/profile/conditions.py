@@ -1,0 +1,96 @@
+"""Under which conditions samples were measured: rows of other conditions cannot be merged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import hkvprof
+from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The model, what was measured of it, and with which versions.
+
+    `dtype` is that of the weights and K/V, `replies` "given" or "own", `versions` those of hkvprof,
+    torch and transformers.
+    """
+
+    fingerprint: ModelFingerprint
+    recipe: str
+    strategies: tuple[Strategy, ...]
+    keep: KeepRule
+    kappas: tuple[float, ...]
+    ratios: tuple[float, ...]
+    replies: str
+    dtype: str
+    versions: tuple[tuple[str, str], ...]
+
+    @property
+    def grid(self) -> HeadGrid:
+        """The model's attention geometry."""
+        return self.fingerprint.grid
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per K/V element."""
+        return torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+
+    @property
+    def digest(self) -> str:
+        """Of everything: rows carry it."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON; the inverse of `from_json`."""
+        return json.dumps(self._plain(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Conditions:
+        """Raises ValueError, KeyError or TypeError on anything that `to_json` does not make."""
+        data = json.loads(text)
+        return cls(
+            fingerprint=ModelFingerprint.from_json(data["fingerprint"]),
+            recipe=str(data["recipe"]),
+            strategies=tuple(Strategy.from_json(entry) for entry in data["strategies"]),
+            keep=KeepRule(**data["keep"]),
+            kappas=tuple(float(kappa) for kappa in data["kappas"]),
+            ratios=tuple(float(ratio) for ratio in data["ratios"]),
+            replies=str(data["replies"]),
+            dtype=str(data["dtype"]),
+            versions=tuple(sorted((str(k), str(v)) for k, v in data["versions"].items())),
+        )
+
+    def differences(self, other: Conditions) -> list[str]:
+        """Names of the fields in which another's differ."""
+        mine, theirs = self._plain(), other._plain()
+        return [name for name in mine if mine[name] != theirs[name]]
+
+    def _plain(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint.to_json(),
+            "recipe": self.recipe,
+            "strategies": [strategy.to_json() for strategy in self.strategies],
+            "keep": asdict(self.keep),
+            "kappas": list(self.kappas),
+            "ratios": list(self.ratios),
+            "replies": self.replies,
+            "dtype": self.dtype,
+            "versions": dict(self.versions),
+        }
+
+
+def current_versions() -> tuple[tuple[str, str], ...]:
+    """Versions that a measurement depends on."""
+    import transformers
+
+    return (
+        ("hkvprof", hkvprof.__version__),
+        ("torch", str(torch.__version__)),
+        ("transformers", transformers.__version__),
+    )

@@ -1,0 +1,224 @@
+"""How sure a profile is, as a record: what stands in its provenance under "confidence"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from hkvprof.errors import ProfileError
+
+KEY = "confidence"
+"""Where the record stands in a profile's provenance."""
+
+MEASURES = {"types": 0.0, "kappa": -1.0, "jaccard": 0.0, "ratios": -1.0, "curves": -1.0}
+"""What is compared, and the least value of each; the most is 1.
+
+Share of heads with equal types; Cohen's kappa of the types; Jaccard index of the static sets;
+Spearman's correlation over heads of the planned ratios, and of the least loss at the default
+budget.
+"""
+
+Heads = tuple[tuple[float, ...], ...]
+"""One figure per [layer][KV head]."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95% bootstrap interval, which holds it."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def rounded(cls, value: float, low: float, high: float) -> Interval:
+        """To four digits."""
+        return cls(*(round(float(x), 4) + 0.0 for x in (value, low, high)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Agreement of two profiles of different samples, by MEASURES; empty with a `reason`.
+
+    A mean over `repeats` pairs; intervals from `resamples` resamples, clustered by task.
+    """
+
+    figures: Mapping[str, Interval] = field(default_factory=dict)
+    repeats: int = 0
+    resamples: int = 0
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; the inverse of `from_json`."""
+        if self.reason:
+            return {"reason": self.reason}
+        figures = {name: [f.value, f.low, f.high] for name, f in self.figures.items()}
+        return {**figures, "repeats": self.repeats, "resamples": self.resamples}
+
+    @classmethod
+    def from_json(cls, data: Any, name: str) -> Comparison:
+        """Checked; raises ProfileError."""
+        data = _object(data, name)
+        if "reason" in data:
+            return cls(reason=_text(data["reason"], f"{name}.reason"))
+        figures = {}
+        for measure, least in MEASURES.items():
+            entry = data.get(measure)
+            if not isinstance(entry, list) or len(entry) != 3:
+                raise _wrong(f"{name}.{measure}", "three numbers (value, low, high)", entry)
+            value, low, high = (_number(x, f"{name}.{measure}", least) for x in entry)
+            if not low <= value <= high:
+                raise _wrong(f"{name}.{measure}", "low <= value <= high", entry)
+            figures[measure] = Interval(value, low, high)
+        repeats, resamples = (_count(data, key, name) for key in ("repeats", "resamples"))
+        return cls(figures, repeats, resamples)
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How sure a profile of `samples` samples is; nothing else is filled with a `reason`.
+
+    - `agree`, `low`, `high` [layer][KV head]: the share of samples that alone would give the head
+      the profile's type, and its Wilson interval (confidence.assess says what it means).
+    - `halves`: profiles of two random halves. `tasks`: that of one task alone against that of all
+      others, mean over tasks; `by_task` the same for each, without intervals. `kinds`: that of
+      prompts of text alone against that of prompts with images or video.
+    """
+
+    samples: int
+    reason: str = ""
+    agree: Heads = ()
+    low: Heads = ()
+    high: Heads = ()
+    halves: Comparison = field(default_factory=Comparison)
+    tasks: Comparison = field(default_factory=Comparison)
+    by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    kinds: Comparison = field(default_factory=Comparison)
+
+    @property
+    def flips(self) -> Heads:
+        """[layer][KV head]: the share of samples that alone would give the other type."""
+        return tuple(tuple(round(1 - share, 4) for share in layer) for layer in self.agree)
+
+    @property
+    def flip_rate(self) -> float:
+        """Mean of `flips` over all heads; 0 where there are none."""
+        return (
+            round(fmean(share for layer in self.flips for share in layer), 4) if self.agree else 0
+        )
+
+    @property
+    def worst_task(self) -> str:
+        """The task whose profile agrees least with that of the others; "" where none is compared.
+
+        By the share of equal types, then Jaccard, then ratios, then name.
+        """
+
+        def rank(task: str) -> tuple[float, float, float, str]:
+            found = self.by_task[task]
+            return found["types"], found["jaccard"], found["ratios"], task
+
+        return min(self.by_task, key=rank, default="")
+
+    def least_sure(self, most: int) -> list[tuple[int, int]]:
+        """(layer, head) of the heads on which fewest samples agree, all of those below 1."""
+        heads = [
+            (share, layer, head)
+            for layer, shares in enumerate(self.agree)
+            for head, share in enumerate(shares)
+            if share < 1
+        ]
+        return [(layer, head) for _, layer, head in sorted(heads)[:most]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; the inverse of `from_json`."""
+        if self.reason:
+            return {"samples": self.samples, "reason": self.reason}
+        return {
+            "samples": self.samples,
+            "heads": {name: _lists(getattr(self, name)) for name in ("agree", "low", "high")},
+            "flip_rate": self.flip_rate,
+            "halves": self.halves.to_json(),
+            "tasks": self.tasks.to_json(),
+            "by_task": {task: dict(found) for task, found in self.by_task.items()},
+            "worst_task": self.worst_task,
+            "kinds": self.kinds.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, shape: tuple[int, int]) -> Confidence:
+        """Checked against the profile's (layers, KV heads). Raises ProfileError."""
+        data = _object(data, KEY)
+        samples = _count(data, "samples", KEY)
+        if "reason" in data:
+            return cls(samples, _text(data["reason"], f"{KEY}.reason"))
+        heads = _object(data.get("heads"), "heads")
+        by_task = _object(data.get("by_task"), "by_task")
+        return cls(
+            samples,
+            agree=_heads(heads.get("agree"), "agree", shape),
+            low=_heads(heads.get("low"), "low", shape),
+            high=_heads(heads.get("high"), "high", shape),
+            halves=Comparison.from_json(data.get("halves"), "halves"),
+            tasks=Comparison.from_json(data.get("tasks"), "tasks"),
+            by_task={task: _measures(found, task) for task, found in by_task.items()},
+            kinds=Comparison.from_json(data.get("kinds"), "kinds"),
+        )
+
+
+def _lists(heads: Heads) -> list[list[float]]:
+    return [list(layer) for layer in heads]
+
+
+def _wrong(name: str, expected: str, found: object) -> ProfileError:
+    text = repr(found)
+    return ProfileError(
+        f"provenance.{KEY}: expected {expected} as {name}, found {text[:60]}; calibrate or merge "
+        "again for a sound record"
+    )
+
+
+def _object(data: Any, name: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise _wrong(name, "an object", data)
+    return dict(data)
+
+
+def _text(data: Any, name: str) -> str:
+    if not isinstance(data, str) or not data:
+        raise _wrong(name, "a text", data)
+    return data
+
+
+def _number(data: Any, name: str, least: float) -> float:
+    if isinstance(data, bool) or not isinstance(data, int | float) or not math.isfinite(data):
+        raise _wrong(name, "a number", data)
+    if not least <= data <= 1:
+        raise _wrong(name, f"a number from {least:g} to 1", data)
+    return float(data)
+
+
+def _count(data: Mapping[str, Any], key: str, name: str) -> int:
+    value = data.get(key)
+    if type(value) is not int or value < 0:
+        raise _wrong(f"{name}.{key}", "a count", value)
+    return value
+
+
+def _measures(data: Any, task: str) -> dict[str, float]:
+    found = _object(data, f"by_task.{task}")
+    return {
+        name: _number(found.get(name), f"by_task.{task}.{name}", least)
+        for name, least in MEASURES.items()
+    }
+
+
+def _heads(data: Any, name: str, shape: tuple[int, int]) -> Heads:
+    layers, heads = shape
+    rows = data if isinstance(data, list) else []
+    if len(rows) != layers or any(not isinstance(r, list) or len(r) != heads for r in rows):
+        raise _wrong(f"heads.{name}", f"{layers} lists of {heads} numbers", data)
+    return tuple(tuple(_number(x, f"heads.{name}", 0) for x in row) for row in rows)

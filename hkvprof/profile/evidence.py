@@ -1,0 +1,190 @@
+"""The rows of all samples as one body, and what any weighted part of it decides.
+
+A profile is the decision of all samples, each counted once (`merge`). How sure it is shows in what
+single samples, halves, tasks and resamples decide (`confidence`): the same functions, with other
+counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.errors import UsageError
+from hkvprof.policy.budget import INFEASIBLE, Allocation
+from hkvprof.policy.planning import Menu, plan_anew
+from hkvprof.profile import classify
+
+if TYPE_CHECKING:
+    from hkvprof.profile.conditions import Conditions
+    from hkvprof.profile.rows import SampleRow
+
+THETA_KAPPA = 0.10
+"""The kappa whose sparsity HybridKV's rule looks at."""
+
+Counts = NDArray[np.int64]
+"""[samples]: how often each sample counts."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided after measuring: theta of the recipe `paper`, the default budget; `seed`
+    and `skipped` samples are only recorded. Raises UsageError for numbers out of range."""
+
+    theta: float = 0.9
+    budget: float = 0.10
+    seed: int = 0
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta <= 1:
+            raise UsageError(f"theta must lie in (0, 1], found {self.theta}")
+        if not 0 < self.budget <= 1:
+            raise UsageError(f"the default budget must be a share in (0, 1], found {self.budget}")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a part of the samples decides: mean curves, what planning minimises
+    [strategies, layers, kv_heads, ratios], strategy and ratio per head, and types
+    [layers, kv_heads]."""
+
+    curves: classify.Curves
+    loss: NDArray[np.float32]
+    chosen: Allocation
+    types: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """All rows, sorted by sample id.
+
+    `losses` [samples, 3 terms, strategies, layers, kv_heads, ratios] holds 0 where a point does not
+    fit a sample, `fits` (1 term) tells where; `sparsity` is [samples, kappas, layers, query_heads].
+    """
+
+    conditions: Conditions
+    decision: Decision
+    tasks: tuple[str, ...]
+    tokens: NDArray[np.int64]
+    vision_tokens: NDArray[np.int64]
+    sparsity: NDArray[np.float32]
+    losses: NDArray[np.float32]
+    fits: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, conditions: Conditions, rows: Sequence[SampleRow], decision: Decision) -> Evidence:
+        """The evidence of one or more rows, in any order."""
+        rows = sorted(rows, key=lambda row: row.id)
+        losses = np.stack([row.losses for row in rows])
+        fits = losses[:, :1] < INFEASIBLE
+        return cls(
+            conditions=conditions,
+            decision=decision,
+            tasks=tuple(row.task for row in rows),
+            tokens=np.array([row.tokens for row in rows], dtype=np.int64),
+            vision_tokens=np.array([row.vision_tokens for row in rows], dtype=np.int64),
+            sparsity=np.stack([row.sparsity for row in rows]),
+            losses=np.where(fits, losses, np.float32(0)),
+            fits=fits,
+        )
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return len(self.tasks)
+
+    @property
+    def everything(self) -> Counts:
+        """Every sample once."""
+        return np.ones(self.samples, dtype=np.int64)
+
+    @cached_property
+    def ratios(self) -> NDArray[np.float32]:
+        """Abscissae of the curves."""
+        return np.array(self.conditions.ratios, dtype=np.float32)
+
+    @cached_property
+    def menu(self) -> Menu:
+        """For the mean prompt length, or the shortest at which the default share holds sinks and
+        recent tokens."""
+        conditions, budget = self.conditions, self.decision.budget
+        tokens = max(
+            math.ceil(float(self.tokens.mean())),
+            math.ceil(conditions.keep.floor_tokens / budget) + 1,
+        )
+        return Menu(
+            conditions.strategies, conditions.keep, conditions.grid.head_dim, tokens,
+            conditions.itemsize,
+        )  # fmt: skip
+
+    @cached_property
+    def _kappa(self) -> int:
+        return self.conditions.kappas.index(THETA_KAPPA)
+
+    def plan(self, counts: Counts, scales: tuple[float, float] | None = None) -> Plan:
+        """Types and budgets at the default share, for the menu's prompt length whatever the counts.
+
+        `scales` of the planning loss: those of these very samples unless given.
+        """
+        decision, grid = self.decision, self.conditions.grid
+        curves = self.curves(counts)
+        loss = classify.planning_loss(curves, self.ratios, scales)
+        if self.conditions.recipe == "paper":
+            mean, std = self.moments(counts)
+            types = classify.classify_by_sparsity(
+                mean, std, int(counts.sum()), decision.theta, grid
+            )
+            chosen = classify.allocate_by_sparsity(
+                types, mean, decision.budget, self.menu.floor, grid
+            )
+        else:
+            chosen = plan_anew(self.menu, loss, self.ratios, decision.budget)
+        kinds = np.array([s.head_type for s in self.conditions.strategies], dtype=np.uint8)
+        return Plan(curves, loss, chosen, kinds[chosen.strategy])
+
+    def types_of_sample(self, sample: int, scales: tuple[float, float]) -> NDArray[np.uint8]:
+        """[layers, kv_heads]: what this sample alone would say.
+
+        By its own sparsity (`paper`; no interval, there is but one), or planned on its own curves
+        with the `scales` of all samples (`measured`).
+        """
+        if self.conditions.recipe == "paper":
+            sparsity = self.sparsity[sample, self._kappa]
+            return classify.types_by_sparsity(sparsity, self.decision.theta, self.conditions.grid)
+        alone = np.zeros(self.samples, dtype=np.int64)
+        alone[sample] = 1
+        return self.plan(alone, scales).types
+
+    def curves(self, counts: Counts) -> classify.Curves:
+        """Means over the samples where a point fits, in float64.
+
+        A point that does not fit most samples is INFEASIBLE.
+        """
+        count = _weighted_sum(self.fits, counts)
+        mean = _weighted_sum(self.losses, counts) / np.maximum(count, 1)
+        most = count * 2 > counts.sum()
+        return classify.Curves(*np.where(most, mean, float(INFEASIBLE)))
+
+    def moments(self, counts: Counts) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and standard deviation [layers, query_heads] of the sparsity at THETA_KAPPA."""
+        sparsity = self.sparsity[:, self._kappa].astype(np.float64)
+        total = int(counts.sum())
+        mean = _weighted_sum(sparsity, counts) / total
+        std = np.sqrt(_weighted_sum((sparsity - mean) ** 2, counts) / total)
+        return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _weighted_sum(values: NDArray[np.generic], counts: Counts) -> NDArray[np.float64]:
+    """Sum over the first axis, sample by sample: a matrix product would depend on the BLAS."""
+    total = np.zeros(values.shape[1:])
+    for sample in counts.nonzero()[0]:
+        row = values[sample].astype(np.float64)
+        total += row if counts[sample] == 1 else row * counts[sample]
+    return total

@@ -1,0 +1,143 @@
+"""What differs between two profiles of one model. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.artifact import Profile
+from hkvprof.errors import UsageError
+from hkvprof.heads import HeadType
+from hkvprof.report.summary import percent
+
+_SETTINGS = ("recipe", "default_budget", "keep", "strategies", "kappas")
+_MOST_FLIPS = 20
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A head (`layer`, `head` from 0) whose type differs, and its shares of dense bytes."""
+
+    layer: int
+    head: int
+    first: str
+    second: str
+    first_share: float
+    second_share: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Second against first profile, both at their default budgets.
+
+    `settings` are the names of what was asked of calibration and differs; `arrays` those of the
+    tensors that differ. `agreement` is the share of heads of the same type, `kappa` Cohen's (1960),
+    None where one of the types does not occur at all; `share_change` the mean and `largest_change`
+    the largest absolute change of a head's share; `rank_correlation` Spearman's of the shares, None
+    where one profile gives all heads the same.
+    """
+
+    settings: tuple[str, ...]
+    arrays: tuple[str, ...]
+    flips: tuple[Flip, ...]
+    agreement: float
+    kappa: float | None
+    share_change: float
+    largest_change: float
+    rank_correlation: float | None
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the runtime does the same with both at every budget; provenance may differ."""
+        return not self.settings and not self.arrays
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {**asdict(self), "same": self.is_same}
+
+
+def difference(first: Profile, second: Profile) -> Difference:
+    """Compare two profiles. Raises UsageError where they are of different models."""
+    if mismatches := first.fingerprint.mismatches(second.fingerprint):
+        raise UsageError(
+            "the profiles are of different models ("
+            + "; ".join(mismatches[:4])
+            + "): expected two "
+            "profiles of one model"
+        )
+    types = first.head_types, second.head_types
+    change = np.abs(first.budget.astype(np.float64) - second.budget)
+    flips = tuple(
+        Flip(
+            int(layer), int(head), _kind(types[0][layer, head]), _kind(types[1][layer, head]),
+            float(first.budget[layer, head]), float(second.budget[layer, head]),
+        )
+        for layer, head in np.argwhere(types[0] != types[1])
+    )  # fmt: skip
+    return Difference(
+        settings=tuple(n for n in _SETTINGS if getattr(first, n) != getattr(second, n)),
+        arrays=tuple(_differing(first, second)),
+        flips=flips,
+        agreement=float((types[0] == types[1]).mean()),
+        kappa=cohen_kappa(types[0], types[1]),
+        share_change=float(change.mean()),
+        largest_change=float(change.max()),
+        rank_correlation=_spearman(first.budget, second.budget),
+    )
+
+
+def cohen_kappa(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float | None:
+    """Agreement beyond chance of two labellings (Cohen 1960); None where chance says it all."""
+    observed = float((first == second).mean())
+    labels = np.union1d(first, second)
+    chance = sum(float((first == x).mean()) * float((second == x).mean()) for x in labels)
+    return None if chance >= 1 else (observed - chance) / (1 - chance)
+
+
+def lines(found: Difference) -> list[str]:
+    """The difference in words."""
+    if found.is_same:
+        return ["The profiles are the same (apart from their provenance)."]
+    kappa = "" if found.kappa is None else f" (kappa {found.kappa:.2f})"
+    rank = "" if found.rank_correlation is None else f", Spearman {found.rank_correlation:.2f}"
+    told = [
+        f"{percent(found.agreement)} of heads have the same type{kappa}; "
+        f"{len(found.flips)} flipped",
+        f"shares change by {percent(found.share_change)} of dense bytes on average, at most by "
+        f"{percent(found.largest_change)}{rank}",
+    ]
+    if found.settings:
+        told.insert(0, f"settings that differ: {', '.join(found.settings)}")
+    told.append(f"tensors that differ: {', '.join(found.arrays) or 'none'}")
+    told += [
+        f"  layer {f.layer:3} head {f.head:2}  {f.first} -> {f.second}, "
+        f"{percent(f.first_share)} -> {percent(f.second_share)}"
+        for f in found.flips[:_MOST_FLIPS]
+    ]
+    if len(found.flips) > _MOST_FLIPS:
+        told.append(f"  and {len(found.flips) - _MOST_FLIPS} more (--json has all)")
+    return told
+
+
+def _kind(number: Any) -> str:
+    return HeadType(int(number)).name.lower()
+
+
+def _differing(first: Profile, second: Profile) -> Iterator[str]:
+    mine, theirs = first.tensors(), second.tensors()
+    for name in sorted(mine.keys() | theirs.keys()):
+        if name not in mine or name not in theirs or not np.array_equal(mine[name], theirs[name]):
+            yield name
+
+
+def _spearman(first: NDArray[np.float32], second: NDArray[np.float32]) -> float | None:
+    from scipy.stats import spearmanr
+
+    flat = first.ravel(), second.ravel()
+    if len(np.unique(flat[0])) == 1 or len(np.unique(flat[1])) == 1:
+        return None
+    return float(spearmanr(*flat).statistic)

@@ -1,0 +1,252 @@
+"""The page and the JSON of `hkvprof plan`: what budgets hold and lose, and whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hkvprof.policy.fit import Fit
+from hkvprof.policy.forecast import WHOLE, Plan
+from hkvprof.report.glyphs import Glyphs
+from hkvprof.report.pictures import BOUNDS, heads_picture, rows_picture, shade, shares_picture
+from hkvprof.report.summary import human, percent
+from hkvprof.report.terminal import glyphs, plain_table
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Everything `plan` says: budgets as asked, each with its plan or why there is none.
+
+    `dense` is the plan of the whole cache, `drawn` the one whose layers are shown (None: there is
+    none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time.
+    """
+
+    dtype: str
+    dense: Plan
+    budgets: tuple[tuple[str, Plan | str], ...]
+    drawn: Plan | None
+    fit: Fit | None
+    min_tokens: int
+
+
+def to_json(outlook: Outlook) -> dict[str, Any]:
+    """JSON-ready; sizes in bytes."""
+    dense, fit = outlook.dense, outlook.fit
+    return {
+        "schema": SCHEMA_VERSION,
+        "sentences": sentences(outlook),
+        "tokens": dense.tokens,
+        "batch": dense.rows,
+        "dtype": outlook.dtype,
+        "dense_bytes": dense.dense_bytes,
+        "budgets": [
+            {"budget": asked, "error": plan}
+            if isinstance(plan, str)
+            else {"budget": asked, **plan.to_json(with_layers=False), "fits": _fits(plan, fit)}
+            for asked, plan in outlook.budgets
+        ],
+        "fit": None if fit is None else _fit_json(fit),
+        "plan": outlook.drawn and outlook.drawn.to_json(),
+    }
+
+
+def _fits(plan: Plan, fit: Fit | None) -> bool | None:
+    return None if fit is None else plan.peak_bytes <= fit.room.left
+
+
+def _fit_json(fit: Fit) -> dict[str, Any]:
+    return {
+        **{f"{name}_bytes": size for name, size in asdict(fit.room).items()},
+        "left_bytes": fit.room.left,
+        "dense_fits": fit.dense_fits,
+        "largest_budget": fit.best and fit.best.to_json(with_layers=False),
+        "smallest_budget": fit.smallest and fit.smallest.to_json(with_layers=False),
+        "default_budget": fit.budget,
+        "longest_context": fit.context,
+        "largest_batch": fit.batch,
+        "dense_longest_context": fit.dense_context,
+        "dense_largest_batch": fit.dense_batch,
+    }
+
+
+def page(outlook: Outlook, ascii_only: bool) -> RenderableType:
+    """Sentences, the table of budgets, then one plan layer by layer."""
+    marks, drawn = glyphs(ascii_only), outlook.drawn
+    parts: list[RenderableType] = [Text(line) for line in sentences(outlook)]
+    parts += [Text(), _table(outlook), *(Text(line) for line in _notes(outlook))]
+    if drawn is not None:
+        parts += [
+            Text(),
+            Text(f"At {_share(drawn.share)} of dense bytes:"),
+            Text(),
+            _types(drawn, marks),
+            Text(),
+            shares_picture(_ratios(drawn), drawn.share, marks),
+            Text(),
+            _layers(drawn, marks),
+        ]
+    return Group(*parts)
+
+
+def sentences(outlook: Outlook) -> list[str]:
+    """The answer in words; the first sentence is about the dense cache."""
+    dense, fit = outlook.dense, outlook.fit
+    prompts = "A prompt" if dense.rows == 1 else f"{dense.rows:,} prompts"
+    verb = "needs" if dense.rows == 1 else "need"
+    first = (
+        f"{prompts} of {dense.tokens:,} tokens {verb} {human(dense.dense_bytes)} of dense keys and "
+        f"values in {outlook.dtype}"
+    )
+    lines = [f"{first}."]
+    if fit is not None:
+        taken = dense.dense_bytes + fit.room.weights + fit.room.reserve
+        lines = [
+            f"{first}; with {human(fit.room.weights)} of weights and {human(fit.room.reserve)} in "
+            f"reserve that is {human(taken)} of {human(fit.room.gpu)}: it "
+            f"{'fits' if fit.dense_fits else 'does not fit'}.",
+            *_fit_sentences(fit),
+        ]
+    if dense.tokens < outlook.min_tokens:
+        lines.append(
+            f"Prompts below {outlook.min_tokens} tokens stay dense at run time, unless min_tokens "
+            "is set lower: the figures below are for that."
+        )
+    return lines
+
+
+def _fit_sentences(fit: Fit) -> list[str]:
+    room = fit.room
+    if room.left <= 0:
+        over = human(room.weights + room.reserve)
+        return [f"Nothing fits: weights and reserve alone take {over} of {human(room.gpu)}."]
+    lines = []
+    if fit.best is None and fit.smallest is None:
+        lines.append("This profile has no smaller budget for prompts as short as these.")
+    elif fit.best is None and fit.smallest is not None:
+        lines.append(
+            f"Not even the smallest budget does, {_share(fit.smallest.share)}: it needs "
+            f"{human(fit.smallest.peak_bytes)} at its peak, and {human(room.left)} are left."
+        )
+    elif fit.best is not None and not fit.dense_fits:
+        lines.append(_best(fit.best))
+    return [*lines, _reach(fit)]
+
+
+def _best(best: Plan) -> str:
+    host = f", {human(best.host_bytes)} in host memory" if best.host_bytes else ""
+    return (
+        f"The largest budget that fits is {_share(best.share)}: {human(best.resident_bytes)} "
+        f"resident, {human(best.table_bytes)} of index tables, {human(best.peak_bytes)} at the "
+        f"peak{host}; expected loss {_loss(best)}."
+    )
+
+
+def _reach(fit: Fit) -> str:
+    """How far the default budget goes, and how far no compression."""
+    rows = "one prompt" if fit.rows == 1 else f"{fit.rows:,} prompts"
+    context = f"{rows} of up to {fit.context:,} tokens (dense: {fit.dense_context:,})"
+    batch = f"batches of up to {fit.batch:,} at {fit.tokens:,} tokens (dense: {fit.dense_batch:,})"
+    what = [part for part, most in ((context, fit.context), (batch, fit.batch)) if most]
+    answer = ", or ".join(what) or "no prompt of any length"
+    return f"The default budget of {percent(fit.budget)} takes {answer}."
+
+
+def _share(share: float) -> str:
+    """A share in percent, never more than it is: `48.23%`."""
+    return f"{int(share * 10_000 + 1e-6) / 100:.4g}%"
+
+
+def _loss(plan: Plan) -> str:
+    if plan.expected_loss is None:
+        return "unknown"
+    bound = ">= " if plan.below_measured else ""
+    relative = "" if plan.relative_loss is None else f" ({percent(plan.relative_loss)})"
+    return f"{bound}{plan.expected_loss:.3g}{relative}"
+
+
+def _table(outlook: Outlook) -> Table:
+    fits = [] if outlook.fit is None else ["fits"]
+    table = plain_table(
+        "budget", "resident", "tables", "device", "peak", "host", "expected loss", *fits
+    )
+    for asked, plan in outlook.budgets:
+        if isinstance(plan, str):
+            table.add_row(asked, *["-"] * (6 + len(fits)))
+            continue
+        sizes = (
+            plan.resident_bytes, plan.table_bytes, plan.device_bytes, plan.peak_bytes,
+            plan.host_bytes,
+        )  # fmt: skip
+        answer = _fits(plan, outlook.fit)
+        last = [] if answer is None else ["yes" if answer else "no"]
+        table.add_row(asked, *map(human, sizes), _loss(plan), *last)
+    return table
+
+
+def _notes(outlook: Outlook) -> list[str]:
+    """What the columns mean, and why rows are empty."""
+    dense = outlook.dense
+    lines = [
+        "tables: index constants, once per model; device: resident and tables; peak: and one dense "
+        "layer, while the prompt comes in"
+    ]
+    if dense.reference_loss is None:
+        lines.append("loss: unknown, this profile measured nothing to compare with")
+    else:
+        lines.append(
+            f"loss: what planning minimises; 100% is every head pruned to "
+            f"{percent(dense.least_share)} without fetching ({dense.reference_loss:.3g})"
+        )
+    if any(not isinstance(plan, str) and plan.below_measured for _, plan in outlook.budgets):
+        least = percent(dense.least_share)
+        lines.append(f">=: some heads keep less than {least}, the least share measured")
+    return lines + [plan for _, plan in outlook.budgets if isinstance(plan, str)]
+
+
+def _ratios(plan: Plan) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([[head.ratio for head in layer.heads] for layer in plan.layers])
+
+
+def _types(plan: Plan, marks: Glyphs) -> Text:
+    drawn = {
+        "static": (marks.static, marks.static_style),
+        "dynamic": (marks.dynamic, marks.dynamic_style),
+        WHOLE: (marks.whole, ""),
+    }
+    means = {"static": "pruned once", "dynamic": "fetched on demand", WHOLE: "kept as it is"}
+    kinds = [head.kind for layer in plan.layers for head in layer.heads]
+    legend = Text("Head types: ")
+    for kind, (glyph, style) in drawn.items():
+        legend.append(glyph, style).append(f" {kind} ({means[kind]}, {kinds.count(kind)})  ")
+    legend.rstrip()
+    return heads_picture(
+        len(plan.layers),
+        len(plan.layers[0].heads),
+        legend,
+        lambda layer, head: drawn[plan.layers[layer].heads[head].kind],
+    )
+
+
+def _layers(plan: Plan, marks: Glyphs) -> Text:
+    """Bytes and losses per layer, relative to the mean layer."""
+    resident = np.array([layer.resident_bytes for layer in plan.layers], dtype=np.float64)
+    rows = {"resident": resident}
+    if plan.expected_loss is not None:
+        rows["loss"] = np.array([layer.loss for layer in plan.layers])
+    relative = [values / (float(values.mean()) or 1.0) for values in rows.values()]
+    ranges = [f"< {BOUNDS[0]:g}", *(f">= {bound:g}" for bound in BOUNDS)]
+    legend = Text("Layers, times the mean: ")
+    legend.append("  ".join(f"{s} {r}" for s, r in zip(marks.shades, ranges, strict=True)))
+    return rows_picture(
+        len(plan.layers),
+        list(rows),
+        legend,
+        lambda layer, row: (shade(float(relative[row][layer]), marks), ""),
+    )
