@@ -30,7 +30,7 @@ from torch import Tensor
 from hkvprof.policy.index import HeadTables, KeyIndex, MeanIndex, MinMaxIndex, ProjectedIndex
 from hkvprof.policy.quantiser import CHANNELS, CODE_UNIT, fit_codebook, fit_projection
 from hkvprof.runtime import kernels
-from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval
+from hkvprof.runtime.kernels import DynamicSegment, Extents, Kernels, Retrieval
 from hkvprof.runtime.kernels.reference import TorchKernels
 
 QUERY_HEADS, KV_HEADS, DIM, TOKENS = 28, 4, 128, 32768
@@ -118,8 +118,8 @@ class Layer:
         self.source = source
         hot = int(HOT_SHARE * TOKENS)
         self.keys = [self.source.keys() for _ in range(KV_HEADS)]
-        self.lengths = [hot] * KV_HEADS
         self.offsets = [hot * head for head in range(KV_HEADS)]
+        self.extents = Extents.of(self.offsets, [hot] * KV_HEADS)
         self.key = torch.cat([key[:hot] for key in self.keys])
         self.value = self.source.normal(hot * KV_HEADS, DIM).to(DTYPE)
         self.hosts: dict[int, list[Tensor]] = {}
@@ -211,7 +211,7 @@ def measure(
         times.setdefault(name, Times()).add(phase, clock(run))
 
     def one(step: int, layer: Layer, number: int, variant: str, query: Tensor) -> None:
-        place = (layer.key, layer.value, layer.offsets, layer.lengths)
+        place = (layer.key, layer.value, layer.extents)
         if variant in static:
             kernel = static[variant]
             take(variant, "attend", lambda: kernel.attend(*place, query, DIM**-0.5))
@@ -219,11 +219,13 @@ def measure(
         kernel, retrievals = bound[variant]
         retrieval = retrievals[number]
         if step % 2:  # the whole step as it is used, and the same in parts
-            count: list[int] = []
-            take(variant, "step", lambda: count.extend(retrieval.step(query)))
+            before = int(retrieval.fetched.sum())
+            take(variant, "step", lambda: retrieval.step(query))
             take(variant, "step attend", lambda: kernel.attend(*place, query, DIM**-0.5))
-            hot = sum(int(HOT_SHARE * TOKENS) // (1 if "proj" in variant else 32) for _ in count)
-            times[variant].fetched.append(sum(count) / hot)
+            hot = sum(
+                int(HOT_SHARE * TOKENS) // (1 if "proj" in variant else 32) for _ in layer.keys
+            )
+            times[variant].fetched.append((int(retrieval.fetched.sum()) - before) / hot)
         else:
             scores: list[Tensor] = []
             take(variant, "score", lambda: scores.extend(retrieval.score(query)))

@@ -1,11 +1,17 @@
-"""Names of a package that are loaded when first used, so that importing it costs nothing."""
+"""What is loaded when first used: names of a package, and triton where there is one."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
+
+OLDEST_TRITON = (3, 2)
+"""The oldest release that the kernels are written for."""
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
@@ -19,3 +25,19 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         return value
 
     return get
+
+
+@cache
+def no_triton() -> str:
+    """Why the Triton kernels cannot be used, or an empty string. Imports triton."""
+    if os.environ.get("HKVPROF_TRITON") == "0":
+        return "HKVPROF_TRITON=0"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        version = import_module("triton").__version__
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"triton cannot be imported ({str(error).splitlines()[0]})"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    return ""

@@ -1,10 +1,26 @@
-"""Without a C++ compiler the suite runs on the torch kernels, and says so."""
+"""Without a C++ compiler the suite runs on the torch kernels, and says so.
+
+Without a CUDA device the Triton kernels are tested in Triton's interpreter, which must be chosen
+before triton is imported.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
+import torch
+
 from hkvprof.runtime.kernels.build import BuildError, find_compiler
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # or triton 3.9 warns when it compiles
+if importlib.util.find_spec("triton") is None:
+    TRITON = "not tested (triton is not installed)"
+elif torch.cuda.is_available():
+    TRITON = "on the CUDA device, with `-m gpu`"
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+    TRITON = "in the interpreter"
 
 try:
     find_compiler()
@@ -17,4 +33,5 @@ else:
 
 def pytest_report_header() -> list[str]:
     """The kernels that the tests run on."""
-    return [f"hkvprof kernels: torch only ({REASON})"] if REASON else []
+    lines = [f"hkvprof Triton kernels: {TRITON}"]
+    return [*lines, f"hkvprof kernels: torch only ({REASON})"] if REASON else lines

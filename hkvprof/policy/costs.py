@@ -11,7 +11,7 @@ SLOT_BYTES = 4
 SCORE_BYTES = 4
 """More of them where scores are smoothed over steps (float32)."""
 END_BYTES = 8
-"""Bytes per segment, one (batch row, KV head): where its next token goes (int64)."""
+"""Bytes per segment, one (batch row, KV head): where it starts and ends (int32 each)."""
 CENTROIDS = 256
 """Values of a one-byte code of the projected index (policy.quantiser)."""
 TOO_SHORT = "static (row too short for its index)"

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.lazy import no_triton
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.policy.costs import dynamic_layout, static_tokens
 from hkvprof.policy.index import HeadTables, Ranking, build_index
@@ -47,13 +48,18 @@ def text_sparsity(
 ) -> Float[Tensor, "kappas query_heads"]:
     """Text-centric sparsity (HybridKV, stage 1): mean over text rows of the top-k attention mass.
 
-    Row i sees its i + 1 first tokens; k = ceil(kappa * (i + 1)).
+    Row i sees its i + 1 first tokens; k = ceil(kappa * (i + 1)). On CUDA with triton the weights
+    are counted in bins (triton_mass), elsewhere they are sorted.
     """
     group = len(query) // len(key)
     visible = torch.arange(key.shape[1], device=key.device)[None] <= rows[:, None]
     seen = rows + 1
     most = max(1, math.ceil(max(kappas) * int(seen.max())))
     counts = torch.stack([(kappa * seen).ceil().long().clamp(1, most) for kappa in kappas])
+    if key.is_cuda and not no_triton():
+        from hkvprof.profile.triton_mass import top_mass
+
+        return top_mass(query, key, rows, scaling, counts)
     result = []
     for head in range(len(key)):
         block = query[head * group : (head + 1) * group].float()

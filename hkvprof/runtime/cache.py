@@ -20,7 +20,7 @@ from hkvprof.runtime.receipt import LayerAccount, Meter, Receipt
 
 @dataclass(frozen=True)
 class Books:
-    """What a receipt is made of; refers to no tensors, so that it outlives the cache."""
+    """What a receipt is made of; refers to no tensors but counters, and so outlives the cache."""
 
     accounts: list[LayerAccount]
     meter: Meter

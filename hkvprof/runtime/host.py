@@ -122,7 +122,8 @@ class HostChunks:
             code = (block / scale[:, None]).round().clamp(-127, 127)
             self.data[begin + first : begin + first + len(block)] = code.to(torch.int8)
             scales.append(scale.cpu()[None])
-        self.scale = torch.cat(scales)
+        scale = torch.cat(scales)
+        self.scale = _allocate(tuple(scale.shape), scale.dtype, self.pinned).copy_(scale)
 
 
 def allocate(

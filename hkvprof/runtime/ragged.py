@@ -18,7 +18,7 @@ from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval, for_devi
 from hkvprof.runtime.packing import Attention, Packed, Rule, pack, repack_dynamic, repack_static
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.runtime.prompt import Conversation
-from hkvprof.runtime.receipt import HeadAccount, LayerAccount
+from hkvprof.runtime.receipt import Fetches, HeadAccount, LayerAccount
 from hkvprof.runtime.storage import RaggedStorage
 
 
@@ -154,6 +154,7 @@ class RaggedLayer:
         heads = len(self._plans)
         segments = [row * heads + head for row in rows for head in range(heads)]
         self.storage = self.storage.take(segments)
+        self.account.settle()
         old, accounts = self.dynamic, self.account.heads
         self.dynamic = {i: old[s].clone() for i, s in enumerate(segments) if s in old}
         if self._positions is not None:
@@ -161,7 +162,7 @@ class RaggedLayer:
         self.account.heads = [
             HeadAccount(**{**vars(accounts[s]), "row": i // heads}) for i, s in enumerate(segments)
         ]
-        self._retrieval = None
+        self._retrieval = self.account.fetches = None
         self.measure()
 
     # -- attention ------------------------------------------------------------------------------
@@ -179,9 +180,7 @@ class RaggedLayer:
                 self._retrieve(kernels, grouped)
             self._steps += 1
         self.account.steps += 1
-        out = kernels.attend(
-            storage.key, storage.value, storage.offsets, storage.lengths, grouped, self._scaling
-        )
+        out = kernels.attend(storage.key, storage.value, storage.extents, grouped, self._scaling)
         return out.view(rows, 1, query_heads, -1)
 
     def attend_many(
@@ -215,11 +214,11 @@ class RaggedLayer:
         began = time.perf_counter()
         if self._retrieval is None:
             self._retrieval = self._bind(kernels)
-        for segment, fetched in zip(self.dynamic, self._retrieval.step(query), strict=True):
-            account, head = self.account.heads[segment], self.dynamic[segment]
+        self._retrieval.step(query)
+        for segment, head in self.dynamic.items():
+            account = self.account.heads[segment]
             account.chunks_requested += head.layout.hot
-            account.chunks_fetched += fetched
-            account.bytes_moved += fetched * head.host.item_bytes + self._key_bytes(segment)
+            account.bytes_moved += self._key_bytes(segment)
         if not self.storage.key.is_cuda:
             self.account.retrieval_seconds += time.perf_counter() - began
 
@@ -249,14 +248,21 @@ class RaggedLayer:
             )
             for segment, head in self.dynamic.items()
         ]
-        return kernels.bind(
+        before = self.account.fetches
+        bound = kernels.bind(
             self.storage.key,
             self.storage.value,
             segments,
             self._scaling,
             options.smoothing,
             options.retrieve_every - 1,
+            None if before is None else before.counts,
         )
+        if before is None:
+            accounts = [self.account.heads[segment] for segment in self.dynamic]
+            sizes = [head.host.item_bytes for head in self.dynamic.values()]
+            self.account.fetches = Fetches(bound.fetched, accounts, sizes)
+        return bound
 
     # -- bookkeeping ----------------------------------------------------------------------------
 
@@ -299,6 +305,8 @@ class RaggedLayer:
                 else known[p.kept]
                 for p, known in zip(packed, positions, strict=True)
             ]  # fmt: skip
+        self.account.settle()
+        self.account.fetches = None
         old = self.account.heads
         self.account.heads = [
             HeadAccount(i // len(self._plans), i % len(self._plans), p.name, 0, 0, 0)

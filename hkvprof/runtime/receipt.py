@@ -1,11 +1,12 @@
 """The receipt: what was kept, where, and what it cost; plain numbers, no tensors.
 
-Layers write their account as they work, so that a receipt outlives the cache it speaks of.
+Layers write their account as they work, so that a receipt outlives the cache it speaks of; only
+counts of fetched items stay on the device until a receipt is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -55,6 +56,31 @@ class HeadAccount:
         return 1 - self.chunks_fetched / self.chunks_requested
 
 
+class Fetches:
+    """Items that a layer's dynamic heads fetched, as the kernels count them.
+
+    `counts` [heads] lies on the device: reading it makes the host wait, so that it is read when a
+    receipt is made.
+    """
+
+    def __init__(
+        self, counts: torch.Tensor, heads: Sequence[HeadAccount], item_bytes: Sequence[int]
+    ) -> None:
+        self.counts = counts
+        self._heads, self._item_bytes = tuple(heads), tuple(item_bytes)
+        self._known = [0] * len(heads)
+
+    def settle(self) -> None:
+        """Enter into the heads' accounts what was fetched since the last time."""
+        now = self.counts.tolist()
+        for head, size, count, known in zip(
+            self._heads, self._item_bytes, now, self._known, strict=True
+        ):
+            head.chunks_fetched += count - known
+            head.bytes_moved += (count - known) * size
+        self._known = now
+
+
 @dataclass
 class LayerAccount:
     """A layer's state: `empty`, `pending`, `dense` (and why) or `compressed`.
@@ -78,13 +104,23 @@ class LayerAccount:
     steps: int = 0
     heads: list[HeadAccount] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.fetches: Fetches | None = None
+        """Not a field: no part of receipts."""
+
+    def settle(self) -> None:
+        """Enter what the kernels counted."""
+        if self.fetches is not None:
+            self.fetches.settle()
+
     @property
     def host_bytes(self) -> int:
         """Bytes on the host: items of dynamic heads, and parked keys and values."""
         return self.parked_bytes + sum(head.host_bytes for head in self.heads)
 
     def snapshot(self) -> LayerAccount:
-        """A copy whose heads count the tail."""
+        """A copy whose heads count the tail and what was fetched so far."""
+        self.settle()
         heads = [
             replace(
                 head,

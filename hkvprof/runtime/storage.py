@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hkvprof.runtime.kernels.interface import Extents, device_integers
+
 SLACK_SHARE = 1 / 32
 MIN_SLACK = 4
 
@@ -33,17 +35,24 @@ class RaggedStorage:
         self._locate()
 
     def _locate(self) -> None:
-        """Offsets on the host, write positions on the device."""
+        """Offsets on the host; where segments start and end also on the device."""
         self.offsets = [0]
         for capacity in self.capacities[:-1]:
             self.offsets.append(self.offsets[-1] + capacity)
         ends = [o + n for o, n in zip(self.offsets, self.lengths, strict=True)]
-        self.ends = torch.tensor(ends, device=self.key.device)
+        places = device_integers([self.offsets, ends], self.key.device, torch.int32)
+        self.starts, self.ends = places
+        self.longest = max(self.capacities)
 
     @property
     def segments(self) -> int:
         """Number of segments: rows times KV heads."""
         return len(self.lengths)
+
+    @property
+    def extents(self) -> Extents:
+        """Where the segments lie now, for the kernels."""
+        return Extents(self.offsets, self.lengths, self.longest, self.starts, self.ends)
 
     @property
     def token_bytes(self) -> int:

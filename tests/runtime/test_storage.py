@@ -52,6 +52,11 @@ def test_behaves_as_a_list_of_tensors(
             picked = [(number + 7 * i) % len(keys) for i in range(1 + number % 4)]
             storage = storage.take(picked)
             keys, values = [keys[i] for i in picked], [values[i] for i in picked]
+        extents = storage.extents
+        ends = [start + len(key) for start, key in zip(extents.starts, keys, strict=True)]
+        assert extents.device_starts.tolist() == list(extents.starts)
+        assert extents.device_ends.tolist() == ends
+        assert extents.longest >= max(extents.lengths)
     for segment in range(storage.segments):
         assert torch.equal(storage.keys(segment), keys[segment])
         assert torch.equal(storage.values(segment), values[segment])

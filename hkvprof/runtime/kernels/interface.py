@@ -6,10 +6,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.policy.index import KeyIndex
+
+
+def device_integers(
+    numbers: Sequence[int] | Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """On the device; copied from pinned memory, so that the host need not wait."""
+    made = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Where the segments of a layer lie in its flat storage, told to the host and to the device.
+
+    Segment s is rows starts[s] to starts[s] + lengths[s]; `device_starts` and `device_ends` say the
+    same as int32 on the storage's device (rows, not bytes). `longest` bounds all lengths and is the
+    same at every step until the storage grows.
+    """
+
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    longest: int
+    device_starts: Int[Tensor, " segments"]
+    device_ends: Int[Tensor, " segments"]
+
+    @classmethod
+    def of(
+        cls, starts: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu"
+    ) -> Extents:
+        """Of numbers on the host."""
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        first, end = device_integers([list(starts), ends], torch.device(device), torch.int32)
+        return cls(starts, lengths, max(lengths, default=0), first, end)
 
 
 @dataclass(frozen=True)
@@ -42,7 +78,13 @@ class DynamicSegment:
 
 
 class Retrieval(Protocol):
-    """One layer's dynamic heads, bound to its tensors; bind again when any of them is replaced."""
+    """One layer's dynamic heads, bound to its tensors; bind again when any of them is replaced.
+
+    On CUDA nothing here makes the host wait for the device, but reading `fetched`.
+    """
+
+    fetched: Int[Tensor, " heads"]
+    """Items fetched so far per dynamic head, int64 on the storage's device."""
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Per dynamic head, the share of attention expected by every item.
@@ -54,8 +96,8 @@ class Retrieval(Protocol):
         """
         ...
 
-    def load(self, scores: Sequence[Float[Tensor, " items"]]) -> list[int]:
-        """Select by `scores` and fetch what is not hot yet; items fetched per dynamic head.
+    def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
+        """Select by `scores`, fetch what is not hot yet and add its items to `fetched`.
 
         With d = score (NaN: -1): d[i] = max(d[i - successors .. i]); then, for every hot slot j,
         d[slots[j]] = max(d[slots[j]], smoothing * hot_score[j]). The `hot` items with the largest d
@@ -64,7 +106,7 @@ class Retrieval(Protocol):
         """
         ...
 
-    def step(self, query: Float[Tensor, "segments group dim"]) -> list[int]:
+    def step(self, query: Float[Tensor, "segments group dim"]) -> None:
         """`score`, then `load`."""
         ...
 
@@ -77,15 +119,14 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str:
-        """`native` or `torch`."""
+        """`native`, `triton` or `torch`."""
         ...
 
     def attend(
         self,
         key: Float[Tensor, "capacity dim"],
         value: Float[Tensor, "capacity dim"],
-        offsets: Sequence[int],
-        lengths: Sequence[int],
+        extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
     ) -> Float[Tensor, "segments group dim"]:
@@ -100,8 +141,9 @@ class Kernels(Protocol):
         scaling: float,
         smoothing: float = 0.0,
         successors: int = 0,
+        fetched: Int[Tensor, " heads"] | None = None,
     ) -> Retrieval:
-        """Prepare the retrieval of a layer's dynamic heads."""
+        """Prepare the retrieval of a layer's dynamic heads; `fetched` is counted on, if given."""
         ...
 
     def encode(

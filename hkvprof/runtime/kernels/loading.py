@@ -50,7 +50,7 @@ class RetrieveArgs(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("key", "value", "query")),
         ("heads", POINTER(Head)),
-        ("fetched", POINTER(c_int64)),
+        ("fetched", c_void_p),
         ("count", c_int64),
         *((name, c_int32) for name in ("dim", "threads", "successors")),
         *((name, c_float) for name in ("scaling", "smoothing")),

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hkvprof.policy.index import MeanIndex, MinMaxIndex
 from hkvprof.runtime.kernels import loading
-from hkvprof.runtime.kernels.interface import DynamicSegment, Retrieval
-from hkvprof.runtime.kernels.reference import TorchKernels
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.reference import TorchKernels, counter
 
 MAX_GROUP, MAX_DIM = 16, 512
 """What csrc handles; widths are multiples of 8."""
@@ -61,8 +61,7 @@ class NativeKernels:
         self,
         key: Float[Tensor, "capacity dim"],
         value: Float[Tensor, "capacity dim"],
-        offsets: Sequence[int],
-        lengths: Sequence[int],
+        extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
     ) -> Float[Tensor, "segments group dim"]:
@@ -70,7 +69,8 @@ class NativeKernels:
         segments, group, dim = query.shape
         native = self.library(group, dim)
         if native is None or not self._plain(key, value) or key.shape != value.shape:
-            return self.torch.attend(key, value, offsets, lengths, query, scaling)
+            return self.torch.attend(key, value, extents, query, scaling)
+        offsets, lengths = extents.starts, extents.lengths
         assert len(offsets) == len(lengths) == segments
         assert min(offsets) >= 0 <= min(lengths)
         assert max(map(int.__add__, offsets, lengths)) <= key.shape[0]
@@ -100,6 +100,7 @@ class NativeKernels:
         scaling: float,
         smoothing: float = 0.0,
         successors: int = 0,
+        fetched: Int[Tensor, " heads"] | None = None,
     ) -> Retrieval:
         """Keeps pointers to the tensors of all heads."""
         unfit = [reason for head in heads if (reason := self._unfit(head))]
@@ -107,10 +108,10 @@ class NativeKernels:
             for reason in unfit:
                 loading.STATE.notes[f"torch for {reason}"] = None
             return self.torch.bind(
-                storage_key, storage_value, heads, scaling, smoothing, successors
+                storage_key, storage_value, heads, scaling, smoothing, successors, fetched
             )
         return NativeRetrieval(
-            self, storage_key, storage_value, heads, scaling, smoothing, successors
+            self, storage_key, storage_value, heads, scaling, smoothing, successors, fetched
         )
 
     def encode(
@@ -172,18 +173,21 @@ class NativeRetrieval:
         scaling: float,
         smoothing: float,
         successors: int,
+        fetched: Int[Tensor, " heads"] | None,
     ) -> None:
+        self.fetched = counter(fetched, heads, key.device)
         self.kernels, self.key, self.value, self.heads = kernels, key, value, tuple(heads)
-        self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, successors)
+        self._plain = kernels.torch.bind(
+            key, value, heads, scaling, smoothing, successors, self.fetched
+        )
         self._alive: list[Tensor] = []
         self._heads = (loading.Head * len(heads))(*map(self._describe, heads))
-        self._fetched = (c_int64 * len(heads))()
         self._segments = max((head.segment for head in heads), default=-1) + 1
         self._args = loading.RetrieveArgs(
             key=key.data_ptr(),
             value=value.data_ptr(),
             heads=self._heads,
-            fetched=self._fetched,
+            fetched=self.fetched.data_ptr(),
             count=len(heads),
             dim=key.shape[1],
             successors=successors,
@@ -196,19 +200,19 @@ class NativeRetrieval:
         scores = [torch.empty(head.items) for head in self.heads]
         return scores if self._run(SCORE, query, scores) else self._plain.score(query)
 
-    def load(self, scores: Sequence[Float[Tensor, " items"]]) -> list[int]:
+    def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
         """Select and fetch. Nothing here depends on the group: any library of this type will do."""
         dtype = self.kernels.dtype
         native = loading.opened(dtype) or loading.library(dtype, 1)
         if native is None or not self.kernels.handles(1, self.key.shape[1]):
-            return self._plain.load(scores)
-        self._call(native, LOAD, [score.float().contiguous() for score in scores])
-        return list(self._fetched)
+            self._plain.load(scores)
+        else:
+            self._call(native, LOAD, [score.float().contiguous() for score in scores])
 
-    def step(self, query: Float[Tensor, "segments group dim"]) -> list[int]:
+    def step(self, query: Float[Tensor, "segments group dim"]) -> None:
         """Score and load without scores leaving the library."""
-        done = self._run(SCORE | LOAD, query, ())
-        return list(self._fetched) if done else self._plain.step(query)
+        if not self._run(SCORE | LOAD, query, ()):
+            self._plain.step(query)
 
     def _run(self, what: int, query: Tensor, scores: Sequence[Tensor]) -> bool:
         segments, group, dim = query.shape

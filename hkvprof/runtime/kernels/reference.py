@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.policy.quantiser import encode
-from hkvprof.runtime.kernels.interface import DynamicSegment
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents
 
 
 class TorchKernels:
@@ -22,8 +22,7 @@ class TorchKernels:
         self,
         key: Float[Tensor, "capacity dim"],
         value: Float[Tensor, "capacity dim"],
-        offsets: Sequence[int],
-        lengths: Sequence[int],
+        extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
     ) -> Float[Tensor, "segments group dim"]:
@@ -31,6 +30,7 @@ class TorchKernels:
 
         Segments of one length at even distances are one batch; others go one by one.
         """
+        offsets, lengths = extents.starts, extents.lengths
         views = _batch(key, offsets, lengths), _batch(value, offsets, lengths)
         if views[0] is not None and views[1] is not None:
             return _attend(query, views[0], views[1], scaling)
@@ -49,9 +49,12 @@ class TorchKernels:
         scaling: float,
         smoothing: float = 0.0,
         successors: int = 0,
+        fetched: Int[Tensor, " heads"] | None = None,
     ) -> TorchRetrieval:
         """Prepare the retrieval of a layer's dynamic heads."""
-        return TorchRetrieval(storage_key, storage_value, heads, scaling, smoothing, successors)
+        return TorchRetrieval(
+            storage_key, storage_value, heads, scaling, smoothing, successors, fetched
+        )
 
     def encode(
         self,
@@ -87,6 +90,18 @@ def _batch(
     return flat.as_strided(shape, (distance * rows, rows, width), start)
 
 
+def counter(
+    given: Int[Tensor, " heads"] | None, heads: Sequence[DynamicSegment], device: torch.device
+) -> Int[Tensor, " heads"]:
+    """What `Retrieval.fetched` counts with: the given tensor, or a new one at 0."""
+    if given is None:
+        return torch.zeros(len(heads), dtype=torch.int64, device=device)
+    assert (given.dtype, given.device) == (torch.int64, device)
+    assert given.shape == (len(heads),)
+    assert given.is_contiguous()
+    return given
+
+
 class TorchRetrieval:
     """See interface.Retrieval."""
 
@@ -98,7 +113,9 @@ class TorchRetrieval:
         scaling: float,
         smoothing: float,
         successors: int,
+        fetched: Int[Tensor, " heads"] | None = None,
     ) -> None:
+        self.fetched = counter(fetched, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self.scaling, self.smoothing, self.successors = scaling, smoothing, successors
 
@@ -118,13 +135,14 @@ class TorchRetrieval:
         exact = logits.softmax(dim=-1).mean(dim=0)
         return torch.full_like(score, -1.0).index_copy_(0, best, exact)
 
-    def step(self, query: Float[Tensor, "segments group dim"]) -> list[int]:
+    def step(self, query: Float[Tensor, "segments group dim"]) -> None:
         """Score, then load."""
-        return self.load(self.score(query))
+        self.load(self.score(query))
 
-    def load(self, scores: Sequence[Float[Tensor, " items"]]) -> list[int]:
+    def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
         """Select and fetch, head by head."""
-        return [self._load(head, score) for head, score in zip(self.heads, scores, strict=True)]
+        counts = [self._load(head, score) for head, score in zip(self.heads, scores, strict=True)]
+        self.fetched += self.fetched.new_tensor(counts)
 
     def _load(self, head: DynamicSegment, score: Float[Tensor, " items"]) -> int:
         held = head.slots.long()

@@ -171,3 +171,31 @@ def wanted_exactly(
             due[item] = max(due[item], float(kept))
     order = sorted(range(len(due)), key=lambda item: (-due[item], item not in held, item))
     return set(order[: len(held)]), due
+
+
+def check_loaded(
+    before: Layer,
+    after: Layer,
+    scores: list[Tensor],
+    counts: list[int],
+    smoothing: float,
+    successors: int,
+) -> None:
+    """What Retrieval.load promises."""
+    outside = torch.ones(len(after.key), dtype=torch.bool)
+    for old, head, score, count in zip(before.heads, after.heads, scores, counts, strict=True):
+        wanted, due = wanted_exactly(old, score.tolist(), smoothing, successors)
+        held = head.slots.tolist()
+        assert set(held) == wanted
+        kept = sum(a == b for a, b in zip(old.slots.tolist(), held, strict=True))
+        assert count == len(held) - kept == len(wanted - set(old.slots.tolist()))
+        for slot, item in enumerate(held):
+            start = head.hot_start + slot * head.chunk
+            rows = slice(start, start + head.chunk)
+            key, value = host_item(head, item, after.key.dtype)
+            assert torch.equal(after.key[rows], key)
+            assert torch.equal(after.value[rows], value)
+            outside[rows] = False
+        if head.hot_score is not None:
+            assert torch.equal(head.hot_score, torch.tensor([due[item] for item in held]))
+    assert torch.equal(after.key[outside], before.key[outside])

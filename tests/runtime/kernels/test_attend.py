@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hkvprof.runtime import kernels
-from hkvprof.runtime.kernels import Kernels, loading
+from hkvprof.runtime.kernels import Extents, Kernels, loading
 from hkvprof.runtime.kernels.reference import TorchKernels
 from tests.runtime.kernels.cases import DTYPES, PRECISION, attend_exactly, compiler
 
@@ -55,7 +55,7 @@ def test_ragged_segments(
         key[offsets[bad] + lengths[bad] // 2, dim // 2] = torch.nan
     exact = attend_exactly(key, value, offsets, lengths, query, dim**-0.5)
     for kernel in both(dtype):
-        got = kernel.attend(key, value, offsets, lengths, query, dim**-0.5)
+        got = kernel.attend(key, value, Extents.of(offsets, lengths), query, dim**-0.5)
         assert got.dtype == dtype
         assert got.shape == query.shape
         # Torch rounds the weights too; a mean of values of order 1 leaves that rounding in place.
@@ -74,11 +74,12 @@ def test_infinite_logits_and_many_threads(dtype: torch.dtype) -> None:
     query = query.abs() + 0.1
     key[:1500] = -torch.inf
     exact = attend_exactly(key, value, offsets, [2000, 3], query, 0.125)
-    got = kernels.for_device(CPU, dtype).attend(key, value, offsets, [2000, 3], query, 0.125)
+    extents = Extents.of(offsets, [2000, 3])
+    got = kernels.for_device(CPU, dtype).attend(key, value, extents, query, 0.125)
     assert got.isfinite().all()
     torch.testing.assert_close(got.double(), exact, rtol=0.01, atol=0.01)
     key[1700, 3] = torch.inf
-    got = kernels.for_device(CPU, dtype).attend(key, value, offsets, [2000, 3], query, 0.125)
+    got = kernels.for_device(CPU, dtype).attend(key, value, extents, query, 0.125)
     assert got[0].isnan().all()
     assert got[1].isfinite().all()
 
@@ -86,9 +87,10 @@ def test_infinite_logits_and_many_threads(dtype: torch.dtype) -> None:
 @compiler
 def test_huge_logits_do_not_overflow() -> None:
     key, value, offsets, query = segments([500], 0, 32, 7, torch.float32, 1)
-    args = (key * 1e3, value, offsets, [500], query * 1e3)
-    exact = attend_exactly(*args, 1.0)
-    got = kernels.for_device(CPU, torch.float32).attend(*args, 1.0)
+    key, query = key * 1e3, query * 1e3
+    exact = attend_exactly(key, value, offsets, [500], query, 1.0)
+    extents = Extents.of(offsets, [500])
+    got = kernels.for_device(CPU, torch.float32).attend(key, value, extents, query, 1.0)
     torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-3)
 
 
@@ -100,9 +102,9 @@ def test_shapes_without_native_code_go_to_torch_and_say_so(
     monkeypatch.setattr(loading, "STATE", loading._State())
     key, value, offsets, query = segments([100], 0, dim, group, torch.float32, 2)
     kernel = kernels.for_device(CPU, torch.float32)
-    kernel.attend(key, value, offsets, [100], query, 0.1)
-    warm = segments([5], 0, 8, 7, torch.float32, 2)
-    kernel.attend(*warm[:3], [5], warm[3], 0.1)
+    kernel.attend(key, value, Extents.of(offsets, [100]), query, 0.1)
+    key, value, offsets, query = segments([5], 0, 8, 7, torch.float32, 2)
+    kernel.attend(key, value, Extents.of(offsets, [5]), query, 0.1)
     assert f"torch for {group} query heads per KV head of width {dim}" in kernels.status()
 
 
@@ -110,7 +112,8 @@ def test_shapes_without_native_code_go_to_torch_and_say_so(
 def test_one_openmp_runtime_only() -> None:
     """The threads are torch's: a second pool would spin against the first."""
     key, value, offsets, query = segments([5], 0, 8, 7, torch.float32, 2)
-    kernels.for_device(CPU, torch.float32).attend(key, value, offsets, [5], query, 0.1)
+    extents = Extents.of(offsets, [5])
+    kernels.for_device(CPU, torch.float32).attend(key, value, extents, query, 0.1)
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "omp" in line and ".so" in line}
     assert len({path for path in runtimes if "gomp" in path or "iomp" in path}) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hkvprof.runtime import kernels
-from hkvprof.runtime.kernels import build, loading
+from hkvprof.runtime.kernels import Extents, build, loading
 from tests.runtime.kernels.cases import attend_exactly, compiler
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def attend_once() -> None:
     """One step, checked."""
     key, value, query = torch.randn(9, 8), torch.randn(9, 8), torch.randn(1, 1, 8)
     kernel = kernels.for_device(CPU, torch.float32)
-    got = kernel.attend(key, value, [0], [9], query, 0.3)
+    got = kernel.attend(key, value, Extents.of([0], [9]), query, 0.3)
     exact = attend_exactly(key, value, [0], [9], query, 0.3)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
 
@@ -120,7 +120,8 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     code = (
         "import torch; from hkvprof.runtime import kernels;"
         "k = kernels.for_device(torch.device('cpu'), torch.float32);"
-        "k.attend(torch.ones(9, 8), torch.ones(9, 8), [0], [9], torch.ones(1, 1, 8), 1.0);"
+        "e = kernels.Extents.of([0], [9]);"
+        "k.attend(torch.ones(9, 8), torch.ones(9, 8), e, torch.ones(1, 1, 8), 1.0);"
         "print(kernels.status())"
     )
     command = [sys.executable, "-W", "error", "-c", code]

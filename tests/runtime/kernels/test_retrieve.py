@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from hkvprof.runtime import kernels
 from hkvprof.runtime.kernels import Kernels
@@ -15,12 +14,10 @@ from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from tests.runtime.kernels.cases import (
     DTYPES,
     KINDS,
-    Layer,
+    check_loaded,
     compiler,
-    host_item,
     make_layer,
     shares_exactly,
-    wanted_exactly,
 )
 
 CPU = torch.device("cpu")
@@ -108,35 +105,8 @@ def test_load(
         own = layer.copy()
         retrieval = kernel.bind(own.key, own.value, own.heads, 0.1, smoothing, successors)
         assert isinstance(retrieval, TorchRetrieval if kernel.name == "torch" else NativeRetrieval)
-        check_loaded(layer, own, scores, retrieval.load(scores), smoothing, successors)
-
-
-def check_loaded(
-    before: Layer,
-    after: Layer,
-    scores: list[Tensor],
-    counts: list[int],
-    smoothing: float,
-    successors: int,
-) -> None:
-    """What Retrieval.load promises."""
-    outside = torch.ones(len(after.key), dtype=torch.bool)
-    for old, head, score, count in zip(before.heads, after.heads, scores, counts, strict=True):
-        wanted, due = wanted_exactly(old, score.tolist(), smoothing, successors)
-        held = head.slots.tolist()
-        assert set(held) == wanted
-        kept = sum(a == b for a, b in zip(old.slots.tolist(), held, strict=True))
-        assert count == len(held) - kept == len(wanted - set(old.slots.tolist()))
-        for slot, item in enumerate(held):
-            start = head.hot_start + slot * head.chunk
-            rows = slice(start, start + head.chunk)
-            key, value = host_item(head, item, after.key.dtype)
-            assert torch.equal(after.key[rows], key)
-            assert torch.equal(after.value[rows], value)
-            outside[rows] = False
-        if head.hot_score is not None:
-            assert torch.equal(head.hot_score, torch.tensor([due[item] for item in held]))
-    assert torch.equal(after.key[outside], before.key[outside])
+        retrieval.load(scores)
+        check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing, successors)
 
 
 @compiler
@@ -229,7 +199,8 @@ def test_reranked_steps(
         own = layer.copy()
         retrieval = kernel.bind(own.key, own.value, own.heads, 0.3, smoothing, successors)
         scores = retrieval.score(own.query)
-        check_loaded(layer, own, scores, retrieval.step(own.query), smoothing, successors)
+        retrieval.step(own.query)
+        check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing, successors)
 
 
 @compiler
@@ -244,10 +215,12 @@ def test_steps_follow_the_scores(kind: str, rerank: int, items: int) -> None:
     parts = kernel.bind(copy.key, copy.value, copy.heads, 0.3)
     for step in range(4):
         query = torch.randn(layer.query.shape, generator=torch.Generator().manual_seed(step))
-        counts = whole.step(query.bfloat16())
-        assert counts == parts.load(parts.score(query.bfloat16()))
-        assert counts[1] == 0
-        assert counts[0] > 0
+        before = whole.fetched.tolist()
+        whole.step(query.bfloat16())
+        parts.load(parts.score(query.bfloat16()))
+        assert torch.equal(whole.fetched, parts.fetched)
+        assert whole.fetched[1] == 0
+        assert whole.fetched[0] > before[0]
         assert torch.equal(layer.key, copy.key)
         assert torch.equal(layer.value, copy.value)
 
@@ -259,13 +232,28 @@ def test_nan_queries_fetch_nothing(rerank: int) -> None:
     layer.query[1] = torch.nan
     for kernel in both(torch.bfloat16):
         own = layer.copy()
-        counts = kernel.bind(own.key, own.value, own.heads, 0.3).step(own.query)
-        assert counts[0] > 0
-        assert counts[1] == 0
+        retrieval = kernel.bind(own.key, own.value, own.heads, 0.3)
+        retrieval.step(own.query)
+        assert retrieval.fetched[0] > 0
+        assert retrieval.fetched[1] == 0
         assert torch.equal(own.heads[1].slots, layer.heads[1].slots)
 
 
 def test_no_heads_is_no_work() -> None:
     for kernel in both(torch.bfloat16):
         empty = torch.zeros(0, 32, dtype=torch.bfloat16)
-        assert kernel.bind(empty, empty, [], 0.1).load([]) == []
+        retrieval = kernel.bind(empty, empty, [], 0.1)
+        retrieval.load([])
+        assert retrieval.fetched.shape == (0,)
+
+
+def test_counting_goes_on_after_binding_again() -> None:
+    for kernel in both(torch.bfloat16):
+        own = make_layer(7, "mean", [90, 40], [9, 40])
+        first = kernel.bind(own.key, own.value, own.heads, 0.3)
+        first.step(own.query)
+        count = int(first.fetched[0])
+        again = kernel.bind(own.key, own.value, own.heads, 0.3, fetched=first.fetched)
+        again.step(-own.query)
+        assert again.fetched is first.fetched
+        assert count < again.fetched[0] <= count + 9

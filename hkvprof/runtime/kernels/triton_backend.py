@@ -1,0 +1,116 @@
+"""The decode kernels in Triton: CUDA tensors, or CPU tensors under Triton's interpreter.
+
+Nothing here makes the host wait for the device: grids come from numbers that the host knows, and
+what was fetched is counted on the device. Importing this module imports triton; `for_device` does
+so when it meets CUDA tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hkvprof.policy.index import MeanIndex, MinMaxIndex, ProjectedIndex
+from hkvprof.runtime.kernels import triton_attend
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.reference import TorchKernels
+from hkvprof.runtime.kernels.triton_common import DTYPES, INTERPRETED
+from hkvprof.runtime.kernels.triton_retrieval import TritonRetrieval
+
+MAX_GROUP, MAX_DIM = 64, 256
+CODES = (2, 4, 8)
+
+
+class TritonKernels:
+    """See interface.Kernels. What these kernels do not handle goes to torch and into `notes`."""
+
+    name = "triton"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        assert dtype in DTYPES
+        self.dtype = dtype
+        self.torch = TorchKernels()
+        self.notes: dict[str, None] = {}
+
+    def attend(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        extents: Extents,
+        query: Float[Tensor, "segments group dim"],
+        scaling: float,
+    ) -> Float[Tensor, "segments group dim"]:
+        """Split-KV: products in the tensors' dtype, accumulation and softmax in float32."""
+        if reason := self._unfit_shape(key, value, query.shape[1]):
+            self.notes[f"torch for {reason}"] = None
+            return self.torch.attend(key, value, extents, query, scaling)
+        return triton_attend.attend(
+            key,
+            value,
+            extents.device_starts,
+            extents.device_ends,
+            extents.longest,
+            query.to(self.dtype).contiguous(),
+            scaling,
+        )
+
+    def bind(
+        self,
+        storage_key: Float[Tensor, "capacity dim"],
+        storage_value: Float[Tensor, "capacity dim"],
+        heads: Sequence[DynamicSegment],
+        scaling: float,
+        smoothing: float = 0.0,
+        successors: int = 0,
+        fetched: Int[Tensor, " heads"] | None = None,
+    ) -> Retrieval:
+        """Keeps addresses of the tensors of all heads."""
+        plain = self._unfit_shape(storage_key, storage_value, 1)
+        unfit = [plain] if plain else [self._unfit(head) for head in heads]
+        args = (storage_key, storage_value, heads, scaling, smoothing, successors, fetched)
+        if any(unfit):
+            self.notes.update({f"torch for {reason}": None for reason in unfit if reason})
+            return self.torch.bind(*args)
+        return TritonRetrieval(*args)
+
+    def encode(
+        self,
+        projected: Float[Tensor, "tokens channels"],
+        codebook: Float[Tensor, "256 channels"],
+        subspaces: Sequence[tuple[int, int]],
+    ) -> Int[Tensor, "tokens codes"]:
+        """In plain torch: one product per code, at compressions only."""
+        return self.torch.encode(projected, codebook, subspaces)
+
+    def _unfit_shape(self, key: Tensor, value: Tensor, group: int) -> str:
+        """Why these kernels cannot work on this storage, or an empty string."""
+        if key.shape != value.shape or key.shape[1] > MAX_DIM or group > MAX_GROUP:
+            widths = f"{key.shape[1]} and {value.shape[1]}"
+            return f"{group} query heads per KV head of widths {widths}"
+        if any(t.dtype != self.dtype or not t.is_contiguous() for t in (key, value)):
+            return f"storage of {key.dtype} and {value.dtype} that is not plain {self.dtype}"
+        if INTERPRETED and key.is_cuda:
+            return "CUDA tensors, whose addresses Triton's interpreter cannot read"
+        return ""
+
+    def _unfit(self, head: DynamicSegment) -> str:
+        """Why these kernels cannot work on this head, or an empty string."""
+        host, index = head.host, head.index
+        on_cuda = head.slots.is_cuda
+        for tensor in (host, head.scale):
+            if tensor is not None and not tensor.is_contiguous():
+                return "host chunks that are not contiguous"
+            if tensor is not None and on_cuda and not tensor.is_pinned():
+                return "host chunks that are not in pinned memory"
+        if host.dtype != (self.dtype if head.scale is None else torch.int8):
+            return f"host chunks of {host.dtype}"
+        if isinstance(index, MeanIndex | MinMaxIndex):
+            same = all(t.dtype == self.dtype and t.is_contiguous() for t in index.tensors())
+            return "" if same else "digests of another type"
+        if isinstance(index, ProjectedIndex):
+            fits = index.codes.shape[1] in CODES and len(index.tables.codebook) == 256
+            return "" if fits else f"{index.codes.shape[1]} codes per token"
+        return f"an index {type(index).__name__}"

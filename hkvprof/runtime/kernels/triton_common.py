@@ -1,0 +1,99 @@
+"""What the Triton kernels share. Importing this module imports triton: see `kernels.for_device`.
+
+Under Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported) the kernels run on
+CPU tensors. There a product of bfloat16 tiles returns garbage and a conversion to bfloat16 cuts
+bits off, so that UPCAST multiplies in float32 and rounds by hand.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_DOT = 16
+"""Least rows, columns and depth of a tl.dot."""
+
+
+@triton.jit
+def dot(a: tl.tensor, b: tl.tensor, UPCAST: tl.constexpr) -> tl.tensor:
+    """Product of two tiles, accumulated in float32; float32 tiles are not cut to TF32."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x: tl.tensor, DTYPE: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor:
+    """float32 as DTYPE, rounded to the nearest, of equals the even one."""
+    if UPCAST and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+FIELDS = tl.constexpr(19)
+"""Columns of a descriptor: what the kernels know about a dynamic head, as int64, addresses too."""
+SEGMENT = tl.constexpr(0)
+ITEMS = tl.constexpr(1)
+HOT = tl.constexpr(2)
+HOT_START = tl.constexpr(3)
+PICKED = tl.constexpr(4)
+"""Items that get an exact score; 0: the estimated scores stay."""
+BASE = tl.constexpr(5)
+"""Where the head's items begin in scratch that holds one entry per item of all heads."""
+PARTS = tl.constexpr(6)
+"""Where its partial sums begin in scratch that holds one entry per block of items."""
+BLOCK_ITEMS = tl.constexpr(7)
+"""Items of such a block."""
+FIRST = tl.constexpr(8)
+"""Mean or smallest keys, or codes."""
+SECOND = tl.constexpr(9)
+"""Largest keys."""
+PROJECTION = tl.constexpr(10)
+CODEBOOK = tl.constexpr(11)
+CHANNELS = tl.constexpr(12)
+SLOTS = tl.constexpr(13)
+HOT_SCORE = tl.constexpr(14)
+HOST = tl.constexpr(15)
+SCALE = tl.constexpr(16)
+PER_GROUP = tl.constexpr(17)
+BOUNDS = tl.constexpr(18)
+"""Address of pairs of int64: the first channel of every code, and one past its last."""
+
+
+@triton.jit
+def field(heads: tl.tensor, head: tl.tensor, NUMBER: tl.constexpr) -> tl.tensor:
+    """One number of a head's descriptor."""
+    return tl.load(heads + head * FIELDS + NUMBER)
+
+
+@triton.jit
+def small(heads: tl.tensor, head: tl.tensor, NUMBER: tl.constexpr) -> tl.tensor:
+    """One number that fits into 32 bits."""
+    return field(heads, head, NUMBER).to(tl.int32)
+
+
+@triton.jit
+def address(
+    heads: tl.tensor, head: tl.tensor, NUMBER: tl.constexpr, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """One address, of elements of this type; a multiple of 16, so that reads can be wide."""
+    return tl.multiple_of(field(heads, head, NUMBER).to(tl.pointer_type(DTYPE)), 16)
+
+
+INTERPRETED = not isinstance(dot, triton.runtime.JITFunction)
+"""Whether this process runs kernels in Triton's interpreter."""
+
+
+def padded(number: int, least: int = LEAST_DOT) -> int:
+    """The least power of two that is not below `number` nor `least`."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def blocks(total: int, block: int) -> int:
+    """How many blocks cover `total`; at least one, since a grid must not be empty."""
+    return max(1, -(-total // block))

@@ -1,0 +1,78 @@
+"""Fetching items into hot slots in Triton, straight from pinned host memory.
+
+A device reads pinned memory at the address that the host knows it by (unified addressing). Only
+items that were selected and are not hot are read; K and V of an item are neighbours on the host,
+so that one item is one contiguous read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hkvprof.runtime.kernels.triton_common import (
+    BASE,
+    HOST,
+    HOT_SCORE,
+    HOT_START,
+    PER_GROUP,
+    SCALE,
+    SLOTS,
+    address,
+    field,
+    narrow,
+)
+
+
+@triton.jit
+def gather_kernel(
+    heads: tl.tensor,
+    which: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    due: tl.tensor,
+    missing: tl.tensor,
+    free: tl.tensor,
+    counts: tl.tensor,
+    CHUNK: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INT8: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """Copy missing[i] to slot free[i], ROWS items a program, and say so in the slot map."""
+    head = tl.load(which + tl.program_id(0))
+    number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    count = tl.load(counts + head)
+    if tl.program_id(1) * ROWS >= count:
+        return
+    inside = number < count
+    base = field(heads, head, BASE)
+    item = tl.load(missing + base + number, mask=inside, other=0)
+    slot = tl.load(free + base + number, mask=inside, other=0)
+    half: tl.constexpr = CHUNK * DIM
+    source = item.to(tl.int64) * (2 * half)
+    target = (field(heads, head, HOT_START) + slot.to(tl.int64) * CHUNK) * DIM
+    for start in range(0, 2 * half, BLOCK):
+        element = start + tl.arange(0, BLOCK)
+        mask = inside[:, None] & (element[None, :] < 2 * half)
+        where = source[:, None] + element[None, :]
+        if INT8:
+            data = tl.load(address(heads, head, HOST, tl.int8) + where, mask=mask, other=0)
+            owner = item // field(heads, head, PER_GROUP)
+            channel = element // half * DIM + element % DIM
+            unit = address(heads, head, SCALE, tl.float32) + owner[:, None] * (2 * DIM)
+            rows = data.to(tl.float32) * tl.load(unit + channel[None, :], mask=mask, other=0.0)
+            rows = narrow(rows, key.dtype.element_ty, UPCAST)
+        else:
+            host = address(heads, head, HOST, key.dtype.element_ty)
+            rows = tl.load(host + where, mask=mask, other=0.0)
+        to = target[:, None] + (element % half)[None, :]
+        tl.store(key + to, rows, mask=mask & (element < half)[None, :])
+        tl.store(value + to, rows, mask=mask & (element >= half)[None, :])
+    tl.store(address(heads, head, SLOTS, tl.int32) + slot, item, mask=inside)
+    if SMOOTH:
+        score = tl.load(due + base + item, mask=inside, other=0.0)
+        tl.store(address(heads, head, HOT_SCORE, tl.float32) + slot, score, mask=inside)

@@ -1,0 +1,273 @@
+"""Score, select and gather for the dynamic heads of a layer: the order of the launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hkvprof.policy.index import ProjectedIndex
+from hkvprof.runtime.kernels import triton_scores as scores_of
+from hkvprof.runtime.kernels import triton_select as selection
+from hkvprof.runtime.kernels.interface import DynamicSegment, device_integers
+from hkvprof.runtime.kernels.reference import counter
+from hkvprof.runtime.kernels.triton_attend import LOG2_E, TILE_BYTES
+from hkvprof.runtime.kernels.triton_common import FIELDS, INTERPRETED, blocks, padded
+from hkvprof.runtime.kernels.triton_gather import gather_kernel
+from hkvprof.runtime.kernels.triton_launch import Launch, items_of, kind_of, picked_of
+from hkvprof.runtime.kernels.triton_rerank import exact_kernel
+
+CODED_ITEMS = 512
+"""Items of a projected index per program."""
+SHARE_ITEMS = 256
+"""Items per program that turns logits into scores."""
+RESET_BLOCKS = 16
+"""Blocks of picked items in which a program resets scores."""
+SELECT_ITEMS = 4096
+"""Items per round of the one program that selects for a head."""
+GATHER_ELEMENTS = 2048
+"""Numbers that a program copies at a time."""
+WORDS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+class TritonRetrieval:
+    """See interface.Retrieval."""
+
+    def __init__(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        heads: Sequence[DynamicSegment],
+        scaling: float,
+        smoothing: float,
+        successors: int,
+        fetched: Int[Tensor, " heads"] | None,
+    ) -> None:
+        self.fetched = counter(fetched, heads, key.device)
+        self.key, self.value, self.heads = key, value, tuple(heads)
+        self._scale, self._smoothing = scaling * LOG2_E, smoothing
+        self._successors = successors
+        self._dim = key.shape[1]
+        self._width = padded(self._dim)
+        self._block = min(128, max(16, TILE_BYTES // (self._width * key.element_size())))
+        self._alive: list[Tensor] = []
+        if not heads:
+            return
+        self._describe_all()
+        everyone = list(range(len(heads)))
+        reranked = [n for n in everyone if picked_of(self.heads[n])]
+        self._everyone = self._launch(None, everyone)
+        self._reranked = self._launch(None, reranked) if reranked else None
+        self._indexes = list(self._launches(everyone, lambda head: kind_of(head.index)))
+        self._exact = list(self._launches(reranked, lambda head: head.scale is not None))
+        self._gathers = list(
+            self._launches(everyone, lambda head: (head.scale is not None, head.chunk))
+        )
+
+    def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
+        """Expected attention of every item, per dynamic head."""
+        if not self.heads:
+            return []
+        return list(self._score(query).split([head.items for head in self.heads]))
+
+    def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
+        """Select and fetch."""
+        assert [len(score) for score in scores] == [head.items for head in self.heads]
+        if self.heads:
+            self._load(torch.cat([score.float() for score in scores]))
+
+    def step(self, query: Float[Tensor, "segments group dim"]) -> None:
+        """Score and load."""
+        if self.heads:
+            self._load(self._score(query))
+
+    def _score(self, query: Float[Tensor, "segments group dim"]) -> Float[Tensor, " all_items"]:
+        """Scores of all items of all heads, one head after the other."""
+        segments, group, dim = query.shape
+        assert dim == self._dim
+        assert segments > max(head.segment for head in self.heads)
+        query = query.to(self.key.dtype).contiguous()
+        scores, logits = self._floats(self._items), self._floats(self._items * group)
+        partial = (logits, self._floats(self._parts * group), self._floats(self._parts * group))
+        sizes = {"GROUP": padded(group), "DIM": self._dim, "WIDTH": self._width}
+        for launch in self._indexes:
+            self._estimate(launch, query, partial, sizes)
+        picked = torch.empty(self._items, dtype=torch.int32, device=self.key.device)
+        shared = (*partial, picked, scores, group)
+        share = {"GROUP": padded(group, 1), "BLOCK": SHARE_ITEMS, "EXACT_ITEMS": self._block}
+        everyone = self._everyone
+        grid = everyone.grid(items_of, SHARE_ITEMS)
+        scores_of.share_kernel[grid](self._table, everyone.which, *shared, EXACT=False, **share)
+        if self._reranked is None:
+            return scores
+        which, count = self._reranked.which, len(self._reranked.heads)
+        selection.pick_kernel[(count,)](
+            self._table, which, scores, picked, BLOCK=self._round(), num_warps=8
+        )
+        reset = RESET_BLOCKS * self._block
+        for launch in self._exact:
+            picks, resets = launch.grid(picked_of, self._block), launch.grid(items_of, reset)
+            grid = max(picks, resets)
+            exact_kernel[grid](
+                self._table, launch.which, query, picked, scores, *partial, self._scale, group,
+                **sizes, BLOCK=self._block, RESET=reset, INT8=launch.kind,
+                UPCAST=INTERPRETED,
+            )  # fmt: skip
+        grid = self._reranked.grid(picked_of, SHARE_ITEMS)
+        scores_of.share_kernel[grid](self._table, which, *shared, EXACT=True, **share)
+        return scores
+
+    def _estimate(
+        self,
+        launch: Launch,
+        query: Tensor,
+        partial: tuple[Tensor, Tensor, Tensor],
+        sizes: dict[str, int],
+    ) -> None:
+        """Logits of one kind of index."""
+        group = query.shape[1]
+        if not isinstance(launch.kind, int):
+            scores_of.digest_kernel[launch.grid(items_of, self._block)](
+                self._table, launch.which, query, *partial, self._scale, group, **sizes,
+                BLOCK=self._block, MINMAX=launch.kind == "minmax", UPCAST=INTERPRETED,
+            )  # fmt: skip
+            return
+        codes, count = launch.kind, len(launch.heads)
+        tables = self._floats(count * group * codes * 256)
+        narrow = {**sizes, "GROUP": padded(group, 1)}
+        scores_of.table_kernel[(count, codes)](
+            self._table, launch.which, query, tables, group, **narrow, CODES=codes
+        )
+        scores_of.coded_kernel[launch.grid(items_of, CODED_ITEMS)](
+            self._table, launch.which, tables, *partial, self._scale, group,
+            GROUP=padded(group, 1), CODES=codes, WORD=WORDS[codes], BLOCK=CODED_ITEMS,
+        )  # fmt: skip
+
+    def _load(self, scores: Float[Tensor, " all_items"]) -> None:
+        """Select by all heads' scores and fetch."""
+        device, count = self.key.device, len(self.heads)
+        due = self._floats(self._items)
+        held = torch.empty(self._items, dtype=torch.int8, device=device)
+        missing, free = torch.empty((2, self._items), dtype=torch.int32, device=device)
+        counts = torch.empty(count, dtype=torch.int32, device=device)
+        smooth = self._smoothing > 0
+        everyone = self._everyone
+        longest = max(head.items for head in self.heads)
+        selection.due_kernel[everyone.grid(items_of, 1024)](
+            self._table, scores, due, held, min(self._successors, longest - 1), BLOCK=1024
+        )
+        selection.hold_kernel[everyone.grid(lambda head: head.hot, 256)](
+            self._table, due, held, float(self._smoothing), BLOCK=256, SMOOTH=smooth
+        )
+        selection.select_kernel[(count,)](
+            self._table, due, held, missing, free, counts, self.fetched,
+            BLOCK=self._round(), SMOOTH=smooth, num_warps=8,
+        )  # fmt: skip
+        for launch in self._gathers:
+            int8, chunk = launch.kind
+            block = min(GATHER_ELEMENTS, padded(2 * chunk * self._dim))
+            rows = GATHER_ELEMENTS // block
+            gather_kernel[launch.grid(lambda head: head.hot, rows)](
+                self._table, launch.which, self.key, self.value, due, missing, free, counts,
+                CHUNK=chunk, DIM=self._dim, ROWS=rows, BLOCK=block, INT8=int8, SMOOTH=smooth,
+                UPCAST=INTERPRETED,
+            )  # fmt: skip
+
+    def _floats(self, count: int) -> Float[Tensor, " count"]:
+        return torch.empty(count, dtype=torch.float32, device=self.key.device)
+
+    def _round(self) -> int:
+        return min(SELECT_ITEMS, padded(max(head.items for head in self.heads), 128))
+
+    # -- what the kernels are told once ------------------------------------------------------
+
+    def _launch(self, kind: Any, numbers: Sequence[int]) -> Launch:
+        which = device_integers(list(numbers), self.key.device)
+        return Launch(kind, tuple(self.heads[n] for n in numbers), which)
+
+    def _launches(
+        self, numbers: Sequence[int], kind: Callable[[DynamicSegment], Hashable]
+    ) -> Iterator[Launch]:
+        """Heads of one kind each."""
+        kinds = {n: kind(self.heads[n]) for n in numbers}
+        for one in dict.fromkeys(kinds.values()):
+            yield self._launch(one, [n for n in numbers if kinds[n] == one])
+
+    def _describe_all(self) -> None:
+        """The table of descriptors, and the sizes of scratch."""
+        bounds: list[list[int]] = []
+        for head in self.heads:
+            if isinstance(head.index, ProjectedIndex):
+                bounds += [list(pair) for pair in head.index.tables.subspaces]
+        where = self._hold(device_integers(bounds, self.key.device)) if bounds else 0
+        self._items = self._parts = 0
+        rows = []
+        for head in self.heads:
+            coded = isinstance(head.index, ProjectedIndex)
+            block = CODED_ITEMS if coded else self._block
+            rows.append(self._describe(head, block, where))
+            self._items += head.items
+            self._parts += max(blocks(head.items, block), blocks(picked_of(head), self._block))
+            if isinstance(head.index, ProjectedIndex):
+                where += 16 * len(head.index.tables.subspaces)
+        self._table = device_integers(rows, self.key.device)
+
+    def _describe(self, head: DynamicSegment, block: int, bounds: int) -> list[int]:
+        """A row of the table (triton_common.FIELDS)."""
+        dim = self._dim
+        assert head.rerank >= 0
+        assert not head.rerank or head.chunk == 1
+        assert head.host.shape == (len(head.host), 2, head.chunk, dim)
+        assert 0 < head.hot <= head.items <= len(head.host)
+        assert 0 <= head.hot_start <= len(self.key) - head.hot * head.chunk
+        assert head.slots.dtype == torch.int32
+        assert all(len(tensor) >= head.items for tensor in head.index.tensors())
+        for floats in (head.hot_score, head.scale):
+            assert floats is None or floats.dtype == torch.float32
+        assert head.hot_score is None or len(head.hot_score) == head.hot
+        assert head.hot_score is not None or not self._smoothing, "smoothing needs hot_score"
+        index, rest = head.index, [0, 0, 0, 0, 0]
+        if isinstance(index, ProjectedIndex):
+            tables = index.tables
+            rest = [
+                self._hold(index.codes),
+                0,
+                self._hold(tables.query_projection.float()),
+                self._hold(tables.codebook.float()),
+                tables.codebook.shape[1],
+            ]
+        else:
+            digests = [self._hold(tensor) for tensor in index.tensors()]
+            rest[: len(digests)] = digests
+        row = [
+            head.segment,
+            head.items,
+            head.hot,
+            head.hot_start,
+            picked_of(head),
+            self._items,
+            self._parts,
+            block,
+            *rest,
+            self._hold(head.slots),
+            self._hold(head.hot_score),
+            self._hold(head.host),
+            self._hold(head.scale),
+            head.items_per_group,
+            bounds,
+        ]
+        assert len(row) == FIELDS.value
+        return row
+
+    def _hold(self, tensor: Tensor | None) -> int:
+        """Address of a contiguous tensor, which is kept alive."""
+        if tensor is None:
+            return 0
+        self._alive.append(tensor.contiguous())
+        place = self._alive[-1].data_ptr()
+        assert place % 16 == 0, "kernels read 16 bytes at a time"
+        return place

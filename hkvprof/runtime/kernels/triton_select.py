@@ -1,0 +1,208 @@
+"""Selection in Triton, on the device: the best items by radix select, and what must be fetched.
+
+Items are compared by a 33-bit integer: the order of their `due` (float32), then whether they are
+hot; of equals the lower number wins. One program per head finds the last wanted integer 7 bits at
+a time, from histograms (Alabi et al., "Fast k-selection algorithms for graphics processing units",
+2012), then lists what is missing and which slots are free. NaN counts as -1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hkvprof.runtime.kernels.triton_common import (
+    BASE,
+    HOT,
+    HOT_SCORE,
+    ITEMS,
+    PICKED,
+    SLOTS,
+    address,
+    field,
+    small,
+)
+
+BITS = tl.constexpr(7)
+DIGITS = tl.constexpr(5)
+"""Together at least 33 bits."""
+BINS = tl.constexpr(128)
+
+
+@triton.jit
+def _settled(score: tl.tensor) -> tl.tensor:
+    """NaN is -1, minus zero is zero."""
+    score = tl.where(score == score, score, -1.0)
+    return tl.where(score == 0, 0.0, score)
+
+
+@triton.jit
+def _rank(
+    due: tl.tensor, held: tl.tensor, item: tl.tensor, inside: tl.tensor, HELD: tl.constexpr
+) -> tl.tensor:
+    """The integer that items are compared by; `held` is looked at with HELD only."""
+    value = _settled(tl.load(due + item, mask=inside, other=0.0))
+    bits = value.to(tl.int32, bitcast=True)
+    rank = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648) * 2
+    if HELD:
+        rank += tl.load(held + item, mask=inside, other=0).to(tl.int64)
+    return rank
+
+
+@triton.jit
+def _cut(
+    due: tl.tensor,
+    held: tl.tensor,
+    items: tl.tensor,
+    count: tl.tensor,
+    HELD: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The rank of the `count`-th best item, and how many items of this very rank are wanted."""
+    bins = tl.arange(0, BINS)
+    last = tl.full([1], 0, tl.int64)
+    room = tl.full([1], 0, tl.int32) + count
+    for number in tl.static_range(DIGITS):
+        shift = BITS * (DIGITS - 1 - number)
+        histogram = tl.zeros([BINS], tl.int32)
+        for start in range(0, items, BLOCK):
+            item = start + tl.arange(0, BLOCK)
+            rank = _rank(due, held, item, item < items, HELD)
+            fits = (item < items) & ((rank >> (shift + BITS)) == last)
+            digit = tl.where(fits, (rank >> shift) & (BINS - 1), 0).to(tl.int32)
+            others = BLOCK - tl.sum(fits.to(tl.int32), 0)  # they are counted as 0
+            histogram += tl.histogram(digit, BINS) - tl.where(bins == 0, others, 0)
+        above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
+        found = tl.sum((above + histogram >= room).to(tl.int32), 0) - 1
+        room -= tl.sum(tl.where(bins == found, above, 0), 0)
+        last = last * BINS + found
+    return last, room
+
+
+@triton.jit
+def pick_kernel(
+    heads: tl.tensor,
+    which: tl.tensor,
+    scores: tl.tensor,
+    picked: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """List the PICKED items with the highest scores, in order."""
+    head = tl.load(which + tl.program_id(0))
+    base = field(heads, head, BASE)
+    items = small(heads, head, ITEMS)
+    own = scores + base
+    last, room = _cut(own, own, items, small(heads, head, PICKED), False, BLOCK)
+    equals = 0
+    count = 0
+    for start in range(0, items, BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        rank = _rank(own, own, item, item < items, False)
+        equal = ((item < items) & (rank == last)).to(tl.int32)
+        order = equals + tl.cumsum(equal, 0)
+        wanted = (item < items) & ((rank > last) | ((rank == last) & (order <= room)))
+        place = count + tl.cumsum(wanted.to(tl.int32), 0) - 1
+        tl.store(picked + base + place, item, mask=wanted)
+        equals += tl.sum(equal, 0)
+        count += tl.sum(wanted.to(tl.int32), 0)
+
+
+@triton.jit
+def due_kernel(
+    heads: tl.tensor,
+    scores: tl.tensor,
+    due: tl.tensor,
+    held: tl.tensor,
+    successors: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """due[i] = max(score[i - successors .. i]); no item is held yet."""
+    head = tl.program_id(0)
+    items = small(heads, head, ITEMS)
+    base = field(heads, head, BASE)
+    item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    for step in range(successors + 1):
+        other = item - step
+        inside = (other >= 0) & (item < items)
+        score = tl.load(scores + base + other, mask=inside, other=-float("inf"))
+        best = tl.maximum(best, _settled(score))
+    tl.store(due + base + item, best, mask=item < items)
+    tl.store(held + base + item, tl.zeros([BLOCK], tl.int8), mask=item < items)
+
+
+@triton.jit
+def hold_kernel(
+    heads: tl.tensor,
+    due: tl.tensor,
+    held: tl.tensor,
+    smoothing: tl.tensor,
+    BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+) -> None:
+    """Mark items that are hot; their `due` is at least `smoothing` times their hot score."""
+    head = tl.program_id(0)
+    base = field(heads, head, BASE)
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < small(heads, head, HOT)
+    item = tl.load(address(heads, head, SLOTS, tl.int32) + slot, mask=inside, other=0)
+    tl.store(held + base + item, tl.full([BLOCK], 1, tl.int8), mask=inside)
+    if SMOOTH:
+        kept = tl.load(address(heads, head, HOT_SCORE, tl.float32) + slot, mask=inside, other=0.0)
+        plain = tl.load(due + base + item, mask=inside, other=0.0)
+        tl.store(due + base + item, tl.maximum(plain, smoothing * kept), mask=inside)
+
+
+@triton.jit
+def select_kernel(
+    heads: tl.tensor,
+    due: tl.tensor,
+    held: tl.tensor,
+    missing: tl.tensor,
+    free: tl.tensor,
+    counts: tl.tensor,
+    fetched: tl.tensor,
+    BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+) -> None:
+    """List wanted items that are not hot and slots whose item is not wanted; count them.
+
+    Slots that keep their item take over its `due` as hot score.
+    """
+    head = tl.program_id(0)
+    base = field(heads, head, BASE)
+    items = small(heads, head, ITEMS)
+    hot = small(heads, head, HOT)
+    last, room = _cut(due + base, held + base, items, hot, True, BLOCK)
+    limit = tl.full([1], -1, tl.int32)  # of items of the last rank, this is the last wanted one
+    equals = 0
+    count = 0
+    for start in range(0, items, BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        rank = _rank(due + base, held + base, item, item < items, True)
+        equal = ((item < items) & (rank == last)).to(tl.int32)
+        order = equals + tl.cumsum(equal, 0)
+        taken = (equal > 0) & (order <= room)
+        limit = tl.maximum(limit, tl.max(tl.where(taken, item, -1), 0))
+        absent = (item < items) & ((rank & 1) == 0) & ((rank > last) | taken)
+        place = count + tl.cumsum(absent.to(tl.int32), 0) - 1
+        tl.store(missing + base + place, item, mask=absent)
+        equals += tl.sum(equal, 0)
+        count += tl.sum(absent.to(tl.int32), 0)
+    slots = address(heads, head, SLOTS, tl.int32)
+    empty = 0
+    for start in range(0, hot, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        item = tl.load(slots + slot, mask=slot < hot, other=0)
+        rank = _rank(due + base, held + base, item, slot < hot, True)
+        kept = (rank > last) | ((rank == last) & (item <= limit))
+        left = (slot < hot) & (kept == 0)
+        place = empty + tl.cumsum(left.to(tl.int32), 0) - 1
+        tl.store(free + base + place, slot, mask=left)
+        empty += tl.sum(left.to(tl.int32), 0)
+        if SMOOTH:
+            score = tl.load(due + base + item, mask=slot < hot, other=0.0)
+            to = address(heads, head, HOT_SCORE, tl.float32) + slot
+            tl.store(to, score, mask=(slot < hot) & kept)
+    tl.store(counts + head, count)
+    tl.store(fetched + head, tl.load(fetched + head) + count)
