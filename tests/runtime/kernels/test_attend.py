@@ -58,8 +58,9 @@ def test_ragged_segments(
         got = kernel.attend(key, value, Extents.of(offsets, lengths), query, dim**-0.5)
         assert got.dtype == dtype
         assert got.shape == query.shape
-        # Torch rounds the weights too; a mean of values of order 1 leaves that rounding in place.
-        precision = PRECISION[dtype] * (8 if kernel.name == "torch" else 1.5)
+        # Torch rounds logits and weights too: the rounding of a logit of order 5 is a relative
+        # error of its weight, and a mean of values of order 1 leaves it in place.
+        precision = PRECISION[dtype] * (16 if kernel.name == "torch" else 1.5)
         torch.testing.assert_close(
             got.double(), exact, rtol=precision, atol=precision, equal_nan=True
         )
