@@ -40,12 +40,12 @@ $(SMOLLM2_STAMP): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/hkvprof calibrate --model tinyvl --data calibration/mini -o out/tinyvl.hkv.safetensors --force
 	$(BIN)/hkvprof inspect out/tinyvl.hkv.safetensors
-	$(BIN)/hkvprof eval --model tinyvl --profile out/tinyvl.hkv.safetensors --budget 0.05,0.10,0.20 -o out/demo-tinyvl
+	$(BIN)/hkvprof eval --model tinyvl --profile out/tinyvl.hkv.safetensors --per-task 2 --budget 0.05,0.10,0.20 -o out/demo-tinyvl
 
 demo-smollm2: $(SMOLLM2_STAMP)
 	$(BIN)/hkvprof calibrate --model smollm2 --data calibration/longtext --max-samples 27 --replies own --dtype bfloat16 -o out/smollm2.hkv.safetensors --force
 	$(BIN)/hkvprof inspect out/smollm2.hkv.safetensors
-	$(BIN)/hkvprof eval --model smollm2 --profile out/smollm2.hkv.safetensors --tasks longtext --dtype bfloat16 --per-task 3 --budget 0.05,0.10,0.20 -o out/demo-smollm2
+	$(BIN)/hkvprof eval --model smollm2 --profile out/smollm2.hkv.safetensors --tasks longtext --dtype bfloat16 --per-task 1 --regimes inside,after --budget 0.05,0.10,0.20 -o out/demo-smollm2
 
 test: style types
 	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
