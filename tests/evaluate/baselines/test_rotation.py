@@ -75,7 +75,7 @@ def test_ahead_is_the_mean_of_explicit_rotations(tinyvl: tuple[Any, Prefill]) ->
         start = prefill.tokens + int(delta) - (prefill.tokens - count)
         positions = torch.arange(start, start + 7)[None, None].expand(3, 1, -1)
         cos, sin = model.model.language_model.rotary_emb(torch.zeros(1), positions)
-        cos, sin = (part[0].flatten(0, -3) if part.ndim > 3 else part[0] for part in (cos, sin))
+        cos, sin = (part.reshape(-1, 7, part.shape[-1])[0] for part in (cos, sin))
         x = torch.randn(cos.shape[-1])
         mean = turned(x.expand(7, -1), cos, sin).mean(dim=0)
         assert torch.allclose(rotation.ahead(7) @ x, mean, atol=1e-3)
