@@ -12,7 +12,7 @@ EXAMPLES = """\b
 Examples:
   hkvprof diff old.safetensors new.safetensors
   hkvprof diff old.safetensors new.safetensors --json | jq .flips
-Exit code: 0 the same, 1 different, 2 not comparable."""
+Exit code: 0 the same, 1 different (or a file that cannot be read), 2 not comparable."""
 
 DIFFERENT = 1
 

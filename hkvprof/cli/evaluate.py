@@ -104,6 +104,7 @@ def evaluate(
     from hkvprof.evaluate.plan import Plan
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
+    from hkvprof.models.adapter import view_model
 
     part, parts = options.parse_shard(shard)
     plan = Plan(_budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed)
@@ -113,7 +114,7 @@ def evaluate(
     task_set = load_tasks(task_name, processor, per_task, tokens, max_samples, max_frames)
     plan = plan.fitting(task_set, given=regimes is not None)
     conditions = {
-        "model": loaded.fingerprint.to_json()["weights_digest"] or model,
+        "model": view_model(network).fingerprint.weights_digest or model,
         "dtype": str(network.dtype).removeprefix("torch."),
         "profile": hashlib.sha256(profile.read_bytes()).hexdigest(),
         "tasks": task_name,

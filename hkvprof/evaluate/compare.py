@@ -45,12 +45,9 @@ def compare(
     track = track or (lambda items, description, total: items)
     contest = Contest(model, profile, plan.seed)
     for sample in track(tasks.samples, "answering", len(tasks.samples)):
-        missing = [
-            entry
-            for entry in plan.entries
-            if (sample.id, entry.method, entry.budget) not in journal.done
-        ]
-        if missing or (sample.id, FULL, "") not in journal.done:
+        done = journal.done
+        missing = [e for e in plan.entries if (sample.id, e.method, e.budget) not in done]
+        if missing or (sample.id, FULL, "") not in done:
             now = _Round(model, processor, sample, tasks, plan, contest)
             for entry, reason in now.play(missing, journal).items():
                 if refused is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,12 @@ MIN_TOKENS = 64
 class Caches:
     """Makes caches that hold one prompt, compressed by one entry; `seconds` it took to decide."""
 
-    make: Any
+    make: Callable[[], CompressedCache]
     seconds: float
 
     def __call__(self) -> CompressedCache:
         """A new cache with the prompt in it."""
-        cache: CompressedCache = self.make()
-        return cache
+        return self.make()
 
 
 class Contest:

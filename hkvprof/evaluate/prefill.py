@@ -21,7 +21,7 @@ from hkvprof.heads import Modality
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.attention import AttentionCall, hooked_attention
 from hkvprof.models.decoder_input import DecoderInput, watch_input
-from hkvprof.models.forward import last_row_only
+from hkvprof.models.forward import last_row_only, rope_holder
 from hkvprof.models.processing import Encoded
 from hkvprof.profile.observe import ObservedCache
 from hkvprof.runtime import CompressedCache
@@ -95,9 +95,9 @@ class Prefill:
 
     def restore(self, model: Any) -> None:
         """Put this prompt's position offsets on the model, for passes with a cache of its own."""
-        inner: Any = getattr(model, "model", None)
-        if hasattr(inner, "rope_deltas"):
-            inner.rope_deltas = self.rope_deltas
+        holder = rope_holder(model)
+        if holder is not None:
+            holder.rope_deltas = self.rope_deltas
 
     def _open(self, cache: CompressedCache) -> None:
         conversation = cache.conversation
@@ -124,7 +124,6 @@ def capture(model: Any, encoded: Encoded) -> Prefill:
     with hooked_attention(model), watch_input(model, view) as seen:
         inputs = encoded.to(model.device, model.dtype)
         output = model(**inputs, past_key_values=cache, **last_row_only(model))
-    inner = getattr(model, "model", None)
     kept = [replace(calls[number], dense=_nothing) for number in range(len(cache.covered))]
     return Prefill(
         view,
@@ -132,7 +131,7 @@ def capture(model: Any, encoded: Encoded) -> Prefill:
         output.logits[:, -1],
         encoded.tokens,
         inputs["input_ids"],
-        getattr(inner, "rope_deltas", None),
+        getattr(rope_holder(model), "rope_deltas", None),
         (encoded.modality[0] == Modality.TEXT).to(model.device),
         seen,
     )

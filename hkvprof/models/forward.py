@@ -6,6 +6,13 @@ import inspect
 from typing import Any
 
 
+def rope_holder(model: Any) -> Any:
+    """The module on which Qwen-VL models keep a conversation's M-RoPE offset (`rope_deltas`);
+    None for other models."""
+    inner = getattr(model, "model", None)
+    return inner if hasattr(inner, "rope_deltas") else None
+
+
 def last_row_only(model: Any) -> dict[str, Any]:
     """Arguments that make a forward pass compute logits of the last row alone, where supported.
 

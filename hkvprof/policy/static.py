@@ -22,7 +22,19 @@ def window_attention(
 ) -> Float[Tensor, "kv_heads tokens"]:
     """Attention of the last `window` prompt rows on every token: max over rows, mean over group.
 
-    Rows are the last ones of the prompt (row j sees tokens up to tokens - window + j). float32.
+    float32.
+    """
+    return window_weights(query, key, scaling).amax(dim=2).mean(dim=1)
+
+
+def window_weights(
+    query: Float[Tensor, "query_heads window dim"],
+    key: Float[Tensor, "kv_heads tokens dim"],
+    scaling: float,
+) -> Float[Tensor, "kv_heads group window tokens"]:
+    """Attention weights of the last `window` prompt rows, float32.
+
+    Row j sees tokens up to tokens - window + j.
     """
     kv_heads, tokens, dim = key.shape
     window = query.shape[1]
@@ -31,7 +43,7 @@ def window_attention(
     logits = logits.view(kv_heads, -1, window, tokens)
     future = torch.ones(window, tokens, dtype=torch.bool, device=key.device)
     logits.masked_fill_(future.triu(tokens - window + 1), -torch.inf)
-    return logits.softmax(dim=-1).amax(dim=2).mean(dim=1)
+    return logits.softmax(dim=-1)
 
 
 def pool(score: Float[Tensor, "*heads tokens"], width: int) -> Float[Tensor, "*heads tokens"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Probe:
             )
         self.opened = opened
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of what the measurement depends on: tokens and pixels of the prompt, replies, turns."""
         said = json.dumps([self.opened.reply, [vars(turn) for turn in self.opened.followups]])

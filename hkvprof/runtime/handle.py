@@ -15,6 +15,7 @@ from hkvprof.artifact import Profile, load_profile
 from hkvprof.errors import BudgetError, CompressionError, ModelError, ProfileError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.attention import hook_attention, refuse_features
+from hkvprof.models.forward import rope_holder
 from hkvprof.policy.budget import Budget
 from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
@@ -186,7 +187,7 @@ class Handle:
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CompressedCache):
-            holder = _rope_holder(self.model)
+            holder = rope_holder(self.model)
             if holder is not None:
                 cache.conversation.rope_deltas = holder.rope_deltas
             if self.strict:
@@ -202,14 +203,9 @@ class Handle:
 
     def _exchange_rope_deltas(self, cache: CompressedCache) -> None:
         """Qwen-VL keeps a conversation's M-RoPE offset on the model: put this cache's own there."""
-        holder = _rope_holder(self.model)
+        holder = rope_holder(self.model)
         if holder is not None and cache.get_seq_length() > 0:
             holder.rope_deltas = cache.conversation.rope_deltas
-
-
-def _rope_holder(model: Any) -> Any:
-    inner = getattr(model, "model", None)
-    return inner if hasattr(inner, "rope_deltas") else None
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +31,17 @@ class LayerPlan:
 
     heads: tuple[HeadPlan, ...] = ()
     dense_reason: str = ""
+
+
+def head_plans(menu: Sequence[Strategy], allocation: Allocation) -> list[tuple[HeadPlan, ...]]:
+    """Every layer's heads as allocated."""
+    return [
+        tuple(
+            HeadPlan(menu[choice], float(ratio))
+            for choice, ratio in zip(choices, ratios, strict=True)
+        )
+        for choices, ratios in zip(allocation.strategy, allocation.ratio, strict=True)
+    ]
 
 
 class Planner:
@@ -84,16 +96,7 @@ class Planner:
             return (LayerPlan(dense_reason=str(error)),) * count
         if bool((allocation.ratio >= 1).all()):
             return (LayerPlan(dense_reason="the budget holds the whole prompt"),) * count
-        menu = self.profile.strategies
-        return tuple(
-            LayerPlan(
-                tuple(
-                    HeadPlan(menu[choice], float(ratio))
-                    for choice, ratio in zip(choices, ratios, strict=True)
-                )
-            )
-            for choices, ratios in zip(allocation.strategy, allocation.ratio, strict=True)
-        )
+        return tuple(LayerPlan(plans) for plans in head_plans(self.profile.strategies, allocation))
 
     def _allocation(self, tokens: int, rows: int, itemsize: int) -> Allocation:
         return self.profile.allocation(self.budget, tokens, itemsize, rows)

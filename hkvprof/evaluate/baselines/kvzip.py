@@ -64,8 +64,7 @@ def repeat_scores(prompt: Prompt) -> list[Float[Tensor, "kv_heads tokens"]]:
             lead = context[:, max(0, begin - LEAD) : begin]
             words = [embed(later if begin else first), lead, embed(end)]
             fed = torch.cat([*(w.to(context) for w in words), context[:, begin:stop]], dim=1)
-            if prefill.rope_deltas is not None:
-                model.model.rope_deltas = prefill.rope_deltas
+            prefill.restore(model)
             model(inputs_embeds=fed, past_key_values=cache, **last_row_only(model))
             cache.crop(-fed.shape[1])
     return scores

@@ -10,6 +10,7 @@ import torch
 
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import hooked_attention
+from hkvprof.models.forward import rope_holder
 from hkvprof.profile.observe import ObservedCache, Watch
 
 
@@ -19,12 +20,11 @@ def watched(model: Any, view: ModelView, watch: Watch) -> Iterator[ObservedCache
 
     Qwen-VL's position offset of the current conversation, which is on the model, is put back.
     """
-    inner: Any = getattr(model, "model", None)
-    known = hasattr(inner, "rope_deltas")
-    deltas = inner.rope_deltas if known else None
+    holder = rope_holder(model)
+    deltas = getattr(holder, "rope_deltas", None)
     try:
         with torch.no_grad(), hooked_attention(model):
             yield ObservedCache(view, watch)
     finally:
-        if known:
-            inner.rope_deltas = deltas
+        if holder is not None:
+            holder.rope_deltas = deltas

@@ -13,7 +13,7 @@ from hkvprof.evaluate.baselines.base import Prompt, Selection
 from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE, Allocation
 from hkvprof.policy.planning import Menu
-from hkvprof.runtime.plan import HeadPlan
+from hkvprof.runtime.plan import HeadPlan, head_plans
 
 
 def measured_profile(prompt: Prompt, name: str) -> Profile:
@@ -46,14 +46,7 @@ def allocated(prompt: Prompt, profile: Profile) -> Allocation:
 
 def planned(profile: Profile, allocation: Allocation) -> Selection:
     """Every head as allocated."""
-    menu = profile.strategies
-    return [
-        [
-            HeadPlan(menu[choice], float(ratio))
-            for choice, ratio in zip(choices, ratios, strict=True)
-        ]
-        for choices, ratios in zip(allocation.strategy, allocation.ratio, strict=True)
-    ]
+    return [list(plans) for plans in head_plans(profile.strategies, allocation)]
 
 
 def even(prompt: Prompt, profile: Profile) -> Selection:

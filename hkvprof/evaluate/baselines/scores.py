@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection
-from hkvprof.policy.static import pool
+from hkvprof.policy.static import pool, window_weights
 
 WINDOW = 16
 """Observation window: SnapKV's default of 64 does far worse where questions are short."""
@@ -20,13 +20,8 @@ def observed(
     layer: LayerPrompt, window: int = WINDOW
 ) -> Float[Tensor, "query_heads window tokens"]:
     """Attention weights of the last `window` rows on all tokens, per query head, float32."""
-    window = min(window, layer.query.shape[1])
-    kv_heads, tokens, dim = layer.key.shape
-    query = layer.query[:, -window:].reshape(kv_heads, -1, dim).float()
-    logits = torch.matmul(query, layer.key.float().transpose(1, 2)) * layer.scaling
-    logits = logits.view(len(layer.query), window, tokens)
-    future = torch.ones(window, tokens, dtype=torch.bool, device=logits.device)
-    return logits.masked_fill_(future.triu(tokens - window + 1), -torch.inf).softmax(dim=-1)
+    query = layer.query[:, -min(window, layer.query.shape[1]) :]
+    return window_weights(query, layer.key, layer.scaling).flatten(0, 1)
 
 
 def snapkv_scores(

@@ -49,18 +49,14 @@ def decide(method: Baseline, prompt: Prompt) -> Decision:
     return Decision(method, prompt.share, selection, seconds)
 
 
-@contextmanager
-def applied(
-    model: Any, method: Baseline, share: float, profile: Profile | None
-) -> Iterator[Handle]:
-    """Within: the model's caches are the runtime's, with the method's keep rule."""
+def applied(model: Any, method: Baseline, share: float, profile: Profile | None) -> Handle:
+    """The runtime on the model, with the method's keep rule; a context manager."""
     base = profile or uniform_profile(model)
     mine = base if method.keep is None else replace(base, keep=method.keep)
-    with apply(
+    return apply(
         model, mine, budget=share, min_tokens=1, decode_compression=False,
         smoothing=method.smoothing,
-    ) as handle:  # fmt: skip
-        yield handle
+    )  # fmt: skip
 
 
 def fill(cache: CompressedCache, prefill: Prefill, decision: Decision) -> None:
