@@ -185,8 +185,8 @@ def _profile(profile: Profile, strategy: Strategy | None, budget: float) -> Prof
         strategies=(strategy,),
         strategy=np.zeros(shape, dtype=np.uint8),
         budget=np.full(shape, budget, dtype=np.float32),
-        loss=profile.loss[:1].copy(),
-        output_error=profile.output_error[:1].copy(),
+        loss=profile.loss[:, :1].copy(),
+        output_error=profile.output_error[:, :1].copy(),
     )
 
 

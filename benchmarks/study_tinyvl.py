@@ -75,7 +75,7 @@ def _only(names: tuple[str, ...]) -> Edit:
         loss = profile.loss.copy()
         for number, strategy in enumerate(profile.strategies):
             if not strategy.name.startswith(names):
-                loss[number] = INFEASIBLE
+                loss[:, number] = INFEASIBLE
         return dataclasses.replace(profile, loss=loss)
 
     return edit

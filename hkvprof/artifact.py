@@ -1,12 +1,14 @@
 """The profile file: a versioned safetensors artefact that needs numpy and safetensors alone.
 
-The only module that knows tensor keys. docs/profile-format.md describes the bytes for readers in
-other languages. A profile is data from strangers: everything is checked before it is used.
+The only module that knows tensor keys, with policy.tables for those of the index.
+docs/profile-format.md describes the bytes for readers in other languages. A profile is data from
+strangers: everything is checked before it is used.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -18,66 +20,22 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from hkvprof.checks import check_profile, read_json, require
+from hkvprof.checks import MOST_TOKENS, check_profile, read_json, require
 from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import Allocation, Budget
-from hkvprof.policy.costs import table_bytes
 from hkvprof.policy.forecast import Plan, forecast
+from hkvprof.policy.lengths import loss_between
 from hkvprof.policy.planning import Menu, plan_anew, plan_scaled
+from hkvprof.policy.tables import ProjectedIndexTables
 
-SCHEMA_VERSION = 2
+__all__ = ["SCHEMA_VERSION", "Profile", "ProjectedIndexTables", "load_profile"]
+
+SCHEMA_VERSION = 3
 METADATA_KEY = "hkvprof"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_METADATA_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class ProjectedIndexTables:
-    """Constants of the projected index, per KV head (method: docs/method.md).
-
-    `key_projection`, `query_projection` [layers, kv_heads, head_dim, channels] float16; `key_mean`
-    [layers, kv_heads, head_dim] float32; `deviation` [layers, kv_heads, channels] float32, the
-    standard deviation of every projected key channel. Per size in `sizes` (bits per token), for its
-    leading channels C: `codebooks` int8 [layers, kv_heads, 256, C], centroids in CODE_UNITs of the
-    deviation (policy/quantiser.py); `subspaces` uint8 [layers, kv_heads, C], the code of a channel.
-    """
-
-    sizes: tuple[int, ...]
-    key_projection: NDArray[np.float16]
-    query_projection: NDArray[np.float16]
-    key_mean: NDArray[np.float32]
-    deviation: NDArray[np.float32]
-    codebooks: tuple[NDArray[np.int8], ...]
-    subspaces: tuple[NDArray[np.uint8], ...]
-
-    @property
-    def head_bytes(self) -> dict[int, int]:
-        """Device bytes of one head's tables by index size (bits per token)."""
-        dim = self.key_mean.shape[-1]
-        used = (owner.shape[-1] for owner in self.subspaces)
-        return {size: table_bytes(dim, n) for size, n in zip(self.sizes, used, strict=True)}
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The arrays by their names in the file."""
-        named: dict[str, NDArray[Any]] = {f"index.{key}": getattr(self, key) for key in _INDEX_KEYS}
-        per_size = zip(self.sizes, self.codebooks, self.subspaces, strict=True)
-        for size, codebook, owner in per_size:
-            named |= {f"index.codebook_{size}": codebook, f"index.subspace_{size}": owner}
-        return named
-
-    @classmethod
-    def take(cls, sizes: tuple[int, ...], named: dict[str, NDArray[Any]]) -> ProjectedIndexTables:
-        """Move the arrays of these sizes out of `named`. Raises KeyError."""
-        return cls(
-            sizes=sizes,
-            codebooks=tuple(named.pop(f"index.codebook_{size}") for size in sizes),
-            subspaces=tuple(named.pop(f"index.subspace_{size}") for size in sizes),
-            **{key: named.pop(f"index.{key}") for key in _INDEX_KEYS},
-        )
-
-
 _UNREADABLE = (SafetensorError, ValueError, OSError, RecursionError, TypeError, AttributeError)
 _OLD_INDEX = (
     "its index was quantised in a way that this hkvprof no longer reads (schema version 1): "
@@ -87,22 +45,24 @@ _METADATA_KEYS = {
     "schema", "fingerprint", "recipe", "default_budget", "keep", "strategies", "kappas",
     "index_sizes", "provenance",
 }  # fmt: skip
-_INDEX_KEYS = ("key_projection", "query_projection", "key_mean", "deviation")
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
     """What calibration found: curves for any budget, and a decision for the default one.
 
-    Arrays are read-only; L layers, Hq query heads, Hkv KV heads, S strategies, R ratios, K kappas.
+    Arrays are read-only; L layers, Hq query heads, Hkv KV heads, S strategies, R ratios, K kappas,
+    A prompt lengths.
 
     - `strategies` [S]: the menu; `strategy` uint8 [L, Hkv] and `budget` float32 [L, Hkv] are the
       choice and the kept share of every head at `default_budget`.
     - `sparsity_mean`, `sparsity_std` float32 [K, L, Hq]: text-centric sparsity over samples, the
       attention mass of the top `kappas[k]` share of visible keys (HybridKV, stage 1).
-    - `ratios` float32 [R], ascending to 1; `loss` float32 [S, L, Hkv, R]: what planning minimises
-      (INFEASIBLE, 1e30, where the strategy's fixed bytes exceed the ratio); `output_error` float32,
-      same shape: || (o - o') W_O || / || y ||, the relative change of the layer's output.
+    - `ratios` float32 [R], ascending to 1; `lengths` int64 [A], ascending: the prompts' tokens that
+      curves were measured at; `loss` float32 [A, S, L, Hkv, R]: what planning minimises
+      (INFEASIBLE, 1e30, where the strategy's fixed bytes exceed the ratio), on one scale at all
+      lengths; `output_error` float32, same shape: || (o - o') W_O || / || y ||, the relative change
+      of the layer's output.
     - `provenance`: recipe, counts of samples by task, skipped samples, library versions.
     """
 
@@ -113,6 +73,7 @@ class Profile:
     strategies: tuple[Strategy, ...]
     kappas: tuple[float, ...]
     ratios: NDArray[np.float32]
+    lengths: NDArray[np.int64]
     strategy: NDArray[np.uint8]
     budget: NDArray[np.float32]
     sparsity_mean: NDArray[np.float32]
@@ -139,6 +100,15 @@ class Profile:
         types.flags.writeable = False
         return types
 
+    @property
+    def usual_tokens(self) -> int:
+        """Mean length of the prompts that it was calibrated on, else its middle length."""
+        return _mean_tokens(self.provenance) or int(self.lengths[len(self.lengths) // 2])
+
+    def loss_at(self, tokens: int) -> NDArray[np.float32]:
+        """Loss curves [S, L, Hkv, R] for prompts of `tokens` tokens (policy.lengths)."""
+        return loss_between(self.loss, self.lengths, tokens)
+
     def allocation(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
                    rows: int = 1) -> Allocation:  # fmt: skip
         """Strategy and ratio of every head for one budget and prompt length.
@@ -148,9 +118,10 @@ class Profile:
         its ratios; a `measured` one is planned anew. Raises BudgetError.
         """
         menu, share = self._question(budget, tokens, itemsize, rows)
+        loss = self.loss_at(tokens)
         if self.recipe == "measured":
-            return plan_anew(menu, self.loss, self.ratios, share)
-        return plan_scaled(menu, self.strategy, self.budget, self.loss, self.ratios, share)
+            return plan_anew(menu, loss, self.ratios, share)
+        return plan_scaled(menu, self.strategy, self.budget, loss, self.ratios, share)
 
     def plan(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
              rows: int = 1) -> Plan:  # fmt: skip
@@ -162,7 +133,7 @@ class Profile:
         menu, share = self._question(budget, tokens, itemsize, rows)
         allocation = self.allocation(share, tokens, itemsize, rows)
         tables = self.index.head_bytes if self.index else {}
-        curves = None if self.recipe == "uniform" else self.loss  # those say nothing
+        curves = None if self.recipe == "uniform" else self.loss_at(tokens)  # those say nothing
         return forecast(menu, allocation, share, rows, tables, self.ratios, curves)
 
     def _question(self, budget: float | int | str | Budget, tokens: int, itemsize: int,
@@ -192,6 +163,7 @@ class Profile:
         """All arrays by their names in the file."""
         tensors: dict[str, NDArray[Any]] = {
             "ratios": self.ratios,
+            "lengths": self.lengths,
             "strategy": self.strategy,
             "budget": self.budget,
             "sparsity_mean": self.sparsity_mean,
@@ -284,6 +256,8 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         tables = ProjectedIndexTables.take(tuple(metadata["index_sizes"]), tensors)
     else:
         require(metadata["index_sizes"] == [], "index_sizes without index tensors")
+    if metadata["schema"] < 3:
+        _one_length(metadata, tensors)
     return Profile(
         fingerprint=ModelFingerprint.from_json(metadata["fingerprint"]),
         recipe=metadata["recipe"],
@@ -295,3 +269,20 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         index=tables,
         **tensors,
     )
+
+
+def _one_length(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
+    """Curves of an older file, of all prompts together, as those of their mean length."""
+    require("lengths" not in tensors, "lengths in a file of an older schema")
+    tensors["lengths"] = np.array([_mean_tokens(metadata["provenance"]) or 1], dtype=np.int64)
+    for name in ("loss", "output_error"):
+        tensors[name] = tensors[name][None]
+
+
+def _mean_tokens(provenance: Mapping[str, Any]) -> int | None:
+    """Mean prompt length in a provenance, which anyone may have written; None if it has none."""
+    tokens = provenance.get("tokens")
+    mean = tokens.get("mean") if isinstance(tokens, Mapping) else None
+    if isinstance(mean, bool) or not isinstance(mean, int | float):
+        return None
+    return math.ceil(mean) if 1 <= mean <= MOST_TOKENS else None

@@ -13,6 +13,7 @@ from hkvprof.errors import ProfileError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 
 _LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
+MOST_LENGTHS, MOST_TOKENS = 16, 2**40
 _RECIPES = ("paper", "measured", "uniform")
 _INDEXES = ("mean", "minmax", "projected")
 
@@ -157,6 +158,19 @@ def _check_ratios(ratios: NDArray[np.float32]) -> None:
     )
 
 
+def _check_lengths(lengths: NDArray[np.int64]) -> None:
+    """Raise ProfileError unless the prompt lengths [A] of the curves are possible and rise."""
+    require(
+        1 <= len(lengths) <= MOST_LENGTHS, f"expected 1 to {MOST_LENGTHS} prompt lengths of curves"
+    )
+    require(
+        bool((lengths >= 1).all())
+        and bool((lengths <= MOST_TOKENS).all())
+        and bool((lengths[1:] > lengths[:-1]).all()),
+        "lengths must rise strictly from at least 1 token",
+    )
+
+
 class IndexTables(Protocol):
     """Constants of the projected index; see hkvprof.artifact.ProjectedIndexTables."""
 
@@ -219,6 +233,8 @@ class Content(Header, Protocol):
     @property
     def ratios(self) -> NDArray[np.float32]: ...
     @property
+    def lengths(self) -> NDArray[np.int64]: ...
+    @property
     def index(self) -> IndexTables | None: ...
 
 
@@ -228,15 +244,18 @@ def check_profile(profile: Content) -> None:
     grid, menu = profile.fingerprint.grid, len(profile.strategies)
     heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
     ratios, kappas = len(profile.ratios), len(profile.kappas)
+    lengths = len(profile.lengths)
     expect("ratios", profile.ratios, (ratios,), np.float32)
+    expect("lengths", profile.lengths, (lengths,), np.int64)
     expect("strategy", profile.strategy, heads, np.uint8)
     expect("budget", profile.budget, heads, np.float32)
     for name in ("sparsity_mean", "sparsity_std"):
         expect(name, getattr(profile, name), (kappas, *queries), np.float32)
     for name in ("loss", "output_error"):
-        expect(name, getattr(profile, name), (menu, *heads, ratios), np.float32)
+        expect(name, getattr(profile, name), (lengths, menu, *heads, ratios), np.float32)
         require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
     _check_ratios(profile.ratios)
+    _check_lengths(profile.lengths)
     require(
         bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"
     )

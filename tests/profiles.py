@@ -1,8 +1,9 @@
 """Synthetic profiles with fixed numbers, for tests and for the golden file.
 
-`python -m tests.profiles` writes tests/golden/profile-v2.safetensors again; its bytes are pinned
-by tests/test_golden.py, so that a change of the format cannot pass unseen. The files of version 1
-are as that version wrote them: `make_profile()`, and `plain_profile(make_profile())`.
+`python -m tests.profiles` writes tests/golden/profile-v3.safetensors again; its bytes are pinned
+by tests/test_golden.py, so that a change of the format cannot pass unseen. The files of versions 1
+and 2 are as those wrote them: `one_length(make_profile())`, and of version 1 also
+`plain_profile` of that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.profile.confidence_record import KEY, MEASURES, Comparison, Confidence, Interval
 
 FOLDER = Path(__file__).parent / "golden"
-GOLDEN = FOLDER / "profile-v2.safetensors"
+GOLDEN = FOLDER / "profile-v3.safetensors"
+GOLDEN_V2 = FOLDER / "profile-v2.safetensors"
 GOLDEN_V1_INDEX = FOLDER / "profile-v1.safetensors"
 GOLDEN_V1 = FOLDER / "profile-v1-plain.safetensors"
 GRID = HeadGrid(layers=3, query_heads=4, kv_heads=2, head_dim=8)
@@ -59,6 +61,7 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
     scale = _ramp(menu, *heads, low=1.0, high=2.0)
     loss = scale[..., None] * (1 - RATIOS) / 4
     loss[2, :, :, 0] = INFEASIBLE
+    loss = np.stack([loss, np.where(loss < INFEASIBLE, loss * 1.5, loss)]).astype(np.float32)
     strategy = (np.arange(grid.total) % menu).astype(np.uint8).reshape(heads)
     budget = np.where(np.arange(grid.total) % 2, 0.0625, 0.125).astype(np.float32).reshape(heads)
     return Profile(
@@ -69,11 +72,12 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
         strategies=STRATEGIES,
         kappas=(0.05, 0.1),
         ratios=RATIOS.copy(),
+        lengths=np.array([256, 1024]),
         strategy=strategy,
         budget=budget,
         sparsity_mean=_ramp(2, grid.layers, grid.query_heads, low=0.75, high=1.0),
         sparsity_std=_ramp(2, grid.layers, grid.query_heads, low=0.0, high=0.25),
-        loss=loss.astype(np.float32),
+        loss=loss,
         output_error=(loss.clip(max=1) / 2).astype(np.float32),
         index=index_tables(grid),
         provenance={
@@ -134,8 +138,18 @@ def plain_profile(profile: Profile) -> Profile:
         index=None,
         strategies=profile.strategies[:3],
         strategy=np.minimum(profile.strategy, 2),
-        loss=profile.loss[:3].copy(),
-        output_error=profile.output_error[:3].copy(),
+        loss=profile.loss[:, :3].copy(),
+        output_error=profile.output_error[:, :3].copy(),
+    )
+
+
+def one_length(profile: Profile) -> Profile:
+    """The profile as an older one: the first curves, for prompts of all lengths."""
+    return replace(
+        profile,
+        lengths=np.array([profile.usual_tokens]),
+        loss=profile.loss[:1].copy(),
+        output_error=profile.output_error[:1].copy(),
     )
 
 

@@ -12,7 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from hkvprof.artifact import METADATA_KEY, Profile, ProjectedIndexTables, load_profile
+from hkvprof.artifact import (
+    METADATA_KEY,
+    SCHEMA_VERSION,
+    Profile,
+    ProjectedIndexTables,
+    load_profile,
+)
 from hkvprof.errors import BudgetError, ProfileError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.policy.costs import dynamic_layout
@@ -205,7 +211,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
 @pytest.mark.parametrize(
     ("name", "value"),
     [("strategy", 4), ("budget", 0), ("budget", 1.5), ("loss", -1), ("ratios", 0.9),
-     ("output_error", -0.5), ("index.deviation", -1), ("index.subspace_16", 2),
+     ("output_error", -0.5), ("lengths", 0), ("lengths", 1024), ("lengths", 2**41),
+     ("index.deviation", -1), ("index.subspace_16", 2),
      ("index.subspace_32", 4), ("index.subspace_32", 255)],
 )  # fmt: skip
 def test_values_out_of_bounds_are_refused(tmp_path: Path, name: str, value: float) -> None:
@@ -279,8 +286,10 @@ def test_other_dtypes_in_the_header_are_refused(tmp_path: Path, dtype: str) -> N
 
 def test_a_newer_schema_says_what_to_do(tmp_path: Path) -> None:
     metadata, tensors = parts()
-    message = refused(write(tmp_path / "p.safetensors", {**metadata, "schema": 3}, tensors))
-    assert "schema version 3" in message
+    message = refused(
+        write(tmp_path / "p.safetensors", {**metadata, "schema": SCHEMA_VERSION + 1}, tensors)
+    )
+    assert f"schema version {SCHEMA_VERSION + 1}" in message
     assert "upgrade" in message
 
 

@@ -9,10 +9,19 @@ import pytest
 from hkvprof import load_profile
 from hkvprof.artifact import SCHEMA_VERSION
 from hkvprof.errors import ProfileError
-from tests.profiles import GOLDEN, GOLDEN_V1, GOLDEN_V1_INDEX, make_profile, plain_profile
+from tests.profiles import (
+    GOLDEN,
+    GOLDEN_V1,
+    GOLDEN_V1_INDEX,
+    GOLDEN_V2,
+    make_profile,
+    one_length,
+    plain_profile,
+)
 
 SHA256 = {
-    GOLDEN: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
+    GOLDEN: "56979cbf5f9623ee0c35283184f8593122e3a536343682ba1fdf9a5c9f58ac41",
+    GOLDEN_V2: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
     GOLDEN_V1: "573212a7031ef4bf8d89b2f6103250aa607fa46af741ea8606b8e88d85f9dee0",
     GOLDEN_V1_INDEX: "38d4ed3c3e1c2559c4a095c732a207e296d2443ba0019f79eec61aab9136a471",
 }
@@ -24,13 +33,21 @@ def test_golden_files_are_those_that_were_committed(path: Path) -> None:
 
 
 def test_writing_makes_the_same_bytes() -> None:
-    assert SCHEMA_VERSION == 2, "commit a golden file of the new schema and keep this one loading"
+    assert SCHEMA_VERSION == 3, "commit a golden file of the new schema and keep this one loading"
     assert make_profile().to_bytes() == GOLDEN.read_bytes()
 
 
 def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
     golden, made = load_profile(GOLDEN), make_profile()
-    for name in ("ratios", "strategy", "budget", "sparsity_mean", "sparsity_std", "loss"):
+    for name in (
+        "ratios",
+        "strategy",
+        "budget",
+        "sparsity_mean",
+        "sparsity_std",
+        "lengths",
+        "loss",
+    ):
         np.testing.assert_array_equal(getattr(golden, name), getattr(made, name))
     assert golden.index is not None
     assert golden.index.sizes == (16, 32)
@@ -47,7 +64,17 @@ def test_loading_and_saving_again_keeps_the_bytes(tmp_path) -> None:
 
 
 def test_version_1_without_an_index_becomes_a_profile_of_today() -> None:
-    assert load_profile(GOLDEN_V1).to_bytes() == plain_profile(make_profile()).to_bytes()
+    expected = one_length(plain_profile(make_profile()))
+    assert load_profile(GOLDEN_V1).to_bytes() == expected.to_bytes()
+
+
+def test_version_2_becomes_a_profile_of_one_prompt_length() -> None:
+    """Its mean one, by the provenance; without one, any."""
+    loaded = load_profile(GOLDEN_V2)
+    assert loaded.lengths.tolist() == [401]
+    assert loaded.to_bytes() == one_length(make_profile()).to_bytes()
+    for tokens in (1, 401, 10**6):
+        np.testing.assert_array_equal(loaded.loss_at(tokens), loaded.loss[0])
 
 
 def test_version_1_with_an_index_says_what_to_do() -> None:
@@ -67,7 +94,7 @@ def test_a_stranger_can_read_it_as_documented() -> None:
     entry = header["budget"]
     begin, end = entry["data_offsets"]
     budget = np.frombuffer(data[8 + size + begin : 8 + size + end], "<f4").reshape(entry["shape"])
-    assert metadata["schema"] == 2
+    assert metadata["schema"] == 3
     assert metadata["fingerprint"]["grid"] == {
         "layers": 3, "query_heads": 4, "kv_heads": 2, "head_dim": 8,
     }  # fmt: skip

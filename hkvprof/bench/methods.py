@@ -130,7 +130,8 @@ def only(profile: Profile, head_type: HeadType) -> Profile:
         )
     mask = allowed[:, None, None, None]
     near = int(np.abs(profile.ratios - profile.default_budget).argmin())
-    best = np.where(mask, profile.loss, np.inf)[..., near].argmin(axis=0)
+    usual = profile.loss_at(profile.usual_tokens)
+    best = np.where(mask, usual, np.inf)[..., near].argmin(axis=0)
     return dataclasses.replace(
         profile,
         strategy=best.astype(np.uint8),

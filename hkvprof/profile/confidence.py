@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.profile import classify
 from hkvprof.profile.agreement import cohen_kappa, jaccard, same_share, spearman, wilson
 from hkvprof.profile.confidence_record import MEASURES, Comparison, Confidence, Heads, Interval
 from hkvprof.profile.evidence import Counts, Evidence, Plan
@@ -77,17 +76,16 @@ def compare(evidence: Evidence, first: Counts, second: Counts) -> Figures:
 
 def _loss_at_budget(evidence: Evidence, plan: Plan) -> Figures:
     """[heads]: least loss over strategies at the default budget, linear in log ratio."""
-    best = plan.loss.min(axis=0).astype(np.float64).reshape(-1, len(evidence.ratios))
+    best = plan.loss_here.min(axis=0).astype(np.float64).reshape(-1, len(evidence.ratios))
     at, known = np.log(evidence.decision.budget), np.log(evidence.ratios.astype(np.float64))
     return np.array([np.interp(at, known, curve) for curve in best])
 
 
 def _heads(evidence: Evidence, whole: Plan) -> tuple[Heads, Heads, Heads]:
     """Agreeing share, lower and upper end per head."""
-    scales = classify.loss_scales(whole.curves, evidence.ratios)
     same = np.zeros(whole.types.shape, dtype=np.int64)
     for sample in range(evidence.samples):
-        same += evidence.types_of_sample(sample, scales) == whole.types
+        same += evidence.types_of_sample(sample, whole.scales) == whole.types
     ends = [wilson(count, evidence.samples) for count in range(evidence.samples + 1)]
     figures = [[count / evidence.samples, *ends[count]] for count in range(len(ends))]
     table = np.round(figures, 4)[same] + 0.0

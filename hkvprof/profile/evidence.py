@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from hkvprof.errors import UsageError
 from hkvprof.policy.budget import INFEASIBLE, Allocation
+from hkvprof.policy.lengths import loss_between
 from hkvprof.policy.planning import Menu, plan_anew
 from hkvprof.profile import classify
+from hkvprof.profile.anchors import Anchors, choose_anchors
 
 if TYPE_CHECKING:
     from hkvprof.profile.conditions import Conditions
@@ -51,12 +53,17 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a part of the samples decides: mean curves, what planning minimises
-    [strategies, layers, kv_heads, ratios], strategy and ratio per head, and types
-    [layers, kv_heads]."""
+    """What a part of the samples decides.
+
+    Mean curves and what planning minimises, both [anchors, strategies, layers, kv_heads, ratios];
+    the `scales` of the latter; `loss_here`, at the menu's prompt length; strategy and ratio per
+    head, and types [layers, kv_heads].
+    """
 
     curves: classify.Curves
     loss: NDArray[np.float32]
+    scales: tuple[float, float]
+    loss_here: NDArray[np.float32]
     chosen: Allocation
     types: NDArray[np.uint8]
 
@@ -111,6 +118,11 @@ class Evidence:
         return np.array(self.conditions.ratios, dtype=np.float32)
 
     @cached_property
+    def anchors(self) -> Anchors:
+        """Prompt lengths of the curves: of all samples, whatever part of them is looked at."""
+        return choose_anchors(self.tokens)
+
+    @cached_property
     def menu(self) -> Menu:
         """For the mean prompt length, or the shortest at which the default share holds sinks and
         recent tokens."""
@@ -134,8 +146,10 @@ class Evidence:
         `scales` of the planning loss: those of these very samples unless given.
         """
         decision, grid = self.decision, self.conditions.grid
+        scales = scales or classify.loss_scales(self.pooled(counts), self.ratios)
         curves = self.curves(counts)
         loss = classify.planning_loss(curves, self.ratios, scales)
+        here = loss_between(loss, self.anchors.lengths, self.menu.tokens)
         if self.conditions.recipe == "paper":
             mean, std = self.moments(counts)
             types = classify.classify_by_sparsity(
@@ -145,9 +159,9 @@ class Evidence:
                 types, mean, decision.budget, self.menu.floor, grid
             )
         else:
-            chosen = plan_anew(self.menu, loss, self.ratios, decision.budget)
+            chosen = plan_anew(self.menu, here, self.ratios, decision.budget)
         kinds = np.array([s.head_type for s in self.conditions.strategies], dtype=np.uint8)
-        return Plan(curves, loss, chosen, kinds[chosen.strategy])
+        return Plan(curves, loss, scales, here, chosen, kinds[chosen.strategy])
 
     def types_of_sample(self, sample: int, scales: tuple[float, float]) -> NDArray[np.uint8]:
         """[layers, kv_heads]: what this sample alone would say.
@@ -163,14 +177,23 @@ class Evidence:
         return self.plan(alone, scales).types
 
     def curves(self, counts: Counts) -> classify.Curves:
-        """Means over the samples where a point fits, in float64.
+        """Means at every anchor, [anchors, strategies, layers, kv_heads, ratios]."""
+        means = [self._mean(weights) for weights in self.anchors.of(counts)]
+        return classify.Curves(*np.stack(means, axis=1))
+
+    def pooled(self, counts: Counts) -> classify.Curves:
+        """Means over samples of all lengths, [strategies, layers, kv_heads, ratios]."""
+        return classify.Curves(*self._mean(counts.astype(np.float64)))
+
+    def _mean(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[3 terms, strategies, ...]: over the samples where a point fits, in float64.
 
         A point that does not fit most samples is INFEASIBLE.
         """
-        count = _weighted_sum(self.fits, counts)
-        mean = _weighted_sum(self.losses, counts) / np.maximum(count, 1)
-        most = count * 2 > counts.sum()
-        return classify.Curves(*np.where(most, mean, float(INFEASIBLE)))
+        weight = _weighted_sum(self.fits, weights)
+        mean = _weighted_sum(self.losses, weights) / np.where(weight > 0, weight, 1)
+        most = weight * 2 > _weighted_sum(np.ones(self.samples), weights)
+        return np.where(most, mean, float(INFEASIBLE))
 
     def moments(self, counts: Counts) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and standard deviation [layers, query_heads] of the sparsity at THETA_KAPPA."""
@@ -181,10 +204,12 @@ class Evidence:
         return mean.astype(np.float32), std.astype(np.float32)
 
 
-def _weighted_sum(values: NDArray[np.generic], counts: Counts) -> NDArray[np.float64]:
+def _weighted_sum(
+    values: NDArray[np.generic], weights: NDArray[np.int64] | NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Sum over the first axis, sample by sample: a matrix product would depend on the BLAS."""
     total = np.zeros(values.shape[1:])
-    for sample in counts.nonzero()[0]:
+    for sample in weights.nonzero()[0]:
         row = values[sample].astype(np.float64)
-        total += row if counts[sample] == 1 else row * counts[sample]
+        total += row if weights[sample] == 1 else row * weights[sample]
     return total

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hkvprof.artifact import Profile, ProjectedIndexTables
+from hkvprof.artifact import Profile
 from hkvprof.errors import UsageError
+from hkvprof.policy.tables import ProjectedIndexTables
 from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.confidence import assess
 from hkvprof.profile.confidence_record import KEY
@@ -51,6 +52,7 @@ def build_profile(
         strategies=conditions.strategies,
         kappas=conditions.kappas,
         ratios=evidence.ratios,
+        lengths=evidence.anchors.lengths,
         strategy=plan.chosen.strategy,
         budget=plan.chosen.ratio,
         sparsity_mean=np.mean(sparsity, axis=0).astype(np.float32),

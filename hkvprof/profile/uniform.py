@@ -46,7 +46,7 @@ def uniform_profile(
         Strategy(HeadType.STATIC, pool=pool),
         Strategy(HeadType.DYNAMIC, index=index, chunk=chunk),
     )
-    curve = np.broadcast_to(1 - _RATIOS, (len(menu), *shape, len(_RATIOS)))
+    curve = np.broadcast_to(1 - _RATIOS, (1, len(menu), *shape, len(_RATIOS)))
     sparsity = np.zeros((1, view.grid.layers, view.grid.query_heads), dtype=np.float32)
     return Profile(
         fingerprint=view.fingerprint,
@@ -56,6 +56,7 @@ def uniform_profile(
         strategies=menu,
         kappas=(0.1,),
         ratios=_RATIOS.copy(),
+        lengths=np.ones(1, dtype=np.int64),
         strategy=choice,
         budget=np.full(shape, budget, dtype=np.float32),
         sparsity_mean=sparsity,

@@ -110,10 +110,11 @@ def _close_in_loss(profile: Profile) -> list[Borderline]:
 
 
 def losses_at_budget(profile: Profile, layer: int, head: int) -> NDArray[np.float64]:
-    """Loss of every strategy at the head's own ratio, linear in log ratio between the points."""
+    """Loss of every strategy at the head's own ratio, linear in log ratio between the points, on
+    prompts of the usual length."""
     ratios = np.log(profile.ratios.astype(np.float64))
     at = math.log(float(profile.budget[layer, head]))
-    curves = profile.loss[:, layer, head].astype(np.float64)
+    curves = profile.loss_at(profile.usual_tokens)[:, layer, head].astype(np.float64)
     left = max(0, int(np.searchsorted(ratios, at, side="right")) - 1)
     values = np.array([np.interp(at, ratios, curve) for curve in curves])
     return np.where(curves[:, left] >= INFEASIBLE, float(INFEASIBLE), values)
@@ -165,6 +166,7 @@ def summarise(profile: Profile, tokens: int) -> dict[str, Any]:
         "schema": SCHEMA_VERSION,
         "sentence": sentence(profile, tokens),
         "recipe": profile.recipe,
+        "lengths": profile.lengths.tolist(),
         "default_budget": profile.default_budget,
         "static_share": static_share(profile),
         "memory": vars(kept) if kept else None,
@@ -195,6 +197,7 @@ def summarise_layer(profile: Profile, layer: int) -> dict[str, Any]:
         "layer": layer,
         "kappas": list(profile.kappas),
         "ratios": _rounded(profile.ratios),
+        "tokens": profile.usual_tokens,
         "heads": heads,
     }
 
@@ -203,6 +206,7 @@ def _head(profile: Profile, layer: int, head: int) -> dict[str, Any]:
     group = profile.grid.group
     queries = slice(head * group, (head + 1) * group)
     strategy = profile.strategies[profile.strategy[layer, head]]
+    loss = profile.loss_at(profile.usual_tokens)
     return {
         "head": head,
         "type": strategy.head_type.name.lower(),
@@ -212,7 +216,7 @@ def _head(profile: Profile, layer: int, head: int) -> dict[str, Any]:
         "sparsity_mean": _rounded(profile.sparsity_mean[:, layer, queries]),
         "sparsity_std": _rounded(profile.sparsity_std[:, layer, queries]),
         "loss": {
-            entry.name: _curve(profile.loss[number, layer, head])
+            entry.name: _curve(loss[number, layer, head])
             for number, entry in enumerate(profile.strategies)
         },
     }

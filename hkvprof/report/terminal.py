@@ -163,10 +163,11 @@ def _sparsity(profile: Profile, kappa: int, layer: int, head: int) -> str:
 
 def _losses(profile: Profile, layer: int) -> Table:
     table = plain_table("head", "strategy", *(percent(float(ratio)) for ratio in profile.ratios))
+    loss = profile.loss_at(profile.usual_tokens)
     for head in range(profile.grid.kv_heads):
         for number, strategy in enumerate(profile.strategies):
             star = "* " if profile.strategy[layer, head] == number else "  "
-            curve = [_loss(value) for value in profile.loss[number, layer, head]]
+            curve = [_loss(value) for value in loss[number, layer, head]]
             table.add_row(str(head), star + strategy.name, *curve)
     return table
 

@@ -47,8 +47,8 @@ def test_a_type_that_is_not_in_the_menu_is_refused_by_name() -> None:
         plain,
         strategies=plain.strategies[:2],
         strategy=np.minimum(plain.strategy, 1),
-        loss=plain.loss[:2].copy(),
-        output_error=plain.output_error[:2].copy(),
+        loss=plain.loss[:, :2].copy(),
+        output_error=plain.output_error[:, :2].copy(),
     )
     with pytest.raises(ProfileError, match=r"no dynamic strategy .its menu: static-pool31"):
         variants(static, ["dynamic"])

@@ -45,8 +45,9 @@ def many_curves(seed: int, grid: HeadGrid = SEVEN_B, points: int = 14) -> Profil
         strategies=MENU,
         strategy=np.zeros(shape[1:], np.uint8),
         ratios=ratios,
-        loss=loss,
-        output_error=loss.copy(),
+        lengths=np.array([1000]),
+        loss=loss[None],
+        output_error=loss[None].copy(),
     )
 
 
@@ -171,7 +172,7 @@ def test_a_paper_profile_reads_its_curves() -> None:
     plan = profile.plan(0.375, 2000)
     allocation = profile.allocation(0.375, 2000)
     np.testing.assert_allclose(allocation.ratio, 4 * profile.budget, rtol=1e-6)
-    own = [profile.loss[profile.strategy[i, j], i, j] for i, j in np.ndindex(3, 2)]
+    own = [profile.loss_at(2000)[profile.strategy[i, j], i, j] for i, j in np.ndindex(3, 2)]
     expected = sum(curve[3 - i % 2] for i, curve in enumerate(own))
     assert plan.expected_loss == pytest.approx(float(expected), rel=1e-5)
 

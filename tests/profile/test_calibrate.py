@@ -91,14 +91,14 @@ def test_the_order_of_samples_does_not_change_a_byte(
 def test_a_measured_profile_holds_what_was_measured(measured: Profile) -> None:
     assert measured.recipe == "measured"
     assert measured.strategies == MEASURED_MENU
-    assert measured.loss.shape == (len(MEASURED_MENU), 6, 4, len(RATIOS))
+    assert measured.loss.shape == (1, len(MEASURED_MENU), 6, 4, len(RATIOS))
     assert measured.sparsity_mean.shape == (len(KAPPAS), 6, 8)
     assert measured.index is not None
     assert measured.index.sizes == (16, 32, 64)
     feasible = measured.output_error < INFEASIBLE
     assert bool((measured.loss[~feasible] == INFEASIBLE).all())
     assert bool((measured.loss[..., -1] == 0).all())  # a whole prompt loses nothing
-    assert float(measured.loss[0, ..., 0].min()) > 0
+    assert float(measured.loss[0, 0, ..., 0].min()) > 0
     assert 0 < float(measured.budget.mean()) <= BUDGET
     # More attention mass lies in more keys.
     assert bool((np.diff(measured.sparsity_mean, axis=0) >= 0).all())

@@ -52,7 +52,7 @@ def test_single_samples_are_planned_with_the_scales_of_the_whole() -> None:
     same = np.zeros(SHAPE)
     for row in rows:
         alone = classify.Curves(*row.losses.astype(np.float64))
-        loss = classify.planning_loss(alone, ratios, classify.loss_scales(whole.curves, ratios))
+        loss = classify.planning_loss(alone, ratios, whole.scales)
         chosen = plan_anew(evidence.menu, loss, ratios, DECISION.budget)
         same += chosen.strategy == whole.chosen.strategy  # strategy 0 is static, 1 dynamic
     found = assess(rows)

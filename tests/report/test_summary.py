@@ -47,8 +47,8 @@ def test_sizes(size: float, text: str) -> None:
 def close(profile: Profile, dynamic: float) -> Profile:
     """Head (1, 0) loses 1 static and `dynamic` dynamic, others 1 and 3, at every ratio."""
     loss = np.ones_like(profile.loss)
-    loss[2:] = 3
-    loss[2:, 1, 0] = dynamic
+    loss[:, 2:] = 3
+    loss[:, 2:, 1, 0] = dynamic
     return replace(profile, loss=loss)
 
 
@@ -70,8 +70,8 @@ def test_heads_without_loss_or_without_choice_are_not_borderline() -> None:
         static,
         strategies=static.strategies[:2],
         strategy=np.zeros_like(static.strategy),
-        loss=static.loss[:2].copy(),
-        output_error=static.output_error[:2].copy(),
+        loss=static.loss[:, :2].copy(),
+        output_error=static.output_error[:, :2].copy(),
     )
     assert summary.borderline(static) == []
     assert summary.borderline(make_profile("uniform")) == []
@@ -106,7 +106,7 @@ def test_losses_between_the_points() -> None:
     budget = profile.budget.copy()
     budget[...] = np.sqrt(profile.ratios[1] * profile.ratios[2])
     losses = summary.losses_at_budget(replace(profile, budget=budget), 0, 0)
-    halfway = profile.loss[:, 0, 0, 1:3].mean(axis=-1)
+    halfway = profile.loss_at(profile.usual_tokens)[:, 0, 0, 1:3].mean(axis=-1)
     np.testing.assert_allclose(losses, halfway, rtol=1e-4)
     budget = np.full_like(budget, 0.1)
     assert summary.losses_at_budget(replace(profile, budget=budget), 0, 0)[2] >= INFEASIBLE

@@ -241,8 +241,8 @@ def test_text_prior_keeps_text_first(tinyvl: tuple[Any, Any]) -> None:
             **{name: getattr(base, name) for name in base.__dataclass_fields__},
             "strategies": (Strategy(HeadType.STATIC, text_prior=1.0),),
             "strategy": np.zeros_like(base.strategy),
-            "loss": base.loss[:1].copy(),
-            "output_error": base.output_error[:1].copy(),
+            "loss": base.loss[:, :1].copy(),
+            "output_error": base.output_error[:, :1].copy(),
         }
     )
     encoded = processor.encode([make_sample("find", 3, images=4, split="calibration").messages])

@@ -71,8 +71,9 @@ def measured(model: Any, menu: tuple[Strategy, ...], seed: int = 0) -> Profile:
         budget=np.full(shape[1:], 0.1, dtype=np.float32),
         sparsity_mean=sparsity,
         sparsity_std=sparsity.copy(),
-        loss=loss,
-        output_error=loss.copy(),
+        lengths=np.array([1000]),
+        loss=loss[None],
+        output_error=loss[None].copy(),
         index=index_tables(view.grid),
     )
 

@@ -25,6 +25,6 @@ def no_type_level(prompt: Prompt) -> Selection:
         if strategy.head_type is HeadType.STATIC
     ]
     ratio = allocation.ratio.astype(np.float64)
-    best = min(static, key=lambda number: loss_at(profile, number, ratio).sum())
+    best = min(static, key=lambda number: loss_at(profile, number, ratio, prompt.tokens).sum())
     same = np.full_like(allocation.strategy, best)
     return planned(profile, replace(allocation, strategy=same))

@@ -98,7 +98,7 @@ def static_loss(profile: Profile) -> NDArray[np.float32]:
     """
     static = [strategy.head_type is HeadType.STATIC for strategy in profile.strategies]
     at = int(np.abs(profile.ratios - AT).argmin())
-    least: NDArray[np.float32] = profile.loss[static][..., at].min(axis=0)
+    least: NDArray[np.float32] = profile.loss_at(profile.usual_tokens)[static][..., at].min(axis=0)
     return least
 
 

@@ -30,7 +30,7 @@ def measured_profile(prompt: Prompt, name: str) -> Profile:
 def only(profile: Profile, head_type: HeadType) -> Profile:
     """The profile with strategies of one type alone in its menu."""
     loss = profile.loss.copy()
-    loss[[s.head_type is not head_type for s in profile.strategies]] = INFEASIBLE
+    loss[:, [s.head_type is not head_type for s in profile.strategies]] = INFEASIBLE
     return replace(profile, loss=loss)
 
 
@@ -61,15 +61,15 @@ def even(prompt: Prompt, profile: Profile) -> Selection:
     numbers = [
         number
         for number, strategy in enumerate(profile.strategies)
-        if menu.fits(strategy, prompt.share) and bool((profile.loss[number] < INFEASIBLE).any())
+        if menu.fits(strategy, prompt.share) and bool((profile.loss[:, number] < INFEASIBLE).any())
     ]
     if not numbers:
         raise BudgetError(
             f"budget {prompt.share:.4g} is too small for a prompt of {prompt.tokens} tokens: no "
             "strategy fits; raise the budget or use longer prompts"
         )
-    ratio = np.full(profile.loss.shape[1:3], prompt.share, dtype=np.float64)
-    losses = np.stack([loss_at(profile, number, ratio) for number in numbers])
+    ratio = np.full(profile.strategy.shape, prompt.share, dtype=np.float64)
+    losses = np.stack([loss_at(profile, number, ratio, prompt.tokens) for number in numbers])
     best = np.array(numbers)[losses.argmin(axis=0)]
     return [
         [HeadPlan(profile.strategies[choice], prompt.share) for choice in choices]
@@ -77,12 +77,16 @@ def even(prompt: Prompt, profile: Profile) -> Selection:
     ]
 
 
-def loss_at(profile: Profile, number: int, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Loss of every head, [layers, kv_heads], with strategy `number` at these ratios."""
+def loss_at(
+    profile: Profile, number: int, ratio: NDArray[np.float64], tokens: int
+) -> NDArray[np.float64]:
+    """Loss of every head, [layers, kv_heads], with strategy `number` at these ratios, on prompts of
+    `tokens` tokens."""
+    loss = profile.loss_at(tokens)[number]
     known, wanted = np.log(profile.ratios.astype(np.float64)), np.log(ratio)
     result = np.empty_like(wanted)
     for place in np.ndindex(*wanted.shape):
-        curve = profile.loss[number][place].astype(np.float64)
+        curve = loss[place].astype(np.float64)
         fits = curve < INFEASIBLE
         result[place] = (
             np.interp(wanted[place], known[fits], np.minimum.accumulate(curve[fits]))

@@ -68,7 +68,7 @@ def test_static_loss_is_the_least_of_the_static_curves_at_a_fifth(subject: Subje
     profile = subject[2]
     assert float(profile.ratios[9]) == pytest.approx(0.2)
     assert [s.head_type for s in profile.strategies[:3]] == [HeadType.STATIC] * 3
-    assert np.array_equal(static_loss(profile), profile.loss[:3, ..., 9].min(axis=0))
+    assert np.array_equal(static_loss(profile), profile.loss[0, :3, ..., 9].min(axis=0))
 
 
 def test_duo_attention_streams_all_but_the_heads_that_lose_most(subject: Subject) -> None:
@@ -104,7 +104,9 @@ def test_static_plans_are_those_of_a_profile_without_dynamic_losses(subject: Sub
     assert [p.ratio for p in got] == pytest.approx(want.ratio.ravel().tolist())
     menu = profile.strategies
     assert [p.strategy for p in got] == [menu[choice] for choice in want.strategy.ravel()]
-    assert bool((profile.loss < 1e30).any(axis=(1, 2, 3)).all())  # the profile itself is as it was
+    assert bool(
+        (profile.loss < 1e30).any(axis=(0, 2, 3, 4)).all()
+    )  # the profile itself is as it was
 
 
 def test_no_head_level_gives_all_heads_the_same(subject: Subject) -> None:
@@ -113,7 +115,7 @@ def test_no_head_level_gives_all_heads_the_same(subject: Subject) -> None:
     profile = subject[2]
     at = int(np.abs(profile.ratios - SHARE).argmin())
     # The share is one of the measured ratios: the least loss there decides (all strategies fit).
-    best = profile.loss[..., : at + 1].min(axis=-1).argmin(axis=0).ravel()
+    best = profile.loss[0, ..., : at + 1].min(axis=-1).argmin(axis=0).ravel()
     assert [p.strategy for p in heads] == [profile.strategies[choice] for choice in best]
 
 
@@ -126,22 +128,24 @@ def test_no_type_level_keeps_the_shares_and_takes_one_static_strategy(subject: S
     assert strategy.head_type is HeadType.STATIC
     ratio = want.ratio.astype(np.float64)
     sums = [
-        loss_at(profile, number, ratio).sum()
+        loss_at(profile, number, ratio, prefill.tokens).sum()
         for number, other in enumerate(profile.strategies)
         if other.head_type is HeadType.STATIC
     ]
-    mine = loss_at(profile, profile.strategies.index(strategy), ratio).sum()
+    mine = loss_at(profile, profile.strategies.index(strategy), ratio, prefill.tokens).sum()
     assert mine == min(sums)
 
 
 def test_losses_between_measured_ratios(subject: Subject) -> None:
     profile = subject[2]
     at = profile.ratios[4].astype(np.float64)
-    ratio = np.full(profile.loss.shape[1:3], at)
-    assert np.allclose(loss_at(profile, 0, ratio), profile.loss[0, ..., : 4 + 1].min(axis=-1))
+    ratio = np.full(profile.strategy.shape, at)
+    assert np.allclose(
+        loss_at(profile, 0, ratio, 300), profile.loss[0, 0, ..., : 4 + 1].min(axis=-1)
+    )
     middle = np.full_like(ratio, np.sqrt(at * profile.ratios[5]))
-    monotone = np.minimum.accumulate(profile.loss[0].astype(np.float64), axis=-1)
-    assert np.allclose(loss_at(profile, 0, middle), monotone[..., 4:6].mean(axis=-1))
+    monotone = np.minimum.accumulate(profile.loss[0, 0].astype(np.float64), axis=-1)
+    assert np.allclose(loss_at(profile, 0, middle, 300), monotone[..., 4:6].mean(axis=-1))
 
 
 def test_even_dynamic_shares_where_measured_ratios_are_too_coarse(subject: Subject) -> None:
