@@ -14,7 +14,7 @@ from torch import Tensor
 from hkvprof.artifact import ProjectedIndexTables
 from hkvprof.errors import SampleError
 from hkvprof.heads import KeepRule, Modality, Strategy
-from hkvprof.models.adapter import ModelView, output_projection
+from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.forward import last_row_only
 from hkvprof.models.processing import ChatProcessor
@@ -141,14 +141,13 @@ class Probe:
         tables: ProjectedIndexTables | None,
     ) -> Tensor:
         """[3 terms, strategies, kv_heads, ratios] of one layer."""
-        trace, module = self.observer.traces[layer], self.bench.view.attention[layer]
-        cached = self.cache.covered[layer]
+        trace, cached = self.observer.traces[layer], self.cache.covered[layer]
         assert cached.keys is not None
         assert cached.values is not None
         keys, values = cached.keys[0].detach(), cached.values[0].detach()
         prompt, device = self.encoded.tokens, keys.device
         rows = continuation.rows.to(device)
-        projection = output_projection(module).detach()
+        projection = self.bench.view.output_projection(layer).detach()
         output = trace.output[0].detach()[rows].float()
         assert trace.output.grad is not None, "the reply's margin does not depend on this layer"
         judged = DecodeRows(

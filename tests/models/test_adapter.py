@@ -12,8 +12,9 @@ from torch import nn
 
 from hkvprof.errors import ModelError
 from hkvprof.heads import HeadGrid
-from hkvprof.models.adapter import output_projection, view_model
+from hkvprof.models.adapter import view_model
 from hkvprof.models.aliases import TINYVL_FOLDER
+from hkvprof.models.architectures import Adapter
 from hkvprof.models.load import load_model
 from tests.models.tiny import COVERED, REFUSED, SLIDING, TEXT, build, build_covered
 
@@ -133,15 +134,15 @@ def test_sliding_layers_are_not_covered() -> None:
 @pytest.mark.parametrize("name", COVERED)
 def test_every_covered_model_has_an_output_projection(name: str) -> None:
     view = view_model(build_covered(name))
-    for attention in view.attention:
-        hidden, heads = output_projection(attention).shape
+    for layer in range(view.grid.layers):
+        hidden, heads = view.output_projection(layer).shape
         assert heads == view.grid.query_heads * view.grid.head_dim
         assert hidden == TEXT["hidden_size"]
 
 
 def test_an_attention_without_output_projection() -> None:
     with pytest.raises(ModelError, match="Linear has no output projection named o_proj"):
-        output_projection(nn.Linear(2, 2))
+        Adapter().output_projection(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -171,7 +171,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "MambaConfig",
         "MambaForCausalLM",
         {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4},
-        "MambaForCausalLM has no supported layer",
+        "mamba is not supported: it has no attention, and so no KV cache to compress",
     ),
     "all layers slide": (
         "MistralConfig",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hkvprof
 from hkvprof.heads import HeadType, KeepRule, Modality, Strategy
-from hkvprof.models.adapter import output_projection, view_model
+from hkvprof.models.adapter import view_model
 from hkvprof.models.attention import hooked_attention
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.policy.costs import dynamic_layout, static_tokens
@@ -349,9 +349,9 @@ def traced(tiny: tuple[Any, Any], sample: Any) -> Traced:
             model(input_ids=continuation.ids[None], past_key_values=cache)
     picked, prompt = continuation.rows, encoded.tokens
     rows = []
-    for layer, module in enumerate(view.attention):
+    for layer in range(view.grid.layers):
         trace, stored = observer.traces[layer], cache.covered[layer]
-        projection = output_projection(module).detach()
+        projection = view.output_projection(layer).detach()
         output = trace.output[0][picked].flatten(1) @ projection.T
         rows.append(
             DecodeRows(

@@ -1,0 +1,132 @@
+"""The interface, and the behaviour that nearly all architectures share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from hkvprof.errors import ModelError
+from hkvprof.heads import HeadGrid, Modality
+
+_WRONG = "which the compressed attention would compute wrongly"
+
+
+class Adapter:
+    """What hkvprof asks about an architecture. Override what yours does differently.
+
+    `model_types` are the values of `config.model_type` that it is for; `output_names` the names
+    that an attention module may give its output projection. `pillow` begins the names of the image
+    processors that hkvprof runs without torchvision (models.processing), `videos` tells whether
+    frames of a video can be given, and `chat_template` stands in where a processor has none.
+    """
+
+    model_types: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ("o_proj", "out_proj", "dense")
+    pillow: str = ""
+    videos: bool = False
+    chat_template: str = ""
+
+    def refusal(self, model: Any) -> str:
+        """Why `model` cannot be compressed ("it uses ..."); empty if nothing speaks against it."""
+        text = model.config.get_text_config(decoder=True)
+        if getattr(model.config, "is_encoder_decoder", False):
+            return f"it uses an encoder and a decoder, {_WRONG}"
+        if getattr(text, "attn_logit_softcapping", None):
+            return f"it uses attention logit soft-capping, {_WRONG}"
+        if getattr(text, "kv_lora_rank", None):
+            return f"it uses multi-head latent attention, {_WRONG}"
+        if getattr(text, "num_kv_shared_layers", None):
+            return f"it uses layers that share one layer's keys and values, {_WRONG}"
+        modules = self.attention_modules(model).values()
+        if any(getattr(module, "sinks", None) is not None for module in modules):
+            return f"it uses learned attention sinks, {_WRONG}"
+        if not self.full_attention_layers(text) and not _has_attention(model):
+            return "it has no attention, and so no KV cache to compress"
+        if not _uses_attention_interface(model, text):
+            return "its attention does not go through transformers' AttentionInterface"
+        return ""
+
+    def attention_modules(self, model: nn.Module) -> dict[int, nn.Module]:
+        """Self-attention modules of the decoder by layer number."""
+        found: dict[int, nn.Module] = {}
+        for module in model.modules():
+            index = getattr(module, "layer_idx", None)
+            if isinstance(index, int) and self.output_name(module) and head_dim(module):
+                found.setdefault(index, module)
+        return found
+
+    def full_attention_layers(self, text_config: Any) -> list[int]:
+        """Layers that transformers would give a plain growing cache."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        layers = DynamicCache(config=text_config).layers
+        return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+    def head_grid(self, text_config: Any, attention: tuple[nn.Module, ...]) -> HeadGrid:
+        """Geometry of the covered layers, whose modules are `attention`. Raises ModelError where
+        they differ."""
+        widths = {head_dim(module) for module in attention}
+        groups = {int(getattr(module, "num_key_value_groups", 1)) for module in attention}
+        if len(widths) != 1 or len(groups) != 1:
+            raise ModelError(
+                f"layers with different head widths ({sorted(widths)}) or group sizes "
+                f"({sorted(groups)}) are not supported: expected one of each"
+            )
+        kv_heads = int(
+            getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+        )
+        return HeadGrid(len(attention), kv_heads * groups.pop(), kv_heads, widths.pop())
+
+    def output_name(self, attention: nn.Module) -> str | None:
+        """Name of the output projection; None for a module that has none."""
+        return next(
+            (n for n in self.output_names if hasattr(getattr(attention, n, None), "weight")), None
+        )
+
+    def output_projection(self, attention: nn.Module) -> Tensor:
+        """W_O of an attention module, [hidden, query_heads * head_dim]. Raises ModelError."""
+        name = self.output_name(attention)
+        if name is None:
+            raise ModelError(
+                f"{type(attention).__name__} has no output projection named "
+                f"{', '.join(self.output_names)}: this architecture needs an adapter "
+                "(docs/adding-a-model.md)"
+            )
+        return getattr(attention, name).weight
+
+    def modality(self, ids: Int[Tensor, "*shape"], config: Any) -> Int[Tensor, "*shape"]:
+        """What every position of a prompt holds (Modality values), from its token ids."""
+        modality = torch.zeros_like(ids)
+        for name, kind in (("image_token_id", Modality.IMAGE), ("video_token_id", Modality.VIDEO)):
+            token = getattr(config, name, None)
+            if token is not None:
+                modality[ids == token] = kind
+        return modality
+
+
+def head_dim(attention: nn.Module) -> int:
+    """Width of a head; 0 for a module that has none."""
+    return int(getattr(attention, "head_dim", None) or getattr(attention, "head_size", None) or 0)
+
+
+def _has_attention(model: nn.Module) -> bool:
+    """Whether any module calls itself attention: decides about the words of a refusal alone."""
+    return any("attention" in type(module).__name__.lower() for module in model.modules())
+
+
+def _uses_attention_interface(model: Any, text_config: Any) -> bool:
+    """Whether the decoder's implementation can be chosen; transformers reads its source for that.
+
+    Where no module holds the decoder's config, the seam finds out (models.attention).
+    """
+    from transformers import PreTrainedModel
+
+    decoders = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module.config is text_config
+    ]
+    return all(module._can_set_attn_implementation() for module in decoders)
