@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hkvprof.certificate import recorded
 from hkvprof.errors import ProfileError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 
@@ -78,6 +79,7 @@ def _check_metadata(header: Header) -> None:
     _check_rules(header.recipe, header.default_budget, header.keep)
     _check_menu(header.strategies, header.kappas)
     require(isinstance(header.provenance, Mapping), "provenance must be an object")
+    recorded(header.provenance)
 
 
 def _check_grid(grid: HeadGrid) -> None:

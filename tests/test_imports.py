@@ -12,16 +12,17 @@ ERRORS = {"errors"}
 CORE = ERRORS | {"heads", "files", "lazy"}
 POLICY = CORE | {"policy"}
 MODELS = POLICY | {"models"}
-ARTIFACT = POLICY | {"artifact", "checks"}
+ARTIFACT = POLICY | {"artifact", "checks", "certificate"}
 ALLOWED = {
     "errors": set(),
     "heads": ERRORS,
     "lazy": set(),
     "files": ERRORS,
-    "checks": CORE,
+    "certificate": CORE,
+    "checks": CORE | {"certificate"},
     "policy": CORE,
     "models": POLICY,
-    "artifact": POLICY | {"checks"},
+    "artifact": POLICY | {"checks", "certificate"},
     "profile": ARTIFACT | MODELS,
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 import hkvprof
-from hkvprof.cli import bench, calibrate, diff, evaluate, inspect, merge, models, plan, validate
+from hkvprof.cli import (
+    bench,
+    calibrate,
+    certify,
+    diff,
+    evaluate,
+    inspect,
+    merge,
+    models,
+    plan,
+    validate,
+)
 
 app = typer.Typer(
     name="hkvprof",
@@ -45,4 +56,5 @@ app.command("diff", epilog=diff.EXAMPLES)(diff.diff)
 app.command("validate", epilog=validate.EXAMPLES)(validate.validate)
 app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("certify", epilog=certify.EXAMPLES)(certify.certify)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)

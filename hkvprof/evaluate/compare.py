@@ -33,9 +33,11 @@ def compare(
     journal: Journal | None = None,
     track: Track | None = None,
     refused: dict[Entry, str] | None = None,
+    skip: Callable[[Entry], bool] = lambda entry: False,
 ) -> list[Answer]:
     """Answers to every sample by every method, those already in the journal included.
 
+    Entries are asked as long as `skip` does not say that no more of their answers are needed.
     A baseline whose rule cannot meet a budget on a prompt has no answer to it; `refused` is filled
     with the reason. hkvprof's own failure is an error. Raises CompressionError if a budget below 1
     compressed nothing on any sample, and UsageError if no sample has a question in one of the
@@ -46,7 +48,11 @@ def compare(
     contest = Contest(model, profile, plan.seed)
     for sample in track(tasks.samples, "answering", len(tasks.samples)):
         done = journal.done
-        missing = [e for e in plan.entries if (sample.id, e.method, e.budget) not in done]
+        missing = [
+            entry
+            for entry in plan.entries
+            if (sample.id, entry.method, entry.budget) not in done and not skip(entry)
+        ]
         if missing or (sample.id, FULL, "") not in done:
             now = _Round(model, processor, sample, tasks, plan, contest)
             for entry, reason in now.play(missing, journal).items():

@@ -63,6 +63,14 @@ class Journal:
             os.fsync(file.fileno())
 
 
+def forget(folder: Path) -> None:
+    """Remove what a Journal writes, and the folder if nothing else is in it."""
+    for file in [*folder.glob("answers*.jsonl"), folder / CONDITIONS]:
+        file.unlink(missing_ok=True)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _agree(folder: Path, conditions: Mapping[str, Any]) -> bool:
     """Whether the folder holds answers, of these conditions."""
     path = folder / CONDITIONS

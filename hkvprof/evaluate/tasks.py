@@ -30,7 +30,7 @@ Of the others only the distance to the full cache is taken."""
 
 def load_tasks(
     name: str,
-    processor: ChatProcessor,
+    processor: ChatProcessor | None,
     per_task: int,
     tokens: str = "2500",
     max_samples: int | None = None,
@@ -40,7 +40,8 @@ def load_tasks(
 
     Samples of `tinyvl` have 12 or 16 images and one later question; those of `longtext` about
     `tokens` tokens (a number, or a range such as 2000-8000 over which they are spread evenly) and
-    one later question; the first samples of a task are the same for any `per_task`.
+    one later question (they alone need `processor`); the first samples of a task are the same for
+    any `per_task`.
     `max_samples` picks a subset of the others that is balanced over tasks; `max_frames` bounds the
     frames of a video. Raises UsageError, SampleError.
     """
@@ -86,9 +87,11 @@ def _tinyvl(per_task: int) -> TaskSet:
     return TaskSet("tinyvl", tuple(samples), EXACT_MATCH, max_new_tokens=16)
 
 
-def _longtext(processor: ChatProcessor, per_task: int, tokens: str) -> TaskSet:
+def _longtext(processor: ChatProcessor | None, per_task: int, tokens: str) -> TaskSet:
     from hkvprof.evaluate.longtext import TASKS, is_correct, make_sample
     from hkvprof.evaluate.make_longtext import parse_range
+
+    assert processor is not None, "longtext is cut by the model's tokens"
 
     def count(text: str) -> int:
         return len(processor.encode_text(text))
@@ -107,8 +110,14 @@ def _longtext(processor: ChatProcessor, per_task: int, tokens: str) -> TaskSet:
 
 def _folder(name: str, max_samples: int | None) -> TaskSet:
     """Samples of a folder or file that have a reply to score answers by."""
-    samples = load_samples(name, max_samples=max_samples).samples
-    kept = tuple(sample for sample in samples if sample.reply is not None)
+    whole = whole_folder(name, max_samples)
+    kept = tuple(sample for sample in whole.samples if sample.reply is not None)
     if not kept:
         raise UsageError(f"{name}: no sample has a reply to judge answers by")
-    return TaskSet(name, kept, EXACT_MATCH, max_new_tokens=64)
+    return replace(whole, samples=kept)
+
+
+def whole_folder(name: str, max_samples: int | None = None) -> TaskSet:
+    """Samples of a folder, file or dataset, with and without replies. Raises SampleError."""
+    samples = load_samples(name, max_samples=max_samples).samples
+    return TaskSet(name, samples, EXACT_MATCH, max_new_tokens=64)

@@ -16,6 +16,7 @@ from hkvprof.profile.confidence import assess
 from hkvprof.profile.confidence_record import KEY
 from hkvprof.profile.evidence import THETA_KAPPA, Decision, Evidence
 from hkvprof.profile.rows import SampleRow, gather
+from hkvprof.profile.sample_record import SAMPLES_KEY, short_digest
 
 
 def merge(folders: Iterable[str | Path], decision: Decision | None = None) -> Profile:
@@ -80,6 +81,7 @@ def _provenance(
             "mean": round(float(np.mean(tokens)), 1),
             "max": max(tokens),
         },
+        SAMPLES_KEY: sorted({short_digest(row.digest) for row in rows if row.digest}),
         "skipped": len(decision.skipped),
         **({"skipped_ids": list(decision.skipped)} if decision.skipped else {}),
         "theta": decision.theta,

@@ -17,7 +17,7 @@ from hkvprof.heads import KeepRule, Modality, Strategy
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.forward import last_row_only
-from hkvprof.models.processing import ChatProcessor
+from hkvprof.models.processing import ChatProcessor, Encoded
 from hkvprof.profile.continuation import Continuation, build_continuation, opening_of_turn
 from hkvprof.profile.fit import Moments, tables_of_layer
 from hkvprof.profile.observe import ObservedCache, Observer
@@ -54,6 +54,16 @@ class Bench:
     answered: dict[str, Sample] = field(default_factory=dict)
 
 
+def content_digest(sample: Sample, encoded: Encoded) -> str:
+    """Of what a measurement depends on: tokens and pixels of the prompt, given replies, turns."""
+    said = json.dumps([sample.reply, [vars(turn) for turn in sample.followups]])
+    digest = hashlib.sha256(said.encode())
+    for name in sorted(encoded.inputs):
+        digest.update(name.encode())
+        digest.update(encoded.inputs[name].contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Probe:
     """One sample on the model: prefill, reply, and what the layers showed."""
 
@@ -73,13 +83,8 @@ class Probe:
 
     @cached_property
     def digest(self) -> str:
-        """Of what the measurement depends on: tokens and pixels of the prompt, replies, turns."""
-        said = json.dumps([self.opened.reply, [vars(turn) for turn in self.opened.followups]])
-        digest = hashlib.sha256(said.encode())
-        for name in sorted(self.encoded.inputs):
-            digest.update(name.encode())
-            digest.update(self.encoded.inputs[name].contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Of the sample as it was given; see `content_digest`."""
+        return content_digest(self.sample, self.encoded)
 
     # -- first pass -------------------------------------------------------------------------
 

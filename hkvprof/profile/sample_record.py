@@ -8,6 +8,14 @@ from typing import Any
 
 Message = Mapping[str, Any]
 
+SAMPLES_KEY = "sample_digests"
+"""Where a profile's provenance tells which samples it was calibrated on: sorted short digests."""
+
+
+def short_digest(digest: str) -> str:
+    """Enough of a sample's content digest to tell it from others: 48 bits."""
+    return digest[:12]
+
 
 @dataclass(frozen=True)
 class Turn:

@@ -19,7 +19,15 @@ from hkvprof.profile import images, sample_hub
 from hkvprof.profile.sample_parse import parse_line
 from hkvprof.profile.sample_record import Message, Sample, Turn
 
-__all__ = ["LoadedSamples", "Message", "Sample", "Turn", "load_samples", "open_images"]
+__all__ = [
+    "LoadedSamples",
+    "Message",
+    "Sample",
+    "Turn",
+    "load_samples",
+    "open_images",
+    "samples_digest",
+]
 
 MAX_LINE_BYTES = 16 * 2**20
 FILE_NAME = "samples.jsonl"
@@ -74,7 +82,7 @@ def load_samples(
     if max_samples is not None:
         chosen = choose([(s.task, s.id) for s in samples], max_samples, seed)
         samples = [samples[i] for i in chosen]
-    return LoadedSamples(tuple(samples), tuple(skipped), _digest(samples))
+    return LoadedSamples(tuple(samples), tuple(skipped), samples_digest(samples))
 
 
 def open_images(sample: Sample) -> tuple[Message, ...]:
@@ -196,7 +204,8 @@ def _read(entries: Iterable[_Entry], on_error: OnError) -> tuple[list[Sample], l
     return samples, skipped
 
 
-def _digest(samples: Sequence[Sample]) -> str:
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 of the samples' text and images, whatever their order and the images' names."""
     total = hashlib.sha256()
     for sample in sorted(samples, key=lambda s: s.id):
         record = {

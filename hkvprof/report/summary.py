@@ -15,6 +15,7 @@ from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.report.certainty import recorded, type_agreements
+from hkvprof.report.certificate import certificate_json
 
 CLOSE = 0.10
 """Relative difference in loss below which the two types of a measured head are borderline."""
@@ -180,6 +181,7 @@ def summarise(profile: Profile, tokens: int) -> dict[str, Any]:
         "budget": _rounded(profile.budget),
         "borderline": [vars(head) for head in borderline(profile)],
         "confidence": recorded(profile),
+        "certificate": certificate_json(profile),
         "provenance": dict(profile.provenance),
     }
 

@@ -7,10 +7,13 @@ from rich.table import Table
 from rich.text import Text
 
 from hkvprof.artifact import Profile
+from hkvprof.certificate import KEY as CERTIFICATE
 from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.profile.confidence_record import KEY
+from hkvprof.profile.sample_record import SAMPLES_KEY
 from hkvprof.report.certainty import agreement_text, certainty, plain, type_agreements
+from hkvprof.report.certificate import section
 from hkvprof.report.glyphs import ASCII, UNICODE, Glyphs
 from hkvprof.report.pictures import heads_picture, shares_picture
 from hkvprof.report.summary import (
@@ -46,8 +49,14 @@ def overview(profile: Profile, tokens: int, ascii_only: bool) -> RenderableType:
         Text(),
         *(Text(line) for line in certainty(profile)),
         Text(),
+        *_certificate(profile),
         *_origin(profile),
     )
+
+
+def _certificate(profile: Profile) -> list[Text]:
+    lines = [Text(line) for line in section(profile)]
+    return [*lines, Text()] if lines else []
 
 
 def types_picture(profile: Profile, marks: Glyphs) -> Text:
@@ -109,7 +118,7 @@ def _origin(profile: Profile) -> list[Text]:
         Text(f"  recipe: {profile.recipe}, default budget {percent(profile.default_budget)}")
     )
     for key, value in sorted(profile.provenance.items(), key=lambda item: str(item[0])):
-        if key == KEY:  # shown above
+        if key in (KEY, CERTIFICATE, SAMPLES_KEY):  # shown above; or digests, for `certify`
             continue
         lines.append(Text(f"  {plain(key)}: {plain(value)}", overflow="ellipsis", no_wrap=True))
     return lines

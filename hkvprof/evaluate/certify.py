@@ -1,0 +1,208 @@
+"""A certificate: the least budget whose degradation is below alpha with confidence 1 - delta.
+
+Learn then Test (Angelopoulos et al. 2021, arXiv 2110.01052) with fixed-sequence testing and exact
+binomial p-values (risk.py). All budgets share one prefill per sample; a budget that cannot be
+accepted any more is not asked again, nor are smaller ones: no verdict depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from hkvprof.artifact import Profile
+from hkvprof.certificate import Certificate, Level, content_digest, fixed_sequence
+from hkvprof.errors import BudgetError
+from hkvprof.evaluate.compare import Track, compare
+from hkvprof.evaluate.contest import MIN_TOKENS
+from hkvprof.evaluate.journal import Journal
+from hkvprof.evaluate.plan import Entry, Plan
+from hkvprof.evaluate.records import FULL, Answer
+from hkvprof.evaluate.risk import Claim
+from hkvprof.evaluate.taskset import TaskSet
+from hkvprof.models.adapter import view_model
+from hkvprof.models.processing import ChatProcessor
+from hkvprof.profile.conditions import current_versions
+from hkvprof.profile.samples import Sample, samples_digest
+
+_STEPS = 1
+"""Forced tokens per question: distances do not count here, only the answers do."""
+
+
+def judged(tasks: TaskSet, claim: Claim) -> TaskSet:
+    """The samples of which the claim's loss can be taken."""
+
+    def has_answer(sample: Sample) -> bool:
+        known = sample.reply is not None or sample.id in tasks.gold
+        first = bool({"inside", "after"} & set(claim.regimes))
+        return (first and (known or claim.loss == "agreement")) or (
+            bool(sample.followups) and "later" in claim.regimes
+        )
+
+    return replace(tasks, samples=tuple(s for s in tasks.samples if has_answer(s)))
+
+
+def conditions(model: Any, profile: Profile, tasks: TaskSet, claim: Claim) -> dict[str, Any]:
+    """What the answers depend on, for a journal: neither alpha and delta nor the budgets."""
+    return {
+        "model": view_model(model).fingerprint.weights_digest,
+        "dtype": _dtype(model),
+        "profile": content_digest(profile),
+        "data": samples_digest(tasks.samples),
+        "max_new_tokens": tasks.max_new_tokens,
+        "regimes": list(claim.regimes),
+        "steps": _STEPS,
+    }
+
+
+def certify(
+    model: Any,
+    processor: ChatProcessor,
+    profile: Profile,
+    tasks: TaskSet,
+    claim: Claim,
+    journal: Journal | None = None,
+    track: Track | None = None,
+) -> Certificate:
+    """Test the claim on held-out samples (`judged` ones; heldout.py tells whether they are).
+
+    Answers that the journal holds are not asked for again. Raises UsageError where the samples are
+    too few, BudgetError where a budget cannot be met on one of them.
+    """
+    claim.check_samples(len(tasks.samples))
+    journal = journal or Journal(None, {})
+    tally = Tally(claim, [sample.id for sample in tasks.samples], journal.answers)
+    plan = Plan(tuple(map(_name, claim.budgets)), regimes=claim.regimes, steps=_STEPS)
+    try:
+        compare(model, processor, profile, tasks, plan, journal, track, skip=tally.is_lost)
+    except BudgetError as error:
+        raise BudgetError(
+            f"a budget cannot be met on these samples: {error}. Leave small ones out of --budgets, "
+            "or use longer prompts; what was answered so far is kept"
+        ) from None
+    levels, samples = tally.levels()
+    claim.check_samples(samples, "samples that could be asked")
+    certified = fixed_sequence(levels, samples, claim.delta)
+    return Certificate(
+        alpha=claim.alpha,
+        delta=claim.delta,
+        loss=claim.loss,
+        samples=samples,
+        levels=levels,
+        certified=certified,
+        reason=_reason(levels[0], claim, samples) if certified is None else "",
+        regimes=claim.regimes,
+        full_score=tally.full_score(),
+        content=content_digest(profile),
+        weights_digest=view_model(model).fingerprint.weights_digest,
+        dtype=_dtype(model),
+        data=tasks.name,
+        data_digest=samples_digest(tasks.samples),
+        options={"min_tokens": MIN_TOKENS, "max_new_tokens": tasks.max_new_tokens},
+        versions=dict(current_versions()),
+    )
+
+
+class Tally:
+    """Losses per budget, as answers come in; `answers` may grow.
+
+    A sample counts once, however many of its questions are lost.
+    """
+
+    def __init__(self, claim: Claim, samples: Sequence[str], answers: Sequence[Answer]) -> None:
+        self.claim, self.answers = claim, answers
+        self._wanted = set(samples)
+        self._most = claim.most_losses(len(self._wanted))
+        self._budgets = list(map(_name, claim.budgets))
+        self._full: dict[tuple[str, str, int], Answer] = {}
+        self._asked: dict[str, set[str]] = {name: set() for name in self._budgets}
+        self._lost: dict[str, set[str]] = {name: set() for name in self._budgets}
+        self._read = 0
+
+    def is_lost(self, entry: Entry) -> bool:
+        """Whether this budget cannot be accepted any more, or a larger one cannot."""
+        self._catch_up()
+        upto = self._budgets[: self._budgets.index(entry.budget) + 1]
+        return any(len(self._lost[budget]) > self._most for budget in upto)
+
+    def levels(self) -> tuple[tuple[Level, ...], int]:
+        """Counts and p-values of every budget, and how many samples could be asked at all."""
+        self._catch_up()
+        total = len({sample for sample, _, _ in self._full})
+        levels = []
+        for name, budget in zip(self._budgets, self.claim.budgets, strict=True):
+            lost = len(self._lost[name])
+            p_value = self.claim.p_value(lost, total)
+            levels.append(Level(budget, len(self._asked[name]), lost, p_value))
+        return tuple(levels), total
+
+    def full_score(self) -> float | None:
+        """Mean score of the full cache's answers; None where none was scored."""
+        scores = [answer.score for answer in self._full.values() if answer.score is not None]
+        return fmean(scores) if scores and self.claim.loss == "answers" else None
+
+    def _catch_up(self) -> None:
+        """Enter the answers that are new: a sample's full cache answers before its budgets do."""
+        for answer in self.answers[self._read :]:
+            place = (answer.sample, answer.regime, answer.turn)
+            if answer.sample not in self._wanted:
+                continue
+            if answer.method == FULL:
+                self._full[place] = answer
+            elif answer.budget in self._asked:
+                self._asked[answer.budget].add(answer.sample)
+                if LOST[self.claim.loss](self._full[place], answer):
+                    self._lost[answer.budget].add(answer.sample)
+        self._read = len(self.answers)
+
+
+def _scores_less(full: Answer, compressed: Answer) -> bool:
+    if full.score is None or compressed.score is None:
+        return False
+    return compressed.score < full.score
+
+
+def _differs(full: Answer, compressed: Answer) -> bool:
+    return compressed.text != full.text
+
+
+LOST: dict[str, Callable[[Answer, Answer], bool]] = {
+    "answers": _scores_less,
+    "agreement": _differs,
+}
+"""Per loss (certificate.LOSSES): whether a question is lost, from the full cache's answer and the
+compressed one's."""
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """Shares, from the largest down. Raises BudgetError."""
+    from hkvprof.policy.budget import Budget
+
+    shares = []
+    for part in (part.strip() for part in text.split(",")):
+        share = Budget.parse(part).share
+        if share is None:
+            raise BudgetError(
+                f"a budget of {part!r} cannot be certified: expected shares of dense bytes such as "
+                "0.10 or 10%, since tokens and bytes are different shares of every prompt"
+            )
+        shares.append(share)
+    return tuple(sorted(shares, reverse=True))
+
+
+def _reason(first: Level, claim: Claim, samples: int) -> str:
+    most = claim.most_losses(samples)
+    return (
+        f"{first.degraded} of {first.samples} samples degraded at {first.budget:g}, the largest "
+        f"budget; at most {most} of {samples} may"
+    )
+
+
+def _name(budget: float) -> str:
+    return f"{budget:g}"
+
+
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
