@@ -81,6 +81,21 @@ class CompressedCache(DynamicCache):
                 "please report it with the model's name and `pip show transformers`"
             )
 
+    @property
+    def quiet_steps(self) -> int:
+        """Decoding steps until the host has something to decide, if the storage has the room."""
+        return min(layer.quiet_steps for layer in self.covered)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens in every compressed layer."""
+        for layer in self.covered:
+            layer.reserve(tokens)
+
+    def advance(self, steps: int) -> None:
+        """Book decoding steps that the device took by itself (runtime.graph)."""
+        for layer in self.covered:
+            layer.advance(steps)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder batch rows for beam search."""
         self.conversation.take_rows(beam_idx.tolist())

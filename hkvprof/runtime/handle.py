@@ -20,6 +20,7 @@ from hkvprof.policy.budget import Budget
 from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
 from hkvprof.runtime.plan import Planner
+from hkvprof.runtime.prefetch import queues_for
 from hkvprof.runtime.receipt import Receipt
 
 _HANDLE = "_hkvprof_handle"
@@ -36,6 +37,7 @@ def apply(
     host_dtype: str = "same",
     smoothing: float = SMOOTHING,
     retrieve_every: int = 1,
+    prefetch: float | None = None,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
 
@@ -49,6 +51,8 @@ def apply(
     them whole. Dynamic heads: `host_dtype="int8"` halves their host memory, `smoothing` s keeps a
     token hot while s times its last score would (fewer transfers), and with `retrieve_every` n only
     every n-th step selects, then with the n - 1 successors of what it picks (docs/retrieval.md).
+    `prefetch` c, on CUDA only: selection and reads of host memory for the next step run beside this
+    one, but for heads whose query has a cosine below c to its last (0.85; docs/gpu.md).
 
     Returns a handle that is also a context manager; `detach()` restores the model. Raises
     ProfileError if the profile is for another model, ModelError for unsupported models,
@@ -66,7 +70,9 @@ def apply(
             "decode_compression=False"
         )
     every = compress_every if decode_compression else 0
-    options = Options(strict, min_tokens, every, host_dtype, smoothing, retrieve_every)
+    options = Options(strict, min_tokens, every, host_dtype, smoothing, retrieve_every, prefetch)
+    if prefetch is not None:
+        queues_for(model.device)
     parsed = Budget.parse(profile.default_budget if budget is None else budget)
     floor = profile.keep.floor_tokens
     if parsed.tokens is not None and parsed.tokens < floor:

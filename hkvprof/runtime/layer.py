@@ -19,6 +19,10 @@ from hkvprof.runtime.ragged import RaggedLayer
 from hkvprof.runtime.receipt import LayerAccount
 
 
+QUIET = 1 << 30
+"""Steps without an end."""
+
+
 class CompressedLayer(DynamicLayer):
     """Dense until the prompt is complete, compressed as soon as its attention is done then.
 
@@ -147,6 +151,29 @@ class CompressedLayer(DynamicLayer):
         if self._window is not None:
             self._window = self._window[rows]
         self._measure()
+
+    # -- steps that the device takes by itself (runtime.graph) --------------------------------
+
+    @property
+    def quiet_steps(self) -> int:
+        """Steps until queries are kept for the next compression."""
+        options = self._shared.planner.options
+        if not options.compress_every:
+            return QUIET
+        keep = self._shared.planner.profile.keep.window
+        return options.compress_every - keep - (self._seen - self._checked)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room in compressed storage."""
+        assert self.ragged is not None
+        self.ragged.reserve(tokens)
+        self._measure()
+
+    def advance(self, steps: int) -> None:
+        """Book steps taken (or, below 0, not taken)."""
+        assert self.ragged is not None
+        self._seen += steps
+        self.ragged.advance(steps)
 
     # -- attention --------------------------------------------------------------------------
 

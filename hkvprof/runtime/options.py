@@ -13,6 +13,8 @@ COMPRESS_EVERY = 128
 SMOOTHING = 0.5
 """A third fewer transfers at the same quality (docs/retrieval.md)."""
 HOST_DTYPES = ("same", "int8")
+PREFETCH = 0.85
+"""Within FreeKV's range for its correction (arXiv 2505.13109)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Options:
     host_dtype: str = "same"
     smoothing: float = SMOOTHING
     retrieve_every: int = 1
+    prefetch: float | None = None
 
     def __post_init__(self) -> None:
         if self.min_tokens < 1:
@@ -45,6 +48,16 @@ class Options:
             raise UsageError(f"smoothing must be in [0, 1), found {self.smoothing}")
         if self.retrieve_every < 1:
             raise UsageError(f"retrieve_every must be at least 1, found {self.retrieve_every}")
+        if self.prefetch is None:
+            return
+        if not 0 < self.prefetch <= 1:
+            raise UsageError(
+                f"prefetch must be a cosine in (0, 1] such as {PREFETCH}, found {self.prefetch}"
+            )
+        if self.retrieve_every > 1:
+            raise UsageError(
+                "prefetch selects at every step: give prefetch or retrieve_every, not both"
+            )
 
     @property
     def slot_bytes(self) -> int:

@@ -10,15 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hkvprof.policy.costs import END_BYTES
 from hkvprof.policy.static import window_attention
 from hkvprof.runtime.attention import attend
+from hkvprof.runtime.booking import measure, open_heads, take_heads
 from hkvprof.runtime.host import DynamicHead
-from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval, for_device
+from hkvprof.runtime.kernels import Kernels, for_device
 from hkvprof.runtime.packing import Attention, Packed, Rule, pack, repack_dynamic, repack_static
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.runtime.prompt import Conversation
-from hkvprof.runtime.receipt import Fetches, HeadAccount, LayerAccount
+from hkvprof.runtime.receipt import LayerAccount
+from hkvprof.runtime.retrieving import Retriever
 from hkvprof.runtime.storage import RaggedStorage
 
 
@@ -29,7 +30,7 @@ class RaggedLayer:
     segment holds whole at its end.
     """
 
-    shared_attributes = ("_shared", "account", "_retrieval")
+    shared_attributes = ("_shared", "account", "retriever")
 
     def __init__(
         self,
@@ -48,10 +49,9 @@ class RaggedLayer:
         self._plans = plans
         self._planned = 0
         self._scaling = scaling
-        self._steps = 0
         self._positions: list[Tensor] | None = None
-        self._retrieval: Retrieval | None = None
         self.storage: RaggedStorage
+        self.retriever = self._new_retriever(0)
 
     @classmethod
     def compress(
@@ -99,6 +99,7 @@ class RaggedLayer:
     def compress_tail(self, query: Float[Tensor, "rows query_heads window dim"]) -> None:
         """Let the tail join the budget: prune static segments, move full chunks to the host."""
         began = time.perf_counter()
+        self.retriever.join()
         base = self.base + self.tail
         text = self._shared.text(base)
         packed, known = [], []
@@ -132,15 +133,31 @@ class RaggedLayer:
     ) -> bool:
         """Store new tokens, whole; True when the storage had to grow."""
         before = self.storage.key
-        count = key.shape[2]
+        if key.shape[2] > self.storage.room:
+            self.retriever.unbind()  # it is bound to tensors that will be replaced
         self.storage.append(key.flatten(0, 1), value.flatten(0, 1))
-        self.tail += count
-        self.account.tail += count
-        self.account.dense_bytes += self.storage.segments * count * self.storage.token_bytes
-        grown = self.storage.key is not before
-        if grown:
-            self._retrieval = None  # it is bound to the tensors that were replaced
-        return grown
+        self._count(key.shape[2])
+        return self.storage.key is not before
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens, so that the storage stays where it is meanwhile."""
+        if count > self.storage.room:
+            self.retriever.unbind()
+            self.storage.reserve(count)
+            self.measure()
+
+    def advance(self, count: int) -> None:
+        """Book decoding steps that the device took by itself (or, below 0, did not take)."""
+        self.storage.advance(count)
+        self._count(count)
+        self.account.steps += count
+        if self.dynamic:
+            self.retriever.advance(count)
+
+    def _count(self, tokens: int) -> None:
+        self.tail += tokens
+        self.account.tail += tokens
+        self.account.dense_bytes += self.storage.segments * tokens * self.storage.token_bytes
 
     def drop_last(self, count: int) -> None:
         """Forget the last `count` tokens, which must be of the tail."""
@@ -153,16 +170,14 @@ class RaggedLayer:
         """Reorder, drop or repeat batch rows; rows made of one share host items and index."""
         heads = len(self._plans)
         segments = [row * heads + head for row in rows for head in range(heads)]
+        self.retriever.join()
         self.storage = self.storage.take(segments)
-        self.account.settle()
-        old, accounts = self.dynamic, self.account.heads
+        old = self.dynamic
         self.dynamic = {i: old[s].clone() for i, s in enumerate(segments) if s in old}
         if self._positions is not None:
             self._positions = [self._positions[s] for s in segments]
-        self.account.heads = [
-            HeadAccount(**{**vars(accounts[s]), "row": i // heads}) for i, s in enumerate(segments)
-        ]
-        self._retrieval = self.account.fetches = None
+        take_heads(self.account, segments, heads)
+        self.retriever = self._new_retriever(self.retriever.steps)
         self.measure()
 
     # -- attention ------------------------------------------------------------------------------
@@ -175,12 +190,16 @@ class RaggedLayer:
         storage = self.storage
         grouped = query.detach().reshape(storage.segments, -1, dim)
         kernels = self.kernels
-        if self.dynamic:
-            if self._steps % self._shared.planner.options.retrieve_every == 0:
-                self._retrieve(kernels, grouped)
-            self._steps += 1
         self.account.steps += 1
-        out = kernels.attend(storage.key, storage.value, storage.extents, grouped, self._scaling)
+
+        def attend_all() -> Tensor:
+            place = (storage.key, storage.value, storage.extents)
+            return kernels.attend(*place, grouped, self._scaling)
+
+        if self.dynamic:
+            out = self.retriever.step(kernels, storage, grouped, attend_all)
+        else:
+            out = attend_all()
         return out.view(rows, 1, query_heads, -1)
 
     def attend_many(
@@ -192,6 +211,7 @@ class RaggedLayer:
 
         `visible` says which of this pass's tokens each of them sees.
         """
+        self.retriever.join()
         rows, query_heads, new, dim = query.shape
         grouped = query.reshape(self.storage.segments, -1, new, dim)
         outputs = []
@@ -209,60 +229,6 @@ class RaggedLayer:
     def kernels(self) -> Kernels:
         """What computes this layer's decoding steps."""
         return for_device(self.storage.key.device, self.storage.key.dtype)
-
-    def _retrieve(self, kernels: Kernels, query: Float[Tensor, "segments group dim"]) -> None:
-        began = time.perf_counter()
-        if self._retrieval is None:
-            self._retrieval = self._bind(kernels)
-        self._retrieval.step(query)
-        for segment, head in self.dynamic.items():
-            account = self.account.heads[segment]
-            account.chunks_requested += head.layout.hot
-            account.bytes_moved += self._key_bytes(segment)
-        if not self.storage.key.is_cuda:
-            self.account.retrieval_seconds += time.perf_counter() - began
-
-    def _key_bytes(self, segment: int) -> int:
-        """Bytes of the exact keys that reranking reads from the host at every selection."""
-        head = self.dynamic[segment]
-        more = self._plans[segment % len(self._plans)].strategy.rerank
-        if not more or head.layout.hot == head.layout.items:
-            return 0
-        return min(head.layout.items, head.layout.hot + more) * head.host.item_bytes // 2
-
-    def _bind(self, kernels: Kernels) -> Retrieval:
-        options = self._shared.planner.options
-        segments = [
-            DynamicSegment(
-                segment=segment,
-                index=head.index,
-                slots=head.slots,
-                hot_score=head.hot_score,
-                host=head.host.data,
-                scale=head.host.scale,
-                items_per_group=head.host.items_per_group,
-                hot_start=self.storage.offsets[segment] + head.hot_start,
-                chunk=head.layout.chunk,
-                items=head.layout.items,
-                rerank=self._plans[segment % len(self._plans)].strategy.rerank,
-            )
-            for segment, head in self.dynamic.items()
-        ]
-        before = self.account.fetches
-        bound = kernels.bind(
-            self.storage.key,
-            self.storage.value,
-            segments,
-            self._scaling,
-            options.smoothing,
-            options.retrieve_every - 1,
-            None if before is None else before.counts,
-        )
-        if before is None:
-            accounts = [self.account.heads[segment] for segment in self.dynamic]
-            sizes = [head.host.item_bytes for head in self.dynamic.values()]
-            self.account.fetches = Fetches(bound.fetched, accounts, sizes)
-        return bound
 
     # -- bookkeeping ----------------------------------------------------------------------------
 
@@ -298,51 +264,28 @@ class RaggedLayer:
     def _install(self, packed: list[Packed], positions: list[Tensor] | list[Tensor | None]) -> None:
         self.storage = RaggedStorage([p.key for p in packed], [p.value for p in packed])
         self.dynamic = {i: p.dynamic for i, p in enumerate(packed) if p.dynamic is not None}
-        self._retrieval = None
+        self.retriever = self._new_retriever(self.retriever.steps)
         if self._shared.planner.needs_text:
             self._positions = [
                 torch.empty(0, dtype=torch.long) if p.kept is None or known is None
                 else known[p.kept]
                 for p, known in zip(packed, positions, strict=True)
             ]  # fmt: skip
-        self.account.settle()
-        self.account.fetches = None
-        old = self.account.heads
-        self.account.heads = [
-            HeadAccount(i // len(self._plans), i % len(self._plans), p.name, 0, 0, 0)
-            for i, p in enumerate(packed)
-        ]
-        for now, before in zip(self.account.heads, old, strict=False):
-            now.chunks_requested = before.chunks_requested
-            now.chunks_fetched = before.chunks_fetched
-            now.bytes_moved = before.bytes_moved
-        self.account.compressions += 1
+        open_heads(self.account, [p.name for p in packed], len(self._plans))
         self.measure()
+
+    def _new_retriever(self, steps: int) -> Retriever:
+        options = self._shared.planner.options
+        return Retriever(self.dynamic, self._plans, self.account, options, self._scaling, steps)
 
     def _finish(self, began: float) -> None:
         if not self.storage.key.is_cuda:
             self.account.compression_seconds += time.perf_counter() - began
 
     def measure(self) -> None:
-        """Account for every head's tokens and bytes, from lengths kept on the host."""
-        storage, starts = self.storage, self._shared.starts
+        """Account for every head's tokens and bytes."""
         seen = self.base + self.tail
-        total = 0
-        counted: set[int] = set()  # rows of a beam share index and host items
-        for segment, head in enumerate(self.account.heads):
-            state = self.dynamic.get(segment)
-            head.tokens_resident = storage.lengths[segment]
-            head.tokens_seen = seen - starts[head.row]
-            head.resident_bytes = storage.capacities[segment] * storage.token_bytes + END_BYTES
-            if state is not None:
-                first = id(state.host) not in counted
-                counted.add(id(state.host))
-                head.resident_bytes += state.slot_bytes + (state.index_bytes if first else 0)
-                head.host_bytes = state.host.nbytes if first else 0
-            total += head.resident_bytes
-        self.account.tail = 0
-        self.account.dense_bytes = storage.segments * seen * storage.token_bytes
-        self.account.resident_bytes = total
+        measure(self.account, self.storage, self.dynamic, self._shared.starts, seen)
 
 
 def _of_head(attention: Attention, head: int) -> Tensor:

@@ -72,6 +72,8 @@ class Fetches:
 
     def settle(self) -> None:
         """Enter into the heads' accounts what was fetched since the last time."""
+        if self.counts.is_cuda:
+            torch.cuda.synchronize(self.counts.device)  # a prefetch counts aside
         now = self.counts.tolist()
         for head, size, count, known in zip(
             self._heads, self._item_bytes, now, self._known, strict=True

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.runtime.kernels.interface import Extents, device_integers
@@ -74,13 +74,27 @@ class RaggedStorage:
     ) -> None:
         """Write the same number of new tokens to the end of every segment."""
         count = key.shape[1]
-        if any(n + count > c for n, c in zip(self.lengths, self.capacities, strict=True)):
-            self._grow(count)
-        where = (self.ends[:, None] + torch.arange(count, device=self.ends.device)).reshape(-1)
-        self.key.index_copy_(0, where, key.reshape(-1, key.shape[-1]))
-        self.value.index_copy_(0, where, value.reshape(-1, value.shape[-1]))
-        self.ends += count
+        if count > self.room:
+            slack = max(MIN_SLACK, int(SLACK_SHARE * sum(self.lengths) / self.segments))
+            self._grow(count - 1 + slack)
+        append_rows(self.key, self.value, self.ends, key, value)
+        self.advance(count)
+
+    def advance(self, count: int) -> None:
+        """Count tokens that the device has appended already (or, below 0, has not)."""
         self.lengths = [n + count for n in self.lengths]
+
+    @property
+    def room(self) -> int:
+        """Tokens that every segment can take without growth."""
+        return min(c - n for n, c in zip(self.lengths, self.capacities, strict=True))
+
+    def reserve(self, count: int) -> bool:
+        """Make room for `count` tokens at once; True when that replaced the tensors."""
+        if count <= self.room:
+            return False
+        self._grow(count)
+        return True
 
     def drop_last(self, count: int) -> None:
         """Forget the last `count` tokens of every segment."""
@@ -92,10 +106,10 @@ class RaggedStorage:
         """A copy holding the given segments (with repetition), without slack."""
         return RaggedStorage([self.keys(s) for s in segments], [self.values(s) for s in segments])
 
-    def _grow(self, count: int) -> None:
+    def _grow(self, room: int) -> None:
+        """New tensors in which every segment has room for that many more tokens."""
         old = (self.key, self.value, self.offsets)
-        slack = max(MIN_SLACK, int(SLACK_SHARE * sum(self.lengths) / self.segments))
-        self.capacities = [n + count - 1 + slack for n in self.lengths]
+        self.capacities = [n + room for n in self.lengths]
         total = sum(self.capacities)
         self.key = old[0].new_empty((total, old[0].shape[1]))
         self.value = old[1].new_empty((total, old[1].shape[1]))
@@ -105,3 +119,18 @@ class RaggedStorage:
             target = slice(self.offsets[segment], self.offsets[segment] + length)
             self.key[target] = old[0][source]
             self.value[target] = old[1][source]
+
+
+def append_rows(
+    key: Float[Tensor, "capacity dim"],
+    value: Float[Tensor, "capacity dim"],
+    ends: Int[Tensor, " segments"],
+    new_key: Float[Tensor, "segments tokens dim"],
+    new_value: Float[Tensor, "segments tokens dim"],
+) -> None:
+    """Write tokens behind the end of every segment and advance the ends, all on the device."""
+    count = new_key.shape[1]
+    where = (ends[:, None] + torch.arange(count, device=ends.device)).reshape(-1)
+    key.index_copy_(0, where, new_key.reshape(-1, new_key.shape[-1]))
+    value.index_copy_(0, where, new_value.reshape(-1, new_value.shape[-1]))
+    ends += count

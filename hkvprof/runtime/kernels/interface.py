@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.policy.index import KeyIndex
@@ -86,6 +86,9 @@ class Retrieval(Protocol):
     fetched: Int[Tensor, " heads"]
     """Items fetched so far per dynamic head, int64 on the storage's device."""
 
+    tensors: Sequence[Tensor]
+    """Its own on the device, beside those it was given."""
+
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Per dynamic head, the share of attention expected by every item.
 
@@ -108,6 +111,12 @@ class Retrieval(Protocol):
 
     def step(self, query: Float[Tensor, "segments group dim"]) -> None:
         """`score`, then `load`."""
+        ...
+
+    def step_some(
+        self, query: Float[Tensor, "segments group dim"], chosen: Bool[Tensor, " heads"]
+    ) -> None:
+        """`step` of the heads that `chosen` marks, on the device; others stay as they are."""
         ...
 
 

@@ -8,7 +8,7 @@ from ctypes import c_int64
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.policy.index import MeanIndex, MinMaxIndex
@@ -181,6 +181,7 @@ class NativeRetrieval:
             key, value, heads, scaling, smoothing, successors, self.fetched
         )
         self._alive: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         self._heads = (loading.Head * len(heads))(*map(self._describe, heads))
         self._segments = max((head.segment for head in heads), default=-1) + 1
         self._args = loading.RetrieveArgs(
@@ -213,6 +214,12 @@ class NativeRetrieval:
         """Score and load without scores leaving the library."""
         if not self._run(SCORE | LOAD, query, ()):
             self._plain.step(query)
+
+    def step_some(
+        self, query: Float[Tensor, "segments group dim"], chosen: Bool[Tensor, " heads"]
+    ) -> None:
+        """In plain torch: only prefetching asks for it, which is for CUDA devices."""
+        self._plain.step_some(query, chosen)
 
     def _run(self, what: int, query: Tensor, scores: Sequence[Tensor]) -> bool:
         segments, group, dim = query.shape

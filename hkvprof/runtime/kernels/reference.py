@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.policy.quantiser import encode
@@ -118,6 +118,7 @@ class TorchRetrieval:
         self.fetched = counter(fetched, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self.scaling, self.smoothing, self.successors = scaling, smoothing, successors
+        self.tensors: list[Tensor] = []
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Expected attention of every item, per dynamic head."""
@@ -138,6 +139,14 @@ class TorchRetrieval:
     def step(self, query: Float[Tensor, "segments group dim"]) -> None:
         """Score, then load."""
         self.load(self.score(query))
+
+    def step_some(
+        self, query: Float[Tensor, "segments group dim"], chosen: Bool[Tensor, " heads"]
+    ) -> None:
+        """Score, then load, of some heads."""
+        for number in chosen.nonzero()[:, 0].tolist():
+            head = self.heads[number]
+            self.fetched[number] += self._load(head, self._score(head, query[head.segment]))
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
         """Select and fetch, head by head."""

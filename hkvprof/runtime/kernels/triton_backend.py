@@ -103,7 +103,7 @@ class TritonKernels:
         for tensor in (host, head.scale):
             if tensor is not None and not tensor.is_contiguous():
                 return "host chunks that are not contiguous"
-            if tensor is not None and on_cuda and not tensor.is_pinned():
+            if tensor is not None and on_cuda and not (tensor.is_cuda or tensor.is_pinned()):
                 return "host chunks that are not in pinned memory"
         if host.dtype != (self.dtype if head.scale is None else torch.int8):
             return f"host chunks of {host.dtype}"

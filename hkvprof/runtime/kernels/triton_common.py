@@ -35,7 +35,7 @@ def narrow(x: tl.tensor, DTYPE: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor
     return x.to(DTYPE)
 
 
-FIELDS = tl.constexpr(19)
+FIELDS = tl.constexpr(20)
 """Columns of a descriptor: what the kernels know about a dynamic head, as int64, addresses too."""
 SEGMENT = tl.constexpr(0)
 ITEMS = tl.constexpr(1)
@@ -63,12 +63,20 @@ SCALE = tl.constexpr(16)
 PER_GROUP = tl.constexpr(17)
 BOUNDS = tl.constexpr(18)
 """Address of pairs of int64: the first channel of every code, and one past its last."""
+ACTIVE = tl.constexpr(19)
+"""0: this launch leaves the head as it is. Written on the device (Retrieval.step_some)."""
 
 
 @triton.jit
 def field(heads: tl.tensor, head: tl.tensor, NUMBER: tl.constexpr) -> tl.tensor:
     """One number of a head's descriptor."""
     return tl.load(heads + head * FIELDS + NUMBER)
+
+
+@triton.jit
+def idle(heads: tl.tensor, head: tl.tensor) -> tl.tensor:
+    """Whether a launch leaves this head as it is."""
+    return field(heads, head, ACTIVE) == 0
 
 
 @triton.jit

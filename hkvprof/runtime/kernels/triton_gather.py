@@ -20,6 +20,7 @@ from hkvprof.runtime.kernels.triton_common import (
     SLOTS,
     address,
     field,
+    idle,
     narrow,
 )
 
@@ -44,6 +45,8 @@ def gather_kernel(
 ) -> None:
     """Copy missing[i] to slot free[i], ROWS items a program, and say so in the slot map."""
     head = tl.load(which + tl.program_id(0))
+    if idle(heads, head):
+        return
     number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     count = tl.load(counts + head)
     if tl.program_id(1) * ROWS >= count:

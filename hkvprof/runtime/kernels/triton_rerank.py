@@ -15,6 +15,7 @@ from hkvprof.runtime.kernels.triton_common import (
     address,
     dot,
     field,
+    idle,
     narrow,
     small,
 )
@@ -47,6 +48,8 @@ def exact_kernel(
     """
     block = tl.program_id(1)
     head = tl.load(which + tl.program_id(0))
+    if idle(heads, head):
+        return
     items = small(heads, head, ITEMS)
     base = field(heads, head, BASE)
     own = block * RESET + tl.arange(0, RESET)

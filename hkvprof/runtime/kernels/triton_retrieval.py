@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.policy.index import ProjectedIndex
@@ -16,7 +16,7 @@ from hkvprof.runtime.kernels import triton_select as selection
 from hkvprof.runtime.kernels.interface import DynamicSegment, device_integers
 from hkvprof.runtime.kernels.reference import counter
 from hkvprof.runtime.kernels.triton_attend import LOG2_E, TILE_BYTES
-from hkvprof.runtime.kernels.triton_common import FIELDS, INTERPRETED, blocks, padded
+from hkvprof.runtime.kernels.triton_common import ACTIVE, FIELDS, INTERPRETED, blocks, padded
 from hkvprof.runtime.kernels.triton_gather import gather_kernel
 from hkvprof.runtime.kernels.triton_launch import Launch, items_of, kind_of, picked_of
 from hkvprof.runtime.kernels.triton_rerank import exact_kernel
@@ -55,6 +55,7 @@ class TritonRetrieval:
         self._width = padded(self._dim)
         self._block = min(128, max(16, TILE_BYTES // (self._width * key.element_size())))
         self._alive: list[Tensor] = []
+        self.tensors: list[Tensor] = self._alive
         if not heads:
             return
         self._describe_all()
@@ -84,6 +85,17 @@ class TritonRetrieval:
         """Score and load."""
         if self.heads:
             self._load(self._score(query))
+
+    def step_some(
+        self, query: Float[Tensor, "segments group dim"], chosen: Bool[Tensor, " heads"]
+    ) -> None:
+        """Score and load; programs of other heads end at once."""
+        if not self.heads:
+            return
+        active = self._table[:, ACTIVE.value]
+        active.copy_(chosen)
+        self._load(self._score(query))
+        active.fill_(1)
 
     def _score(self, query: Float[Tensor, "segments group dim"]) -> Float[Tensor, " all_items"]:
         """Scores of all items of all heads, one head after the other."""
@@ -187,6 +199,7 @@ class TritonRetrieval:
 
     def _launch(self, kind: Any, numbers: Sequence[int]) -> Launch:
         which = device_integers(list(numbers), self.key.device)
+        self._alive.append(which)
         return Launch(kind, tuple(self.heads[n] for n in numbers), which)
 
     def _launches(
@@ -215,6 +228,7 @@ class TritonRetrieval:
             if isinstance(head.index, ProjectedIndex):
                 where += 16 * len(head.index.tables.subspaces)
         self._table = device_integers(rows, self.key.device)
+        self._alive.append(self._table)
 
     def _describe(self, head: DynamicSegment, block: int, bounds: int) -> list[int]:
         """A row of the table (triton_common.FIELDS)."""
@@ -259,6 +273,7 @@ class TritonRetrieval:
             self._hold(head.scale),
             head.items_per_group,
             bounds,
+            1,
         ]
         assert len(row) == FIELDS.value
         return row

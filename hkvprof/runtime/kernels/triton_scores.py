@@ -28,6 +28,7 @@ from hkvprof.runtime.kernels.triton_common import (
     address,
     dot,
     field,
+    idle,
     small,
 )
 
@@ -96,6 +97,8 @@ def table_kernel(
     n = tl.program_id(0)
     code = tl.program_id(1)
     head = tl.load(which + n)
+    if idle(heads, head):
+        return
     q = queries(query, heads, head, group, DIM, GROUP, WIDTH).to(tl.float32)
     channels = small(heads, head, CHANNELS)
     bounds = address(heads, head, BOUNDS, tl.int64) + 2 * code
@@ -134,6 +137,8 @@ def coded_kernel(
     n = tl.program_id(0)
     block = tl.program_id(1)
     head = tl.load(which + n)
+    if idle(heads, head):
+        return
     items = small(heads, head, ITEMS)
     if block * BLOCK >= items:
         return
@@ -169,6 +174,8 @@ def digest_kernel(
     """Logits of mean keys, or upper bounds from smallest and largest keys."""
     block = tl.program_id(1)
     head = tl.load(which + tl.program_id(0))
+    if idle(heads, head):
+        return
     items = small(heads, head, ITEMS)
     if block * BLOCK >= items:
         return
@@ -209,6 +216,8 @@ def share_kernel(
     """Scores of a block of items; with EXACT, of picked ones (EXACT_ITEMS in a partial sum)."""
     block = tl.program_id(1)
     head = tl.load(which + tl.program_id(0))
+    if idle(heads, head):
+        return
     if EXACT:
         count = small(heads, head, PICKED)
         parts = tl.cdiv(count, EXACT_ITEMS)

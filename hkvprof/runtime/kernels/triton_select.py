@@ -20,6 +20,7 @@ from hkvprof.runtime.kernels.triton_common import (
     SLOTS,
     address,
     field,
+    idle,
     small,
 )
 
@@ -89,6 +90,8 @@ def pick_kernel(
 ) -> None:
     """List the PICKED items with the highest scores, in order."""
     head = tl.load(which + tl.program_id(0))
+    if idle(heads, head):
+        return
     base = field(heads, head, BASE)
     items = small(heads, head, ITEMS)
     own = scores + base
@@ -118,6 +121,8 @@ def due_kernel(
 ) -> None:
     """due[i] = max(score[i - successors .. i]); no item is held yet."""
     head = tl.program_id(0)
+    if idle(heads, head):
+        return
     items = small(heads, head, ITEMS)
     base = field(heads, head, BASE)
     item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -142,6 +147,8 @@ def hold_kernel(
 ) -> None:
     """Mark items that are hot; their `due` is at least `smoothing` times their hot score."""
     head = tl.program_id(0)
+    if idle(heads, head):
+        return
     base = field(heads, head, BASE)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < small(heads, head, HOT)
@@ -170,6 +177,8 @@ def select_kernel(
     Slots that keep their item take over its `due` as hot score.
     """
     head = tl.program_id(0)
+    if idle(heads, head):
+        return
     base = field(heads, head, BASE)
     items = small(heads, head, ITEMS)
     hot = small(heads, head, HOT)

@@ -1,0 +1,153 @@
+"""Decoding steps of a compressed cache, recorded once and replayed as a CUDA graph.
+
+A step's launches depend on nothing that changes from step to step but tensors: lengths, slot maps
+and positions advance on the device. What the host books per step (lengths, accounts) does not
+happen in a replay, and is booked here. Where the host has to decide something (storage grows, the
+next compression comes near) steps are taken one by one, and a new graph is recorded afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hkvprof.errors import CompressionError, UsageError
+from hkvprof.runtime.cache import CompressedCache
+
+AHEAD = 112
+"""Steps per graph at most: what `compress_every` leaves of 128 where windows are of 16."""
+WORTH = 8
+"""Fewer steps than these are taken one by one: recording takes as long as a few of them."""
+
+
+class Recorder(Protocol):
+    """Turns a step into something that can be replayed."""
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Note what `step` asks of the device, without the device doing it; the host's part runs.
+
+        The result does it, and returns the tensor that `step` returned.
+        """
+        ...
+
+
+class CudaGraphs:
+    """torch.cuda.CUDAGraph."""
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Capture."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class GraphDecoder:
+    """`decoder(input_ids)` is `model(input_ids, past_key_values=cache)` for one token per row.
+
+    `cache` (`Handle.new_cache()`) holds a compressed prompt, and the profile stays applied. Padding
+    is on the left alone; positions go on from the prompt's. Raises UsageError where the device is
+    not CUDA or prefetch is on, CompressionError where a layer is dense or its kernels are plain
+    torch, which makes the host wait.
+    """
+
+    def __init__(
+        self, model: Any, cache: CompressedCache, ahead: int = AHEAD, recorder: Recorder | None = None
+    ) -> None:
+        if recorder is None and model.device.type != "cuda":
+            raise UsageError(
+                f"CUDA graphs need a CUDA device; this model is on {model.device.type}: call the "
+                "model itself"
+            )
+        self.replays = 0
+        """Steps replayed so far."""
+        self._model, self._cache, self._ahead = model, cache, max(1, ahead)
+        self._recorder: Recorder = CudaGraphs() if recorder is None else recorder
+        self._check()
+        rows = len(cache.conversation.starts)
+        self._ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        self._positions = self._next_positions()
+        self._replay: Callable[[], Tensor] | None = None
+        self._left = 0
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Int[Tensor, "rows 1"]) -> Float[Tensor, "rows vocabulary"]:
+        """Logits that follow these tokens."""
+        self._ids.copy_(input_ids)
+        if self._replay is None or self._left == 0:
+            return self._by_hand()
+        conversation, seen = self._cache.conversation, self._cache.get_seq_length()
+        conversation.see_ids(self._ids, seen)
+        out = self._replay().clone()
+        self._cache.advance(1)
+        self.replays += 1
+        self._left -= 1
+        return out
+
+    def _by_hand(self) -> Tensor:
+        """One step; where the host has nothing to decide for a while after it, record the next."""
+        self._replay = None
+        room = min(self._ahead, self._cache.quiet_steps - 1)
+        if room >= WORTH:
+            self._cache.reserve(room + 1)
+        out = self._step().clone()
+        if room >= WORTH:
+            ids = self._cache.conversation.token_ids
+            self._replay = self._recorder.record(self._step)
+            self._cache.advance(-1)  # the host took the step that was recorded, the device did not
+            self._cache.conversation.token_ids = ids
+            self._left = room
+        return out
+
+    def _step(self) -> Tensor:
+        """What is recorded: a pass over the tokens in `_ids`."""
+        out = self._model(
+            input_ids=self._ids,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._positions += 1
+        return out.logits[:, -1]
+
+    def _next_positions(self) -> Int[Tensor, "rows 1"]:
+        """Of the next token: how many its row has seen, and M-RoPE's offset where there is one."""
+        conversation = self._cache.conversation
+        seen = [self._cache.get_seq_length() - start for start in conversation.starts]
+        positions = torch.tensor(seen, device=self._model.device)[:, None]
+        deltas = conversation.rope_deltas
+        return positions if deltas is None else positions + deltas.to(positions.device)
+
+    def _check(self) -> None:
+        options = self._cache.conversation.planner.options
+        if options.prefetch is not None:
+            raise UsageError(
+                "prefetch works across steps and cannot be part of a graph of one step: apply the "
+                "profile without prefetch, or call the model itself"
+            )
+        if options.retrieve_every > 1:
+            raise UsageError(
+                "a graph's steps are all alike, retrieve_every makes them differ: apply the "
+                "profile without it, or call the model itself"
+            )
+        for layer in self._cache.covered:
+            reason = "no prompt yet" if layer.account.state == "empty" else layer.account.reason
+            if layer.ragged is None:
+                raise CompressionError(
+                    f"layer {layer.account.layer} is not compressed ({reason}): expected a cache "
+                    "whose prompt was compressed; call the model itself"
+                )
+            if layer.ragged.kernels.name == "torch":
+                raise CompressionError(
+                    "steps in plain torch make the host wait and cannot be recorded: expected the "
+                    "Triton kernels (the receipt's `kernels` says why they are not used)"
+                )
