@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,61 +21,19 @@ from safetensors.numpy import save as to_bytes
 from hkvprof.checks import check_profile, read_json, require
 from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
+from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
+from hkvprof.index_tables import ProjectedIndexTables
 from hkvprof.policy.budget import Allocation, Budget
-from hkvprof.policy.costs import table_bytes
 from hkvprof.policy.forecast import Plan, forecast
 from hkvprof.policy.planning import Menu, plan_anew, plan_scaled
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 METADATA_KEY = "hkvprof"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_METADATA_BYTES = 4 * 2**20
 
-
-@dataclass(frozen=True)
-class ProjectedIndexTables:
-    """Constants of the projected index, per KV head (method: docs/method.md).
-
-    `key_projection`, `query_projection` [layers, kv_heads, head_dim, channels] float16; `key_mean`
-    [layers, kv_heads, head_dim] float32; `deviation` [layers, kv_heads, channels] float32, the
-    standard deviation of every projected key channel. Per size in `sizes` (bits per token), for its
-    leading channels C: `codebooks` int8 [layers, kv_heads, 256, C], centroids in CODE_UNITs of the
-    deviation (policy/quantiser.py); `subspaces` uint8 [layers, kv_heads, C], the code of a channel.
-    """
-
-    sizes: tuple[int, ...]
-    key_projection: NDArray[np.float16]
-    query_projection: NDArray[np.float16]
-    key_mean: NDArray[np.float32]
-    deviation: NDArray[np.float32]
-    codebooks: tuple[NDArray[np.int8], ...]
-    subspaces: tuple[NDArray[np.uint8], ...]
-
-    @property
-    def head_bytes(self) -> dict[int, int]:
-        """Device bytes of one head's tables by index size (bits per token)."""
-        dim = self.key_mean.shape[-1]
-        used = (owner.shape[-1] for owner in self.subspaces)
-        return {size: table_bytes(dim, n) for size, n in zip(self.sizes, used, strict=True)}
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The arrays by their names in the file."""
-        named: dict[str, NDArray[Any]] = {f"index.{key}": getattr(self, key) for key in _INDEX_KEYS}
-        per_size = zip(self.sizes, self.codebooks, self.subspaces, strict=True)
-        for size, codebook, owner in per_size:
-            named |= {f"index.codebook_{size}": codebook, f"index.subspace_{size}": owner}
-        return named
-
-    @classmethod
-    def take(cls, sizes: tuple[int, ...], named: dict[str, NDArray[Any]]) -> ProjectedIndexTables:
-        """Move the arrays of these sizes out of `named`. Raises KeyError."""
-        return cls(
-            sizes=sizes,
-            codebooks=tuple(named.pop(f"index.codebook_{size}") for size in sizes),
-            subspaces=tuple(named.pop(f"index.subspace_{size}") for size in sizes),
-            **{key: named.pop(f"index.{key}") for key in _INDEX_KEYS},
-        )
+__all__ = ["Profile", "ProjectedIndexTables", "load_profile"]
 
 
 _UNREADABLE = (SafetensorError, ValueError, OSError, RecursionError, TypeError, AttributeError)
@@ -87,7 +45,6 @@ _METADATA_KEYS = {
     "schema", "fingerprint", "recipe", "default_budget", "keep", "strategies", "kappas",
     "index_sizes", "provenance",
 }  # fmt: skip
-_INDEX_KEYS = ("key_projection", "query_projection", "key_mean", "deviation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +60,7 @@ class Profile:
     - `ratios` float32 [R], ascending to 1; `loss` float32 [S, L, Hkv, R]: what planning minimises
       (INFEASIBLE, 1e30, where the strategy's fixed bytes exceed the ratio); `output_error` float32,
       same shape: || (o - o') W_O || / || y ||, the relative change of the layer's output.
+    - `statistics`: what query heads attend to; None in older profiles and in uniform ones.
     - `provenance`: recipe, counts of samples by task, skipped samples, library versions.
     """
 
@@ -120,10 +78,13 @@ class Profile:
     loss: NDArray[np.float32]
     output_error: NDArray[np.float32]
     index: ProjectedIndexTables | None = None
+    statistics: HeadStatistics | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_profile(self)
+        if self.statistics is not None:
+            self.statistics.check(self.grid)
         for array in self.tensors().values():
             array.flags.writeable = False
 
@@ -131,6 +92,11 @@ class Profile:
     def grid(self) -> HeadGrid:
         """The model's attention geometry."""
         return self.fingerprint.grid
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether losses were measured: `paper` measures none, those of `uniform` say nothing."""
+        return self.recipe != "uniform" and len(self.ratios) > 1
 
     @cached_property
     def head_types(self) -> NDArray[np.uint8]:
@@ -150,7 +116,11 @@ class Profile:
         menu, share = self._question(budget, tokens, itemsize, rows)
         if self.recipe == "measured":
             return plan_anew(menu, self.loss, self.ratios, share)
-        return plan_scaled(menu, self.strategy, self.budget, self.loss, self.ratios, share)
+        kept = plan_scaled(menu, self.strategy, self.budget, self.loss, self.ratios, share)
+        if self.has_curves or self.recipe == "uniform":
+            return kept
+        unknown = np.full(kept.ratio.shape, np.nan)
+        return replace(kept, expected_loss=float("nan"), head_loss=unknown)
 
     def plan(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
              rows: int = 1) -> Plan:  # fmt: skip
@@ -162,8 +132,9 @@ class Profile:
         menu, share = self._question(budget, tokens, itemsize, rows)
         allocation = self.allocation(share, tokens, itemsize, rows)
         tables = self.index.head_bytes if self.index else {}
-        curves = None if self.recipe == "uniform" else self.loss  # those say nothing
-        return forecast(menu, allocation, share, rows, tables, self.ratios, curves)
+        curves = self.loss if self.has_curves else None
+        measured = self.ratios if self.has_curves else np.zeros(1, dtype=np.float32)
+        return forecast(menu, allocation, share, rows, tables, measured, curves)
 
     def _question(self, budget: float | int | str | Budget, tokens: int, itemsize: int,
                   rows: int) -> tuple[Menu, float]:  # fmt: skip
@@ -201,6 +172,8 @@ class Profile:
         }
         if self.index is not None:
             tensors |= self.index.tensors()
+        if self.statistics is not None:
+            tensors |= self.statistics.tensors()
         return tensors
 
     def _metadata(self) -> dict[str, Any]:
@@ -284,6 +257,7 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         tables = ProjectedIndexTables.take(tuple(metadata["index_sizes"]), tensors)
     else:
         require(metadata["index_sizes"] == [], "index_sizes without index tensors")
+    statistics = HeadStatistics.take(tensors)
     return Profile(
         fingerprint=ModelFingerprint.from_json(metadata["fingerprint"]),
         recipe=metadata["recipe"],
@@ -293,5 +267,6 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         kappas=tuple(metadata["kappas"]),
         provenance=metadata["provenance"],
         index=tables,
+        statistics=statistics,
         **tensors,
     )

@@ -133,8 +133,14 @@ class _Head:
     def of(cls, rows: DecodeRows, head: int, mine: slice) -> _Head:
         dim = rows.query.shape[-1]
         columns = rows.projection[:, mine.start * dim : mine.stop * dim].float()
-        kept = (rows.key[head], rows.value[head], rows.new_key[head], rows.new_value[head])
-        return cls(mine, *(tensor.float() for tensor in kept), columns.T @ columns)
+        return cls(
+            mine,
+            key=rows.key[head].float(),
+            value=rows.value[head].float(),
+            new_key=rows.new_key[head].float(),
+            new_value=rows.new_value[head].float(),
+            metric=columns.T @ columns,
+        )
 
 
 class _Judge:
