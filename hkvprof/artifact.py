@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors.numpy import save as to_bytes
 from hkvprof.checks import MOST_TOKENS, check_profile, read_json, require
 from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
+from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import Allocation, Budget
 from hkvprof.policy.forecast import Plan, forecast
@@ -63,6 +64,7 @@ class Profile:
       (INFEASIBLE, 1e30, where the strategy's fixed bytes exceed the ratio), on one scale at all
       lengths; `output_error` float32, same shape: || (o - o') W_O || / || y ||, the relative change
       of the layer's output.
+    - `statistics`: what query heads attend to; None in older profiles and in uniform ones.
     - `provenance`: recipe, counts of samples by task, skipped samples, library versions.
     """
 
@@ -81,10 +83,13 @@ class Profile:
     loss: NDArray[np.float32]
     output_error: NDArray[np.float32]
     index: ProjectedIndexTables | None = None
+    statistics: HeadStatistics | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_profile(self)
+        if self.statistics is not None:
+            self.statistics.check(self.grid)
         for array in self.tensors().values():
             array.flags.writeable = False
 
@@ -92,6 +97,11 @@ class Profile:
     def grid(self) -> HeadGrid:
         """The model's attention geometry."""
         return self.fingerprint.grid
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether losses were measured: `paper` measures none, those of `uniform` say nothing."""
+        return self.recipe != "uniform" and len(self.ratios) > 1
 
     @cached_property
     def head_types(self) -> NDArray[np.uint8]:
@@ -121,7 +131,11 @@ class Profile:
         loss = self.loss_at(tokens)
         if self.recipe == "measured":
             return plan_anew(menu, loss, self.ratios, share)
-        return plan_scaled(menu, self.strategy, self.budget, loss, self.ratios, share)
+        kept = plan_scaled(menu, self.strategy, self.budget, loss, self.ratios, share)
+        if self.has_curves or self.recipe == "uniform":
+            return kept
+        unknown = np.full(kept.ratio.shape, np.nan)
+        return replace(kept, expected_loss=float("nan"), head_loss=unknown)
 
     def plan(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
              rows: int = 1) -> Plan:  # fmt: skip
@@ -133,8 +147,9 @@ class Profile:
         menu, share = self._question(budget, tokens, itemsize, rows)
         allocation = self.allocation(share, tokens, itemsize, rows)
         tables = self.index.head_bytes if self.index else {}
-        curves = None if self.recipe == "uniform" else self.loss_at(tokens)  # those say nothing
-        return forecast(menu, allocation, share, rows, tables, self.ratios, curves)
+        curves = self.loss_at(tokens) if self.has_curves else None
+        measured = self.ratios if self.has_curves else np.zeros(1, dtype=np.float32)
+        return forecast(menu, allocation, share, rows, tables, measured, curves)
 
     def _question(self, budget: float | int | str | Budget, tokens: int, itemsize: int,
                   rows: int) -> tuple[Menu, float]:  # fmt: skip
@@ -173,6 +188,8 @@ class Profile:
         }
         if self.index is not None:
             tensors |= self.index.tensors()
+        if self.statistics is not None:
+            tensors |= self.statistics.tensors()
         return tensors
 
     def _metadata(self) -> dict[str, Any]:
@@ -258,6 +275,7 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         require(metadata["index_sizes"] == [], "index_sizes without index tensors")
     if metadata["schema"] < 3:
         _one_length(metadata, tensors)
+    statistics = HeadStatistics.take(tensors)
     return Profile(
         fingerprint=ModelFingerprint.from_json(metadata["fingerprint"]),
         recipe=metadata["recipe"],
@@ -267,6 +285,7 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         kappas=tuple(metadata["kappas"]),
         provenance=metadata["provenance"],
         index=tables,
+        statistics=statistics,
         **tensors,
     )
 

@@ -12,7 +12,7 @@ ERRORS = {"errors"}
 CORE = ERRORS | {"heads", "files", "lazy"}
 POLICY = CORE | {"policy"}
 MODELS = POLICY | {"models"}
-ARTIFACT = POLICY | {"artifact", "checks", "certificate"}
+ARTIFACT = POLICY | {"artifact", "checks", "certificate", "head_statistics"}
 ALLOWED = {
     "errors": set(),
     "heads": ERRORS,
@@ -22,7 +22,8 @@ ALLOWED = {
     "checks": CORE | {"certificate"},
     "policy": CORE,
     "models": POLICY,
-    "artifact": POLICY | {"checks", "certificate"},
+    "head_statistics": CORE | {"checks", "certificate"},
+    "artifact": POLICY | {"checks", "certificate", "head_statistics"},
     "profile": ARTIFACT | MODELS,
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},

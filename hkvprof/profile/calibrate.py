@@ -49,6 +49,10 @@ def calibrate(
     *,
     recipe: Recipe = "measured",
     theta: float = 0.9,
+    kappa: float = 0.10,
+    coefficient: float = 1.0,
+    chunk: int = 16,
+    text_prior: float = 0.5,
     budget: float = 0.10,
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
@@ -61,7 +65,10 @@ def calibrate(
 
     `recipe="measured"` chooses strategy and ratio per head to minimise the loss at the head's
     output and at the reply (docs/method.md); `"paper"` applies HybridKV's rule: static when
-    text-centric sparsity reaches `theta`. `budget` is the profile's default share; `seed`, with
+    text-centric sparsity, the mass of the top `kappa` of visible keys, reaches `theta`; static
+    heads keep `coefficient` times the mean share of dynamic ones, up to `text_prior` of it text
+    tokens first, dynamic ones chunks of `chunk` tokens. It reads prompts alone, no replies, and its
+    profile has no loss curves. `budget` is the profile's default share; `seed`, with
     which the samples were chosen, is only recorded. With `on_error="skip"`, samples that cannot be
     used are left out; the provenance counts and names
     them (`skipped`, `skipped_ids`).
@@ -73,8 +80,10 @@ def calibrate(
     Raises ModelError for unsupported models, SampleError for bad samples, UsageError for options
     out of range and for a folder of other conditions.
     """
-    decision = Decision(theta, budget, seed)
-    bench = _bench(model, processor, recipe, replies, keep)
+    decision = Decision(theta, budget, kappa=kappa, coefficient=coefficient, seed=seed)
+    constants = {"theta": theta, "coefficient": coefficient}
+    classify.refuse_paper_constants(recipe, constants)
+    bench = _bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
     run = _Run(bench, recipe, on_error, track or _untracked, rows)
     found, tables = run.measure(samples, (1, 1))
     skipped = tuple(sorted(run.skipped))
@@ -93,6 +102,9 @@ def measure(
     replies: Literal["given", "own"] = "given",
     track: Track | None = None,
     keep: KeepRule | None = None,
+    kappa: float = 0.10,
+    chunk: int = 16,
+    text_prior: float = 0.5,
 ) -> int:
     """Measure part `shard` (number, of how many) of the samples into a folder of rows.
 
@@ -103,25 +115,40 @@ def measure(
     part, parts = shard
     if not 1 <= part <= parts:
         raise UsageError(f"shard is {part} of {parts}: expected 1 <= part <= parts")
-    bench = _bench(model, processor, recipe, replies, keep)
+    bench = _bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
     run = _Run(bench, recipe, on_error, track or _untracked, rows)
     found, _ = run.measure(samples, shard)
     return len(found)
 
 
 def _bench(
-    model: Any, processor: ChatProcessor, recipe: str, replies: str, keep: KeepRule | None
+    model: Any,
+    processor: ChatProcessor,
+    recipe: str,
+    replies: str,
+    keep: KeepRule | None,
+    kappa: float,
+    chunk: int,
+    text_prior: float,
 ) -> Bench:
     if recipe not in ("paper", "measured"):
         raise UsageError(f"unknown recipe {recipe!r}: expected paper or measured")
     if replies not in ("given", "own"):
         raise UsageError(f"replies is {replies!r}: expected 'given' or 'own'")
     paper = recipe == "paper"
+    if paper and replies == "own":
+        raise UsageError("recipe 'paper' judges no replies: leave replies out, or choose measured")
+    constants = {"kappa": kappa, "chunk": chunk, "text_prior": text_prior}
+    classify.refuse_paper_constants(recipe, constants)
+    if not 0 < kappa <= 1:
+        raise UsageError(f"kappa must be a share in (0, 1], found {kappa}")
     return Bench(
         model=model,
         processor=processor,
         view=view_model(model),
-        menu=classify.PAPER_MENU if paper else classify.MEASURED_MENU,
+        menu=classify.paper_menu(chunk, text_prior) if paper else classify.MEASURED_MENU,
+        kappas=tuple(sorted({*KAPPAS, kappa})),
+        ratios=(1.0,) if paper else RATIOS,
         keep=keep or (KeepRule() if paper else classify.MEASURED_KEEP),
         own_replies=replies == "own",
     )
@@ -161,8 +188,8 @@ class _Run:
             recipe=recipe,
             strategies=bench.menu,
             keep=bench.keep,
-            kappas=KAPPAS,
-            ratios=RATIOS,
+            kappas=bench.kappas,
+            ratios=bench.ratios,
             replies="own" if bench.own_replies else "given",
             dtype=str(bench.model.dtype).removeprefix("torch."),
             versions=current_versions(),
@@ -217,7 +244,7 @@ class _Run:
     def rows(
         self, samples: Sequence[Sample], tables: ProjectedIndexTables | None
     ) -> list[SampleRow]:
-        """Second pass, all samples: sparsity and loss curves."""
+        """Second pass, all samples: what heads attend to, and loss curves."""
         rows = []
         for sample in self.track(samples, "measuring heads", len(samples)):
             row = self._guarded(sample, lambda probe: self._row(probe, tables))

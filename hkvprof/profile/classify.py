@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hkvprof.errors import UsageError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import INFEASIBLE, Allocation, scale_ratios
 
-PAPER_MENU = (
-    Strategy(HeadType.STATIC, pool=1, text_prior=0.5),
-    Strategy(HeadType.DYNAMIC, index="mean", chunk=16),
-)
-"""HybridKV: text-prior pruning; chunks of 16 tokens behind their mean key."""
+
+def paper_menu(chunk: int, text_prior: float) -> tuple[Strategy, Strategy]:
+    """HybridKV: text-prior pruning; chunks of tokens behind their mean key. Raises UsageError."""
+    if not 1 <= chunk <= 4096:
+        raise UsageError(f"chunk is {chunk}: expected 1 to 4096 tokens (HybridKV: 16 to 64)")
+    if not 0 <= text_prior <= 1:
+        raise UsageError(f"text_prior is {text_prior}: expected a share in [0, 1]")
+    return (
+        Strategy(HeadType.STATIC, pool=1, text_prior=float(text_prior)),
+        Strategy(HeadType.DYNAMIC, index="mean", chunk=chunk),
+    )
+
+
+PAPER_MENU = paper_menu(chunk=16, text_prior=0.5)
+PAPER_CONSTANTS = {"theta": 0.9, "kappa": 0.10, "coefficient": 1.0, "chunk": 16, "text_prior": 0.5}
+"""Defaults of the recipe's options."""
+
+
+def refuse_paper_constants(recipe: str, given: Mapping[str, float]) -> None:
+    """Raise UsageError where constants of `paper` are given to another recipe."""
+    changed = [name for name, value in given.items() if value != PAPER_CONSTANTS[name]]
+    if recipe != "paper" and changed:
+        raise UsageError(
+            f"{', '.join(changed)} belong to recipe 'paper', and the recipe is {recipe!r}: leave "
+            "them out, or choose paper"
+        )
+
 
 RERANK = 64
 """Candidates beyond the hot buffer: more of them no longer help (docs/retrieval.md)."""
@@ -98,14 +122,21 @@ def types_by_sparsity(
 
 
 def allocate_by_sparsity(
-    types: NDArray[np.uint8], mean: NDArray[np.float32], share: float, floor: float, grid: HeadGrid
-) -> Allocation:
-    """HybridKV's top-down budgets: types get equal mean shares, static heads in proportion to their
-    (group mean) sparsity, dynamic heads evenly."""
+    types: NDArray[np.uint8], mean: NDArray[np.float32], share: float, floor: float, grid: HeadGrid,
+    coefficient: float = 1.0,
+) -> Allocation:  # fmt: skip
+    """HybridKV's top-down budgets: first to the types, then static heads in proportion to their
+    (group mean) sparsity, dynamic heads evenly.
+
+    `coefficient` (r, which is not public) is the mean share of static heads over that of dynamic
+    ones. No head keeps less than `floor` or more than everything; what that costs or frees is
+    taken from or given to the others in proportion.
+    """
     score = mean.reshape(grid.layers, grid.kv_heads, grid.group).mean(axis=-1).astype(np.float64)
     static = types == HeadType.STATIC
-    ratio = np.full(types.shape, share)
+    weight = float(np.where(static, coefficient, 1.0).mean())
+    ratio = np.full(types.shape, share / weight)
     if static.any():
-        ratio[static] = share * score[static] / max(float(score[static].mean()), 1e-12)
+        ratio[static] *= coefficient * score[static] / max(float(score[static].mean()), 1e-12)
     ratio = scale_ratios(np.maximum(ratio, 1e-6).astype(np.float32), share, floor)
     return Allocation(types.copy(), ratio, float("nan"))

@@ -12,13 +12,17 @@ import torch
 import hkvprof
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
 
+ROW_SCHEMA = 2
+"""What a row holds; folders before it was recorded have 1."""
+
 
 @dataclass(frozen=True)
 class Conditions:
     """The model, what was measured of it, and with which versions.
 
-    `dtype` is that of the weights and K/V, `replies` "given" or "own", `versions` those of hkvprof,
-    torch and transformers.
+    `dtype` is that of the weights and K/V, `replies` "given" or "own" (whatever they are, a `paper`
+    row does not depend on them), `versions` those of hkvprof, torch and transformers, `row_schema`
+    that of the rows' files. `ratios` of the loss curves: 1 alone where none are measured.
     """
 
     fingerprint: ModelFingerprint
@@ -30,6 +34,7 @@ class Conditions:
     replies: str
     dtype: str
     versions: tuple[tuple[str, str], ...]
+    row_schema: int = ROW_SCHEMA
 
     @property
     def grid(self) -> HeadGrid:
@@ -64,6 +69,7 @@ class Conditions:
             replies=str(data["replies"]),
             dtype=str(data["dtype"]),
             versions=tuple(sorted((str(k), str(v)) for k, v in data["versions"].items())),
+            row_schema=int(data.get("row_schema", 1)),
         )
 
     def differences(self, other: Conditions) -> list[str]:
@@ -82,6 +88,7 @@ class Conditions:
             "replies": self.replies,
             "dtype": self.dtype,
             "versions": dict(self.versions),
+            "row_schema": self.row_schema,
         }
 
 

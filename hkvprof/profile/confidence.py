@@ -70,12 +70,15 @@ def compare(evidence: Evidence, first: Counts, second: Counts) -> Figures:
         cohen_kappa(ours.types, theirs.types),
         jaccard(ours.types, theirs.types),
         spearman(ours.chosen.ratio, theirs.chosen.ratio),
-        spearman(_loss_at_budget(evidence, ours), _loss_at_budget(evidence, theirs)),
+        spearman(_ground(evidence, ours, first), _ground(evidence, theirs, second)),
     ])  # fmt: skip
 
 
-def _loss_at_budget(evidence: Evidence, plan: Plan) -> Figures:
-    """[heads]: least loss over strategies at the default budget, linear in log ratio."""
+def _ground(evidence: Evidence, plan: Plan, counts: Counts) -> Figures:
+    """What decides about heads: their least loss over strategies at the default budget, linear in
+    log ratio; or, where none is measured, the sparsity of query heads."""
+    if len(evidence.ratios) < 2:
+        return evidence.moments(counts)[0].ravel().astype(np.float64)
     best = plan.loss_here.min(axis=0).astype(np.float64).reshape(-1, len(evidence.ratios))
     at, known = np.log(evidence.decision.budget), np.log(evidence.ratios.astype(np.float64))
     return np.array([np.interp(at, known, curve) for curve in best])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hkvprof.profile.rows import SampleRow
 
 THETA_KAPPA = 0.10
-"""The kappa whose sparsity HybridKV's rule looks at."""
+"""The kappa whose sparsity HybridKV's rule looks at by default."""
 
 Counts = NDArray[np.int64]
 """[samples]: how often each sample counts."""
@@ -36,11 +36,14 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided after measuring: theta of the recipe `paper`, the default budget; `seed`
-    and `skipped` samples are only recorded. Raises UsageError for numbers out of range."""
+    """What is decided after measuring: the default budget; of the recipe `paper` theta, the kappa
+    whose sparsity is held against it, and the coefficient r of allocate_by_sparsity; `seed` and
+    `skipped` samples are only recorded. Raises UsageError for numbers out of range."""
 
     theta: float = 0.9
     budget: float = 0.10
+    kappa: float = THETA_KAPPA
+    coefficient: float = 1.0
     seed: int = 0
     skipped: tuple[str, ...] = ()
 
@@ -49,6 +52,10 @@ class Decision:
             raise UsageError(f"theta must lie in (0, 1], found {self.theta}")
         if not 0 < self.budget <= 1:
             raise UsageError(f"the default budget must be a share in (0, 1], found {self.budget}")
+        if not 0 < self.kappa <= 1:
+            raise UsageError(f"kappa must be a share in (0, 1], found {self.kappa}")
+        if not 0.01 <= self.coefficient <= 100:
+            raise UsageError(f"coefficient must lie in [0.01, 100], found {self.coefficient}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +145,13 @@ class Evidence:
 
     @cached_property
     def _kappa(self) -> int:
-        return self.conditions.kappas.index(THETA_KAPPA)
+        known = self.conditions.kappas
+        if self.decision.kappa not in known:
+            raise UsageError(
+                f"sparsity was not measured at kappa {self.decision.kappa:g}: expected one of "
+                f"{', '.join(f'{kappa:g}' for kappa in known)}, or measure again with that kappa"
+            )
+        return known.index(self.decision.kappa)
 
     def plan(self, counts: Counts, scales: tuple[float, float] | None = None) -> Plan:
         """Types and budgets at the default share, for the menu's prompt length whatever the counts.
@@ -156,7 +169,7 @@ class Evidence:
                 mean, std, int(counts.sum()), decision.theta, grid
             )
             chosen = classify.allocate_by_sparsity(
-                types, mean, decision.budget, self.menu.floor, grid
+                types, mean, decision.budget, self.menu.floor, grid, decision.coefficient
             )
         else:
             chosen = plan_anew(self.menu, here, self.ratios, decision.budget)
@@ -196,7 +209,7 @@ class Evidence:
         return np.where(most, mean, float(INFEASIBLE))
 
     def moments(self, counts: Counts) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Mean and standard deviation [layers, query_heads] of the sparsity at THETA_KAPPA."""
+        """Mean and standard deviation [layers, query_heads] of the sparsity at the kappa chosen."""
         sparsity = self.sparsity[:, self._kappa].astype(np.float64)
         total = int(counts.sum())
         mean = _weighted_sum(sparsity, counts) / total

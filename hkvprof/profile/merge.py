@@ -14,9 +14,10 @@ from hkvprof.policy.tables import ProjectedIndexTables
 from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.confidence import assess
 from hkvprof.profile.confidence_record import KEY
-from hkvprof.profile.evidence import THETA_KAPPA, Decision, Evidence
+from hkvprof.profile.evidence import Decision, Evidence
 from hkvprof.profile.rows import SampleRow, gather
 from hkvprof.profile.sample_record import SAMPLES_KEY, short_digest
+from hkvprof.profile.sample_statistics import mean_statistics
 
 
 def merge(folders: Iterable[str | Path], decision: Decision | None = None) -> Profile:
@@ -61,6 +62,7 @@ def build_profile(
         loss=plan.loss,
         output_error=plan.curves.output.astype(np.float32),
         index=tables,
+        statistics=mean_statistics(row.statistics for row in sorted(rows, key=lambda row: row.id)),
         provenance={
             **_provenance(conditions, rows, decision),
             KEY: assess(evidence, plan).to_json(),
@@ -85,7 +87,8 @@ def _provenance(
         "skipped": len(decision.skipped),
         **({"skipped_ids": list(decision.skipped)} if decision.skipped else {}),
         "theta": decision.theta,
-        "theta_kappa": THETA_KAPPA,
+        "theta_kappa": decision.kappa,
+        "coefficient": decision.coefficient,
         "seed": decision.seed,
         "replies": conditions.replies,
         "dtype": conditions.dtype,

@@ -8,32 +8,39 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.artifact import ProjectedIndexTables
 from hkvprof.errors import SampleError
+from hkvprof.head_statistics import PAIRS
 from hkvprof.heads import KeepRule, Modality, Strategy
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.forward import last_row_only
 from hkvprof.models.processing import ChatProcessor, Encoded
-from hkvprof.profile.continuation import Continuation, build_continuation, opening_of_turn
+from hkvprof.profile.continuation import Continuation, build_continuation
+from hkvprof.profile.drift import Phase, compared, layer_drift
 from hkvprof.profile.fit import Moments, tables_of_layer
 from hkvprof.profile.observe import ObservedCache, Observer
+from hkvprof.profile.replies import answered
 from hkvprof.profile.rows import SampleRow
-from hkvprof.profile.samples import Sample, Turn, open_images
-from hkvprof.profile.statistics import (
-    DecodeRows,
-    layer_losses,
+from hkvprof.profile.sample_statistics import SampleStatistics
+from hkvprof.profile.samples import Sample, open_images
+from hkvprof.profile.statistics import DecodeRows, layer_losses
+from hkvprof.profile.text_rows import (
+    TextStatistics,
     sample_text_rows,
-    text_sparsity,
+    text_statistics,
+    token_classes,
 )
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
 KAPPAS = (0.02, 0.05, 0.10, 0.20)
 VISION = (Modality.IMAGE, Modality.VIDEO)
-MAX_REPLY_TOKENS = 48
 MAX_CONTINUATION = 192
 
 
@@ -41,6 +48,7 @@ MAX_CONTINUATION = 192
 class Bench:
     """What all probes of a run share.
 
+    With the whole prompt alone in `ratios`, no losses are measured, and no replies are needed.
     `answered` holds samples whose replies were generated, so that a second pass need not do it
     again.
     """
@@ -49,6 +57,8 @@ class Bench:
     processor: ChatProcessor
     view: ModelView
     menu: tuple[Strategy, ...]
+    kappas: tuple[float, ...]
+    ratios: tuple[float, ...]
     keep: KeepRule
     own_replies: bool
     answered: dict[str, Sample] = field(default_factory=dict)
@@ -95,7 +105,8 @@ class Probe:
         (docs/experiments.md).
         """
         with torch.no_grad():
-            continuation = self._prefill(None)
+            self._prefill(None)
+            continuation = self._continuation()
             self._continue(continuation)
         for layer, trace in self.observer.traces.items():
             keys = self.cache.covered[layer].keys
@@ -106,37 +117,82 @@ class Probe:
     # -- second pass ------------------------------------------------------------------------
 
     def measure(self, tables: ProjectedIndexTables | None) -> SampleRow:
-        """Sparsity during prefill; losses over the teacher-forced continuation."""
+        """What text rows attend to during prefill; losses and drift over the continuation."""
+        found: dict[int, TextStatistics] = {}
         rows = sample_text_rows(self.text)
-        sparsity: dict[int, Tensor] = {}
+        held = self.encoded.modality[0]
+        classes = token_classes(held.to(self.text.device), self.bench.keep)
 
         def watch(layer: int, call: AttentionCall, output: Tensor) -> None:
-            sparsity[layer] = text_sparsity(
-                call.query[0][:, rows], call.key[0], rows, call.scaling, KAPPAS
-            )
+            found[layer] = text_statistics(
+                call.query[0], call.key[0], rows, call.scaling, self.bench.kappas, classes,
+                self.bench.keep.recent,
+            )  # fmt: skip
 
         with torch.no_grad():
-            continuation = self._prefill(watch)
+            self._prefill(watch)
+        shown = [found[layer] for layer in sorted(found)]
+        losses, drift, pairs = self._after_prompt(tables)
+        return SampleRow(
+            id=self.sample.id,
+            task=self.sample.task,
+            tokens=self.encoded.tokens,
+            sparsity=_stacked([layer.sparsity for layer in shown]),
+            losses=losses,
+            statistics=SampleStatistics(
+                modality_mass=_stacked([layer.mass for layer in shown]),
+                entropy=_stacked([layer.entropy[None] for layer in shown])[0],
+                drift=drift,
+                compared=pairs,
+            ),
+            digest=self.digest,
+            vision_tokens=int(sum((held == kind).sum() for kind in VISION)),
+        )
+
+    def _after_prompt(
+        self, tables: ProjectedIndexTables | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
+        """Losses [3 terms, strategies, layers, kv_heads, ratios], drift [PAIRS, layers,
+        query_heads], and which of PAIRS there are."""
+        grid, bench = self.bench.view.grid, self.bench
+        if bench.ratios == (1.0,):  # the whole prompt loses nothing
+            return (
+                np.zeros((3, len(bench.menu), grid.layers, grid.kv_heads, 1), np.float32),
+                np.zeros((len(PAIRS), grid.layers, grid.query_heads), np.float32),
+                np.zeros(len(PAIRS), np.uint8),
+            )
+        continuation = self._continuation()
         with torch.enable_grad():
             logits = self._continue(continuation)
             margins = _margins(logits, continuation)
             # Gradients for the traced outputs alone: none are left on the model's parameters.
             margins.sum().backward(inputs=[t.output for t in self.observer.traces.values()])
         with torch.no_grad():
-            losses = [
-                self._layer_losses(layer, continuation, margins, tables)
-                for layer in range(self.bench.view.grid.layers)
-            ]
-        held = self.encoded.modality[0]
-        return SampleRow(
-            id=self.sample.id,
-            task=self.sample.task,
-            tokens=self.encoded.tokens,
-            sparsity=torch.stack([sparsity[i] for i in sorted(sparsity)], dim=1).cpu().numpy(),
-            losses=torch.stack(losses, dim=2).cpu().numpy(),
-            digest=self.digest,
-            vision_tokens=int(sum((held == kind).sum() for kind in VISION)),
+            layers = range(grid.layers)
+            losses = [self._layer_losses(i, continuation, margins, tables) for i in layers]
+            phases = [self._phases(i, continuation) for i in layers]
+            drift = [self._layer_drift(i, phases[i]) for i in layers]
+        pairs = compared(phases[0]).numpy().astype(np.uint8)
+        return torch.stack(losses, dim=2).cpu().numpy(), _stacked(drift), pairs
+
+    def _phases(self, layer: int, continuation: Continuation) -> list[Phase]:
+        """The prompt's last rows, those that decode the reply, those of later questions."""
+        window, trace = self.observer.window_query[layer], self.observer.traces[layer]
+        tokens, count = self.encoded.tokens, window.shape[1]
+        turns = continuation.exact.nonzero()[:, 0].tolist()  # the last row of every later question
+        reply, later = continuation.rows.split(
+            [turns[0], len(continuation.rows) - turns[0]] if turns else [len(continuation.rows), 0]
         )
+        device = window.device
+        return [
+            Phase(window, torch.arange(tokens - count, tokens, device=device)),
+            *(Phase(trace.query[:, at], tokens + at.to(device)) for at in (reply, later)),
+        ]
+
+    def _layer_drift(self, layer: int, phases: list[Phase]) -> Tensor:
+        keys, scaling = self.cache.covered[layer].keys, self.observer.traces[layer].scaling
+        assert keys is not None
+        return layer_drift(phases, keys[0], self.encoded.tokens, scaling, self.bench.keep)
 
     def _layer_losses(
         self,
@@ -164,7 +220,7 @@ class Probe:
             positions=rows,
             gradient=trace.output.grad[0][rows] / margins.abs().clamp(min=1)[:, None, None],
             projection=projection,
-            output_norm=(output.flatten(1) @ projection.float().T).norm(dim=-1),
+            output_norm=_projected(output, projection, self.bench.view.grid.group).norm(dim=-1),
             exact=continuation.exact.to(device),
             scaling=trace.scaling,
         )
@@ -172,7 +228,7 @@ class Probe:
             judged,
             self.observer.window_query[layer],
             self.bench.menu,
-            RATIOS,
+            self.bench.ratios,
             self.bench.keep,
             tables_of_layer(tables, layer, device) if tables else {},
             self.text,
@@ -182,50 +238,30 @@ class Probe:
 
     # -- the model --------------------------------------------------------------------------
 
-    def _prefill(self, watch: Any) -> Continuation:
-        """Run the prompt; return what follows it (the given reply, else the model's own)."""
+    def _prefill(self, watch: Any) -> None:
+        """Run the prompt."""
         model = self.bench.model
         self.observer.on_prefill = watch
         with self.observer.phase("prefill"):
             inputs = self.encoded.to(model.device, model.dtype)
             output = model(**inputs, past_key_values=self.cache, **last_row_only(model))
+        self.next_token = output.logits[:, -1:].argmax(-1)
+
+    def _continuation(self) -> Continuation:
+        """What follows the prompt: the given reply, else the model's own."""
         if self.opened.reply is None or self.bench.own_replies:
-            answered = self.bench.answered.get(self.sample.id)
-            if answered is None:
-                answered = self._answer(output.logits[:, -1:].argmax(-1))
-                self.bench.answered[self.sample.id] = replace(answered, messages=())
-            turns, reply = answered.followups, answered.reply
-            self.opened = replace(self.opened, reply=reply, followups=turns)
+            said = self.bench.answered.get(self.sample.id)
+            if said is None:
+                said = answered(
+                    self.bench.model, self.bench.processor, self.opened, self.cache,
+                    self.next_token, later=self.bench.own_replies,
+                )  # fmt: skip
+                self.bench.answered[self.sample.id] = replace(said, messages=())
+            self.opened = replace(self.opened, reply=said.reply, followups=said.followups)
         assert self.opened.reply is not None
         return build_continuation(
             self.bench.processor, self.opened, self.opened.reply, MAX_CONTINUATION
         )
-
-    def _answer(self, token: Tensor) -> Sample:
-        """The sample with the model's own replies; leaves the cache as it was."""
-        model = self.bench.model
-        replies = [self._greedy(token)]
-        if not self.bench.own_replies:
-            return replace(self.opened, reply=replies[0])
-        for _ in self.opened.followups:
-            ids = torch.tensor([opening_of_turn(self.bench.processor, self.opened, replies)])
-            output = model(input_ids=ids.to(model.device), past_key_values=self.cache)
-            replies.append(self._greedy(output.logits[:, -1:].argmax(-1)))
-            self.cache.crop(-ids.shape[1])
-        turns = zip(self.opened.followups, replies[1:], strict=True)
-        followups = tuple(Turn(turn.question, reply) for turn, reply in turns)
-        return replace(self.opened, reply=replies[0], followups=followups)
-
-    def _greedy(self, token: Tensor) -> str:
-        """The model's own reply, dense and greedy; leaves the cache as it was."""
-        model, end = self.bench.model, self.bench.processor.tokenizer.eos_token_id
-        reply: list[int] = []
-        while len(reply) < MAX_REPLY_TOKENS and int(token) != end:
-            reply.append(int(token))
-            output = model(input_ids=token, past_key_values=self.cache)
-            token = output.logits[:, -1:].argmax(-1)
-        self.cache.crop(-len(reply))
-        return self.bench.processor.decode(reply)
 
     def _continue(self, continuation: Continuation) -> Tensor:
         """Teacher-force the continuation; logits [T, vocabulary]."""
@@ -234,6 +270,23 @@ class Probe:
             ids = continuation.ids[None].to(model.device)
             output = model(input_ids=ids, past_key_values=self.cache)
         return output.logits[0]
+
+
+def _stacked(layers: list[Tensor]) -> NDArray[np.float32]:
+    """[figures, layers, heads] on the host, of [figures, heads] each."""
+    return torch.stack(layers, dim=1).cpu().numpy()
+
+
+def _projected(
+    output: Float[Tensor, "rows query_heads dim"], projection: Tensor, group: int
+) -> Float[Tensor, "rows hidden"]:
+    """A layer's attention output, a few heads at a time: W_O in float32 would be a large copy."""
+    total = output.new_zeros(len(output), len(projection))
+    step = group * output.shape[-1]
+    for first in range(0, projection.shape[1], step):
+        part = slice(first, first + step)
+        total += output.flatten(1)[:, part] @ projection[:, part].float().T
+    return total
 
 
 def _margins(logits: Tensor, continuation: Continuation) -> Tensor:

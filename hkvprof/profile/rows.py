@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from hkvprof.checks import check_index, expect, require
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import write_atomically
 from hkvprof.profile.conditions import Conditions
+from hkvprof.profile.sample_statistics import SampleStatistics
 
 CONDITIONS = "conditions.json"
 INDEX = "index.safetensors"
@@ -39,7 +40,8 @@ class SampleRow:
 
     `tokens` of the prompt, `vision_tokens` of them hold an image or a video (0: text alone);
     `sparsity` [kappas, layers, query_heads]; `losses` [3 terms, strategies, layers, kv_heads,
-    ratios] (statistics.LayerLosses); `digest` of the prompt's tokens and pixels and the replies.
+    ratios] (statistics.LayerLosses); `statistics` are what profiles show of heads; `digest` of the
+    prompt's tokens and pixels and the replies.
     """
 
     id: str
@@ -47,8 +49,18 @@ class SampleRow:
     tokens: int
     sparsity: NDArray[np.float32]
     losses: NDArray[np.float32]
+    statistics: SampleStatistics
     digest: str = ""
     vision_tokens: int = 0
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names in the file."""
+        figures = {"sparsity": self.sparsity, "losses": self.losses}
+        return {**figures, **self.statistics.tensors()}
+
+
+class _Named(Protocol):
+    def tensors(self) -> dict[str, NDArray[Any]]: ...
 
 
 class RowFolder:
@@ -82,8 +94,7 @@ class RowFolder:
         about = {"id": row.id, "task": row.task, "tokens": row.tokens, "digest": row.digest,
                  "vision_tokens": row.vision_tokens,
                  "conditions": self.conditions.digest}  # fmt: skip
-        tensors = {"sparsity": row.sparsity, "losses": row.losses}
-        data = save(tensors, {_KEY: json.dumps(about, sort_keys=True)})
+        data = save(row.tensors(), {_KEY: json.dumps(about, sort_keys=True)})
         write_atomically(self.path / _file_name(row.id), data)
 
     def tables(self, fitted_on: str) -> ProjectedIndexTables | None:
@@ -155,13 +166,16 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
     }  # fmt: skip
     try:
         about, tensors = _read(file)
-        require(set(tensors) == set(shapes), f"expected {sorted(shapes)}, found {sorted(tensors)}")
+        names = {*shapes, *SampleStatistics.names()}
+        require(set(tensors) == names, f"expected {sorted(names)}, found {sorted(tensors)}")
+        statistics = SampleStatistics.take(tensors)
+        statistics.check(grid)
         for name, shape in shapes.items():
             expect(name, tensors[name], shape, np.float32)
         require(about["conditions"] == conditions.digest, "the row is of other conditions")
         row = SampleRow(
             id=about["id"], task=about["task"], tokens=about["tokens"], digest=about["digest"],
-            vision_tokens=about["vision_tokens"], **tensors,
+            vision_tokens=about["vision_tokens"], statistics=statistics, **tensors,
         )  # fmt: skip
         texts = (row.id, row.task, row.digest)
         require(all(isinstance(text, str) for text in texts), "id, task and digest must be texts")
@@ -227,7 +241,7 @@ def gather(folders: Iterable[Path]) -> tuple[Conditions, list[SampleRow], Any]:
             rows[row.id] = row
         if (path / INDEX).exists():
             mine = read_tables(path, conditions)
-            if tables is not None and not _same_tables(tables[0], mine[0]):
+            if tables is not None and not _same_tensors(tables[0], mine[0]):
                 raise UsageError(
                     f"{path}: its index differs from that of the folders before it, and rows "
                     "depend on the index: measure all shards with the same --data"
@@ -239,14 +253,14 @@ def gather(folders: Iterable[Path]) -> tuple[Conditions, list[SampleRow], Any]:
 
 
 def _same(first: SampleRow, second: SampleRow) -> bool:
-    return (
-        (first.task, first.tokens, first.vision_tokens, first.digest)
-        == (second.task, second.tokens, second.vision_tokens, second.digest)
-        and np.array_equal(first.sparsity, second.sparsity)
-        and np.array_equal(first.losses, second.losses)
-    )
+    return (first.task, first.tokens, first.vision_tokens, first.digest) == (
+        second.task,
+        second.tokens,
+        second.vision_tokens,
+        second.digest,
+    ) and _same_tensors(first, second)
 
 
-def _same_tables(first: ProjectedIndexTables, second: ProjectedIndexTables) -> bool:
+def _same_tensors(first: _Named, second: _Named) -> bool:
     mine, theirs = first.tensors(), second.tensors()
     return mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)

@@ -1,76 +1,29 @@
-"""Per-sample statistics of one layer: text-centric sparsity and loss curves.
+"""What one layer loses when its KV heads are compressed: loss curves of a sample.
 
-Everything works on one layer and one KV head's group at a time, so that no tensor grows with
+Everything works on one KV head's group and a block of rows at a time, so that no tensor grows with
 heads x rows x tokens.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.lazy import no_triton
 from hkvprof.policy.budget import INFEASIBLE
-from hkvprof.policy.costs import dynamic_layout, static_tokens
-from hkvprof.policy.index import HeadTables, Ranking, build_index
+from hkvprof.policy.costs import DynamicLayout, dynamic_layout, static_tokens
+from hkvprof.policy.index import HeadTables, KeyIndex, Ranking, build_index
 from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
 
-ROW_BLOCK = 64
+BLOCK = 2**19
+"""Attention weights of a block of decoding rows: 2 MiB in float32, and about ten copies of it."""
 LEAST_TOTAL = 1e-20
 """Below this sum of weights relative to the densest token's, they are formed anew."""
-
-
-def sample_text_rows(text: Bool[Tensor, " tokens"], limit: int = ROW_BLOCK) -> Int[Tensor, " rows"]:
-    """Up to `limit` text positions, evenly spread, from the first non-text position on.
-
-    Falls back to all text rows where the prompt is text alone.
-    """
-    others = (~text).nonzero()[:, 0]
-    after = int(others[0]) if len(others) else 0
-    rows = text.nonzero()[:, 0]
-    rows = rows[rows >= after]
-    if len(rows) <= limit:
-        return rows
-    return rows[torch.linspace(0, len(rows) - 1, limit, device=rows.device).long()]
-
-
-def text_sparsity(
-    query: Float[Tensor, "query_heads rows dim"],
-    key: Float[Tensor, "kv_heads tokens dim"],
-    rows: Int[Tensor, " rows"],
-    scaling: float,
-    kappas: tuple[float, ...],
-) -> Float[Tensor, "kappas query_heads"]:
-    """Text-centric sparsity (HybridKV, stage 1): mean over text rows of the top-k attention mass.
-
-    Row i sees its i + 1 first tokens; k = ceil(kappa * (i + 1)). On CUDA with triton the weights
-    are counted in bins (triton_mass), elsewhere they are sorted.
-    """
-    group = len(query) // len(key)
-    visible = torch.arange(key.shape[1], device=key.device)[None] <= rows[:, None]
-    seen = rows + 1
-    most = max(1, math.ceil(max(kappas) * int(seen.max())))
-    counts = torch.stack([(kappa * seen).ceil().long().clamp(1, most) for kappa in kappas])
-    if key.is_cuda and not no_triton():
-        from hkvprof.profile.triton_mass import top_mass
-
-        return top_mass(query, key, rows, scaling, counts)
-    result = []
-    for head in range(len(key)):
-        block = query[head * group : (head + 1) * group].float()
-        logits = torch.matmul(block, key[head].float().T) * scaling
-        weights = logits.masked_fill_(~visible, -torch.inf).softmax(dim=-1)
-        mass = weights.topk(most, dim=-1).values.cumsum(dim=-1)
-        picked = torch.stack(
-            [mass.gather(-1, (c - 1).expand(group, -1)[..., None]) for c in counts]
-        )
-        result.append(picked[..., 0].mean(dim=-1))
-    return torch.cat(result, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -95,6 +48,21 @@ class DecodeRows:
     output_norm: Float[Tensor, " rows"]
     exact: Bool[Tensor, " rows"]
     scaling: float
+
+    def blocks(self) -> Iterator[DecodeRows]:
+        """The same in parts of as many rows as BLOCK weights of a group allow, at least one."""
+        count, tokens = self.query.shape[1], self.key.shape[1]
+        step = max(1, BLOCK * len(self.key) // (len(self.query) * tokens))
+        for first in range(0, count, step):
+            part = slice(first, first + step)
+            yield replace(
+                self,
+                query=self.query[:, part],
+                positions=self.positions[part],
+                gradient=self.gradient[part],
+                output_norm=self.output_norm[part],
+                exact=self.exact[part],
+            )
 
 
 @dataclass(frozen=True)
@@ -125,51 +93,75 @@ def layer_losses(
     `tables[(head, bits)]` are the projected-index constants. INFEASIBLE where a dynamic strategy's
     fixed bytes exceed the ratio.
     """
-    attention = window_attention(window_query, rows.key, rows.scaling)
+    group, count = len(rows.query) // len(rows.key), rows.query.shape[1]
+    parts = list(rows.blocks())
     per_head = []
     for head in range(len(rows.key)):
-        judge = _HeadJudge(rows, head)
-        curves = []
+        mine = slice(head * group, (head + 1) * group)
+        fixed = _Head.of(rows, head, mine)
+        attention = window_attention(window_query[mine], rows.key[head : head + 1], rows.scaling)
+        ways: list[_Way] = []
         for strategy in strategies:
             if strategy.head_type is HeadType.STATIC:
-                ranking = rank_tokens(attention[head : head + 1], strategy.pool, keep)[0]
-                curves.append(judge.static(ranking, strategy, ratios, keep, text))
+                ways.append(_Static.of(attention, strategy, ratios, keep, text))
             else:
                 table = tables.get((head, strategy.bits))
-                curves.append(judge.dynamic(strategy, ratios, keep, table, itemsize))
-        per_head.append(torch.stack(curves))
+                ways.append(_Dynamic.of(fixed.key, strategy, ratios, keep, table, itemsize))
+        total = torch.zeros(len(strategies), len(ratios), 3, device=rows.key.device)
+        for part in parts:
+            judge = _Judge(part, fixed)
+            curves = torch.stack([way.losses(judge) for way in ways])
+            total += curves * part.query.shape[1]
+        fits = curves < float(INFEASIBLE)  # whatever the rows
+        per_head.append(torch.where(fits, total / count, float(INFEASIBLE)))
     stacked = torch.stack(per_head, dim=1)
     return LayerLosses(stacked[..., 0], stacked[..., 1], stacked[..., 2])
 
 
-class _HeadJudge:
+@dataclass(frozen=True)
+class _Head:
+    """What all blocks of rows share: a KV head's keys and values, and its group's part of W_O."""
+
+    mine: slice
+    key: Float[Tensor, "tokens dim"]
+    value: Float[Tensor, "tokens dim"]
+    new_key: Float[Tensor, "new dim"]
+    new_value: Float[Tensor, "new dim"]
+    metric: Float[Tensor, "group_dim group_dim"]
+
+    @classmethod
+    def of(cls, rows: DecodeRows, head: int, mine: slice) -> _Head:
+        dim = rows.query.shape[-1]
+        columns = rows.projection[:, mine.start * dim : mine.stop * dim].float()
+        return cls(
+            mine,
+            key=rows.key[head].float(),
+            value=rows.value[head].float(),
+            new_key=rows.new_key[head].float(),
+            new_value=rows.new_value[head].float(),
+            metric=columns.T @ columns,
+        )
+
+
+class _Judge:
     """Dense attention of one KV head's group, and what pruned variants of it lose."""
 
-    def __init__(self, rows: DecodeRows, head: int) -> None:
-        self.rows = rows
-        self.group = len(rows.query) // len(rows.key)
-        mine = slice(head * self.group, (head + 1) * self.group)
-        self.query = rows.query[mine].float()
-        self.key, self.value = rows.key[head].float(), rows.value[head].float()
-        new_key, new_value = rows.new_key[head].float(), rows.new_value[head].float()
-        self.logits = torch.matmul(self.query, self.key.T) * rows.scaling
-        new = torch.matmul(self.query, new_key.T) * rows.scaling
-        seen = torch.arange(len(new_key), device=new.device)[None] <= rows.positions[:, None]
+    def __init__(self, rows: DecodeRows, head: _Head) -> None:
+        self.rows, self.key, self.value, self.metric = rows, head.key, head.value, head.metric
+        self.query = rows.query[head.mine].float()
+        self.logits = torch.matmul(self.query, self.key.T).mul_(rows.scaling)
+        new = torch.matmul(self.query, head.new_key.T) * rows.scaling
+        seen = torch.arange(len(head.new_key), device=new.device)[None] <= rows.positions[:, None]
         new = new.masked_fill(~seen, -torch.inf)
         self.new_peak = new.amax(-1, keepdim=True)
         new_weight = (new - self.new_peak).exp()
         self.new_sum = new_weight.sum(-1, keepdim=True)
-        self.new_out = new_weight @ new_value
+        self.new_out = new_weight @ head.new_value
         peak = torch.maximum(self.new_peak, self.logits.amax(-1, keepdim=True))
-        self.weight = (self.logits - peak).exp()
+        self.weight = (self.logits - peak).exp_()
         self.new_scale = (self.new_peak - peak).exp()
         self.dense = self._attend(self.logits, self.value)
-        dim = self.query.shape[-1]
-        columns = rows.projection[
-            :, head * self.group * dim : (head + 1) * self.group * dim
-        ].float()
-        self.metric = columns.T @ columns
-        self.gradient = rows.gradient[:, mine].float().flatten(1)
+        self.gradient = rows.gradient[:, head.mine].float().flatten(1)
 
     def _attend(self, logits: Tensor, value: Tensor) -> Tensor:
         """Attention over some prompt tokens and the new ones, each weighed from the joint peak.
@@ -197,66 +189,113 @@ class _HeadJudge:
         reply = (self.gradient * change).sum(-1) ** 2
         return torch.stack([square.sqrt().mean(), square.mean(), reply.mean()])
 
-    def static(
-        self,
-        ranking: Int[Tensor, " tokens"],
+    def loss_of(self, weight: Tensor, logits: Callable[[], Tensor], value: Tensor) -> Tensor:
+        """What attending to some prompt tokens costs; from `logits()` if weights are too small."""
+        out = self._attend_to(weight, value)
+        return self._loss(self._attend(logits(), value) if out is None else out)
+
+
+class _Way(Protocol):
+    """A strategy for one head."""
+
+    def losses(self, judge: _Judge) -> Float[Tensor, "ratios 3"]: ...
+
+
+@dataclass(frozen=True)
+class _Static:
+    """The kept set is fixed before decoding; None where it is the whole prompt."""
+
+    kept: tuple[Int[Tensor, " kept"] | None, ...]
+
+    @classmethod
+    def of(
+        cls,
+        attention: Float[Tensor, "1 tokens"],
         strategy: Strategy,
         ratios: tuple[float, ...],
         keep: KeepRule,
         text: Bool[Tensor, " tokens"],
-    ) -> Float[Tensor, "ratios 3"]:
-        """Losses when the kept set is fixed before decoding."""
-        curve = []
-        for ratio in ratios:
-            count = static_tokens(ratio, len(self.key), keep)
-            if count == len(self.key):
-                curve.append(torch.zeros(3, device=self.key.device))
-                continue
-            kept = select_tokens(ranking, count, strategy, keep, text)
-            value = self.value[kept]
-            out = self._attend_to(self.weight[..., kept], value)
-            if out is None:
-                out = self._attend(self.logits[..., kept], value)
-            curve.append(self._loss(out))
-        return torch.stack(curve)
+    ) -> _Static:
+        ranking = rank_tokens(attention, strategy.pool, keep)[0]
+        counts = [static_tokens(ratio, len(ranking), keep) for ratio in ratios]
+        return cls(
+            tuple(
+                None if n == len(ranking) else select_tokens(ranking, n, strategy, keep, text)
+                for n in counts
+            )
+        )
 
-    def dynamic(
-        self,
+    def losses(self, judge: _Judge) -> Float[Tensor, "ratios 3"]:
+        """Of a block of rows."""
+        return torch.stack([self._loss(judge, kept) for kept in self.kept])
+
+    def _loss(self, judge: _Judge, kept: Tensor | None) -> Tensor:
+        if kept is None:
+            return judge.value.new_zeros(3)
+        weight, value = judge.weight[..., kept], judge.value[kept]
+        return judge.loss_of(weight, lambda: judge.logits[..., kept], value)
+
+
+@dataclass(frozen=True)
+class _Dynamic:
+    """Every row selects its own chunks through the index; None where no chunk fits the prompt."""
+
+    strategy: Strategy
+    ratios: tuple[float, ...]
+    layouts: tuple[DynamicLayout | None, ...]
+    index: KeyIndex | None
+    first: int
+    end: int
+
+    @classmethod
+    def of(
+        cls,
+        key: Float[Tensor, "tokens dim"],
         strategy: Strategy,
         ratios: tuple[float, ...],
         keep: KeepRule,
         tables: HeadTables | None,
         itemsize: int,
-    ) -> Float[Tensor, "ratios 3"]:
-        """Losses when every row selects its own chunks through the index."""
-        tokens, dim = self.key.shape
-        layout = dynamic_layout(strategy, 1.0, tokens, keep, dim, itemsize)
-        device = self.key.device
-        if layout is None:
-            curve = torch.full((len(ratios), 3), float(INFEASIBLE), device=device)
-            curve[torch.tensor(ratios, device=device) >= 1] = 0
-            return curve
-        end = layout.sinks + layout.items * layout.chunk
-        chunks = self.key[layout.sinks : end].view(layout.items, layout.chunk, dim)
+    ) -> _Dynamic:
+        tokens, dim = key.shape
+        sizes = (tokens, keep, dim, itemsize)
+        layouts = tuple(dynamic_layout(strategy, ratio, *sizes) for ratio in ratios)
+        whole = dynamic_layout(strategy, 1.0, *sizes)
+        if whole is None:
+            return cls(strategy, ratios, layouts, None, 0, 0)
+        end = whole.sinks + whole.items * whole.chunk
+        chunks = key[whole.sinks : end].view(whole.items, whole.chunk, dim)
         index = build_index(strategy, chunks, tables)
-        score = index.score(self.query.transpose(0, 1), self.rows.scaling)
-        exact = self.logits[..., layout.sinks : end].transpose(0, 1)
-        ranking = Ranking(score, exact if strategy.rerank else None)
-        curve_rows = []
-        for ratio in ratios:
-            layout = dynamic_layout(strategy, ratio, tokens, keep, dim, itemsize)
-            if ratio >= 1:
-                curve_rows.append(torch.zeros(3, device=device))
-            elif layout is None:
-                curve_rows.append(torch.full((3,), float(INFEASIBLE), device=device))
-            else:
-                best = ranking.best(layout.hot, strategy.rerank)
-                chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
-                chosen |= self.rows.exact[:, None]
-                mask = torch.ones(len(chosen), tokens, dtype=torch.bool, device=device)
-                mask[:, layout.sinks : end] = chosen.repeat_interleave(layout.chunk, dim=1)
-                out = self._attend_to(self.weight * mask, self.value)
-                if out is None:
-                    out = self._attend(self.logits.masked_fill(~mask, -torch.inf), self.value)
-                curve_rows.append(self._loss(out))
-        return torch.stack(curve_rows)
+        return cls(strategy, ratios, layouts, index, whole.sinks, end)
+
+    def losses(self, judge: _Judge) -> Float[Tensor, "ratios 3"]:
+        """Of a block of rows."""
+        ranking = None if self.index is None else self._ranking(judge, self.index)
+        pairs = zip(self.ratios, self.layouts, strict=True)
+        return torch.stack([self._loss(judge, ranking, *pair) for pair in pairs])
+
+    def _loss(
+        self, judge: _Judge, ranking: Ranking | None, ratio: float, layout: DynamicLayout | None
+    ) -> Tensor:
+        if ratio >= 1:
+            return judge.value.new_zeros(3)
+        if layout is None or ranking is None:
+            return judge.value.new_full((3,), float(INFEASIBLE))
+        mask = self._mask(judge, ranking.best(layout.hot, self.strategy.rerank))
+        weight, value = judge.weight * mask, judge.value
+        return judge.loss_of(weight, lambda: judge.logits.masked_fill(~mask, -torch.inf), value)
+
+    def _ranking(self, judge: _Judge, index: KeyIndex) -> Ranking:
+        score = index.score(judge.query.transpose(0, 1), judge.rows.scaling)
+        exact = judge.logits[..., self.first : self.end].transpose(0, 1)
+        return Ranking(score, exact if self.strategy.rerank else None)
+
+    def _mask(self, judge: _Judge, best: Int[Tensor, "rows hot"]) -> Bool[Tensor, "rows tokens"]:
+        """Which prompt tokens each row attends to."""
+        chunk = self.strategy.chunk
+        chosen = best.new_zeros(len(best), (self.end - self.first) // chunk, dtype=torch.bool)
+        chosen.scatter_(-1, best, True)
+        chosen |= judge.rows.exact[:, None]
+        mask = best.new_ones(len(best), len(judge.key), dtype=torch.bool)
+        mask[:, self.first : self.end] = chosen.repeat_interleave(chunk, dim=1)
+        return mask

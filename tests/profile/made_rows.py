@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from hkvprof.head_statistics import CLASSES, PAIRS
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.profile import confidence
 from hkvprof.profile.conditions import Conditions
@@ -15,6 +16,7 @@ from hkvprof.profile.confidence_record import Comparison, Confidence
 from hkvprof.profile.evidence import Decision, Evidence
 from hkvprof.profile.probe import KAPPAS, RATIOS
 from hkvprof.profile.rows import SampleRow
+from hkvprof.profile.sample_statistics import SampleStatistics
 from tests.profiles import fingerprint
 
 S, D = HeadType.STATIC, HeadType.DYNAMIC
@@ -34,6 +36,23 @@ CONDITIONS = Conditions(
 DECISION = Decision(budget=0.3)
 EVEN = np.arange(GRID.total).reshape(SHAPE) % 2 == 0
 TYPES = np.where(EVEN, S, D).astype(np.uint8)
+
+
+def make_statistics(
+    seed: int = 0, compared: Sequence[int] = (1, 1, 1), grid: HeadGrid = GRID
+) -> SampleStatistics:
+    """What heads attend to, at random."""
+    random = np.random.RandomState(seed)
+    heads = (grid.layers, grid.query_heads)
+    mass = random.rand(len(CLASSES), *heads)
+    there = np.array(compared, dtype=np.uint8)
+    drift = random.rand(len(PAIRS), *heads) * there[:, None, None]
+    return SampleStatistics(
+        modality_mass=(mass / mass.sum(axis=0)).astype(np.float32),
+        entropy=random.rand(*heads).astype(np.float32),
+        drift=drift.astype(np.float32),
+        compared=there,
+    )
 
 
 def make_row(
@@ -58,6 +77,7 @@ def make_row(
         tokens=2000 + number,
         sparsity=np.broadcast_to(sparsity, (len(KAPPAS), *sparsity.shape[-2:])).astype(np.float32),
         losses=losses.astype(np.float32),
+        statistics=make_statistics(number),
         vision_tokens=vision,
     )
 

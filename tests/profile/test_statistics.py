@@ -1,17 +1,13 @@
-"""Statistics of one layer against brute force from the definitions, and against the runtime."""
+"""Loss curves of one layer against brute force from the definitions, and against the runtime."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import hkvprof
@@ -29,8 +25,6 @@ from hkvprof.profile.statistics import (
     DecodeRows,
     LayerLosses,
     layer_losses,
-    sample_text_rows,
-    text_sparsity,
 )
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.testbed.generator import make_sample
@@ -40,48 +34,6 @@ from tests.tables import fit_tables
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-# -- rows and sparsity ----------------------------------------------------------------------------
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=200), st.integers(2, 64))
-def test_text_rows_follow_the_first_picture_and_are_spread(text: list[bool], limit: int) -> None:
-    rows = sample_text_rows(torch.tensor(text), limit).tolist()
-    after = text.index(False) if False in text else 0
-    eligible = [i for i, is_text in enumerate(text) if is_text and i >= after]
-    assert len(rows) == min(limit, len(eligible))
-    assert rows == sorted(set(rows))
-    assert set(rows) <= set(eligible)
-    if rows:
-        assert (rows[0], rows[-1]) == (eligible[0], eligible[-1])
-        places = [eligible.index(row) for row in rows]
-        gaps = [b - a for a, b in pairwise(places)]
-        assert max(gaps, default=1) - min(gaps, default=1) <= 1
-
-
-def test_sparsity_is_the_mean_top_k_mass_of_dense_softmax_rows() -> None:
-    tokens, kappas = 57, (0.02, 0.05, 0.1, 0.2)
-    query, key = 2 * random(6, tokens, 16), random(2, tokens, 16, seed=1)
-    rows = torch.tensor([0, 9, 10, 33, 56])
-    found = text_sparsity(query[:, rows], key, rows, 0.5, kappas)
-    assert found.shape == (4, 6)
-    for k, kappa in enumerate(kappas):
-        for head in range(6):
-            masses = []
-            for row in rows.tolist():
-                logits = 0.5 * (key[head // 3, : row + 1].double() @ query[head, row].double())
-                weights = sorted(logits.softmax(dim=0).tolist(), reverse=True)
-                masses.append(sum(weights[: math.ceil(round(kappa * (row + 1), 9))]))
-            assert float(found[k, head]) == pytest.approx(sum(masses) / len(masses), abs=1e-5)
-
-
-def test_sparsity_ignores_what_a_row_cannot_see() -> None:
-    query, key = random(4, 3, 8), random(2, 40, 8, seed=1)
-    rows = torch.tensor([5, 11, 19])
-    before = text_sparsity(query, key, rows, 1.0, (0.1,))
-    key[:, 20:] = 1000.0
-    assert torch.equal(text_sparsity(query, key, rows, 1.0, (0.1,)), before)
 
 
 # -- losses by brute force ------------------------------------------------------------------------
