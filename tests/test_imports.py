@@ -9,19 +9,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "hkvprof"
 ERRORS = {"errors"}
-CORE = ERRORS | {"heads", "files", "lazy"}
+CORE = ERRORS | {"heads", "files", "lazy", "strict_json"}
 POLICY = CORE | {"policy"}
 MODELS = POLICY | {"models"}
-ARTIFACT = POLICY | {"artifact", "checks"}
+ARTIFACT = POLICY | {"artifact", "checks", "container"}
 ALLOWED = {
     "errors": set(),
     "heads": ERRORS,
     "lazy": set(),
+    "strict_json": set(),
+    "container": CORE,
     "files": ERRORS,
     "checks": CORE,
     "policy": CORE,
     "models": POLICY,
-    "artifact": POLICY | {"checks"},
+    "artifact": POLICY | {"checks", "container"},
     "profile": ARTIFACT | MODELS,
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},
