@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from hkvprof.checks import MOST_TOKENS, check_profile, read_json, require
-from hkvprof.errors import ProfileError
+from hkvprof import strict_json
+from hkvprof.checks import MOST_TOKENS, check_profile, require
+from hkvprof.container import read_container
+from hkvprof.errors import ProfileError, cut
 from hkvprof.files import write_atomically
 from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
@@ -37,7 +38,6 @@ SCHEMA_VERSION = 3
 METADATA_KEY = "hkvprof"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_METADATA_BYTES = 4 * 2**20
-_UNREADABLE = (SafetensorError, ValueError, OSError, RecursionError, TypeError, AttributeError)
 _OLD_INDEX = (
     "its index was quantised in a way that this hkvprof no longer reads (schema version 1): "
     "make the profile again with `hkvprof calibrate`"
@@ -212,7 +212,7 @@ def load_profile(path: str | Path) -> Profile:
     metadata, tensors = _read(path)
     schema = metadata.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise ProfileError(f"{path}: expected an integer schema version, found {schema!r}")
+        raise ProfileError(f"{path}: expected an integer schema version, found {cut(repr(schema))}")
     if schema > SCHEMA_VERSION:
         raise ProfileError(
             f"{path} has schema version {schema}; this hkvprof reads up to {SCHEMA_VERSION}: "
@@ -221,41 +221,37 @@ def load_profile(path: str | Path) -> Profile:
     try:
         return _build(metadata, tensors)
     except ProfileError as error:
-        raise ProfileError(f"{path}: {error}") from None
+        raise ProfileError(f"{path}: {cut(str(error))}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ProfileError(
             f"{path}: the profile's metadata is incomplete or of the wrong kind "
-            f"({type(error).__name__}: {error}); it may be damaged: fetch or calibrate it again"
+            f"({type(error).__name__}: {cut(str(error))}); it may be damaged: fetch or calibrate it "
+            "again"
         ) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
+        container = read_container(path, MAX_FILE_BYTES)
+        text = container.metadata.get(METADATA_KEY)
+        if text is None:
             raise ProfileError(
-                f"{path} has {size:,} bytes; a profile has at most {MAX_FILE_BYTES:,}: is this a "
-                "model checkpoint?"
+                f"{path} is a safetensors file without hkvprof metadata: expected a profile "
+                "made by `hkvprof calibrate`"
             )
-        with safe_open(path, framework="numpy") as stream:
-            text = (stream.metadata() or {}).get(METADATA_KEY)
-            if text is None:
-                raise ProfileError(
-                    f"{path} is a safetensors file without hkvprof metadata: expected a profile "
-                    "made by `hkvprof calibrate`"
-                )
-            if len(text) > MAX_METADATA_BYTES:
-                raise ProfileError(f"{path}: metadata of {len(text):,} bytes is over the limit")
-            metadata = read_json(text)
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+        if len(text) > MAX_METADATA_BYTES:
+            raise ProfileError(f"{path}: metadata of {len(text):,} bytes is over the limit")
+        metadata, tensors = strict_json.loads(text), container.tensors()
     except FileNotFoundError:
         raise ProfileError(
             f"no profile at {path}: make one with `hkvprof calibrate --model MODEL -o {path}`"
         ) from None
-    except _UNREADABLE as error:
+    except OSError as error:
+        raise ProfileError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
         raise ProfileError(
-            f"{path} is not a readable profile ({error}): expected a safetensors file made by "
-            "`hkvprof calibrate`; fetch it again or recalibrate"
+            f"{path} is not a readable profile ({cut(str(error))}): expected a safetensors file "
+            "made by `hkvprof calibrate`, no model checkpoint; fetch it again or recalibrate"
         ) from error
     if not isinstance(metadata, dict):
         raise ProfileError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from hkvprof.certificate import recorded
 from hkvprof.errors import ProfileError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 
+MAX_RATIOS = 1024
 _LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
 MOST_LENGTHS, MOST_TOKENS = 16, 2**40
 _RECIPES = ("paper", "measured", "uniform")
@@ -37,47 +37,46 @@ def expect(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
         require(bool(np.isfinite(array).all()), f"tensor {name} holds NaN or infinite values")
 
 
-def read_json(text: str) -> Any:
-    """Strict JSON: no NaN, no key twice. Raises ValueError or RecursionError."""
-    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        raise ValueError("a key of the metadata occurs twice")
-    return record
-
-
-class Header(Protocol):
-    """What a profile says besides its arrays; see hkvprof.artifact.Profile."""
+class Setting(Protocol):
+    """What is measured of which model; see hkvprof.artifact.Profile."""
 
     @property
     def fingerprint(self) -> ModelFingerprint: ...
     @property
     def recipe(self) -> str: ...
     @property
-    def default_budget(self) -> float: ...
-    @property
     def keep(self) -> KeepRule: ...
     @property
     def strategies(self) -> tuple[Strategy, ...]: ...
     @property
     def kappas(self) -> tuple[float, ...]: ...
+
+
+class Header(Setting, Protocol):
+    """What a profile says besides its arrays; see hkvprof.artifact.Profile."""
+
+    @property
+    def default_budget(self) -> float: ...
     @property
     def provenance(self) -> Mapping[str, Any]: ...
 
 
+def check_setting(setting: Setting) -> None:
+    """Raise ProfileError unless every field is of its kind and within bounds."""
+    _check_grid(setting.fingerprint.grid)
+    _check_fingerprint(setting.fingerprint)
+    _check_rules(setting.recipe, setting.keep)
+    _check_menu(setting.strategies, setting.kappas)
+
+
 def _check_metadata(header: Header) -> None:
     """Raise ProfileError unless every field is of its kind and within bounds."""
-    _check_grid(header.fingerprint.grid)
-    _check_fingerprint(header.fingerprint)
-    _check_rules(header.recipe, header.default_budget, header.keep)
-    _check_menu(header.strategies, header.kappas)
+    check_setting(header)
+    budget = header.default_budget
+    require(
+        _is_number(budget) and 0 < budget <= 1,
+        f"default_budget must lie in (0, 1], found {budget!r}",
+    )
     require(isinstance(header.provenance, Mapping), "provenance must be an object")
     recorded(header.provenance)
 
@@ -98,20 +97,16 @@ def _check_fingerprint(fingerprint: ModelFingerprint) -> None:
     """Raise ProfileError unless every field has its kind."""
     for name in ("architecture", "config_hash", "weights_digest", "hub_id", "commit"):
         value = getattr(fingerprint, name)
-        message = f"fingerprint.{name} must be a string of at most 1024 characters"
-        require(isinstance(value, str) and len(value) <= 1024, message)
+        message = f"fingerprint.{name} must be a string of at most 1024 printable characters"
+        require(isinstance(value, str) and len(value) <= 1024 and value.isprintable(), message)
     for name in ("rope", "vision"):
         message = f"fingerprint.{name} must be an object"
         require(isinstance(getattr(fingerprint, name), dict), message)
 
 
-def _check_rules(recipe: object, budget: object, keep: KeepRule) -> None:
-    """Raise ProfileError unless recipe, default budget and keep rule are within bounds."""
+def _check_rules(recipe: object, keep: KeepRule) -> None:
+    """Raise ProfileError unless recipe and keep rule are within bounds."""
     require(recipe in _RECIPES, f"unknown recipe {recipe!r}: expected one of {', '.join(_RECIPES)}")
-    require(
-        _is_number(budget) and 0 < budget <= 1,  # type: ignore[operator]
-        f"default_budget must lie in (0, 1], found {budget!r}",
-    )
     for name, low, high in (("sinks", 0, 4096), ("recent", 1, 65536), ("window", 1, 4096)):
         value = getattr(keep, name)
         message = f"keep.{name} must be an integer from {low} to {high}, found {value!r}"
@@ -136,8 +131,10 @@ def _check_strategy(strategy: Strategy) -> None:
     require(_is_number(prior) and 0 <= prior <= 1, f"text_prior {prior!r} is not in [0, 1]")
     if strategy.head_type is HeadType.STATIC:
         require(strategy.pool % 2 == 1, f"pooling width {strategy.pool} must be odd")
+        plain = strategy.index == "" and type(strategy.rerank) is int and strategy.rerank == 0
+        require(plain, "a static strategy has neither index nor rerank")
         return
-    known = strategy.index in _INDEXES
+    known = isinstance(strategy.index, str) and strategy.index in _INDEXES
     require(known, f"unknown index {strategy.index!r}: expected one of {', '.join(_INDEXES)}")
     require(strategy.chunk >= 1, "chunk must be at least 1")
     require(
@@ -151,12 +148,12 @@ def _check_strategy(strategy: Strategy) -> None:
     )
 
 
-def _check_ratios(ratios: NDArray[np.float32]) -> None:
+def check_ratios(ratios: NDArray[np.float32]) -> None:
     """Raise ProfileError unless the curves' abscissae [R] rise to 1."""
-    sound = len(ratios) >= 1 and bool((ratios > 0).all()) and ratios[-1] == 1
+    sound = 1 <= len(ratios) <= MAX_RATIOS and bool((ratios > 0).all()) and ratios[-1] == 1
     require(
         sound and bool((np.diff(ratios) > 0).all()),
-        "ratios must rise strictly from above 0 to exactly 1",
+        f"ratios must rise strictly from above 0 to exactly 1, at most {MAX_RATIOS} of them",
     )
 
 
@@ -256,7 +253,7 @@ def check_profile(profile: Content) -> None:
     for name in ("loss", "output_error"):
         expect(name, getattr(profile, name), (lengths, menu, *heads, ratios), np.float32)
         require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
-    _check_ratios(profile.ratios)
+    check_ratios(profile.ratios)
     _check_lengths(profile.lengths)
     require(
         bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"

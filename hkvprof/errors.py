@@ -31,3 +31,8 @@ class BudgetError(UsageError):
 
 class CompressionError(HkvError):
     """The runtime could not do what it promised: a covered layer was not compressed."""
+
+
+def cut(text: str, most: int = 500) -> str:
+    """At most so many characters of what a stranger wrote, who may have written megabytes."""
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -9,21 +9,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "hkvprof"
 ERRORS = {"errors"}
-CORE = ERRORS | {"heads", "files", "lazy"}
+CORE = ERRORS | {"heads", "files", "lazy", "strict_json"}
 POLICY = CORE | {"policy"}
 MODELS = POLICY | {"models"}
-ARTIFACT = POLICY | {"artifact", "checks", "certificate", "head_statistics"}
+ARTIFACT = POLICY | {"artifact", "checks", "certificate", "container", "head_statistics"}
 ALLOWED = {
     "errors": set(),
     "heads": ERRORS,
     "lazy": set(),
+    "strict_json": set(),
+    "container": CORE,
     "files": ERRORS,
     "certificate": CORE,
     "checks": CORE | {"certificate"},
     "policy": CORE,
     "models": POLICY,
     "head_statistics": CORE | {"checks", "certificate"},
-    "artifact": POLICY | {"checks", "certificate", "head_statistics"},
+    "artifact": POLICY | {"checks", "certificate", "container", "head_statistics"},
     "profile": ARTIFACT | MODELS,
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},

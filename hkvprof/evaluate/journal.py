@@ -8,14 +8,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from hkvprof.errors import UsageError
+from hkvprof import strict_json
+from hkvprof.errors import UsageError, cut
 from hkvprof.evaluate.records import Answer
 from hkvprof.files import write_atomically
 
 CONDITIONS = "conditions.json"
-_FIELDS = {field.name for field in fields(Answer)}
+MAX_BYTES = 512 * 2**20
+"""Largest file of answers that is read; an answer has about a kilobyte."""
+_MAX_MARKS = 100_000
+_KINDS = {"str": (str,), "int": (int,), "float": (int, float),
+          "float | None": (int, float, NoneType)}  # fmt: skip
+_FIELDS = {field.name: _KINDS[str(field.type)] for field in fields(Answer)}
 Unit = tuple[str, str, str]
 """Sample, method, budget: what is done at one go."""
 
@@ -79,15 +86,17 @@ def _agree(folder: Path, conditions: Mapping[str, Any]) -> bool:
             raise UsageError(f"{folder} holds answers but no {CONDITIONS}: use another folder")
         return False
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        theirs = strict_json.loads(_limited(path).decode("utf-8"), _MAX_MARKS)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): use another folder") from None
     if not isinstance(theirs, dict):
         raise UsageError(f"{path} is not a JSON object: use another folder")
     mine = json.loads(json.dumps(conditions))
     differing = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
     if differing:
-        said = "; ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in differing)
+        said = cut(
+            "; ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in differing)
+        )
         raise UsageError(
             f"{folder} holds answers of other conditions ({said}): use another folder, or the same "
             "options to go on"
@@ -101,15 +110,15 @@ def _lines(answers: Iterable[Answer]) -> bytes:
 
 def _read(path: Path) -> tuple[list[Answer], bool]:
     """The answers of complete units, and whether something was cut off by a crash."""
-    data = path.read_bytes()
+    try:
+        data = _limited(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): use another folder") from None
     whole = data.rfind(b"\n") + 1
     answers = []
     for number, line in enumerate(data[:whole].splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or set(record) != _FIELDS:
+        record = _record(line)
+        if record is None:
             raise UsageError(
                 f"{path}, line {number}: not an answer of this version: use another folder"
             )
@@ -117,6 +126,30 @@ def _read(path: Path) -> tuple[list[Answer], bool]:
     counts = Counter(_unit(a) for a in answers)
     complete = [a for a in answers if counts[_unit(a)] == a.questions]
     return complete, whole < len(data) or len(complete) < len(answers)
+
+
+def _limited(path: Path) -> bytes:
+    """The bytes of a file. Raises ValueError for too many, OSError."""
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes")
+    return data
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The fields of an answer, each of its kind; None for anything else.
+
+    A likelihood may be infinite, which `json` writes as a word of its own.
+    """
+    try:
+        record = strict_json.loads_foreign(line.decode("utf-8"), _MAX_MARKS)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or set(record) != set(_FIELDS):
+        return None
+    sound = all(type(value) in _FIELDS[name] for name, value in record.items())
+    return record if sound else None
 
 
 def _unit(answer: Answer) -> Unit:

@@ -7,13 +7,17 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import hkvprof
+from hkvprof import strict_json
+from hkvprof.checks import check_ratios, check_setting, require
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
 
 ROW_SCHEMA = 2
 """What a row holds; folders before it was recorded have 1."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,9 @@ class Conditions:
 
     @classmethod
     def from_json(cls, text: str) -> Conditions:
-        """Raises ValueError, KeyError or TypeError on anything that `to_json` does not make."""
-        data = json.loads(text)
-        return cls(
+        """Checked. Raises ValueError, KeyError, TypeError, AttributeError or ProfileError."""
+        data = strict_json.loads(text)
+        found = cls(
             fingerprint=ModelFingerprint.from_json(data["fingerprint"]),
             recipe=str(data["recipe"]),
             strategies=tuple(Strategy.from_json(entry) for entry in data["strategies"]),
@@ -71,6 +75,10 @@ class Conditions:
             versions=tuple(sorted((str(k), str(v)) for k, v in data["versions"].items())),
             row_schema=int(data.get("row_schema", 1)),
         )
+        check_setting(found)
+        check_ratios(np.array(found.ratios, dtype=np.float32))
+        require(found.dtype in DTYPES, f"unknown dtype {found.dtype[:40]!r}")
+        return found
 
     def differences(self, other: Conditions) -> list[str]:
         """Names of the fields in which another's differ."""

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from hkvprof import strict_json
 from hkvprof.artifact import ProjectedIndexTables
 from hkvprof.checks import check_index, expect, require
+from hkvprof.container import read_container
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import write_atomically
 from hkvprof.profile.conditions import Conditions
@@ -30,8 +31,8 @@ CONDITIONS = "conditions.json"
 INDEX = "index.safetensors"
 _KEY = "hkvprof_row"
 _MOST_BYTES = 64 * 2**20
-_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError,
-               RecursionError, OverflowError)  # fmt: skip
+_MOST_CONDITIONS_BYTES = 4 * 2**20
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ProfileError)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def read_conditions(path: Path) -> Conditions:
     """The conditions of a folder. Raises UsageError."""
     file = path / CONDITIONS
     try:
-        if file.stat().st_size > _MOST_BYTES:
+        if file.stat().st_size > _MOST_CONDITIONS_BYTES:
             raise ValueError("the file is too large")
         return Conditions.from_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -186,7 +187,7 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
         )
         require(file.name == _file_name(row.id), "the file's name does not go with its sample")
         return row
-    except (*_UNREADABLE, ProfileError) as error:
+    except _UNREADABLE as error:
         raise UsageError(
             f"{file} is not a sound row ({error}): delete it, and run `hkvprof calibrate` with the "
             "same options again"
@@ -201,17 +202,13 @@ def read_tables(path: Path, conditions: Conditions) -> tuple[ProjectedIndexTable
         require(not tensors, f"unknown tensors {sorted(tensors)}")
         check_index(tables, conditions.grid)
         return tables, str(about["fitted_on"])
-    except (*_UNREADABLE, ProfileError) as error:
+    except _UNREADABLE as error:
         raise UsageError(f"{path / INDEX} cannot be read ({error}): measure again") from None
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    if file.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-    with safe_open(file, framework="numpy") as stream:
-        about = json.loads((stream.metadata() or {})[_KEY])
-        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-    return about, tensors
+    container = read_container(file, _MOST_BYTES)
+    return strict_json.loads(container.metadata[_KEY]), container.tensors()
 
 
 def gather(folders: Iterable[Path]) -> tuple[Conditions, list[SampleRow], Any]:

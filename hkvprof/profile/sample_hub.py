@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hkvprof.errors import SampleError, UsageError
-from hkvprof.profile.images import check_header
+from hkvprof.profile.images import check_header, inside, read_limited
 from hkvprof.profile.sample_parse import parse_record
 from hkvprof.profile.sample_record import Sample
 
@@ -49,7 +49,9 @@ def open_saved(folder: Path) -> Any:
 
     try:
         return _one_split(load_from_disk(str(folder)), None)
-    except (OSError, ValueError, KeyError) as error:
+    except (MemoryError, UsageError):
+        raise
+    except Exception as error:  # datasets raises nearly anything on damaged folders
         raise SampleError(f"{folder} is not a readable saved dataset ({_line(error)})") from error
 
 
@@ -64,6 +66,14 @@ def open_hub(source: HubSource) -> Any:
             f"the dataset {source.name!r} cannot be had ({_line(error)}): expected a folder with "
             "samples.jsonl, a .jsonl file, or the id of a dataset on the hub or in its cache"
         ) from error
+
+
+def caches() -> tuple[Path, ...]:
+    """Where `datasets` keeps the files of what it has downloaded."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    return Path(config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)
 
 
 def _one_split(dataset: Any, wanted: str | None) -> Any:
@@ -87,9 +97,12 @@ def tasks_and_ids(dataset: Any, name: str) -> list[tuple[str, str]]:
 
 
 def rows(
-    dataset: Any, names: list[tuple[str, str]], chosen: list[int]
+    dataset: Any, names: list[tuple[str, str]], chosen: list[int], roots: tuple[Path, ...]
 ) -> Iterator[tuple[str, Callable[[], Sample]]]:
-    """For every chosen row: where it stands, and a function that makes its sample."""
+    """For every chosen row: where it stands, and a function that makes its sample.
+
+    Image files outside the bytes of a row must lie below one of `roots`.
+    """
     columns = set(dataset.column_names)
     if "messages" not in columns and "question" not in columns:
         raise SampleError(
@@ -98,7 +111,7 @@ def rows(
         )
     plain = _without_decoding(dataset)
     for row in chosen:
-        yield f"row {row}", partial(_sample, plain, row, *names[row])
+        yield f"row {row}", partial(_sample, plain, row, *names[row], roots)
 
 
 def _without_decoding(dataset: Any) -> Any:
@@ -113,11 +126,12 @@ def _without_decoding(dataset: Any) -> Any:
     return dataset
 
 
-def _sample(dataset: Any, number: int, task: str, id_: str) -> Sample:
+def _sample(dataset: Any, number: int, task: str, id_: str, roots: tuple[Path, ...]) -> Sample:
     row = dataset[number]
-    images = iter(_images(row))
+    encoded = _images(row, roots)
+    images = iter(encoded)
     messages = row.get("messages") or [
-        {"role": "user", "content": [{"type": "image"}] * len(_images(row)) + [_question(row)]}
+        {"role": "user", "content": [{"type": "image"}] * len(encoded) + [_question(row)]}
     ]
     record: dict[str, Any] = {"id": id_, "task": task}
     record["messages"] = [_message(message, images) for message in messages]
@@ -133,19 +147,32 @@ def _sample(dataset: Any, number: int, task: str, id_: str) -> Sample:
     return parse_record(record, _no_paths)
 
 
-def _images(row: dict[str, Any]) -> list[bytes]:
+def _images(row: dict[str, Any], roots: tuple[Path, ...]) -> list[bytes]:
     """The encoded images of a row, headers checked."""
     found = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
     encoded = []
     for number, image in enumerate(found):
         data = image.get("bytes") if isinstance(image, dict) else None
         if data is None and isinstance(image, dict) and image.get("path"):
-            data = Path(image["path"]).read_bytes()
+            data = _file(image["path"], roots)
         if not isinstance(data, bytes):
             raise SampleError(f"field 'images[{number}]': expected an image column")
         check_header(io.BytesIO(data), f"images[{number}]")
         encoded.append(data)
     return encoded
+
+
+def _file(written: str, roots: tuple[Path, ...]) -> bytes:
+    """The image file that a row names. Raises SampleError unless it lies below one of `roots`."""
+    for root in roots:
+        try:
+            return read_limited(inside(root, written))
+        except (SampleError, OSError):
+            continue
+    raise SampleError(
+        f"{written[:200]!r} is no image file of this dataset: expected images with their bytes in "
+        "the dataset itself"
+    )
 
 
 def _question(row: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +205,8 @@ def _plain_text(message: dict[str, Any]) -> str:
     content = message["content"]
     if isinstance(content, str):
         return content
-    return "".join(part.get("text", "") for part in content)
+    parts = content if isinstance(content, list) else []
+    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
 
 
 def _no_paths(path: str) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hkvprof import strict_json
 from hkvprof.errors import SampleError
 from hkvprof.profile.sample_record import Sample, Turn
 
 MAX_ID_CHARACTERS = 256
 MAX_PARTS = 4096
-"""Most content parts of one message."""
+"""Most content parts of all messages of a sample together; most messages; most followups."""
+
 
 ImageCheck = Callable[[str], str]
 """Checks an image path as written and returns where the file is. Raises SampleError."""
@@ -23,9 +24,7 @@ _ROLES = ("system", "user", "assistant")
 def parse_line(text: str, find_image: ImageCheck) -> Sample:
     """One line of samples.jsonl. Raises SampleError naming the field, or that it is no JSON."""
     try:
-        record = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
-    except RecursionError:
-        raise SampleError("expected a JSON object, found JSON nested too deeply") from None
+        record = strict_json.loads(text)
     except ValueError as error:
         raise SampleError(
             f"expected one JSON object per line, found invalid JSON ({error})"
@@ -37,6 +36,7 @@ def parse_record(record: object, find_image: ImageCheck) -> Sample:
     """A Sample from a decoded JSON object. Raises SampleError naming the field."""
     fields = _object("sample", record, required=("id", "task", "messages"), allowed=_KEYS)
     messages = _list("messages", fields["messages"], at_least=1)
+    _check_parts(messages)
     parsed = tuple(_message(f"messages[{i}]", m, find_image) for i, m in enumerate(messages))
     if parsed[-1]["role"] != "user":
         raise _wrong(
@@ -55,6 +55,14 @@ def parse_record(record: object, find_image: ImageCheck) -> Sample:
     )
 
 
+def _check_parts(messages: list[object]) -> None:
+    """Before an image is opened: there may be a million of them."""
+    contents = [m.get("content") for m in messages if isinstance(m, Mapping)]
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    if parts > MAX_PARTS:
+        raise _wrong("messages", f"at most {MAX_PARTS} parts in all", f"{parts} parts")
+
+
 def _message(where: str, value: object, find_image: ImageCheck) -> dict[str, Any]:
     message = _object(where, value, required=("role", "content"), allowed=("role", "content"))
     role, content = message["role"], message["content"]
@@ -63,8 +71,6 @@ def _message(where: str, value: object, find_image: ImageCheck) -> dict[str, Any
     if isinstance(content, str):
         return {"role": role, "content": _text(f"{where}.content", content)}
     parts = _list(f"{where}.content", content, at_least=1)
-    if len(parts) > MAX_PARTS:
-        raise _wrong(f"{where}.content", f"at most {MAX_PARTS} parts", f"{len(parts)} parts")
     return {
         "role": role,
         "content": [
@@ -140,6 +146,8 @@ def _list(where: str, value: object, at_least: int) -> list[object]:
         raise _wrong(where, "a list", value)
     if len(value) < at_least:
         raise _wrong(where, f"at least {at_least} entry", "an empty list")
+    if len(value) > MAX_PARTS:
+        raise _wrong(where, f"at most {MAX_PARTS} entries", f"{len(value)} entries")
     return value
 
 
@@ -170,16 +178,3 @@ def _short(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
     line = text.encode("unicode_escape").decode("ascii")
     return line if len(line) <= 60 else f"{line[:57]}..."
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {_short(twice)!r} occurs twice")
-    return record

@@ -65,7 +65,7 @@ def load_samples(
 ) -> LoadedSamples:
     """Read samples from a folder with samples.jsonl, a .jsonl file, or a Hugging Face dataset.
 
-    Images are checked (present, inside the folder, readable header, at most 64 megapixels) but not
+    Images are checked (present, inside the folder, readable header, at most 36 megapixels) but not
     decoded; see `open_images`. `max_samples` picks a subset balanced over tasks that depends on
     `seed`, tasks and ids alone, not on the order of lines. `on_error="skip"` leaves bad samples
     out and reports them. Raises SampleError naming file, line and field; UsageError.
@@ -130,11 +130,13 @@ def _rank(seed: int, *names: str) -> str:
 
 
 def _entries(source: str, max_samples: int | None, seed: int) -> Iterator[_Entry]:
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir() and (path / FILE_NAME).is_file():
+        images.inside(path, FILE_NAME)
         return _lines(path / FILE_NAME)
     if path.is_dir() and sample_hub.is_saved_dataset(path):
-        return _dataset_rows(sample_hub.open_saved(path), path.name, max_samples, seed)
+        dataset = sample_hub.open_saved(path)
+        return _dataset_rows(dataset, path.name, (path,), max_samples, seed)
     if path.is_dir():
         raise UsageError(f"the folder {source} holds no {FILE_NAME} (docs/sample-format.md)")
     if path.is_file():
@@ -145,14 +147,29 @@ def _entries(source: str, max_samples: int | None, seed: int) -> Iterator[_Entry
             f"no data at {source}: expected a folder with {FILE_NAME}, a .jsonl file, or the id "
             "of a Hugging Face dataset"
         )
-    return _dataset_rows(sample_hub.open_hub(hub), hub.name, max_samples, seed)
+    dataset = sample_hub.open_hub(hub)
+    return _dataset_rows(dataset, hub.name, sample_hub.caches(), max_samples, seed)
 
 
-def _dataset_rows(dataset: Any, name: str, limit: int | None, seed: int) -> Iterator[_Entry]:
-    """Rows of a dataset; a subset is chosen first, so that no other row is read."""
+def _path(source: str) -> Path:
+    path = Path(source).expanduser()
+    try:
+        path.exists()
+    except (OSError, ValueError):  # a part of the name is too long, NUL
+        raise UsageError(f"{source[:80]!r} is no path and no dataset id") from None
+    return path
+
+
+def _dataset_rows(
+    dataset: Any, name: str, roots: tuple[Path, ...], limit: int | None, seed: int
+) -> Iterator[_Entry]:
+    """Rows of a dataset; a subset is chosen first, so that no other row is read.
+
+    Image files that rows name must lie below one of `roots`.
+    """
     names = sample_hub.tasks_and_ids(dataset, name)
     chosen = list(range(len(names))) if limit is None else choose(names, limit, seed)
-    for where, make in sample_hub.rows(dataset, names, chosen):
+    for where, make in sample_hub.rows(dataset, names, chosen, roots):
         yield f"{name}: {where}", make
 
 

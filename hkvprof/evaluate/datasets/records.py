@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hkvprof import strict_json
 from hkvprof.errors import SampleError
 
 MAX_FILE_BYTES = 512 * 2**20
 """Largest annotation file; the largest published one of the layouts has about 100 MB."""
 MAX_RECORDS = 1_000_000
+MAX_MARKS = 16_000_000
+"""Most commas and opening brackets of a file, text included: what bounds memory as it is parsed."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ def read_json(root: Path, path: Path) -> Any:
 
 def read_lines(root: Path, path: Path) -> list[Record]:
     """One object per line of a .jsonl file inside `root`; blank lines are skipped."""
-    lines = enumerate(_read(root, path).split("\n"), start=1)
+    text = _read(root, path)
+    if sum(text.count(mark) for mark in "{[,") > MAX_MARKS:
+        raise SampleError(f"{path} holds more than {MAX_MARKS:,} commas and opening brackets")
+    lines = enumerate(text.split("\n"), start=1)
     places = ((f"{path}:{number}", line) for number, line in lines if line.strip())
     return _limited(str(path), (_record(where, _parse(where, line)) for where, line in places))
 
@@ -125,7 +130,7 @@ def read_parquet(root: Path, path: Path) -> list[Record]:
             if file.metadata.num_rows > MAX_RECORDS or size > MAX_FILE_BYTES:
                 raise _too_large(path, f"{file.metadata.num_rows:,} rows of {size:,} bytes")
             rows = file.read().to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         raise SampleError(f"{path} is not a readable Parquet file ({_short(error)})") from None
     return [Record(f"{path}: row {number}", row) for number, row in enumerate(rows)]
 
@@ -166,9 +171,7 @@ def _limited(where: str, records: Iterator[Record]) -> list[Record]:
 
 def _parse(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise SampleError(f"{where}: JSON nested too deeply") from None
+        return strict_json.loads_foreign(text, MAX_MARKS)
     except ValueError as error:
         raise SampleError(f"{where}: invalid JSON ({_short(error)})") from None
 
@@ -184,9 +187,15 @@ def _read(root: Path, path: Path) -> str:
 
 
 def _check_file(root: Path, path: Path) -> None:
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        within = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle
+        within = False
+    if not within:
         raise SampleError(f"{path} leads out of {root}: all files must lie inside that folder")
-    size = path.stat().st_size if path.is_file() else 0
+    if not path.is_file():
+        raise SampleError(f"{path} is no file")
+    size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise _too_large(path, f"{size:,} bytes")
 
