@@ -14,7 +14,8 @@ from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.confidence import assess
 from hkvprof.profile.confidence_record import KEY
 from hkvprof.profile.evidence import THETA_KAPPA, Decision, Evidence
-from hkvprof.profile.rows import SampleRow, gather
+from hkvprof.profile.gather import gather
+from hkvprof.profile.rows import SampleRow
 
 
 def merge(folders: Iterable[str | Path], decision: Decision | None = None) -> Profile:
