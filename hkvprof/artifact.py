@@ -225,8 +225,8 @@ def load_profile(path: str | Path) -> Profile:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ProfileError(
             f"{path}: the profile's metadata is incomplete or of the wrong kind "
-            f"({type(error).__name__}: {cut(str(error))}); it may be damaged: fetch or calibrate it "
-            "again"
+            f"({type(error).__name__}: {cut(str(error))}); it may be damaged: fetch or "
+            "calibrate it again"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hkvprof.errors import UsageError
-from hkvprof.files import refuse_overwrite
+from hkvprof.files import refuse_overwrite, writable
 
 
 def default_profile_path(model: str) -> Path:
@@ -24,11 +23,10 @@ def check_output(path: Path, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder: give a file name with -o")
     refuse_overwrite(path, force)
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write into {folder}: choose another place with -o")
+    if not writable(path.parent):
+        raise UsageError(
+            f"cannot write into {path.absolute().parent}: choose another place with -o"
+        )
 
 
 def stdout(ascii_only: bool = False) -> Console:

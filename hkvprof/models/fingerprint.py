@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hkvprof.heads import HeadGrid, ModelFingerprint
 from hkvprof.models.architectures.base import Adapter
+from hkvprof.models.weights import whole_weight
 
 _VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id")
 _VISION_GEOMETRY = ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size")
@@ -44,7 +45,7 @@ def fingerprint_of(
         vision |= {k: getattr(tower, k) for k in _VISION_GEOMETRY if _known(tower, k)}
     hub_id, commit = _origin(model)
     return ModelFingerprint(
-        architecture=type(model).__name__,
+        architecture=_architecture(model),
         grid=grid,
         rope=_rope(getattr(text, "rope_parameters", None) or {}),
         vision=vision,
@@ -53,6 +54,11 @@ def fingerprint_of(
         hub_id=hub_id,
         commit=commit,
     )
+
+
+def _architecture(model: Any) -> str:
+    """Name of the model's class; FSDP puts a class of its own before it."""
+    return next(c.__name__ for c in type(model).__mro__ if not c.__module__.startswith("torch."))
 
 
 def _known(config: Any, key: str) -> bool:
@@ -90,16 +96,19 @@ def _config_hash(text: Any, tower: Any) -> str:
 
 def _weights_digest(adapter: Adapter, attention: tuple[nn.Module, ...]) -> str:
     """Digest of weights sampled from the query, key and value projections (or the fused one) of
-    every layer, equal whether a checkpoint is loaded in float32, bfloat16 or float16.
+    every layer, equal whether a checkpoint is loaded in float32, bfloat16 or float16, and wherever
+    its weights lie.
 
-    Empty where weights are not at hand (offloaded, meta device).
+    Empty for a model without weights (meta device).
     """
     digest = hashlib.sha256()
     for module in attention:
         output = f"{adapter.output_name(module)}."
-        for name, weight in module.named_parameters():
-            if weight.ndim != 2 or name.startswith(output):
+        for name, parameter in module.named_parameters():
+            if parameter.ndim != 2 or name.startswith(output):
                 continue
+            owner, _, key = name.rpartition(".")
+            weight = whole_weight(module.get_submodule(owner), key)
             if weight.device.type == "meta":
                 return ""
             digest.update(_sampled(weight))

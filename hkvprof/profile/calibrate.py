@@ -8,38 +8,28 @@ then a run can be stopped, and several processes can share the work.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from hkvprof.artifact import Profile, ProjectedIndexTables
+from hkvprof.artifact import Profile
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models.adapter import view_model
-from hkvprof.models.attention import hooked_attention
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile import classify
-from hkvprof.profile.conditions import Conditions, current_versions
-from hkvprof.profile.fit import Moments
+from hkvprof.profile.distributed import ALONE, Group
 from hkvprof.profile.merge import Decision, build_profile
-from hkvprof.profile.probe import KAPPAS, RATIOS, Bench, Probe
-from hkvprof.profile.rows import RowFolder, SampleRow
+from hkvprof.profile.probe import KAPPAS, RATIOS, Bench
+from hkvprof.profile.rows import SampleRow
+from hkvprof.profile.run import Run, Track, nothing_usable
 from hkvprof.profile.samples import Sample
 
 __all__ = ["KAPPAS", "RATIOS", "calibrate", "measure"]
 
-T = TypeVar("T")
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Recipe = Literal["paper", "measured"]
-
-FIT_SAMPLES = 64
-FIT_TOKENS = 65_536
-"""The index is fitted on up to FIT_SAMPLES samples, but at least 16 and then no more than these."""
 
 
 def calibrate(
@@ -60,6 +50,7 @@ def calibrate(
     track: Track | None = None,
     keep: KeepRule | None = None,
     rows: str | Path | None = None,
+    group: Group = ALONE,
 ) -> Profile:
     """Measure every KV head of `model` on `samples` and decide types and budgets.
 
@@ -76,6 +67,8 @@ def calibrate(
     without a reply is always judged by the model's own); `keep` are the tokens that every head
     keeps. `track(iterable, description, total)` may wrap the loops to show progress. With `rows`, a
     folder, every measured sample is kept there at once, and a run that was stopped goes on from it.
+    With a `group` of processes (`distributed.together`), each of which calls this with the same
+    samples, they share the work and all return the same profile, that of one process alone.
 
     Raises ModelError for unsupported models, SampleError for bad samples, UsageError for options
     out of range and for a folder of other conditions.
@@ -84,10 +77,17 @@ def calibrate(
     constants = {"theta": theta, "coefficient": coefficient}
     classify.refuse_paper_constants(recipe, constants)
     bench = _bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
-    run = _Run(bench, recipe, on_error, track or _untracked, rows)
-    found, tables = run.measure(samples, (1, 1))
-    skipped = tuple(sorted(run.skipped))
-    return build_profile(run.conditions, found, tables, replace(decision, skipped=skipped))
+    run = Run(bench, recipe, on_error, track or _untracked, rows, group)
+    ordered = _in_order(samples)
+    tables, mine = run.measure(ordered, group.share(ordered))
+    share = (mine, run.skipped)
+    shares = [share] if group.in_step else group.collect(share)
+
+    def decide() -> Profile:
+        found, skipped = _joined(shares)
+        return build_profile(run.conditions, found, tables, replace(decision, skipped=skipped))
+
+    return group.from_leader(decide)
 
 
 def measure(
@@ -116,8 +116,12 @@ def measure(
     if not 1 <= part <= parts:
         raise UsageError(f"shard is {part} of {parts}: expected 1 <= part <= parts")
     bench = _bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
-    run = _Run(bench, recipe, on_error, track or _untracked, rows)
-    found, _ = run.measure(samples, shard)
+    run = Run(bench, recipe, on_error, track or _untracked, rows, ALONE)
+    ordered = _in_order(samples)
+    mine = ordered[part - 1 :: parts]
+    _, found = run.measure(ordered, mine)
+    if mine and not found:
+        raise nothing_usable(run.skipped)
     return len(found)
 
 
@@ -154,127 +158,26 @@ def _bench(
     )
 
 
-def _check_samples(samples: Sequence[Sample]) -> None:
+def _in_order(samples: Sequence[Sample]) -> list[Sample]:
+    """By id. Raises SampleError where there are none, or two of one id."""
     if not samples:
         raise SampleError("there are no samples to calibrate on: expected at least one")
     identifier, count = Counter(sample.id for sample in samples).most_common(1)[0]
     if count > 1:
         raise SampleError(f"sample id {identifier!r} is given {count} times: ids must be unique")
+    return sorted(samples, key=lambda sample: sample.id)
+
+
+def _joined(
+    shares: Sequence[tuple[list[SampleRow], dict[str, str]]],
+) -> tuple[list[SampleRow], tuple[str, ...]]:
+    """All rows, and the ids of all skipped samples. Raises SampleError where there are no rows."""
+    rows = [row for found, _ in shares for row in found]
+    skipped = {name: reason for _, reasons in shares for name, reason in reasons.items()}
+    if not rows:
+        raise nothing_usable(skipped)
+    return rows, tuple(sorted(skipped))
 
 
 def _untracked(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
     return iterable
-
-
-def _spread(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples in an order of which every beginning is spread evenly over the list."""
-    golden = (math.sqrt(5) - 1) / 2
-    places = sorted(range(len(samples)), key=lambda i: (i * golden) % 1.0)
-    return [samples[i] for i in places]
-
-
-class _Run:
-    """The two passes over the samples."""
-
-    def __init__(
-        self, bench: Bench, recipe: str, on_error: str, track: Track, rows: str | Path | None
-    ) -> None:
-        if on_error not in ("raise", "skip"):
-            raise UsageError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
-        self.bench, self.on_error, self.track = bench, on_error, track
-        self.skipped: dict[str, str] = {}
-        self.conditions = Conditions(
-            fingerprint=bench.view.fingerprint,
-            recipe=recipe,
-            strategies=bench.menu,
-            keep=bench.keep,
-            kappas=bench.kappas,
-            ratios=bench.ratios,
-            replies="own" if bench.own_replies else "given",
-            dtype=str(bench.model.dtype).removeprefix("torch."),
-            versions=current_versions(),
-        )
-        self.folder = None if rows is None else RowFolder(Path(rows), self.conditions)
-
-    def measure(
-        self, samples: Sequence[Sample], shard: tuple[int, int]
-    ) -> tuple[list[SampleRow], ProjectedIndexTables | None]:
-        """Rows of a shard's samples, sorted by id, and the index tables."""
-        _check_samples(samples)
-        ordered = sorted(samples, key=lambda sample: sample.id)
-        tables = None
-        with hooked_attention(self.bench.model):
-            if self.conditions.recipe == "measured":
-                tables = self._tables(ordered)
-            mine = ordered[shard[0] - 1 :: shard[1]]
-            return self.rows(mine, tables), tables
-
-    def _tables(self, ordered: Sequence[Sample]) -> ProjectedIndexTables:
-        """Those of the folder, else fitted now."""
-        names = json.dumps([sample.id for sample in ordered])
-        fitted_on = hashlib.sha256(names.encode()).hexdigest()
-        known = None if self.folder is None else self.folder.tables(fitted_on)
-        if known is not None:
-            return known
-        tables = self.fit(_spread(ordered))
-        if self.folder is not None:
-            self.folder.keep_tables(tables, fitted_on)
-        return tables
-
-    def fit(self, samples: Sequence[Sample]) -> ProjectedIndexTables:
-        """First pass, until enough is seen: fit the projected index."""
-        moments = Moments(self.bench.view.grid)
-        total = min(len(samples), FIT_SAMPLES)
-        for sample in self.track(self._until_enough(samples, moments), "fitting the index", total):
-            self._guarded(sample, lambda probe: probe.add_moments(moments))
-        if not bool(moments.key_rows.all()):
-            raise SampleError(f"no sample could be used: {self._first_reason()}")
-        sizes = tuple(sorted({s.bits for s in self.bench.menu if s.index == "projected"}))
-        return moments.fit(sizes)
-
-    def _until_enough(self, samples: Sequence[Sample], moments: Moments) -> Iterator[Sample]:
-        """Samples until FIT_SAMPLES were used, or 16 with FIT_TOKENS tokens."""
-        used = 0
-        for sample in samples:
-            if used >= FIT_SAMPLES or (used >= 16 and moments.key_rows.max() >= FIT_TOKENS):
-                return
-            yield sample
-            used += sample.id not in self.skipped
-
-    def rows(
-        self, samples: Sequence[Sample], tables: ProjectedIndexTables | None
-    ) -> list[SampleRow]:
-        """Second pass, all samples: what heads attend to, and loss curves."""
-        rows = []
-        for sample in self.track(samples, "measuring heads", len(samples)):
-            row = self._guarded(sample, lambda probe: self._row(probe, tables))
-            if row is not None:
-                rows.append(row)
-        if not rows:
-            raise SampleError(f"no sample could be used: {self._first_reason()}")
-        return sorted(rows, key=lambda row: row.id)
-
-    def _row(self, probe: Probe, tables: ProjectedIndexTables | None) -> SampleRow:
-        """Measured now, unless the folder has it."""
-        if self.folder is None:
-            return probe.measure(tables)
-        known = self.folder.find(probe.sample.id, probe.digest)
-        if known is not None:
-            return known
-        row = probe.measure(tables)
-        self.folder.add(row)
-        return row
-
-    def _guarded(self, sample: Sample, work: Callable[[Probe], T]) -> T | None:
-        if sample.id in self.skipped:
-            return None
-        try:
-            return work(Probe(self.bench, sample))
-        except SampleError as error:
-            if self.on_error != "skip":
-                raise
-            self.skipped[sample.id] = str(error)
-            return None
-
-    def _first_reason(self) -> str:
-        return next(iter(self.skipped.values()), "none was given")

@@ -15,7 +15,8 @@ from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.confidence import assess
 from hkvprof.profile.confidence_record import KEY
 from hkvprof.profile.evidence import Decision, Evidence
-from hkvprof.profile.rows import SampleRow, gather
+from hkvprof.profile.gather import gather
+from hkvprof.profile.rows import SampleRow
 from hkvprof.profile.sample_record import SAMPLES_KEY, short_digest
 from hkvprof.profile.sample_statistics import mean_statistics
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from hkvprof.artifact import ProjectedIndexTables
 from hkvprof.checks import check_index, expect, require
 from hkvprof.container import read_container
 from hkvprof.errors import ProfileError, UsageError
-from hkvprof.files import write_atomically
+from hkvprof.files import is_part, remove_stale, writable, write_atomically, write_once
 from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.sample_statistics import SampleStatistics
 
@@ -60,26 +60,28 @@ class SampleRow:
         return {**figures, **self.statistics.tensors()}
 
 
-class _Named(Protocol):
-    def tensors(self) -> dict[str, NDArray[Any]]: ...
-
-
 class RowFolder:
     """Rows measured under the same conditions, and the index tables they were measured with."""
 
     def __init__(self, path: Path, conditions: Conditions) -> None:
-        """Open or, with the first row, create. Raises UsageError for other conditions' folders."""
+        """Open or, with the first row, create; what killed writers left there is removed.
+
+        Raises UsageError for other conditions' folders and other things' places.
+        """
         self.path, self.conditions = path, conditions
+        check_rows_folder(path)
+        remove_stale(path)
         self._known = (path / CONDITIONS).exists()
         if self._known:
-            found = read_conditions(path)
-            if differing := conditions.differences(found):
-                raise UsageError(
-                    f"{path} holds rows that were measured under other conditions "
-                    f"({', '.join(differing)}): give another folder with --rows, or delete it"
-                )
-        elif path.exists() and any(path.iterdir()):
-            raise UsageError(f"{path} is no folder of rows and not empty: give another with --rows")
+            self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        if differing := self.conditions.differences(read_conditions(self.path)):
+            raise UsageError(
+                f"{self.path} holds rows that were measured under other conditions "
+                f"({', '.join(differing)}): give another folder with --rows, or start anew with "
+                "--no-resume"
+            )
 
     def find(self, sample: str, digest: str) -> SampleRow | None:
         """The row of a sample, if it is there and of the same content."""
@@ -113,20 +115,48 @@ class RowFolder:
             )
         return found
 
-    def keep_tables(self, tables: ProjectedIndexTables, fitted_on: str) -> None:
-        """Write the index tables. Raises HkvError."""
+    def keep_tables(self, tables: ProjectedIndexTables, fitted_on: str) -> ProjectedIndexTables:
+        """Write the index tables, or read those of a process that was faster. Raises as `tables`
+        does, and HkvError."""
         self._begin()
         about = json.dumps({"sizes": list(tables.sizes), "fitted_on": fitted_on})
-        write_atomically(self.path / INDEX, save(tables.tensors(), {_KEY: about}))
+        write_once(self.path / INDEX, save(tables.tensors(), {_KEY: about}))
+        kept = self.tables(fitted_on)
+        assert kept is not None
+        return kept
 
     def _begin(self) -> None:
-        if not self._known:
-            write_atomically(self.path / CONDITIONS, self.conditions.to_json().encode())
-            self._known = True
+        """Write the conditions, unless another process did; they must be the same."""
+        if self._known:
+            return
+        if not write_once(self.path / CONDITIONS, self.conditions.to_json().encode()):
+            self._check_conditions()
+        self._known = True
+
+
+def check_rows_folder(path: Path) -> None:
+    """Raise UsageError unless `path` holds rows, or nothing, and can be written."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file: expected a folder for --rows")
+    theirs = path.is_dir() and any(not is_part(entry) for entry in path.iterdir())
+    if theirs and not (path / CONDITIONS).exists():
+        raise UsageError(f"{path} is no folder of rows and not empty: give another with --rows")
+    if not writable(path):
+        raise UsageError(f"cannot write into {path}: give another folder with --rows")
+
+
+def already_measured(path: Path, samples: Iterable[str]) -> int:
+    """How many samples of these ids have a row in `path`; `calibrate` measures those again whose
+    content has changed."""
+    return sum((path / _file_name(sample)).exists() for sample in samples)
 
 
 def forget(path: Path) -> None:
-    """Remove what a RowFolder writes, and the folder if nothing else is in it."""
+    """Remove what a RowFolder writes, and the folder if nothing else is in it.
+
+    The conditions go last: whatever stops this, the folder stays one that can be forgotten.
+    """
+    remove_stale(path)
     for file in [*path.glob("row-*.safetensors"), path / INDEX, path / CONDITIONS]:
         file.unlink(missing_ok=True)
     if path.exists() and not any(path.iterdir()):
@@ -209,55 +239,3 @@ def read_tables(path: Path, conditions: Conditions) -> tuple[ProjectedIndexTable
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     container = read_container(file, _MOST_BYTES)
     return strict_json.loads(container.metadata[_KEY]), container.tensors()
-
-
-def gather(folders: Iterable[Path]) -> tuple[Conditions, list[SampleRow], Any]:
-    """Conditions, rows (sorted by id) and index tables of folders that belong together.
-
-    Raises UsageError where conditions or tables differ, or a sample was measured twice with
-    different results.
-    """
-    paths = list(folders)
-    if not paths:
-        raise UsageError("there is nothing to merge: name one or more folders of rows")
-    conditions = read_conditions(paths[0])
-    rows: dict[str, SampleRow] = {}
-    tables: tuple[ProjectedIndexTables, str] | None = None
-    for path in paths:
-        if differing := conditions.differences(read_conditions(path)):
-            raise UsageError(
-                f"{paths[0]} and {path} were measured under different conditions "
-                f"({', '.join(differing)}): their rows cannot be merged"
-            )
-        for row in read_rows(path, conditions):
-            if row.id in rows and not _same(rows[row.id], row):
-                raise UsageError(
-                    f"sample {row.id!r} was measured twice, with different results (in {path} and "
-                    "before): give its sample sets different ids, or leave one folder out"
-                )
-            rows[row.id] = row
-        if (path / INDEX).exists():
-            mine = read_tables(path, conditions)
-            if tables is not None and not _same_tensors(tables[0], mine[0]):
-                raise UsageError(
-                    f"{path}: its index differs from that of the folders before it, and rows "
-                    "depend on the index: measure all shards with the same --data"
-                )
-            tables = mine
-    if not rows:
-        raise UsageError(f"{', '.join(map(str, paths))}: no rows yet")
-    return conditions, sorted(rows.values(), key=lambda row: row.id), tables and tables[0]
-
-
-def _same(first: SampleRow, second: SampleRow) -> bool:
-    return (first.task, first.tokens, first.vision_tokens, first.digest) == (
-        second.task,
-        second.tokens,
-        second.vision_tokens,
-        second.digest,
-    ) and _same_tensors(first, second)
-
-
-def _same_tensors(first: _Named, second: _Named) -> bool:
-    mine, theirs = first.tensors(), second.tensors()
-    return mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)

@@ -481,7 +481,7 @@ def test_bad_samples_do_not_use_up_the_index_fit(
     tiny: tuple[Any, Any], samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every sample but the last two unusable, the index is fitted on those two."""
-    import hkvprof.profile.calibrate as loop
+    import hkvprof.profile.run as loop
 
     monkeypatch.setattr(loop, "FIT_SAMPLES", 2)
     short = [

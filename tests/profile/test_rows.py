@@ -25,7 +25,6 @@ from hkvprof.profile.probe import Probe
 from hkvprof.profile.rows import (
     INDEX,
     RowFolder,
-    gather,
     read_conditions,
     read_row,
     read_rows,
@@ -140,7 +139,8 @@ def test_shards_make_the_same_profile(
     decision = Decision(budget=BUDGET)
     assert merge([shared], decision).to_bytes() == whole
     assert merge(apart[::-1], decision).to_bytes() == whole
-    assert merge([shared, *apart], decision).to_bytes() == whole  # the same rows, twice
+    with pytest.raises(UsageError, match="both hold samples"):
+        merge([shared, *apart], decision)
 
 
 def test_the_default_budget_and_theta_are_decided_when_merging(folder: Path) -> None:
@@ -211,17 +211,15 @@ def test_folders_that_do_not_belong_together_are_refused(folder: Path, tmp_path:
     other = copy(folder, tmp_path / "other")
     for file in rows_of(other)[1:]:
         file.unlink()
-    row = read_rows(other, read_conditions(other))[0]
-    changed = RowFolder(other, read_conditions(other))
-    changed.add(replace(row, losses=row.losses * 2))
-    with pytest.raises(UsageError, match="measured twice, with different results"):
-        merge([folder, other])
-    changed.add(replace(row, losses=row.losses))
-    assert len(gather([folder, other])[1]) == 4
+    (row,) = read_rows(other, read_conditions(other))
     tables, fitted_on = read_tables(folder, read_conditions(folder))
+    (other / INDEX).unlink()
+    changed = RowFolder(other, read_conditions(other))
     changed.keep_tables(replace(tables, key_mean=tables.key_mean + 1), fitted_on)
+    rest = copy(folder, tmp_path / "rest")
+    (rest / rows_of(other)[0].name).unlink()
     with pytest.raises(UsageError, match="its index differs"):
-        merge([folder, other])
+        merge([rest, other])
     conditions = replace(read_conditions(folder), keep=KeepRule(1, 2, 8))
     RowFolder(tmp_path / "keep", conditions).add(row)
     with pytest.raises(UsageError, match=r"different conditions \(keep\)"):
@@ -237,6 +235,25 @@ def test_folders_that_do_not_belong_together_are_refused(folder: Path, tmp_path:
         file.unlink()
     with pytest.raises(UsageError, match="no rows yet"):
         merge([other])
+
+
+def test_a_sample_lies_in_one_folder(folder: Path, tmp_path: Path) -> None:
+    """Equal rows or not: whoever gives two folders with one sample did not mean to."""
+    other, one = copy(folder, tmp_path / "other"), copy(folder, tmp_path / "one")
+    ids = sorted(row.id for row in read_rows(folder, read_conditions(folder)))
+    with pytest.raises(UsageError) as error:
+        merge([folder, other])
+    for name in (str(folder), str(other), *ids):
+        assert name in str(error.value)
+    for file in rows_of(one)[1:]:
+        file.unlink()
+    (row,) = read_rows(one, read_conditions(one))
+    with pytest.raises(UsageError, match=f"both hold sample '{row.id}': a sample counts once"):
+        merge([folder, one])
+    (tmp_path / "link").symlink_to(folder)
+    for twice in ([folder, folder], [folder, tmp_path / "link"], [folder, folder / "."]):
+        with pytest.raises(UsageError, match="is given 2 times"):
+            merge(twice)
 
 
 # -- damaged files --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hkvprof.errors import ModelError
 from hkvprof.heads import HeadGrid, Modality
+from hkvprof.models.weights import whole_weight
 
 _WRONG = "which the compressed attention would compute wrongly"
 
@@ -95,7 +96,7 @@ class Adapter:
                 f"{', '.join(self.output_names)}: this architecture needs an adapter "
                 "(docs/adding-a-model.md)"
             )
-        return getattr(attention, name).weight
+        return whole_weight(getattr(attention, name))
 
     def modality(self, ids: Int[Tensor, "*shape"], config: Any) -> Int[Tensor, "*shape"]:
         """What every position of a prompt holds (Modality values), from its token ids."""
