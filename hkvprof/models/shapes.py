@@ -65,7 +65,8 @@ SHAPES = {
 """Names as in `hkvprof models`; `tiny` is for trying a benchmark where there is no GPU."""
 
 VOCABULARY = 1024
-"""Unless asked for otherwise: the embedding is no part of what is measured, and 152,064 rows cost 2 GiB."""
+"""Unless asked for otherwise: embeddings are no part of what is measured, and 152,064 rows take
+2 GiB."""
 
 
 def build_shape(
@@ -84,7 +85,9 @@ def build_shape(
     shape = SHAPES[name]
     kind = torch.bfloat16 if dtype == "auto" else _dtype(dtype)
     target = _device(device)
-    config = Qwen2_5_VLConfig(text_config=_text(shape, layers, vocabulary), vision_config=_stub(shape.hidden))
+    config = Qwen2_5_VLConfig(
+        text_config=_text(shape, layers, vocabulary), vision_config=_stub(shape.hidden)
+    )
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(kind)

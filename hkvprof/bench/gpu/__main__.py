@@ -1,4 +1,4 @@
-"""`python -m hkvprof.bench.gpu`: what `hkvprof bench --device cuda --shape ...` does, without typer."""
+"""`python -m hkvprof.bench.gpu`: `hkvprof bench --device cuda --shape ...` without typer."""
 
 from __future__ import annotations
 
@@ -31,13 +31,18 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def run(setup: Setup, json_path: str | None) -> None:
-    """Measure, save, print. `json_path` as of `--json`: None is DEFAULT_PATH, "-" also prints it."""
+    """Measure, save, print. `json_path` as of `--json`: None is DEFAULT_PATH, "-" prints JSON."""
     path = DEFAULT_PATH if json_path in (None, "-") else Path(str(json_path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = benchmark(setup, path, lambda line: sys.stderr.write(line + "\n"))
+    result = benchmark(setup, path, _say)
     text = json.dumps(result.to_json(), indent=1) + "\n" if json_path == "-" else render(result)
     sys.stdout.write(text)
     sys.stderr.write(f"figures in {path}\n")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--minutes", type=float, default=usual.minutes, help="default %(default)s")
     add(
         "--json", nargs="?", const="-", metavar="PATH",
-        help=f"the file of figures; default {DEFAULT_PATH}; without PATH also printed",
+        help=f"the file of figures; default {DEFAULT_PATH}; without PATH that one, printed too",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     try:

@@ -8,19 +8,26 @@ from types import ModuleType
 from typing import Any
 
 
+class _Shaped:
+    """Takes the place of `Float[Tensor, "..."]` and its like."""
+
+    def __class_getitem__(cls, shape: Any) -> type:
+        return cls
+
+
 class _Names(ModuleType):
-    """A module in which every public name is `object`."""
+    """A module that has every public name."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return object
+        return _Shaped
 
 
 def names_for_annotations() -> None:
     """Where jaxtyping is not installed, let its names be imported.
 
-    They stand in annotations alone, and no annotation of this package is ever evaluated.
+    They stand in annotations and in aliases of types alone, which nothing here looks into.
     """
     if "jaxtyping" not in sys.modules and find_spec("jaxtyping") is None:
         sys.modules["jaxtyping"] = _Names("jaxtyping", "Stands in for jaxtyping (hkvprof).")

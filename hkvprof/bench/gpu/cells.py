@@ -81,6 +81,7 @@ def run_cell(bench: Bench, context: int, batch: int) -> Cell:
         except torch.OutOfMemoryError as error:
             reason = f"out of memory, though it seemed to fit: {str(error).splitlines()[0]}"
             found = [_empty(method, reason) for method in group]
+        bench.free()  # gives back what this set held
         rows |= {row.method: replace(row, group=number) for row in found}
     ordered = [rows[method.name] for method in methods(bench.regime.budgets)]
     return Cell(
@@ -194,17 +195,19 @@ def _take_turns(bench: Bench, entrants: Sequence[Entrant], batch: int) -> list[l
 
 def _sizes(entrant: Entrant, machine: Machine) -> Row:
     row = _empty(entrant.method, "")
-    stored, held = entrant.stored_bytes, None
-    if not entrant.method.control:
-        held = entrant.held if machine.counts_bytes else stored
+    held = entrant.held if machine.counts_bytes else entrant.stored_bytes
     if not entrant.method.is_ours:
-        return replace(row, resident_bytes=stored, held_bytes=held)
+        return replace(row, resident_bytes=entrant.stored_bytes, held_bytes=held)
     receipt = entrant.cache.receipt()
+    tables = receipt.shared_bytes
+    if machine.counts_bytes:
+        held -= tables  # a property of the profile, loaded once per model
     return replace(
         row,
         resident_bytes=receipt.resident_bytes,
-        held_bytes=held,
+        held_bytes=None if entrant.method.control else held,
         host_bytes=receipt.host_bytes,
+        table_bytes=tables,
     )
 
 
@@ -237,9 +240,7 @@ def _attention(bench: Bench, entrant: Entrant, batch: int) -> float:
     return median(machine.lap(replay).milliseconds() for _ in range(bench.regime.rounds * 3))
 
 
-def compare(
-    rows: Sequence[Row], dense: int, regime: Regime, links: Links
-) -> tuple[Row, ...]:
+def compare(rows: Sequence[Row], dense: int, regime: Regime, links: Links) -> tuple[Row, ...]:
     """Ratios between rows of a cell. `dense` is bytes of a dense cache; others: records.Row."""
     by_name = {row.method: row for row in rows}
     stock = by_name[Method("DynamicCache", mode="eager").name].step_ms
@@ -266,10 +267,10 @@ def _ratios(
     assert row.resident_bytes is not None
     weights = regime.weight_bytes
     ceiling = (weights + dense) / (weights + row.resident_bytes)
-    over_best = None if best is None else best / row.step_ms
+    over_best = None if best is None or row.control else best / row.step_ms
     control = by_name.get(Method(row.types, row.budget, row.mode, control=True).name)
     exposed = None
-    if control is not None and control.step_ms is not None and control.method != row.method:
+    if control is not None and control.step_ms is not None and not row.control:
         exposed = 1 - control.step_ms / row.step_ms
     link_ms = None if row.moved_bytes is None else row.moved_bytes / links.from_host / 1e6
     return replace(
@@ -277,15 +278,15 @@ def _ratios(
         held_share=None if row.held_bytes is None else row.held_bytes / dense,
         bandwidth_share=row.read_bytes / row.attend_ms / 1e6 / links.copy,
         bound_share=(weights + row.read_bytes) / links.copy / 1e6 / row.step_ms,
-        over_dynamic_cache=None if stock is None else stock / row.step_ms,
+        over_dynamic_cache=None if stock is None or row.control else stock / row.step_ms,
         over_best_dense=over_best,
         ceiling=ceiling,
         ceiling_share=None if over_best is None else over_best / ceiling,
         link_ms=link_ms,
-        exposed_share=exposed if "prefetch" not in row.method else None,
+        exposed_share=exposed,
     )
 
 
 def _empty(method: Method, reason: str) -> Row:
     budget = WHOLE if method.types == "whole" else method.budget
-    return Row(method.name, method.types, budget, method.mode, reason)
+    return Row(method.name, method.types, budget, method.mode, reason, method.control)

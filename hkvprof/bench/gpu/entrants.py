@@ -148,7 +148,7 @@ class Entrant:
 
     def step(self, ids: Tensor) -> Tensor:
         """Logits; within `hooked`."""
-        return self._steps(ids)  # type: ignore[no-any-return]
+        return self._steps(ids)
 
     @property
     def stored_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import time
@@ -108,7 +109,11 @@ class CudaMachine:
 
     def free(self) -> int:
         """A share of what the driver says is free."""
+        gc.collect()
         torch.cuda.empty_cache()
+        give_back = getattr(torch._C, "_host_emptyCache", None)  # pinned memory; since torch 2.6
+        if give_back is not None:
+            give_back()
         return int(USABLE * torch.cuda.mem_get_info(self.device)[0])
 
     def recorder(self, advance: Callable[[int], None]) -> Recorder:
@@ -167,6 +172,7 @@ class CpuMachine:
 
     def free(self) -> int:
         """What the host has."""
+        gc.collect()
         return host_free()
 
     def recorder(self, advance: Callable[[int], None]) -> Recorder:

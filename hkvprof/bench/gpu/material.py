@@ -90,9 +90,7 @@ def profiles(model: Any, view: ModelView, keys: Keys) -> dict[str, Profile]:
     index = _fit_index(keys, shape)
     keep = KeepRule(sinks=2, recent=4, window=16)
     return {
-        name: replace(
-            uniform_profile(model, kinds[name], keep=keep), strategies=menu, index=index
-        )
+        name: replace(uniform_profile(model, kinds[name], keep=keep), strategies=menu, index=index)
         for name in TYPES
     }
 

@@ -12,6 +12,11 @@ from hkvprof.errors import UsageError
 from hkvprof.files import write_atomically
 
 FORMAT = 1
+FILLED = (
+    "no prompt was read: keys of falling spectrum (the i-th standard deviation is i^-0.75) in a "
+    "random basis, runs of 64 tokens share half of their variance; values are noise; every step is "
+    "a real pass over tokens whose embeddings drift"
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,13 @@ class Regime:
 class Row:
     """One method in one cell; `reason` says why there are no figures. None: not applicable.
 
+    A `control` has its host items on the device: nothing to choose, but what the link costs.
+
     `mode`: `eager` (transformers' forward as it is) or `graph` (the same as a CUDA graph). `group`
     numbers the sets of caches that were alive together and took turns. Bytes are those after the
     prompt: `resident_bytes` by the cache's own account, `held_bytes` by the allocator (on a CPU by
-    its tensors), `read_bytes` what attention reads in a step. `attend_ms` is attention of all
+    its tensors), both without the `table_bytes` of indexes, which a model needs once; `read_bytes`
+    is what attention reads in a step. `attend_ms` is attention of all
     layers alone. Shares are of 1; `bandwidth_share` is of the copy bandwidth, `link_ms` is what
     `moved_bytes` take at the host link's bandwidth, `exposed_share` is of a step.
     """
@@ -61,11 +69,13 @@ class Row:
     budget: str
     mode: str
     reason: str = ""
+    control: bool = False
     group: int = 0
     resident_bytes: int | None = None
     held_bytes: int | None = None
     held_share: float | None = None
     host_bytes: int | None = None
+    table_bytes: int | None = None
     read_bytes: int | None = None
     step_ms: float | None = None
     step_ms_p90: float | None = None
@@ -138,7 +148,8 @@ class Result:
         data = asdict(self)
         for made, one in zip(data["prefill"], self.prefill, strict=True):
             made["overhead_share"] = one.overhead_share
-        return {"format": FORMAT, "complete": not self.left, **data}
+        head = {"format": FORMAT, "complete": not self.left, "filled_with": FILLED}
+        return {**head, **data}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:

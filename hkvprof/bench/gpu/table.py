@@ -25,7 +25,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("corrected", "corrected_share", lambda v: f"{v:.0%}"),
 )
 LEGEND = (
-    "held: on the device, by the allocator (on a CPU: by tensors). x stock: DynamicCache's ms/token "
+    "held: on the device, by the allocator (on a CPU: by tensors), without index tables, which a "
+    "model needs once. x stock: DynamicCache's ms/token "
     "over this one's; x dense: the best dense cache's. of ceiling: that over (W + kBT) / (W + "
     "resident). of bound: reading weights and K/V at the copy bandwidth, over ms/token. of copy: "
     "bandwidth of attention alone over the card's. moved: from the host per step, reranked keys "

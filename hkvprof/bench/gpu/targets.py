@@ -90,9 +90,7 @@ def _against_static(result: Result, middle: str) -> Target:
         )
     pairs = []
     for cell in result.cells:
-        mine, other = (
-            cell.row(Method(types, middle).name) for types in ("hybrid", "static")
-        )
+        mine, other = (cell.row(Method(types, middle).name) for types in ("hybrid", "static"))
         if mine is not None and other is not None:
             assert mine.step_ms is not None
             assert other.step_ms is not None

@@ -35,12 +35,12 @@ BY_VALUE = {
 METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
-class Asked(AssertionError):
+class AskedError(AssertionError):
     """A tensor was asked for its value."""
 
 
 class Watch(TorchDispatchMode):
-    """Raises Asked for operators of BY_VALUE, and for masks used as indices."""
+    """Raises AskedError for operators of BY_VALUE, and for masks used as indices."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -48,7 +48,7 @@ class Watch(TorchDispatchMode):
             isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in args[1]
         )
         if name in BY_VALUE or masks or (name == "repeat_interleave" and len(args) == 1):
-            raise Asked(name)
+            raise AskedError(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -58,7 +58,7 @@ def nobody_asks() -> Iterator[None]:
 
     def refuse(name: str) -> Any:
         def asked(self: Tensor, *args: Any, **kwargs: Any) -> None:
-            raise Asked(name)
+            raise AskedError(name)
 
         return asked
 
@@ -167,7 +167,7 @@ def test_the_watch_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain torch looks for missing items by value: its steps are caught."""
     model = random_llama(2)
     cache = prefilled(model, monkeypatch, "mean")
-    with nobody_asks(), pytest.raises(Asked, match="nonzero|tolist|item"):
+    with nobody_asks(), pytest.raises(AskedError, match=r"nonzero|tolist|item"):
         model(input_ids=token_ids(2, 1), past_key_values=cache)
     numbers = torch.arange(3)
     for ask in (
@@ -179,5 +179,5 @@ def test_the_watch_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: torch.unique(numbers),
         lambda: torch.arange(int(numbers[2])),
     ):
-        with nobody_asks(), pytest.raises(Asked):
+        with nobody_asks(), pytest.raises(AskedError):
             ask()
