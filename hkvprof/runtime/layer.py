@@ -18,7 +18,6 @@ from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
 from hkvprof.runtime.receipt import LayerAccount
 
-
 QUIET = 1 << 30
 """Steps without an end."""
 

@@ -10,9 +10,8 @@ after a step is the same as without prefetch; only attention may see a state one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -32,8 +31,8 @@ class Queues(Protocol):
         """What is put into the main queue from now on waits for all that went aside."""
         ...
 
-    def aside(self) -> AbstractContextManager[None]:
-        """Work within goes to the second queue, behind what the main queue holds so far."""
+    def aside(self, work: Callable[[], None]) -> None:
+        """Put work into the second queue, behind what the main queue holds so far."""
         ...
 
     def uses(self, tensors: Sequence[Tensor]) -> None:
@@ -53,12 +52,11 @@ class CudaQueues:
         """By an event: the host does not wait."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self, work: Callable[[], None]) -> None:
         """On the side stream."""
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
-            yield
+            work()
             self._done.record(self._side)
 
     def uses(self, tensors: Sequence[Tensor]) -> None:
@@ -74,10 +72,9 @@ class InOrder:
     def join(self) -> None:
         """There is nothing to wait for."""
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self, work: Callable[[], None]) -> None:
         """Now."""
-        yield
+        work()
 
     def uses(self, tensors: Sequence[Tensor]) -> None:
         """There is one queue alone."""
@@ -140,8 +137,7 @@ class Prefetch:
         retrieval.step_some(query, self._turned)
         out = attend()
         self._last.copy_(query)
-        with self.queues.aside():
-            retrieval.step_some(self._last, self._rest)
+        self.queues.aside(partial(retrieval.step_some, self._last, self._rest))
         return out
 
     def _close(self, query: Float[Tensor, "segments group dim"]) -> Bool[Tensor, " heads"]:

@@ -48,7 +48,7 @@ class RaggedLayer:
         self._number = number
         self._plans = plans
         self._planned = 0
-        self._scaling = scaling
+        self.scaling = scaling
         self._positions: list[Tensor] | None = None
         self.storage: RaggedStorage
         self.retriever = self._new_retriever(0)
@@ -186,20 +186,22 @@ class RaggedLayer:
         self, query: Float[Tensor, "rows query_heads 1 dim"]
     ) -> Float[Tensor, "rows 1 query_heads dim"]:
         """One decoding step: dynamic segments fetch what this query asks for, then all attend."""
+        self.account.steps += 1
+        attend = partial(self.attend_resident, query)
+        if not self.dynamic:
+            return attend()
+        grouped = query.detach().reshape(self.storage.segments, -1, query.shape[-1])
+        return self.retriever.step(self.kernels, self.storage, grouped, attend)
+
+    def attend_resident(
+        self, query: Float[Tensor, "rows query_heads 1 dim"]
+    ) -> Float[Tensor, "rows 1 query_heads dim"]:
+        """Attention to what is on the device now; nothing is fetched or booked."""
         rows, query_heads, _, dim = query.shape
         storage = self.storage
         grouped = query.detach().reshape(storage.segments, -1, dim)
-        kernels = self.kernels
-        self.account.steps += 1
-
-        def attend_all() -> Tensor:
-            place = (storage.key, storage.value, storage.extents)
-            return kernels.attend(*place, grouped, self._scaling)
-
-        if self.dynamic:
-            out = self.retriever.step(kernels, storage, grouped, attend_all)
-        else:
-            out = attend_all()
+        place = (storage.key, storage.value, storage.extents)
+        out = self.kernels.attend(*place, grouped, self.scaling)
         return out.view(rows, 1, query_heads, -1)
 
     def attend_many(
@@ -221,7 +223,7 @@ class RaggedLayer:
             if head is not None:
                 key, value = _with_host(head, key, value)
             block = visible[segment // len(self._plans)]
-            outputs.append(attend(grouped[segment], key, value, self._scaling, block))
+            outputs.append(attend(grouped[segment], key, value, self.scaling, block))
         out = torch.stack(outputs).view(rows, query_heads, new, -1)
         return out.transpose(1, 2).contiguous()
 
@@ -244,7 +246,7 @@ class RaggedLayer:
         """Attention of the last rows on these tokens, computed when first asked for."""
         window = min(query.shape[1], self._shared.planner.profile.keep.window, key.shape[1])
         rows = query[:, query.shape[1] - window :]
-        return cache(partial(window_attention, rows, key, self._scaling))
+        return cache(partial(window_attention, rows, key, self.scaling))
 
     def _rule(self, head: int, device: torch.device) -> Rule:
         planner, plan = self._shared.planner, self._plans[head]
@@ -252,7 +254,7 @@ class RaggedLayer:
         longest = self.base + self.tail - min(self._shared.starts)
         ratio = plan.ratio * planner.growth(self._planned, longest)
         keep = planner.profile.keep
-        return Rule(plan.strategy, ratio, keep, planner.options, tables, self._scaling)
+        return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling)
 
     def _positions_of(self, segment: int) -> Tensor | None:
         """Positions of a segment's tokens, tail included, where text is told from other tokens."""
@@ -276,7 +278,7 @@ class RaggedLayer:
 
     def _new_retriever(self, steps: int) -> Retriever:
         options = self._shared.planner.options
-        return Retriever(self.dynamic, self._plans, self.account, options, self._scaling, steps)
+        return Retriever(self.dynamic, self._plans, self.account, options, self.scaling, steps)
 
     def _finish(self, began: float) -> None:
         if not self.storage.key.is_cuda:

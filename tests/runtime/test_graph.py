@@ -146,7 +146,7 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             with pytest.raises(UsageError, match="need a CUDA device; this model is on cpu"):
                 GraphDecoder(model, cache)
         recorder = HostTurnedBack(cache)
-        with pytest.raises(CompressionError, match="layer 0 is not compressed.*no prompt yet"):
+        with pytest.raises(CompressionError, match=r"layer 0 is not compressed.*no prompt yet"):
             GraphDecoder(model, cache, recorder=recorder)
         model(input_ids=token_ids(1, 30), past_key_values=cache)
         with pytest.raises(CompressionError, match="shorter than min_tokens"):
@@ -156,6 +156,9 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(ragged, "for_device", lambda device, dtype: TorchKernels())
         with pytest.raises(CompressionError, match="plain torch make the host wait"):
             GraphDecoder(model, cache, recorder=recorder)
-    with apply(model, uniform_profile(model, "dynamic"), budget=0.3, retrieve_every=2) as handle:
-        with pytest.raises(UsageError, match="retrieve_every makes them differ"):
-            GraphDecoder(model, handle.new_cache(), recorder=recorder)
+    profile = uniform_profile(model, "dynamic")
+    with (
+        apply(model, profile, budget=0.3, retrieve_every=2) as handle,
+        pytest.raises(UsageError, match="retrieve_every makes them differ"),
+    ):
+        GraphDecoder(model, handle.new_cache(), recorder=recorder)

@@ -181,7 +181,7 @@ class NativeRetrieval:
             key, value, heads, scaling, smoothing, successors, self.fetched
         )
         self._alive: list[Tensor] = []
-        self.tensors: list[Tensor] = []
+        self.tensors: Sequence[Tensor] = ()
         self._heads = (loading.Head * len(heads))(*map(self._describe, heads))
         self._segments = max((head.segment for head in heads), default=-1) + 1
         self._args = loading.RetrieveArgs(

@@ -118,7 +118,7 @@ class TorchRetrieval:
         self.fetched = counter(fetched, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self.scaling, self.smoothing, self.successors = scaling, smoothing, successors
-        self.tensors: list[Tensor] = []
+        self.tensors: Sequence[Tensor] = ()
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Expected attention of every item, per dynamic head."""

@@ -55,7 +55,7 @@ class TritonRetrieval:
         self._width = padded(self._dim)
         self._block = min(128, max(16, TILE_BYTES // (self._width * key.element_size())))
         self._alive: list[Tensor] = []
-        self.tensors: list[Tensor] = self._alive
+        self.tensors: Sequence[Tensor] = self._alive
         if not heads:
             return
         self._describe_all()
