@@ -191,7 +191,7 @@ def test_other_conditions_are_refused(
     for options, names in (
         ({"keep": KEEP, "replies": "own"}, "replies"),
         ({"keep": KeepRule(1, 2, 8)}, "keep"),
-        ({"keep": KEEP, "recipe": "paper"}, "recipe, strategies"),
+        ({"keep": KEEP, "recipe": "paper"}, "recipe, strategies, ratios"),
     ):
         with pytest.raises(UsageError, match=rf"other conditions \({names}\)"):
             calibrate(*tiny, samples, rows=folder, **options)  # type: ignore[arg-type]
