@@ -279,8 +279,8 @@ def test_other_dtypes_in_the_header_are_refused(tmp_path: Path, dtype: str) -> N
 
 def test_a_newer_schema_says_what_to_do(tmp_path: Path) -> None:
     metadata, tensors = parts()
-    message = refused(write(tmp_path / "p.safetensors", {**metadata, "schema": 3}, tensors))
-    assert "schema version 3" in message
+    message = refused(write(tmp_path / "p.safetensors", {**metadata, "schema": 4}, tensors))
+    assert "schema version 4" in message
     assert "upgrade" in message
 
 
@@ -300,7 +300,7 @@ def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
 def test_keys_that_occur_twice_are_refused(tmp_path: Path) -> None:
     metadata, tensors = parts()
     text = json.dumps(metadata)
-    twice = '{"schema": 2, ' + text[1:]
+    twice = '{"schema": 3, ' + text[1:]
     assert "twice" in refused(write(tmp_path / "p.safetensors", twice, tensors))
 
 

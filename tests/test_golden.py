@@ -1,6 +1,7 @@
 """The bytes of every schema version: written the same, read for ever."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,18 @@ import pytest
 from hkvprof import load_profile
 from hkvprof.artifact import SCHEMA_VERSION
 from hkvprof.errors import ProfileError
-from tests.profiles import GOLDEN, GOLDEN_V1, GOLDEN_V1_INDEX, make_profile, plain_profile
+from tests.profiles import (
+    GOLDEN,
+    GOLDEN_V1,
+    GOLDEN_V1_INDEX,
+    GOLDEN_V2,
+    make_profile,
+    plain_profile,
+)
 
 SHA256 = {
-    GOLDEN: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
+    GOLDEN: "fb2feb6adcca628cabcaac64d87a2cdc262e645fa36395c01e15c65c5ffe9760",
+    GOLDEN_V2: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
     GOLDEN_V1: "573212a7031ef4bf8d89b2f6103250aa607fa46af741ea8606b8e88d85f9dee0",
     GOLDEN_V1_INDEX: "38d4ed3c3e1c2559c4a095c732a207e296d2443ba0019f79eec61aab9136a471",
 }
@@ -24,7 +33,7 @@ def test_golden_files_are_those_that_were_committed(path: Path) -> None:
 
 
 def test_writing_makes_the_same_bytes() -> None:
-    assert SCHEMA_VERSION == 2, "commit a golden file of the new schema and keep this one loading"
+    assert SCHEMA_VERSION == 3, "commit a golden file of the new schema and keep this one loading"
     assert make_profile().to_bytes() == GOLDEN.read_bytes()
 
 
@@ -36,6 +45,9 @@ def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
     assert golden.index.sizes == (16, 32)
     for name, array in made.index.tensors().items():
         np.testing.assert_array_equal(golden.index.tensors()[name], array)
+    assert golden.statistics is not None
+    for name, array in made.statistics.tensors().items():
+        np.testing.assert_array_equal(golden.statistics.tensors()[name], array)
     for name in ("fingerprint", "strategies", "keep", "kappas", "recipe", "default_budget"):
         assert getattr(golden, name) == getattr(made, name)
     assert golden.provenance == made.provenance
@@ -46,8 +58,14 @@ def test_loading_and_saving_again_keeps_the_bytes(tmp_path) -> None:
     assert again.read_bytes() == GOLDEN.read_bytes()
 
 
+def test_version_2_becomes_a_profile_of_today() -> None:
+    made = replace(make_profile(), statistics=None)
+    assert load_profile(GOLDEN_V2).to_bytes() == made.to_bytes()
+
+
 def test_version_1_without_an_index_becomes_a_profile_of_today() -> None:
-    assert load_profile(GOLDEN_V1).to_bytes() == plain_profile(make_profile()).to_bytes()
+    made = replace(plain_profile(make_profile()), statistics=None)
+    assert load_profile(GOLDEN_V1).to_bytes() == made.to_bytes()
 
 
 def test_version_1_with_an_index_says_what_to_do() -> None:
@@ -67,7 +85,7 @@ def test_a_stranger_can_read_it_as_documented() -> None:
     entry = header["budget"]
     begin, end = entry["data_offsets"]
     budget = np.frombuffer(data[8 + size + begin : 8 + size + end], "<f4").reshape(entry["shape"])
-    assert metadata["schema"] == 2
+    assert metadata["schema"] == 3
     assert metadata["fingerprint"]["grid"] == {
         "layers": 3, "query_heads": 4, "kv_heads": 2, "head_dim": 8,
     }  # fmt: skip

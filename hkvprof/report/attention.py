@@ -70,7 +70,7 @@ def _drift(found: HeadStatistics) -> str:
     ]
     if not told:
         return "  drift: not measured; only recipe 'measured' reads replies"
-    return f"  same top tenth of tokens: {', '.join(told)}"
+    return f"  same top tenth of tokens (by chance 10%): {', '.join(told)}"
 
 
 def recorded(profile: Profile) -> dict[str, Any]:

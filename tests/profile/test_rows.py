@@ -19,7 +19,7 @@ from hkvprof.cli import run
 from hkvprof.errors import UsageError
 from hkvprof.heads import KeepRule, Modality
 from hkvprof.profile.calibrate import calibrate, measure
-from hkvprof.profile.conditions import Conditions
+from hkvprof.profile.conditions import ROW_SCHEMA, Conditions
 from hkvprof.profile.merge import Decision, merge
 from hkvprof.profile.probe import Probe
 from hkvprof.profile.rows import (
@@ -239,6 +239,23 @@ def test_folders_that_do_not_belong_together_are_refused(folder: Path, tmp_path:
         merge([other])
 
 
+def test_folders_of_an_older_hkvprof_are_refused_by_name(
+    tiny: tuple[Any, Any], samples: list[Sample], folder: Path, tmp_path: Path, measured: list[str]
+) -> None:
+    """Rows once held less, and their conditions did not say what rows hold."""
+    old = copy(folder, tmp_path / "old")
+    plain = json.loads((old / "conditions.json").read_text())
+    assert plain.pop("row_schema") == ROW_SCHEMA
+    (old / "conditions.json").write_text(json.dumps(plain))
+    with pytest.raises(UsageError, match=r"other conditions \(row_schema\)"):
+        calibrate(*tiny, samples, keep=KEEP, rows=old)
+    with pytest.raises(UsageError, match=r"different conditions \(row_schema\)"):
+        merge([folder, old])
+    with pytest.raises(UsageError, match="not a sound row"):
+        merge([old])
+    assert measured == []
+
+
 # -- damaged files --------------------------------------------------------------------------------
 
 
@@ -256,6 +273,12 @@ def damage(data: bytes, how: str) -> bytes:
         tensors["losses"][0, 0, 0, 0, 0] = np.nan
     elif how == "shape":
         tensors["losses"] = tensors["losses"][:, :, :-1].copy()
+    elif how == "mass":
+        tensors["modality_mass"] = tensors["modality_mass"] / 2
+    elif how == "drift":
+        tensors["drift"] = tensors["drift"] - 2
+    elif how == "less":
+        del tensors["entropy"]
     elif how == "dtype":
         tensors["sparsity"] = tensors["sparsity"].astype(np.float64)
     elif how == "more":
@@ -277,7 +300,7 @@ def damage(data: bytes, how: str) -> bytes:
 
 @pytest.mark.parametrize(
     "how",
-    ["cut", "empty", "text", "nan", "shape", "dtype", "more", "tokens", "vision", "no vision", "id",
+    ["cut", "empty", "text", "nan", "shape", "mass", "drift", "less", "dtype", "more", "tokens", "vision", "no vision", "id",
      "conditions", "missing"],
 )  # fmt: skip
 def test_damaged_rows_are_named(folder: Path, tmp_path: Path, how: str) -> None:
