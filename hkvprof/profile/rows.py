@@ -23,7 +23,7 @@ from hkvprof.artifact import ProjectedIndexTables
 from hkvprof.checks import check_index, expect, require
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import write_atomically
-from hkvprof.profile.conditions import Conditions
+from hkvprof.profile.conditions import ROW_SCHEMA, Conditions
 from hkvprof.profile.sample_statistics import SampleStatistics
 
 CONDITIONS = "conditions.json"
@@ -224,6 +224,11 @@ def gather(folders: Iterable[Path]) -> tuple[Conditions, list[SampleRow], Any]:
     if not paths:
         raise UsageError("there is nothing to merge: name one or more folders of rows")
     conditions = read_conditions(paths[0])
+    if conditions.row_schema != ROW_SCHEMA:
+        raise UsageError(
+            f"{paths[0]} holds rows of version {conditions.row_schema}, and this hkvprof reads "
+            f"{ROW_SCHEMA}: measure again"
+        )
     rows: dict[str, SampleRow] = {}
     tables: tuple[ProjectedIndexTables, str] | None = None
     for path in paths:
