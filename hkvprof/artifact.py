@@ -272,6 +272,8 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
     if metadata["schema"] < 3:
         _one_length(metadata, tensors)
     statistics = HeadStatistics.take(tensors)
+    new = statistics is None or metadata["schema"] >= 3
+    require(new, "statistics.* tensors in a file of a schema version that has none")
     return Profile(
         fingerprint=ModelFingerprint.from_json(metadata["fingerprint"]),
         recipe=metadata["recipe"],

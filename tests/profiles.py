@@ -2,8 +2,8 @@
 
 `python -m tests.profiles` writes tests/golden/profile-v3.safetensors again; its bytes are pinned
 by tests/test_golden.py, so that a change of the format cannot pass unseen. The files of versions 1
-and 2 are as those wrote them: `one_length(make_profile())`, and of version 1 also
-`plain_profile` of that.
+and 2 are as those wrote them: `one_length(make_profile())` without statistics, and of version 1
+also `plain_profile` of that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hkvprof.artifact import Profile, ProjectedIndexTables
+from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.profile.confidence_record import KEY, MEASURES, Comparison, Confidence, Interval
@@ -80,6 +81,7 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
         loss=loss,
         output_error=(loss.clip(max=1) / 2).astype(np.float32),
         index=index_tables(grid),
+        statistics=None if recipe == "uniform" else head_statistics(grid),
         provenance={
             "samples": 16,
             "tasks": {"ocr": 8, "count": 8},
@@ -89,6 +91,23 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
             "seed": 0,
             "versions": {"hkvprof": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
         },
+    )
+
+
+def head_statistics(grid: HeadGrid) -> HeadStatistics:
+    """Later heads look more at images; 16 samples have a reply, 8 a later question."""
+    heads = (grid.layers, grid.query_heads)
+    image = _ramp(*heads, high=0.5)
+    others = [np.full(heads, share, dtype=np.float32) for share in (0.125, 0.25, 0.125)]
+    sinks, text, recent = others
+    video = np.zeros(heads, dtype=np.float32)
+    return HeadStatistics(
+        modality_mass_mean=np.stack([sinks + 0.5 - image, text, image, video, recent]),
+        modality_mass_std=_ramp(5, *heads, high=0.25),
+        entropy_mean=_ramp(*heads, low=0.25, high=0.75),
+        entropy_std=_ramp(*heads, high=0.125),
+        drift_mean=_ramp(3, *heads, low=0.25, high=0.75),
+        drift_samples=np.array([16, 8, 8], dtype=np.int32),
     )
 
 

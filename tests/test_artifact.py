@@ -309,7 +309,7 @@ def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
 def test_keys_that_occur_twice_are_refused(tmp_path: Path) -> None:
     metadata, tensors = parts()
     text = json.dumps(metadata)
-    twice = '{"schema": 2, ' + text[1:]
+    twice = '{"schema": 3, ' + text[1:]
     assert "twice" in refused(write(tmp_path / "p.safetensors", twice, tensors))
 
 

@@ -22,7 +22,8 @@ Examples:
   hkvprof calibrate --model qwen2.5-vl-7b --data my-samples --dtype bfloat16
   hkvprof calibrate --model ./finetune --data owner/dataset:validation \\
     --max-samples 128 --on-error skip -o finetune.profile.safetensors
-  hkvprof calibrate --model ./vlm --data my-samples --rows rows --shard 1/4 --device cuda:0"""
+  hkvprof calibrate --model ./vlm --data my-samples --rows rows --shard 1/4 --device cuda:0
+  hkvprof calibrate --model ./vlm --data my-samples --recipe paper --theta 0.85 --chunk 32"""
 
 _MOST_REASONS = 20
 
@@ -68,6 +69,20 @@ def calibrate(
     theta: Annotated[
         float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
     ] = 0.9,
+    kappa: Annotated[
+        float, typer.Option("--kappa", help="Share of keys whose attention is sparsity (paper).")
+    ] = 0.10,
+    coefficient: Annotated[
+        float,
+        typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
+    ] = 1.0,
+    chunk: Annotated[
+        int, typer.Option("--chunk", help="Tokens that dynamic heads fetch at once (paper).")
+    ] = 16,
+    text_prior: Annotated[
+        float,
+        typer.Option("--text-prior", help="Share of static heads that text may claim (paper)."),
+    ] = 0.5,
     budget: Annotated[
         str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
     ] = "0.10",
@@ -92,11 +107,20 @@ def calibrate(
 ) -> None:
     """Observe a model on samples and write its profile. A run that was stopped goes on."""
     from hkvprof.cli.output import check_output, default_profile_path, say
+    from hkvprof.profile.classify import paper_menu, refuse_paper_constants
+    from hkvprof.profile.merge import Decision
     from hkvprof.profile.rows import forget
 
     share = parse_share(budget)
-    if not 0 < theta <= 1:
-        raise UsageError(f"--theta is {theta}: expected a sparsity in (0, 1]")
+    constants = {
+        "theta": theta, "kappa": kappa, "coefficient": coefficient, "chunk": chunk,
+        "text_prior": text_prior,
+    }  # fmt: skip
+    refuse_paper_constants(recipe.value, constants)
+    Decision(theta=theta, budget=share, kappa=kappa, coefficient=coefficient)
+    paper_menu(chunk, text_prior)
+    if recipe is Recipe.PAPER and replies is Replies.OWN:
+        raise UsageError("--replies own is for --recipe measured: paper judges no replies")
     if device is not None and device_map is not None:
         raise UsageError("--device and --device-map exclude each other: give one of them")
     part = options.parse_shard(shard)
@@ -107,13 +131,24 @@ def calibrate(
         check_output(path, force)
     samples = _samples(data, max_samples, seed, on_error)
     loaded, processor = options.open_model(model, dtype, device, device_map)
-    how = {"recipe": recipe.value, "on_error": on_error.value, "replies": replies.value}
+    how = {
+        "recipe": recipe.value, "on_error": on_error.value, "replies": replies.value,
+        "kappa": kappa, "chunk": chunk, "text_prior": text_prior,
+    }  # fmt: skip
     if part[1] > 1:
         _measure(loaded, processor, samples, rows, part, how)
         return
     folder = rows or path.with_name(f"{path.name}.rows")
     profile = _calibrated(
-        loaded, processor, samples, theta=theta, budget=share, seed=seed, rows=folder, **how
+        loaded,
+        processor,
+        samples,
+        theta=theta,
+        coefficient=coefficient,
+        budget=share,
+        seed=seed,
+        rows=folder,
+        **how,
     )
     for name in profile.provenance.get("skipped_ids", [])[:_MOST_REASONS]:
         say(f"skipped while measuring: {name}")

@@ -18,7 +18,7 @@ MEASURES = {"types": 0.0, "kappa": -1.0, "jaccard": 0.0, "ratios": -1.0, "curves
 
 Share of heads with equal types; Cohen's kappa of the types; Jaccard index of the static sets;
 Spearman's correlation over heads of the planned ratios, and of the least loss at the default
-budget.
+budget (of the sparsity that decides, where no losses were measured).
 """
 
 Heads = tuple[tuple[float, ...], ...]

@@ -9,7 +9,7 @@ import numpy as np
 
 from hkvprof.artifact import ProjectedIndexTables
 from hkvprof.errors import UsageError
-from hkvprof.profile.conditions import Conditions
+from hkvprof.profile.conditions import ROW_SCHEMA, Conditions
 from hkvprof.profile.rows import INDEX, SampleRow, read_conditions, read_rows, read_tables
 
 _MOST_NAMED = 5
@@ -24,6 +24,11 @@ def gather(folders: Iterable[Path]) -> Gathered:
     paths = list(folders)
     _check_distinct(paths)
     conditions = read_conditions(paths[0])
+    if conditions.row_schema != ROW_SCHEMA:
+        raise UsageError(
+            f"{paths[0]} holds rows of version {conditions.row_schema}, and this hkvprof reads "
+            f"{ROW_SCHEMA}: measure again"
+        )
     rows: dict[str, SampleRow] = {}
     origin: dict[str, Path] = {}
     tables: tuple[ProjectedIndexTables, str] | None = None

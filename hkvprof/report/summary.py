@@ -14,6 +14,7 @@ from hkvprof.artifact import SCHEMA_VERSION, Profile
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.report import attention
 from hkvprof.report.certainty import recorded, type_agreements
 from hkvprof.report.certificate import certificate_json
 
@@ -112,7 +113,12 @@ def _close_in_loss(profile: Profile) -> list[Borderline]:
 
 def losses_at_budget(profile: Profile, layer: int, head: int) -> NDArray[np.float64]:
     """Loss of every strategy at the head's own ratio, linear in log ratio between the points, on
-    prompts of the usual length."""
+    prompts of the usual length.
+
+    INFEASIBLE where none was measured.
+    """
+    if len(profile.ratios) < 2:
+        return np.full(len(profile.strategies), float(INFEASIBLE))
     ratios = np.log(profile.ratios.astype(np.float64))
     at = math.log(float(profile.budget[layer, head]))
     curves = profile.loss_at(profile.usual_tokens)[:, layer, head].astype(np.float64)
@@ -182,6 +188,7 @@ def summarise(profile: Profile, tokens: int) -> dict[str, Any]:
         "borderline": [vars(head) for head in borderline(profile)],
         "confidence": recorded(profile),
         "certificate": certificate_json(profile),
+        "attention": attention.recorded(profile),
         "provenance": dict(profile.provenance),
     }
 

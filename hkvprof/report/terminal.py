@@ -12,6 +12,7 @@ from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.profile.confidence_record import KEY
 from hkvprof.profile.sample_record import SAMPLES_KEY
+from hkvprof.report.attention import attention
 from hkvprof.report.certainty import agreement_text, certainty, plain, type_agreements
 from hkvprof.report.certificate import section
 from hkvprof.report.glyphs import ASCII, UNICODE, Glyphs
@@ -50,6 +51,8 @@ def overview(profile: Profile, tokens: int, ascii_only: bool) -> RenderableType:
         *(Text(line) for line in certainty(profile)),
         Text(),
         *_certificate(profile),
+        *(Text(line) for line in attention(profile)),
+        Text(),
         *_origin(profile),
     )
 
@@ -126,9 +129,15 @@ def _origin(profile: Profile) -> list[Text]:
 
 def layer_page(profile: Profile, layer: int, ascii_only: bool) -> RenderableType:
     """One layer, head by head: a table of decisions, then one of loss curves."""
-    return Group(
+    heading, table = (
         Text(f"Layer {layer} of {profile.grid.layers}"),
         _decisions(profile, layer, glyphs(ascii_only)),
+    )
+    if not profile.has_curves and profile.recipe != "uniform":
+        return Group(heading, table, Text("Loss curves: none; recipe 'paper' measures none"))
+    return Group(
+        heading,
+        table,
         Text("Loss by share kept (* chosen strategy, - does not fit):"),
         _losses(profile, layer),
     )

@@ -143,7 +143,7 @@ def command(*more: str) -> list[str]:
 def test_calibrate_writes_and_says_what_is_next(
     calls: list, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    options = "--recipe paper --theta 0.8 --budget 20% --seed 7"
+    options = "--recipe paper --theta 0.8 --coefficient 2 --chunk 32 --budget 20% --seed 7"
     assert run(command(*options.split())) == 0
     out, err = capsys.readouterr()
     assert "67% of KV heads static" in out
@@ -151,6 +151,8 @@ def test_calibrate_writes_and_says_what_is_next(
     assert "measuring: 8/8" in err
     (call,) = calls
     assert (call["recipe"], call["theta"], call["budget"], call["seed"]) == ("paper", 0.8, 0.2, 7)
+    constants = [call[name] for name in ("coefficient", "chunk", "kappa", "text_prior")]
+    assert constants == [2.0, 32, 0.1, 0.5]
     assert len(call["samples"]) == 8
     profile = load_profile(tmp_path / "tinyvl.profile.safetensors")
     assert profile.provenance["data"] == str(DATA)
@@ -192,8 +194,13 @@ def test_skipped_samples_are_counted(
     [
         (["--budget", "2GiB"], 2, "is not a share"),
         (["--budget", "much"], 2, "not understood"),
-        (["--theta", "0"], 2, "--theta is 0"),
-        (["--theta", "nan"], 2, "--theta is nan"),
+        (["--recipe", "paper", "--theta", "0"], 2, "theta must lie in (0, 1], found 0"),
+        (["--recipe", "paper", "--theta", "nan"], 2, "theta must lie in (0, 1], found nan"),
+        (["--recipe", "paper", "--coefficient", "0"], 2, "coefficient must lie in"),
+        (["--recipe", "paper", "--chunk", "0"], 2, "chunk is 0"),
+        (["--recipe", "paper", "--text-prior", "2"], 2, "text_prior is 2"),
+        (["--recipe", "paper", "--replies", "own"], 2, "paper judges no replies"),
+        (["--theta", "0.8", "--chunk", "32"], 2, "theta, chunk belong to recipe 'paper'"),
         (["--device", "cpu", "--device-map", "auto"], 2, "exclude each other"),
         (["-o", "folder"], 2, "is a folder"),
         (["-o", "file/p"], 2, "cannot write into"),

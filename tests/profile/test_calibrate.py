@@ -17,6 +17,7 @@ import hkvprof
 from hkvprof import load_profile
 from hkvprof.artifact import Profile
 from hkvprof.errors import SampleError, UsageError
+from hkvprof.head_statistics import CLASSES
 from hkvprof.heads import HeadGrid, HeadType, KeepRule
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.profile.calibrate import KAPPAS, RATIOS, calibrate
@@ -26,6 +27,7 @@ from hkvprof.profile.classify import (
     Curves,
     allocate_by_sparsity,
     classify_by_sparsity,
+    paper_menu,
     planning_loss,
 )
 from hkvprof.profile.samples import Sample, Turn, open_images
@@ -146,10 +148,10 @@ def test_means_over_samples_are_means_of_single_runs(
     gap = abs(alone[0].sparsity_mean - alone[1].sparsity_mean) / 2
     assert np.allclose(both.sparsity_mean, mean, atol=1e-6)
     assert np.allclose(both.sparsity_std, gap, atol=1e-6)
-    feasible = (alone[0].output_error < 1e29) & (alone[1].output_error < 1e29)
-    assert feasible.any()
-    mean = (alone[0].output_error + alone[1].output_error) / 2
-    assert np.allclose(both.output_error[feasible], mean[feasible], rtol=1e-4, atol=1e-7)
+    pair = [profile.statistics for profile in alone]
+    for name in ("modality_mass_mean", "entropy_mean"):
+        mean = (getattr(pair[0], name) + getattr(pair[1], name)) / 2
+        assert np.allclose(getattr(both.statistics, name), mean, atol=1e-6)
 
 
 def test_the_model_is_left_as_it_was(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
@@ -263,11 +265,14 @@ def test_skipping_counts_and_names_bad_samples(
     empty = replace(samples[2], id="empty", reply="", followups=())
     mixed = [short_sample(), samples[0], broken_sample(), samples[1], empty]
     profile = calibrate(*tiny, mixed, budget=BUDGET, recipe=recipe, on_error="skip")
-    assert profile.provenance["samples"] == 2
-    assert profile.provenance["skipped"] == 3
-    assert profile.provenance["skipped_ids"] == ["broken", "empty", "short"]
-    good = calibrate(*tiny, samples[:2], budget=BUDGET, recipe=recipe)
+    skipped = ["broken", "empty", "short"] if recipe == "measured" else ["broken", "short"]
+    assert profile.provenance["samples"] == 5 - len(skipped)
+    assert profile.provenance["skipped"] == len(skipped)
+    assert profile.provenance["skipped_ids"] == skipped
+    used = [samples[0], samples[1], *([] if recipe == "measured" else [empty])]
+    good = calibrate(*tiny, used, budget=BUDGET, recipe=recipe)
     assert np.array_equal(profile.loss, good.loss)
+    assert np.array_equal(profile.sparsity_mean, good.sparsity_mean)
     if recipe == "measured":
         assert profile.index is not None
         assert good.index is not None
@@ -279,7 +284,8 @@ def test_when_every_sample_is_bad_the_first_reason_is_given(
     tiny: tuple[Any, Any], samples: list[Sample], recipe: Any
 ) -> None:
     empty = replace(samples[2], id="empty", reply="", followups=())
-    for bad in ([empty], [short_sample(), broken_sample()]):
+    cases = [[short_sample(), broken_sample()], *([[empty]] if recipe == "measured" else [])]
+    for bad in cases:
         with pytest.raises(SampleError, match=r"no sample could be used: .*(empty|missing)"):
             calibrate(*tiny, bad, budget=BUDGET, recipe=recipe, on_error="skip")
 
@@ -325,9 +331,7 @@ def test_without_a_reply_the_model_speaks_for_itself(
     silent = replace(given, reply=None, followups=())
     spoken = replace(given, reply=own, followups=())
     other = replace(given, reply="red cross red cross", followups=())
-    profiles = [
-        calibrate(*tiny, [s], budget=BUDGET, recipe="paper") for s in (silent, spoken, other)
-    ]
+    profiles = [calibrate(*tiny, [s], budget=BUDGET) for s in (silent, spoken, other)]
     assert np.array_equal(profiles[0].loss, profiles[1].loss)
     assert not np.array_equal(profiles[0].loss, profiles[2].loss)
 
@@ -336,12 +340,103 @@ def test_a_later_question_counts(tiny: tuple[Any, Any], samples: list[Sample]) -
     """Dropping the follow-up turn changes what is measured, not what the prompt shows."""
     sample = samples[0]
     assert sample.followups
-    whole = calibrate(*tiny, [sample], budget=BUDGET, recipe="paper")
-    first = calibrate(*tiny, [replace(sample, followups=())], budget=BUDGET, recipe="paper")
+    whole = calibrate(*tiny, [sample], budget=BUDGET)
+    first = calibrate(*tiny, [replace(sample, followups=())], budget=BUDGET)
     assert np.array_equal(whole.sparsity_mean, first.sparsity_mean)
     assert not np.array_equal(whole.output_error, first.output_error)
+    assert whole.statistics is not None
+    assert first.statistics is not None
+    assert whole.statistics.drift_samples.tolist() == [1, 1, 1]
+    assert first.statistics.drift_samples.tolist() == [1, 0, 0]
+    assert np.array_equal(whole.statistics.drift_mean[0], first.statistics.drift_mean[0])
+    assert 0.1 < float(whole.statistics.drift_mean.mean()) < 1
     long = replace(sample, followups=(*sample.followups, *[Turn("yellow cross", "red")] * 60))
-    assert calibrate(*tiny, [long], budget=BUDGET, recipe="paper").provenance["samples"] == 1
+    assert calibrate(*tiny, [long], budget=BUDGET).provenance["samples"] == 1
+
+
+# -- the recipe paper reads prompts alone, and its constants are options ---------------------------
+
+
+def test_paper_profiles_do_not_depend_on_replies(
+    tiny: tuple[Any, Any], samples: list[Sample], paper: Profile
+) -> None:
+    silent = [replace(s, reply=None, followups=()) for s in samples]
+    found = calibrate(*tiny, silent, budget=BUDGET, recipe="paper")
+    assert found.to_bytes() == paper.to_bytes()
+    with pytest.raises(UsageError, match="judges no replies"):
+        calibrate(*tiny, samples, recipe="paper", replies="own")
+
+
+def test_paper_profiles_promise_no_loss(paper: Profile) -> None:
+    assert not paper.has_curves
+    assert paper.ratios.tolist() == [1.0]
+    assert not paper.loss.any()
+    plan = paper.plan(0.3, 2000)
+    assert plan.expected_loss is None
+    assert plan.reference_loss is None
+    assert plan.below_measured == 0
+    assert np.isnan(paper.allocation(0.3, 2000).expected_loss)
+    assert paper.statistics is not None
+    assert paper.statistics.drift_samples.tolist() == [0, 0, 0]
+
+
+def test_both_recipes_see_the_same_entropy_and_masses_that_add_up(
+    measured: Profile, paper: Profile
+) -> None:
+    assert measured.statistics is not None
+    assert paper.statistics is not None
+    assert np.array_equal(measured.statistics.entropy_mean, paper.statistics.entropy_mean)
+    mass = measured.statistics.modality_mass_mean
+    assert np.allclose(mass.sum(axis=0), 1, atol=1e-5)
+    assert not mass[CLASSES.index("video")].any()
+    assert float(mass[CLASSES.index("image")].max()) > 0.1
+
+
+def test_constants_of_the_paper_are_options(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
+    found = calibrate(
+        *tiny, samples[:3], recipe="paper", budget=BUDGET, theta=0.7, kappa=0.3, coefficient=2.0,
+        chunk=8, text_prior=0.25,
+    )  # fmt: skip
+    assert found.strategies == paper_menu(8, 0.25)
+    assert found.kappas == (*KAPPAS, 0.3)
+    assert found.provenance["theta_kappa"] == 0.3
+    assert found.provenance["coefficient"] == 2.0
+    lower = found.sparsity_mean[-1] - 1.96 * found.sparsity_std[-1] / np.sqrt(2)
+    static = (lower >= 0.7).reshape(6, 4, 2).all(-1)
+    assert 0 < static.sum() < static.size
+    assert np.array_equal(found.head_types == HeadType.STATIC, static)
+    shares = found.budget[static].mean() / found.budget[~static].mean()
+    assert float(shares) == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"theta": 0.8}, {"kappa": 0.05}, {"coefficient": 2.0}, {"chunk": 32}, {"text_prior": 0.0}],
+    ids=str,
+)
+def test_constants_of_the_paper_belong_to_it(
+    tiny: tuple[Any, Any], samples: list[Sample], options: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(options))} belong to recipe 'paper'"):
+        calibrate(*tiny, samples[:1], **options)
+
+
+def test_budgets_go_to_types_by_the_coefficient() -> None:
+    """r = 3 at a share of .2, one static head in four: 3 d + 3 d = 4 * .2, so d = .4 / 3 and the
+    static head has .4; two static heads of sparsity .9 and .6 share .3 as 3 to 2."""
+    grid = HeadGrid(layers=2, query_heads=2, kv_heads=2, head_dim=8)
+    types = np.array([[0, 1], [1, 1]], dtype=np.uint8)
+    mean = np.array([[0.9, 0.4], [0.3, 0.2]], dtype=np.float32)
+    found = allocate_by_sparsity(types, mean, 0.2, 0.01, grid, coefficient=3.0)
+    assert found.ratio.ravel().tolist() == pytest.approx([0.4, *[0.4 / 3] * 3], rel=1e-4)
+    types = np.array([[0, 0], [1, 1]], dtype=np.uint8)
+    mean = np.array([[0.9, 0.6], [0.3, 0.2]], dtype=np.float32)
+    found = allocate_by_sparsity(types, mean, 0.2, 0.01, grid, coefficient=3.0)
+    assert found.ratio.ravel().tolist() == pytest.approx([0.36, 0.24, 0.1, 0.1], rel=1e-4)
+    for kind in HeadType:  # with one type alone there is nothing to divide
+        even = np.full((2, 2), kind, dtype=np.uint8)
+        found = allocate_by_sparsity(even, np.ones_like(mean), 0.2, 0.01, grid, coefficient=3.0)
+        assert found.ratio.ravel().tolist() == pytest.approx([0.2] * 4, rel=1e-4)
 
 
 # -- options, progress, interruption --------------------------------------------------------------
@@ -354,6 +449,13 @@ def test_a_later_question_counts(tiny: tuple[Any, Any], samples: list[Sample]) -
         {"theta": 0.0},
         {"theta": 1.01},
         {"theta": float("nan")},
+        {"kappa": 0.0, "recipe": "paper"},
+        {"kappa": float("nan"), "recipe": "paper"},
+        {"coefficient": 0.0, "recipe": "paper"},
+        {"coefficient": float("inf"), "recipe": "paper"},
+        {"chunk": 0, "recipe": "paper"},
+        {"text_prior": 1.5, "recipe": "paper"},
+        {"text_prior": float("nan"), "recipe": "paper"},
         {"budget": 0.0},
         {"budget": 1.5},
         {"budget": float("nan")},
@@ -422,7 +524,13 @@ def test_the_keep_rule_is_used_and_recorded(tiny: tuple[Any, Any], samples: list
     profile = calibrate(*tiny, samples[:1], budget=BUDGET, recipe="paper", keep=keep)
     default = calibrate(*tiny, samples[:1], budget=BUDGET, recipe="paper")
     assert profile.keep == keep
-    assert not np.array_equal(profile.loss[0], default.loss[0])
+    for few, many in zip(
+        *(p.statistics.modality_mass_mean for p in (profile, default)), strict=True
+    ):
+        assert not np.array_equal(few, many) or not many.any()  # there is no video
+    at = CLASSES.index("recent")
+    mass = [p.statistics.modality_mass_mean[at] for p in (profile, default)]
+    assert bool((mass[0] <= mass[1] + 1e-6).all())
 
 
 def test_own_replies_are_what_the_model_says(tiny: tuple[Any, Any]) -> None:

@@ -19,7 +19,7 @@ from hkvprof.cli import run
 from hkvprof.errors import UsageError
 from hkvprof.heads import KeepRule, Modality
 from hkvprof.profile.calibrate import calibrate, measure
-from hkvprof.profile.conditions import Conditions
+from hkvprof.profile.conditions import ROW_SCHEMA, Conditions
 from hkvprof.profile.merge import Decision, merge
 from hkvprof.profile.probe import Probe
 from hkvprof.profile.rows import (
@@ -191,7 +191,7 @@ def test_other_conditions_are_refused(
     for options, names in (
         ({"keep": KEEP, "replies": "own"}, "replies"),
         ({"keep": KeepRule(1, 2, 8)}, "keep"),
-        ({"keep": KEEP, "recipe": "paper"}, "recipe, strategies"),
+        ({"keep": KEEP, "recipe": "paper"}, "recipe, strategies, ratios"),
     ):
         with pytest.raises(UsageError, match=rf"other conditions \({names}\)"):
             calibrate(*tiny, samples, rows=folder, **options)  # type: ignore[arg-type]
@@ -256,6 +256,23 @@ def test_a_sample_lies_in_one_folder(folder: Path, tmp_path: Path) -> None:
             merge(twice)
 
 
+def test_folders_of_an_older_hkvprof_are_refused_by_name(
+    tiny: tuple[Any, Any], samples: list[Sample], folder: Path, tmp_path: Path, measured: list[str]
+) -> None:
+    """Rows once held less, and their conditions did not say what rows hold."""
+    old = copy(folder, tmp_path / "old")
+    plain = json.loads((old / "conditions.json").read_text())
+    assert plain.pop("row_schema") == ROW_SCHEMA
+    (old / "conditions.json").write_text(json.dumps(plain))
+    with pytest.raises(UsageError, match=r"other conditions \(row_schema\)"):
+        calibrate(*tiny, samples, keep=KEEP, rows=old)
+    with pytest.raises(UsageError, match=r"different conditions \(row_schema\)"):
+        merge([folder, old])
+    with pytest.raises(UsageError, match="rows of version 1, and this hkvprof reads 2: measure"):
+        merge([old])
+    assert measured == []
+
+
 # -- damaged files --------------------------------------------------------------------------------
 
 
@@ -273,6 +290,12 @@ def damage(data: bytes, how: str) -> bytes:
         tensors["losses"][0, 0, 0, 0, 0] = np.nan
     elif how == "shape":
         tensors["losses"] = tensors["losses"][:, :, :-1].copy()
+    elif how == "mass":
+        tensors["modality_mass"] = tensors["modality_mass"] / 2
+    elif how == "drift":
+        tensors["drift"] = tensors["drift"] - 2
+    elif how == "less":
+        del tensors["entropy"]
     elif how == "dtype":
         tensors["sparsity"] = tensors["sparsity"].astype(np.float64)
     elif how == "more":
@@ -294,8 +317,8 @@ def damage(data: bytes, how: str) -> bytes:
 
 @pytest.mark.parametrize(
     "how",
-    ["cut", "empty", "text", "nan", "shape", "dtype", "more", "tokens", "vision", "no vision", "id",
-     "conditions", "missing"],
+    ["cut", "empty", "text", "nan", "shape", "mass", "drift", "less", "dtype", "more", "tokens",
+     "vision", "no vision", "id", "conditions", "missing"],
 )  # fmt: skip
 def test_damaged_rows_are_named(folder: Path, tmp_path: Path, how: str) -> None:
     rows = copy(folder, tmp_path / "rows")

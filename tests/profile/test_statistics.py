@@ -174,6 +174,21 @@ def test_losses_equal_brute_force(strategy: Strategy) -> None:
     assert_matches(make_layer(), (strategy,), RATIOS)
 
 
+@pytest.mark.parametrize("block", [1, 400])
+def test_blocks_of_rows_make_the_same_losses(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row and two rows at a time; infeasible points stay so to the bit."""
+    layer = make_layer()
+    whole = layer.losses(MENU, RATIOS)
+    monkeypatch.setattr(statistics, "BLOCK", block)
+    parts = layer.losses(MENU, RATIOS)
+    for name in ("output", "square", "reply"):
+        expected, found = getattr(whole, name), getattr(parts, name)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        same = expected >= float(INFEASIBLE)
+        assert torch.equal(found[same], expected[same])
+        assert same.any()
+
+
 def test_losses_stand_in_the_order_of_menu_heads_and_ratios() -> None:
     layer = make_layer()
     whole = layer.losses(MENU, RATIOS)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.artifact import Profile
+from hkvprof.errors import UsageError
 from hkvprof.evaluate.baselines.base import Prompt
 from hkvprof.evaluate.baselines.passes import watched
 from hkvprof.heads import HeadType
@@ -94,8 +95,14 @@ def _random_ids(prompt: Prompt) -> Int[Tensor, "1 period"]:
 def static_loss(profile: Profile) -> NDArray[np.float32]:
     """What every head loses when it is static at 20%, with its best pooling; [layers, kv_heads].
 
-    At 5%, where most heads lose much, the order of heads says less.
+    At 5%, where most heads lose much, the order of heads says less. Raises UsageError where no
+    losses were measured.
     """
+    if len(profile.ratios) < 2:
+        raise UsageError(
+            "this method ranks heads by measured losses, and a profile of recipe 'paper' has none: "
+            "calibrate with recipe 'measured'"
+        )
     static = [strategy.head_type is HeadType.STATIC for strategy in profile.strategies]
     at = int(np.abs(profile.ratios - AT).argmin())
     least: NDArray[np.float32] = profile.loss_at(profile.usual_tokens)[static][..., at].min(axis=0)
