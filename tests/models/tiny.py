@@ -55,20 +55,27 @@ MLA = {
     "topk_group": 1,
     "first_k_dense_replace": 2,
 }
+CROPS = [[28, 56], [56, 28], [56, 56]]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
     return {
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
         "text_config": {**TEXT, "rope_parameters": MROPE, **text},
         "vision_config": {**QWEN_VISION, **vision},
     }
 
 
-def _vlm(text: str, vision: str, **extra: Any) -> dict[str, Any]:
+def _vlm(
+    text: str, vision: str, changes: dict[str, Any] | None = None, **extra: Any
+) -> dict[str, Any]:
     return {
-        "text_config": {**TEXT, "model_type": text},
-        "vision_config": {**VISION, "model_type": vision},
+        "text_config": {**TEXT, "model_type": text, "sliding_window": None},
+        "vision_config": {**VISION, "model_type": vision, **(changes or {})},
         **extra,
     }
 
@@ -95,25 +102,33 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlavaForConditionalGeneration",
         _vlm("llama", "clip_vision_model", image_token_index=5),
     ),
+    "llava-next": (
+        "LlavaNextConfig",
+        "LlavaNextForConditionalGeneration",
+        _vlm("mistral", "clip_vision_model", image_token_index=5, image_grid_pinpoints=CROPS),
+    ),
     "llava-onevision": (
         "LlavaOnevisionConfig",
         "LlavaOnevisionForConditionalGeneration",
-        _vlm("qwen2", "siglip_vision_model", image_token_index=5, video_token_index=6),
+        _vlm(
+            "qwen2", "siglip_vision_model",
+            image_token_index=5, video_token_index=6, image_grid_pinpoints=CROPS,
+        ),  # fmt: skip
     ),
     "internvl": (
         "InternVLConfig",
         "InternVLForConditionalGeneration",
-        _vlm("qwen2", "internvl_vision", image_token_id=5),
+        _vlm("qwen2", "internvl_vision", {"image_size": 56}, image_token_id=5),
     ),
     "idefics3": (
         "Idefics3Config",
         "Idefics3ForConditionalGeneration",
-        _vlm("llama", "idefics3_vision", image_token_id=5),
+        _vlm("llama", "idefics3_vision", image_token_id=5, scale_factor=2),
     ),
     "smolvlm": (
         "SmolVLMConfig",
         "SmolVLMForConditionalGeneration",
-        _vlm("llama", "smolvlm_vision", image_token_id=5),
+        _vlm("llama", "smolvlm_vision", image_token_id=5, scale_factor=2),
     ),
     "gemma3": (
         "Gemma3Config",
@@ -125,6 +140,19 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "boi_token_index": 6,
             "eoi_token_index": 7,
             "mm_tokens_per_image": 4,
+        },
+    ),
+    "paligemma": (
+        "PaliGemmaConfig",
+        "PaliGemmaForConditionalGeneration",
+        _vlm("gemma", "siglip_vision_model", image_token_index=5, projection_dim=64),
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        "Mistral3ForConditionalGeneration",
+        {
+            **_vlm("mistral", "pixtral", {"image_size": 56}, image_token_index=5),
+            "spatial_merge_size": 2,
         },
     ),
     "llama": ("LlamaConfig", "LlamaForCausalLM", TEXT),

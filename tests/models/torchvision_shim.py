@@ -32,7 +32,8 @@ def main(out: Path) -> None:
     from transformers import AutoConfig
 
     from hkvprof.models.aliases import TINYVL_FOLDER
-    from hkvprof.models.processing import AutoVisionProcessor, load_processor
+    from hkvprof.models.processors import load_processor
+    from hkvprof.models.vision import AutoVisionProcessor
     from tests.models.conversations import VISION_CASES
 
     source = str(TINYVL_FOLDER)
