@@ -75,6 +75,12 @@ _QWEN3 = replace(
     _QWEN,
     settings={"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 1024, "longest_edge": 16384}},
 )
+_PIXTRAL = Family(
+    "PixtralProcessor", "PixtralImageProcessor",
+    {"size": {"longest_edge": 2 * SIDE}, "patch_size": 14}, {"patch_size": 14},
+    special=("[IMG]", "<video>", "[IMG_BREAK]", "[IMG_END]"), written="[IMG]",
+    needs="PixtralProcessor",
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "qwen2-vl": _QWEN,
@@ -140,15 +146,8 @@ FAMILIES: dict[str, Family] = {
     "paligemma": Family(
         "PaliGemmaProcessor", "SiglipImageProcessor", {**_SQUARE, "image_seq_length": 4}
     ),
-    "mistral3": Family(
-        "PixtralProcessor",
-        "PixtralImageProcessor",
-        {"size": {"longest_edge": 2 * SIDE}, "patch_size": 14},
-        {"patch_size": 14, "spatial_merge_size": 2},
-        special=("[IMG]", "<video>", "[IMG_BREAK]", "[IMG_END]"),
-        written="[IMG]",
-        needs="PixtralProcessor",
-    ),
+    "pixtral": _PIXTRAL,
+    "mistral3": replace(_PIXTRAL, options={"patch_size": 14, "spatial_merge_size": 2}),
 }
 
 

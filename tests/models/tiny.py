@@ -147,6 +147,14 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "PaliGemmaForConditionalGeneration",
         _vlm("gemma", "siglip_vision_model", image_token_index=5, projection_dim=64),
     ),
+    "pixtral": (
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        _vlm(
+            "mistral", "pixtral", {"image_size": 56},
+            image_token_index=5, vision_feature_layer=-1, vision_feature_select_strategy="full",
+        ),  # fmt: skip
+    ),
     "mistral3": (
         "Mistral3Config",
         "Mistral3ForConditionalGeneration",
@@ -160,6 +168,7 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", TEXT),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", TEXT),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", TEXT),
+    "gemma3-text": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**TEXT, **SLIDING}),
     "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**TEXT, "num_key_value_heads": 4}),
 }
 """Models that are covered: config class, model class, arguments of the config."""
@@ -194,6 +203,43 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "T5ForConditionalGeneration",
         {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 64},
         "t5 is not supported: it uses an encoder and a decoder",
+    ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+            "vocab_size": 64,
+        },  # fmt: skip
+        "bart is not supported: it uses an encoder and a decoder",
+    ),
+    "paligemma2": (
+        "PaliGemmaConfig",
+        "PaliGemmaForConditionalGeneration",
+        _vlm("gemma2", "siglip_vision_model", image_token_index=5, projection_dim=64),
+        "paligemma is not supported: it uses attention logit soft-capping",
+    ),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64},
+        "bloom is not supported: its attention does not go through transformers' Attention",
+    ),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64},
+        "falcon is not supported: its attention does not go through transformers' Attention",
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        {
+            "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4,
+            "num_heads": 8, "head_dim": 8, "n_groups": 1,
+        },  # fmt: skip
+        "mamba2 is not supported: it has no attention, and so no KV cache to compress",
     ),
     "mamba": (
         "MambaConfig",
