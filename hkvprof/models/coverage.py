@@ -14,7 +14,7 @@ class Covered:
     """A model class that runs from calibration to generation in the tests.
 
     `images` is what image input needs: "no" where the model takes none, else "Pillow" or
-    "torchvision". `layers` are those that are compressed.
+    "torchvision" (and more). `layers` are those that are compressed.
     """
 
     name: str
@@ -51,7 +51,9 @@ COVERAGE: dict[str, Covered] = {
         "Idefics3", "Idefics3ForConditionalGeneration", "idefics3", "torchvision",
         note="newer transformers: Pillow is enough",
     ),
-    "smolvlm": Covered("SmolVLM", "SmolVLMForConditionalGeneration", "smolvlm", "torchvision"),
+    "smolvlm": Covered(
+        "SmolVLM", "SmolVLMForConditionalGeneration", "smolvlm", "torchvision, num2words"
+    ),
     "gemma3": Covered(
         "Gemma 3", "Gemma3ForConditionalGeneration", "gemma3", "Pillow", "full attention",
         "sliding layers stay as they are",

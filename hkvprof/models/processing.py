@@ -22,6 +22,8 @@ from hkvprof.models.conversation import (
     flatten,
 )
 
+_SECONDS = "second_per_grid_ts"
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -36,9 +38,12 @@ class Encoded:
         return int(self.inputs["input_ids"].shape[1])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The inputs on a device, floating-point ones in the model's dtype."""
+        """The inputs on a device, floating-point ones in the model's dtype, but not seconds: M-RoPE
+        rounds them to whole positions."""
         return {
-            key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            key: value.to(device, dtype)
+            if value.is_floating_point() and key != _SECONDS
+            else value.to(device)
             for key, value in self.inputs.items()
         }
 

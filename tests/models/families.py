@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ class Family:
 
     `special` are the texts of tokens IMAGE, VIDEO, BEGIN and END and of what follows them; `named`
     the attributes that the tokenizer offers them under; `written` is what a template writes for an
-    image. `needs`: what keeps transformers' processor class from being made without torchvision.
+    image. `needs`: what keeps transformers' processor class from being made without torchvision,
+    `packages` what else must be installed then.
     """
 
     processor: str
@@ -49,6 +51,8 @@ class Family:
     named: dict[str, int] = field(default_factory=dict)
     written: str = "<image>"
     needs: str = ""
+    video_processor: str = ""
+    packages: tuple[str, ...] = ()
 
 
 def _old_release(name: str) -> str:
@@ -66,13 +70,16 @@ _PIECE_TOKENS = (
     *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
 )  # fmt: skip
 _QWEN = Family(
-    "", "Qwen2VLImageProcessor",
+    "Qwen2_5_VLProcessor", "Qwen2VLImageProcessor",
     {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": 12544}},
     special=("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
-    written="<|vision_start|><|image_pad|><|vision_end|>",
+    named={"image_token": 0, "video_token": 1},
+    written="<|vision_start|><|image_pad|><|vision_end|>", video_processor="Qwen2VLVideoProcessor",
 )  # fmt: skip
 _QWEN3 = replace(
     _QWEN,
+    processor="Qwen3VLProcessor",
+    video_processor="Qwen3VLVideoProcessor",
     settings={"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 1024, "longest_edge": 16384}},
 )
 _PIXTRAL = Family(
@@ -83,7 +90,7 @@ _PIXTRAL = Family(
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
-    "qwen2-vl": _QWEN,
+    "qwen2-vl": replace(_QWEN, processor="Qwen2VLProcessor"),
     "qwen2.5-vl": _QWEN,
     "qwen3-vl": _QWEN3,
     "qwen3-vl-moe": _QWEN3,
@@ -102,6 +109,7 @@ FAMILIES: dict[str, Family] = {
         {**_SQUARE, **_CROPS},
         {"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
         needs="LlavaOnevisionVideoProcessor",
+        video_processor="LlavaOnevisionVideoProcessor",
     ),
     "internvl": Family(
         "InternVLProcessor",
@@ -117,6 +125,7 @@ FAMILIES: dict[str, Family] = {
         },
         written="<IMG_CONTEXT>",
         needs="InternVLVideoProcessor",
+        video_processor="InternVLVideoProcessor",
     ),
     "idefics3": Family(
         "Idefics3Processor",
@@ -133,6 +142,8 @@ FAMILIES: dict[str, Family] = {
         {"image_seq_len": 1},
         special=_PIECE_TOKENS,
         needs="SmolVLMVideoProcessor",
+        video_processor="SmolVLMVideoProcessor",
+        packages=("num2words",),
     ),
     "gemma3": Family(
         "Gemma3Processor",
@@ -240,7 +251,7 @@ def processor_of(name: str, model: Any) -> tuple[ChatProcessor, str]:
     if family is None:
         return TextProcessor(tokenizer, model.config), "tokenizer"
     real = torchvision_works()
-    if not real and family.needs:
+    if family.needs and not (real and all(map(find_spec, family.packages))):
         pieces = family.settings is _PIECES
         pixels = SquarePixels() if pieces else _make(family.image_processor + "Pil", family.settings)
         return StandIn(model, pixels, tokenizer, family.special[0]), "stand-in"
@@ -251,9 +262,13 @@ def processor_of(name: str, model: Any) -> tuple[ChatProcessor, str]:
         tokenizer.chat_template = None  # it has none: the adapter's is used
     image_processor = _make(family.image_processor + ("" if real else "Pil"), family.settings)
     make: Callable[..., Any] = getattr(hf, family.processor)
+    options = dict(family.options)
+    if family.video_processor:
+        sizes = family.settings if "merge_size" in family.settings else {}
+        options["video_processor"] = _make(family.video_processor, sizes)
     processor = make(
         image_processor=image_processor, tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template, **family.options,
+        chat_template=tokenizer.chat_template, **options,
     )  # fmt: skip
     return AutoVisionProcessor(processor, model.config), family.processor
 
