@@ -30,7 +30,9 @@ def models(
         return
     typer.echo(_columns([(alias.name, alias.hub_id or alias.note) for alias in aliases]))
     typer.echo("\n--model also takes a hub id (owner/name) or a folder made by save_pretrained.")
-    typer.echo("\nTested architectures; others are tried as they are, some refused with the reason:\n")
+    typer.echo(
+        "\nTested architectures; others are tried as they are, some refused with the reason:\n"
+    )
     typer.echo(_columns([coverage.HEADERS, *coverage.rows()]))
 
 

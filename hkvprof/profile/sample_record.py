@@ -25,8 +25,8 @@ class Sample:
     `"modality": "context"` for long text that plays the part of vision tokens) and
     `{"type": "image", "path": ...}` or, in memory, `{"type": "image", "image": ...}` with a
     PIL.Image or the bytes of an image file; a video is `{"type": "video", "frames": [...], "fps":
-    ...}`, its frames what an image's `path` or `image` may be. `reply` is the expected answer; without it the model's
-    own greedy answer is used.
+    ...}`, its frames what an image's `path` or `image` may be. `reply` is the expected answer;
+    without it the model's own greedy answer is used.
     """
 
     id: str

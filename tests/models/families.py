@@ -80,7 +80,11 @@ _QWEN3 = replace(
     _QWEN,
     processor="Qwen3VLProcessor",
     video_processor="Qwen3VLVideoProcessor",
-    settings={"patch_size": 16, "merge_size": 2, "size": {"shortest_edge": 1024, "longest_edge": 16384}},
+    settings={
+        "patch_size": 16,
+        "merge_size": 2,
+        "size": {"shortest_edge": 1024, "longest_edge": 16384},
+    },
 )
 _PIXTRAL = Family(
     "PixtralProcessor", "PixtralImageProcessor",
@@ -253,11 +257,15 @@ def processor_of(name: str, model: Any) -> tuple[ChatProcessor, str]:
     real = torchvision_works()
     if family.needs and not (real and all(map(find_spec, family.packages))):
         pieces = family.settings is _PIECES
-        pixels = SquarePixels() if pieces else _make(family.image_processor + "Pil", family.settings)
+        pixels = (
+            SquarePixels() if pieces else _make(family.image_processor + "Pil", family.settings)
+        )
         return StandIn(model, pixels, tokenizer, family.special[0]), "stand-in"
     if adapter_for(model.config).pillow and not real:
         image_processor = _make(family.image_processor + "Pil", family.settings)
-        return PillowVisionProcessor(image_processor, tokenizer, model.config), "PillowVisionProcessor"
+        return PillowVisionProcessor(
+            image_processor, tokenizer, model.config
+        ), "PillowVisionProcessor"
     if name == "paligemma":
         tokenizer.chat_template = None  # it has none: the adapter's is used
     image_processor = _make(family.image_processor + ("" if real else "Pil"), family.settings)

@@ -42,7 +42,6 @@ def test_a_row_says_what_ran(name: str) -> None:
     assert (row.layers == "all") is (len(view.layer_ids) == view.text_config.num_hidden_layers)
     assert (row.images != "no") is (name in FAMILIES)
     _, how = processor_of(name, model)
-    print(f"{name}: inputs by {how}")
     if row.images == "Pillow":
         assert how != "stand-in"
     if row.images.startswith("torchvision") and not torchvision_works() and not row.note:

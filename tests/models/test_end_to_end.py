@@ -1,4 +1,4 @@
-"""Every model of the coverage table: calibrate, compress and generate, with images where it has them.
+"""Every model of the coverage table from calibrate to generate, with images where it has them.
 
 Real classes with random weights; docs/models.md is checked against what runs here.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,11 @@ def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def gpt2() -> Iterator[Any]:
+def gpt2() -> Any:
     torch.manual_seed(0)
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": 128}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    yield hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **ids)).eval()
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **ids)).eval()
 
 
 def example() -> str:
@@ -50,7 +49,7 @@ def test_the_example_is_short() -> None:
 
 
 def test_the_example_is_needed(gpt2: Any) -> None:
-    with pytest.raises(ModelError, match="no supported layer 0: no attention .*adding-a-model.md"):
+    with pytest.raises(ModelError, match=r"no supported layer 0: no attention .*adding-a-model.md"):
         view_model(gpt2)
 
 
@@ -116,5 +115,5 @@ def test_an_own_adapter_can_refuse_and_replace() -> None:
 
 @pytest.mark.parametrize("wrong", [Adapter(), Adapter, "llama"])
 def test_what_cannot_be_registered(wrong: Any) -> None:
-    with pytest.raises(UsageError, match="expected an instance .* that names its model_types"):
+    with pytest.raises(UsageError, match=r"expected an instance .* that names its model_types"):
         register_adapter(wrong)

@@ -111,9 +111,12 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlavaOnevisionConfig",
         "LlavaOnevisionForConditionalGeneration",
         _vlm(
-            "qwen2", "siglip_vision_model",
-            image_token_index=5, video_token_index=6, image_grid_pinpoints=CROPS,
-        ),  # fmt: skip
+            "qwen2",
+            "siglip_vision_model",
+            image_token_index=5,
+            video_token_index=6,
+            image_grid_pinpoints=CROPS,
+        ),
     ),
     "internvl": (
         "InternVLConfig",
@@ -151,9 +154,13 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlavaConfig",
         "LlavaForConditionalGeneration",
         _vlm(
-            "mistral", "pixtral", {"image_size": 56},
-            image_token_index=5, vision_feature_layer=-1, vision_feature_select_strategy="full",
-        ),  # fmt: skip
+            "mistral",
+            "pixtral",
+            {"image_size": 56},
+            image_token_index=5,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
     ),
     "mistral3": (
         "Mistral3Config",
@@ -208,10 +215,15 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "BartConfig",
         "BartForConditionalGeneration",
         {
-            "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+            "d_model": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
             "vocab_size": 64,
-        },  # fmt: skip
+        },
         "bart is not supported: it uses an encoder and a decoder",
     ),
     "paligemma2": (
@@ -236,9 +248,14 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "Mamba2Config",
         "Mamba2ForCausalLM",
         {
-            "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4,
-            "num_heads": 8, "head_dim": 8, "n_groups": 1,
-        },  # fmt: skip
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "vocab_size": 64,
+            "state_size": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+        },
         "mamba2 is not supported: it has no attention, and so no KV cache to compress",
     ),
     "mamba": (

@@ -3,8 +3,8 @@
 Image transforms are Python code on top of torch; only torchvision's own operators are compiled, and
 a build for another torch cannot load them. Declaring those that torchvision decorates at import is
 enough to import it. Run as a script, in a process of its own, because transformers looks for
-torchvision once: `PYTHONPATH=TORCHVISION_FOLDER python -m tests.models.torchvision_shim OUT`, or with
-`pytest ARGUMENTS` in place of OUT to run tests beside such a torchvision.
+torchvision once: `PYTHONPATH=TORCHVISION_FOLDER python -m tests.models.torchvision_shim OUT`, or
+with `pytest ARGUMENTS` in place of OUT to run tests beside such a torchvision.
 """
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ def test_images_in_memory() -> None:
 def test_the_frames_of_a_video_are_opened_in_order(folder: Path) -> None:
     Image.new("RGB", (4, 3), (0, 0, 255)).save(folder / "images" / "b.png")
     frames = ["images/b.png", "images/a.png", "images/b.png"]
-    loaded = load_samples(write(folder, record(**user(video(frames), {"type": "text", "text": "?"}))))
+    loaded = load_samples(
+        write(folder, record(**user(video(frames), {"type": "text", "text": "?"})))
+    )
     part = open_images(loaded.samples[0])[0]["content"][0]
     assert [frame.getpixel((0, 0))[2] for frame in part["frames"]] == [255, 0, 255]
     assert part["fps"] == 2.0
