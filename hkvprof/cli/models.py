@@ -1,8 +1,10 @@
-"""`hkvprof models`: the names that --model takes."""
+"""`hkvprof models`: the names that --model takes, and the architectures that are tested."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -16,15 +18,26 @@ Examples:
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the short names of models; hub ids and local folders work as well."""
+    """List the short names of models, and the architectures that are tested (docs/models.md)."""
+    from hkvprof.models import coverage
     from hkvprof.models.aliases import ALIASES
 
     aliases = [ALIASES[name] for name in sorted(ALIASES)]
     if as_json:
-        rows = [{"name": a.name, "hub_id": a.hub_id or None, "note": a.note} for a in aliases]
-        typer.echo(json.dumps(rows, indent=2))
+        names = [{"name": a.name, "hub_id": a.hub_id or None, "note": a.note} for a in aliases]
+        tested = [asdict(row) for row in coverage.COVERAGE.values()]
+        typer.echo(json.dumps({"aliases": names, "architectures": tested}, indent=2))
         return
-    width = max(len(alias.name) for alias in aliases)
-    for alias in aliases:
-        typer.echo(f"{alias.name:<{width}}  {alias.hub_id or alias.note}")
+    typer.echo(_columns([(alias.name, alias.hub_id or alias.note) for alias in aliases]))
     typer.echo("\n--model also takes a hub id (owner/name) or a folder made by save_pretrained.")
+    typer.echo(
+        "\nTested architectures; others are tried as they are, some refused with the reason:\n"
+    )
+    typer.echo(_columns([coverage.HEADERS, *coverage.rows()]))
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

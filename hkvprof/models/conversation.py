@@ -8,6 +8,8 @@ from typing import Any
 from hkvprof.errors import SampleError
 
 Conversation = Sequence[Mapping[str, Any]]
+Video = tuple[Sequence[Any], float]
+"""PIL images, and how many of them there are per second."""
 
 
 def parts_of(content: Any) -> list[Mapping[str, Any]]:
@@ -28,14 +30,27 @@ def flatten(content: Any) -> str:
 
 
 def images_of(conversation: Conversation) -> list[Any]:
-    """The images in order; each part holds an opened PIL image under `image`.
+    """The images in order; each part holds an opened PIL image under `image`."""
+    return [part["image"] for part in _parts_of_type(conversation, "image")]
 
-    Raises SampleError for videos.
+
+def videos_of(conversation: Conversation) -> list[Video]:
+    """The videos in order; each part holds opened PIL images under `frames`, and `fps`.
+
+    Raises SampleError for a video that is not given as frames.
     """
-    parts = [part for message in conversation for part in parts_of(message["content"])]
-    if any(part["type"] == "video" for part in parts):
-        raise SampleError("video input is not supported yet: use samples with images and text only")
-    return [part["image"] for part in parts if part["type"] == "image"]
+    parts = _parts_of_type(conversation, "video")
+    if any(not part.get("frames") or not part.get("fps", 0) > 0 for part in parts):
+        raise SampleError(
+            'a video must be given as its frames: {"type": "video", "frames": [IMAGE, ...], '
+            '"fps": FRAMES_PER_SECOND}'
+        )
+    return [(part["frames"], float(part["fps"])) for part in parts]
+
+
+def _parts_of_type(conversation: Conversation, kind: str) -> list[Mapping[str, Any]]:
+    parts = (part for message in conversation for part in parts_of(message["content"]))
+    return [part for part in parts if part["type"] == kind]
 
 
 def context_ranges(text: str, conversation: Conversation) -> list[tuple[int, int]]:
@@ -65,10 +80,11 @@ def refuse_context(conversations: Sequence[Conversation]) -> None:
 
 
 def refuse_placeholder(conversations: Sequence[Conversation], placeholder: str | None) -> None:
-    """Raise SampleError if a text part contains the token that stands for an image."""
+    """Raise SampleError if a text part contains the token that stands for an image or video."""
     if placeholder and any(placeholder in part["text"] for part in _text_parts(conversations)):
         raise SampleError(
-            f"the text contains {placeholder}, the model's placeholder for an image: remove it"
+            f"the text contains {placeholder}, which the model takes for an image or video: remove "
+            "it"
         )
 
 

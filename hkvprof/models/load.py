@@ -15,7 +15,9 @@ from hkvprof.errors import HkvError, ModelError, UsageError
 from hkvprof.heads import ModelFingerprint
 from hkvprof.models.adapter import view_model
 from hkvprof.models.aliases import ALIASES, TINYVL_FOLDER
-from hkvprof.models.processing import ChatProcessor, hide_broken_torchvision, load_processor
+from hkvprof.models.processing import ChatProcessor
+from hkvprof.models.processors import load_processor
+from hkvprof.models.vision_backend import hide_broken_torchvision
 
 DTYPES = {
     "auto": "auto",

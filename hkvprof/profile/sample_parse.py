@@ -12,6 +12,7 @@ from hkvprof.profile.sample_record import Sample, Turn
 MAX_ID_CHARACTERS = 256
 MAX_PARTS = 4096
 """Most content parts of all messages of a sample together; most messages; most followups."""
+MAX_FPS = 1000
 
 
 ImageCheck = Callable[[str], str]
@@ -86,10 +87,9 @@ def _part(where: str, value: object, find_image: ImageCheck) -> dict[str, Any]:
     if kind == "image":
         return _image_part(where, value, find_image)
     if kind == "video":
-        raise SampleError(
-            f"field '{where}.type': 'video' is not supported yet: give the frames as images"
-        )
-    raise _wrong(where, 'a part of "type" "text" or "image"', value if kind is None else kind)
+        return _video_part(where, value, find_image)
+    expected = 'a part of "type" "text", "image" or "video"'
+    raise _wrong(where, expected, value if kind is None else kind)
 
 
 def _text_part(where: str, value: object) -> dict[str, Any]:
@@ -107,12 +107,27 @@ def _image_part(where: str, value: object, find_image: ImageCheck) -> dict[str, 
         part = _object(where, value, required=("type", "image"), allowed=("type", "image"))
         return {"type": "image", "image": part["image"]}
     part = _object(where, value, required=("type", "path"), allowed=("type", "path"))
+    return {"type": "image", "path": _image_path(f"{where}.path", part["path"], find_image)}
+
+
+def _video_part(where: str, value: object, find_image: ImageCheck) -> dict[str, Any]:
+    keys = ("type", "frames", "fps")
+    part = _object(where, value, required=keys, allowed=keys)
+    rate = part["fps"]
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= MAX_FPS:
+        raise _wrong(f"{where}.fps", f"a number above 0, at most {MAX_FPS}", rate)
+    frames = _list(f"{where}.frames", part["frames"], at_least=1)
+    paths = [_image_path(f"{where}.frames[{i}]", f, find_image) for i, f in enumerate(frames)]
+    return {"type": "video", "frames": paths, "fps": float(rate)}
+
+
+def _image_path(where: str, value: object, find_image: ImageCheck) -> str:
     try:
-        return {"type": "image", "path": find_image(_label(f"{where}.path", part["path"], 4096))}
+        return find_image(_label(where, value, 4096))
     except SampleError as error:
         if str(error).startswith("field "):
             raise
-        raise SampleError(f"field '{where}.path': {error}") from None
+        raise SampleError(f"field '{where}': {error}") from None
 
 
 def _turn(where: str, value: object) -> Turn:

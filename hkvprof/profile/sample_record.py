@@ -32,8 +32,9 @@ class Sample:
     `messages` hold content parts: `{"type": "text", "text": ...}` (optionally with
     `"modality": "context"` for long text that plays the part of vision tokens) and
     `{"type": "image", "path": ...}` or, in memory, `{"type": "image", "image": ...}` with a
-    PIL.Image or the bytes of an image file. `reply` is the expected answer; without it the model's
-    own greedy answer is used.
+    PIL.Image or the bytes of an image file; a video is `{"type": "video", "frames": [...], "fps":
+    ...}`, its frames what an image's `path` or `image` may be. `reply` is the expected answer;
+    without it the model's own greedy answer is used.
     """
 
     id: str
@@ -41,3 +42,11 @@ class Sample:
     messages: tuple[Message, ...]
     reply: str | None = None
     followups: tuple[Turn, ...] = field(default=())
+
+
+def frames_of(part: Message) -> list[Message]:
+    """The frames of a video part as image parts."""
+    return [
+        {"type": "image", "path" if isinstance(frame, str) else "image": frame}
+        for frame in part["frames"]
+    ]

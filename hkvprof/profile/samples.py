@@ -17,7 +17,7 @@ from typing import Any, Literal
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.profile import images, sample_hub
 from hkvprof.profile.sample_parse import parse_line
-from hkvprof.profile.sample_record import Message, Sample, Turn
+from hkvprof.profile.sample_record import Message, Sample, Turn, frames_of
 
 __all__ = [
     "LoadedSamples",
@@ -86,7 +86,8 @@ def load_samples(
 
 
 def open_images(sample: Sample) -> tuple[Message, ...]:
-    """The sample's messages with every image part holding a decoded RGB PIL image under `image`.
+    """The sample's messages with every image part holding a decoded RGB PIL image under `image`,
+    and every video part such images under `frames`.
 
     Raises SampleError naming file and sample.
     """
@@ -99,6 +100,9 @@ def open_images(sample: Sample) -> tuple[Message, ...]:
 
 
 def _opened(sample_id: str, part: Message) -> Message:
+    if part["type"] == "video":
+        frames = [_opened(sample_id, frame)["image"] for frame in frames_of(part)]
+        return {**part, "frames": frames}
     if part["type"] != "image":
         return part
     source = part["path"] if "path" in part else part["image"]
@@ -240,10 +244,14 @@ def _hashable(message: Message) -> dict[str, Any]:
     """The message with the SHA-256 of every image in its place."""
     if isinstance(message["content"], str):
         return dict(message)
-    parts = [
-        {"type": "image", "sha256": hashlib.sha256(images.image_bytes(part)).hexdigest()}
-        if part["type"] == "image"
-        else dict(part)
-        for part in message["content"]
-    ]
+    parts = [_hashable_part(part) for part in message["content"]]
     return {"role": message["role"], "content": parts}
+
+
+def _hashable_part(part: Message) -> Message:
+    if part["type"] == "video":
+        frames = [_hashable_part(frame) for frame in frames_of(part)]
+        return {"type": "video", "frames": frames, "fps": part["fps"]}
+    if part["type"] == "image":
+        return {"type": "image", "sha256": hashlib.sha256(images.image_bytes(part)).hexdigest()}
+    return dict(part)

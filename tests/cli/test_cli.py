@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hkvprof import load_profile
 from hkvprof.cli import app, run
 from hkvprof.cli.output import check_output, default_profile_path
 from hkvprof.errors import UsageError
+from hkvprof.models.coverage import COVERAGE
 from tests.profiles import GOLDEN, make_profile
 
 DATA = Path(__file__).parents[2] / "calibration" / "mini"
@@ -63,10 +65,13 @@ def test_wrong_usage_is_one_line_and_two(capsys: pytest.CaptureFixture[str], lin
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["models"]) == 0
-    assert "Qwen/Qwen2.5-VL-7B-Instruct" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Qwen/Qwen2.5-VL-7B-Instruct" in out
+    assert all(row.model_class in out for row in COVERAGE.values())
     assert run(["models", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert {"tinyvl", "smollm2", "qwen2.5-vl-7b"} <= {row["name"] for row in rows}
+    found = json.loads(capsys.readouterr().out)
+    assert {"tinyvl", "smollm2", "qwen2.5-vl-7b"} <= {row["name"] for row in found["aliases"]}
+    assert found["architectures"] == [asdict(row) for row in COVERAGE.values()]
 
 
 def test_inspect_starts_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

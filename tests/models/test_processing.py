@@ -17,13 +17,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from hkvprof.errors import ModelError, SampleError
 from hkvprof.heads import Modality
-from hkvprof.models import processing
+from hkvprof.models import processors, vision_backend
 from hkvprof.models.aliases import TINYVL_FOLDER
-from hkvprof.models.processing import AutoVisionProcessor, PillowVisionProcessor, TextProcessor
+from hkvprof.models.processing import TextProcessor
+from hkvprof.models.vision import AutoVisionProcessor, PillowVisionProcessor
 from tests.models.conversations import VISION_CASES, Messages, assistant, picture, user
 
 ROOT = Path(__file__).parents[2]
 TORCHVISION = os.environ.get("HKVPROF_TORCHVISION", "")
+QWEN = "Qwen2VLImageProcessor"
 RESIZED = {"sizes that are no multiple of a patch", "other modes than RGB"}
 GREY_LEVEL = 1 / 255 / 0.2613
 """One step of an 8-bit channel after normalisation by the smallest image_std of Qwen-VL."""
@@ -39,7 +41,7 @@ TEMPLATE = (
 def pillow() -> PillowVisionProcessor:
     """The embedded model's processor without torchvision, whatever is installed."""
     source = str(TINYVL_FOLDER)
-    image_processor = processing._pillow_image_processor(source, local=True)
+    image_processor = processors.pillow_image_processor(source, QWEN, local=True)
     config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     return PillowVisionProcessor(image_processor, tokenizer, config)
 
@@ -47,7 +49,7 @@ def pillow() -> PillowVisionProcessor:
 @pytest.fixture(scope="module")
 def auto_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What AutoProcessor makes of every case, in a process with torchvision."""
-    if not TORCHVISION and not processing.torchvision_works():
+    if not TORCHVISION and not vision_backend.torchvision_works():
         pytest.skip(
             "torchvision is not usable here; to compare both paths: pip install --no-deps --target "
             "/tmp/tv torchvision (any build of the release for this torch), then "
@@ -146,7 +148,9 @@ def test_text_round_trips(pillow: PillowVisionProcessor) -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"type": "video", "path": "a.mp4"}, "video input is not supported"),
+        ({"type": "video", "frames": [picture(28, 28)], "fps": 1}, "video input needs torchvision"),
+        ({"type": "video", "path": "a.mp4"}, "a video must be given as its frames"),
+        ({"type": "video", "frames": [picture(28, 28)]}, "a video must be given as its frames"),
         ({"type": "text", "text": "long", "modality": "context"}, "for text-only models"),
         ({"type": "text", "text": "an <|image_pad|> here"}, r"contains <\|image_pad\|>"),
         ({"type": "image", "image": picture(1, 400)}, "refuses an image: .*aspect ratio"),
@@ -316,14 +320,14 @@ def test_a_broken_torchvision_does_not_work(
 ) -> None:
     monkeypatch.syspath_prepend(broken_torchvision(tmp_path, f"{error}('nms is missing')"))
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    problem = processing.torchvision_problem.__wrapped__()
+    problem = vision_backend.torchvision_problem.__wrapped__()
     assert problem.startswith("it does not load: ")
     assert "nms is missing" in problem
 
 
 def test_a_missing_torchvision_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    assert processing.torchvision_problem.__wrapped__() == "it is not installed"
+    assert vision_backend.torchvision_problem.__wrapped__() == "it is not installed"
 
 
 def test_a_broken_torchvision_leads_to_pillow(tmp_path: Path) -> None:
@@ -364,7 +368,7 @@ def test_settings_as_the_hub_has_them(
     settings |= {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "x"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     (tmp_path / "processor_config.json").write_text('{"processor_class": "x"}')
-    processor = processing._pillow_image_processor(str(tmp_path), local=True)
+    processor = processors.pillow_image_processor(str(tmp_path), QWEN, local=True)
     assert processor.patch_size == patch
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == edges
     grid = processor(images=[picture(30, 30)], return_tensors="pt")["image_grid_thw"][0]
@@ -375,4 +379,4 @@ def test_other_image_processors_need_torchvision(tmp_path: Path) -> None:
     settings = '{"image_processor_type": "Idefics3ImageProcessor"}'
     (tmp_path / "preprocessor_config.json").write_text(settings)
     with pytest.raises(ModelError, match="Idefics3ImageProcessor, which needs torchvision"):
-        processing._pillow_image_processor(str(tmp_path), local=True)
+        processors.pillow_image_processor(str(tmp_path), QWEN, local=True)

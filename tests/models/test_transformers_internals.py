@@ -1,12 +1,16 @@
 """Every piece of transformers that hkvprof touches without a promise of stability.
 
-When a new release breaks hkvprof, this module should say what moved and which file uses it.
+When a new release breaks hkvprof, this module should say what moved and which file uses it. Names
+that are imported are found by reading hkvprof's own source.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +20,23 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from tests.models.tiny import TEXT, build_covered
+from hkvprof.models.adapter import view_model
+from tests.models.conversations import picture, user
+from tests.models.families import FAMILIES, processor_of, tokenizer_of
+from tests.models.tiny import REFUSED, TEXT, build, build_covered
 
 CACHE = "hkvprof/runtime/cache.py"
 HANDLE = "hkvprof/runtime/handle.py"
 OBSERVE = "hkvprof/profile/observe.py"
 SEAM = "hkvprof/models/attention.py"
-ADAPTER = "hkvprof/models/adapter.py"
+ADAPTER = "hkvprof/models/architectures/base.py"
+FINGERPRINT = "hkvprof/models/fingerprint.py"
+INPUT = "hkvprof/models/decoder_input.py"
 LOAD = "hkvprof/models/load.py"
-PROCESSING = "hkvprof/models/processing.py"
+PROCESSING = "hkvprof/models/processors.py"
+VISION = "hkvprof/models/vision.py"
+BACKEND = "hkvprof/models/vision_backend.py"
+ROOT = Path(__file__).parents[2]
 
 
 def moved(what: str, *users: str) -> str:
@@ -37,6 +49,29 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 
 def layer_states(tokens: int) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 2, tokens, 16), torch.randn(2, 2, tokens, 16)
+
+
+# -- names that are imported --------------------------------------------------------------------
+
+
+def imported() -> Iterator[tuple[str, str, str]]:
+    """(file, module, name) of every import from transformers and huggingface_hub in hkvprof."""
+    for path in sorted((ROOT / "hkvprof").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
+            if module and module.split(".")[0] in ("transformers", "huggingface_hub"):
+                for alias in node.names:
+                    yield str(path.relative_to(ROOT)), module, alias.name
+
+
+@pytest.mark.parametrize(("file", "module", "name"), sorted(set(imported())))
+def test_what_is_imported_is_there(file: str, module: str, name: str) -> None:
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        pytest.fail(moved(f"the module {module} is gone", file))
+    there = hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}") is not None
+    assert there, moved(f"{module}.{name} is gone", file)
 
 
 # -- cache layers -------------------------------------------------------------------------------
@@ -252,6 +287,72 @@ def test_attributes_of_attention_modules() -> None:
         assert hasattr(attention, name), moved(f"attention.{name}", ADAPTER)
 
 
+@pytest.mark.parametrize(
+    ("model", "argument"),
+    [("gpt_oss", "s_aux="), ("gemma2", "softcap="), ("mistral", "sliding_window=")],
+)
+def test_the_arguments_that_are_refused_are_still_called_so(model: str, argument: str) -> None:
+    """What attention functions are told by models whose softmax is another one."""
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    source = inspect.getsource(module)
+    assert argument in source, moved(f"{model} passes no {argument[:-1]} to attention", SEAM)
+
+
+def test_whether_an_implementation_can_be_chosen() -> None:
+    for name, can in (("LlamaForCausalLM", True), ("BloomForCausalLM", False)):
+        found = getattr(transformers, name)._can_set_attn_implementation()
+        assert found is can, moved(f"{name}._can_set_attn_implementation() is {found}", ADAPTER)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_the_mask_of_a_prompt(padding: int) -> None:
+    """The runtime reads the rows' starts from it: None, or [rows, 1, queries, keys]."""
+    model, seen = build_covered("llama"), []
+    ids = torch.arange(10, 20).expand(2, 10)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["attention_mask"])
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(before, with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    users = ("hkvprof/runtime/prompt.py", "hkvprof/runtime/layer.py")
+    if padding == 0:
+        assert seen == [None], moved("SDPA gets a mask without padding", *users)
+        return
+    assert seen[0].shape == (2, 1, 10, 10), moved(f"the mask is {seen[0].shape}", *users)
+    visible = seen[0][:, 0, -1] if seen[0].dtype == torch.bool else seen[0][:, 0, -1] == 0
+    assert torch.equal(visible, mask.bool()), moved("the mask's last row hides padding", *users)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2.5-vl", "gemma3", "gpt-neox"])
+def test_what_a_decoder_layer_is_called_with(name: str) -> None:
+    """watch_input reads hidden states from the block, rotary angles from the attention."""
+    model, seen = build_covered(name), {}
+    attention = view_model(model).attention[0]
+    block = next(m for m in model.modules() if any(c is attention for c in m.children()))
+
+    def keep(key: str) -> Callable[..., None]:
+        def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            seen[key] = (args, kwargs)
+
+        return before
+
+    block.register_forward_pre_hook(keep("block"), with_kwargs=True)
+    attention.register_forward_pre_hook(keep("attention"), with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=torch.arange(10, 16)[None])
+    args, kwargs = seen["block"]
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    assert hidden is not None, moved("a block's hidden states", INPUT)
+    assert hidden.shape == (1, 6, TEXT["hidden_size"]), moved("a block's hidden states", INPUT)
+    pair = seen["attention"][1].get("position_embeddings")
+    assert pair is not None, moved("attention(position_embeddings=...)", INPUT)
+    assert len(pair) == 2, moved("position_embeddings are cosines and sines", INPUT)
+
+
 # -- models and configs -------------------------------------------------------------------------
 
 
@@ -286,6 +387,47 @@ def test_rope_deltas_shift_the_positions_of_later_steps() -> None:
         model.model.rope_deltas = torch.tensor([[3]])
         shifted = model(input_ids=step, past_key_values=cache).logits
     assert not torch.equal(plain, shifted), moved("rope_deltas are read elsewhere", HANDLE)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ("Gemma2Config", "attn_logit_softcapping"),
+        ("DeepseekV3Config", "kv_lora_rank"),
+        ("T5Config", "is_encoder_decoder"),
+        ("Gemma3nTextConfig", "num_kv_shared_layers"),
+    ],
+)
+def test_the_fields_by_which_models_are_refused(config: str, field: str) -> None:
+    found = getattr(getattr(transformers, config)(), field, None)
+    assert found, moved(f"{config}.{field} is {found!r}", ADAPTER)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_image_token_of_a_vision_model(name: str) -> None:
+    config = build_covered(name).config
+    assert config.image_token_id == 5, moved(f"{name}: config.image_token_id", ADAPTER, FINGERPRINT)
+    assert config.vision_config is not None, moved(f"{name}: config.vision_config", LOAD)
+
+
+def test_sinks_are_parameters_of_the_attention() -> None:
+    config, model, arguments, _ = REFUSED["gpt-oss"]
+    modules = build(config, model, arguments).modules()
+    found = [m for m in modules if getattr(m, "sinks", None) is not None]
+    assert len(found) == 2, moved("GPT-OSS: attention.sinks", ADAPTER)
+
+
+def test_where_a_model_says_what_it_was_loaded_from() -> None:
+    model = build_covered("llama")
+    assert hasattr(model, "name_or_path"), moved("model.name_or_path", FINGERPRINT)
+    source = inspect.getsource(transformers.PreTrainedConfig)
+    assert "_commit_hash" in source, moved("config._commit_hash", FINGERPRINT)
+
+
+def test_a_static_cache_is_made_from_a_config() -> None:
+    model = build_covered("llama")
+    made = transformers.StaticCache(config=model.config, max_cache_len=16)
+    assert made.get_seq_length() == 0, moved("StaticCache", "hkvprof/bench/contestant.py")
 
 
 def test_which_models_take_images() -> None:
@@ -363,11 +505,34 @@ def test_the_pillow_image_processor_of_qwen() -> None:
 
     processor = module.Qwen2VLImageProcessorPil(patch_size=14, merge_size=2)
     assert processor.merge_size == 2, moved("image_processor.merge_size", PROCESSING)
-    from tests.models.conversations import picture
-
     found = processor(images=[picture(56, 56)], return_tensors="pt")
     assert found["image_grid_thw"].tolist() == [[1, 4, 4]], moved("image_grid_thw", PROCESSING)
     assert found["pixel_values"].shape == (16, 1176), moved("pixel_values", PROCESSING)
+
+
+def test_a_processor_takes_its_template_and_tells_its_tokenizer() -> None:
+    processor = processor_of("llava", build_covered("llava"))[0].processor
+    for name in ("chat_template", "tokenizer", "image_token"):
+        assert getattr(processor, name, None), moved(f"processor.{name}", VISION)
+    rendered = processor.apply_chat_template(
+        [user("w1")], tokenize=False, add_generation_prompt=True
+    )
+    assert rendered == "<|user|> w1<|assistant|>", moved("apply_chat_template", VISION)
+
+
+def test_the_rate_of_a_videos_frames() -> None:
+    from transformers.video_utils import VideoMetadata
+
+    made = VideoMetadata(total_num_frames=4, fps=3.0, frames_indices=[0, 1, 2, 3])
+    assert made.sampled_fps == 3.0, moved("VideoMetadata.sampled_fps", VISION)
+
+
+def test_a_tokenizer_tells_the_offsets_of_its_tokens() -> None:
+    found = tokenizer_of(None)(["w1 w2"], return_offsets_mapping=True, return_tensors="pt")
+    wanted = [[0, 2], [3, 5]]
+    assert found["offset_mapping"][0].tolist() == wanted, moved(
+        "return_offsets_mapping", "hkvprof/models/processing.py"
+    )
 
 
 def test_transformers_caches_the_presence_of_torchvision() -> None:
@@ -375,7 +540,7 @@ def test_transformers_caches_the_presence_of_torchvision() -> None:
 
     for name in ("is_torchvision_available", "is_torchvision_v2_available"):
         function = getattr(import_utils, name, None)
-        assert hasattr(function, "cache_clear"), moved(f"import_utils.{name}", PROCESSING)
+        assert hasattr(function, "cache_clear"), moved(f"import_utils.{name}", BACKEND)
 
 
 def test_helpers() -> None:

@@ -55,20 +55,27 @@ MLA = {
     "topk_group": 1,
     "first_k_dense_replace": 2,
 }
+CROPS = [[28, 56], [56, 28], [56, 56]]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
     return {
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
         "text_config": {**TEXT, "rope_parameters": MROPE, **text},
         "vision_config": {**QWEN_VISION, **vision},
     }
 
 
-def _vlm(text: str, vision: str, **extra: Any) -> dict[str, Any]:
+def _vlm(
+    text: str, vision: str, changes: dict[str, Any] | None = None, **extra: Any
+) -> dict[str, Any]:
     return {
-        "text_config": {**TEXT, "model_type": text},
-        "vision_config": {**VISION, "model_type": vision},
+        "text_config": {**TEXT, "model_type": text, "sliding_window": None},
+        "vision_config": {**VISION, "model_type": vision, **(changes or {})},
         **extra,
     }
 
@@ -95,25 +102,36 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlavaForConditionalGeneration",
         _vlm("llama", "clip_vision_model", image_token_index=5),
     ),
+    "llava-next": (
+        "LlavaNextConfig",
+        "LlavaNextForConditionalGeneration",
+        _vlm("mistral", "clip_vision_model", image_token_index=5, image_grid_pinpoints=CROPS),
+    ),
     "llava-onevision": (
         "LlavaOnevisionConfig",
         "LlavaOnevisionForConditionalGeneration",
-        _vlm("qwen2", "siglip_vision_model", image_token_index=5, video_token_index=6),
+        _vlm(
+            "qwen2",
+            "siglip_vision_model",
+            image_token_index=5,
+            video_token_index=6,
+            image_grid_pinpoints=CROPS,
+        ),
     ),
     "internvl": (
         "InternVLConfig",
         "InternVLForConditionalGeneration",
-        _vlm("qwen2", "internvl_vision", image_token_id=5),
+        _vlm("qwen2", "internvl_vision", {"image_size": 56}, image_token_id=5),
     ),
     "idefics3": (
         "Idefics3Config",
         "Idefics3ForConditionalGeneration",
-        _vlm("llama", "idefics3_vision", image_token_id=5),
+        _vlm("llama", "idefics3_vision", image_token_id=5, scale_factor=2),
     ),
     "smolvlm": (
         "SmolVLMConfig",
         "SmolVLMForConditionalGeneration",
-        _vlm("llama", "smolvlm_vision", image_token_id=5),
+        _vlm("llama", "smolvlm_vision", image_token_id=5, scale_factor=2),
     ),
     "gemma3": (
         "Gemma3Config",
@@ -127,11 +145,37 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "mm_tokens_per_image": 4,
         },
     ),
+    "paligemma": (
+        "PaliGemmaConfig",
+        "PaliGemmaForConditionalGeneration",
+        _vlm("gemma", "siglip_vision_model", image_token_index=5, projection_dim=64),
+    ),
+    "pixtral": (
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        _vlm(
+            "mistral",
+            "pixtral",
+            {"image_size": 56},
+            image_token_index=5,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        "Mistral3ForConditionalGeneration",
+        {
+            **_vlm("mistral", "pixtral", {"image_size": 56}, image_token_index=5),
+            "spatial_merge_size": 2,
+        },
+    ),
     "llama": ("LlamaConfig", "LlamaForCausalLM", TEXT),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**TEXT, "sliding_window": None}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", TEXT),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", TEXT),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", TEXT),
+    "gemma3-text": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**TEXT, **SLIDING}),
     "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**TEXT, "num_key_value_heads": 4}),
 }
 """Models that are covered: config class, model class, arguments of the config."""
@@ -166,6 +210,53 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "T5ForConditionalGeneration",
         {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 64},
         "t5 is not supported: it uses an encoder and a decoder",
+    ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "vocab_size": 64,
+        },
+        "bart is not supported: it uses an encoder and a decoder",
+    ),
+    "paligemma2": (
+        "PaliGemmaConfig",
+        "PaliGemmaForConditionalGeneration",
+        _vlm("gemma2", "siglip_vision_model", image_token_index=5, projection_dim=64),
+        "paligemma is not supported: it uses attention logit soft-capping",
+    ),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64},
+        "bloom is not supported: its attention does not go through transformers' Attention",
+    ),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64},
+        "falcon is not supported: its attention does not go through transformers' Attention",
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "vocab_size": 64,
+            "state_size": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+        },
+        "mamba2 is not supported: it has no attention, and so no KV cache to compress",
     ),
     "mamba": (
         "MambaConfig",

@@ -3,7 +3,8 @@
 Image transforms are Python code on top of torch; only torchvision's own operators are compiled, and
 a build for another torch cannot load them. Declaring those that torchvision decorates at import is
 enough to import it. Run as a script, in a process of its own, because transformers looks for
-torchvision once: `PYTHONPATH=TORCHVISION_FOLDER python -m tests.models.torchvision_shim OUT`.
+torchvision once: `PYTHONPATH=TORCHVISION_FOLDER python -m tests.models.torchvision_shim OUT`, or
+with `pytest ARGUMENTS` in place of OUT to run tests beside such a torchvision.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def main(out: Path) -> None:
     from transformers import AutoConfig
 
     from hkvprof.models.aliases import TINYVL_FOLDER
-    from hkvprof.models.processing import AutoVisionProcessor, load_processor
+    from hkvprof.models.processors import load_processor
+    from hkvprof.models.vision import AutoVisionProcessor
     from tests.models.conversations import VISION_CASES
 
     source = str(TINYVL_FOLDER)
@@ -45,4 +47,8 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     kept = declare_operators()
+    if sys.argv[1] == "pytest":
+        import pytest
+
+        sys.exit(pytest.main(sys.argv[2:]))
     main(Path(sys.argv[1]))

@@ -31,6 +31,10 @@ def user(*parts: object) -> dict:
     return {"messages": [{"role": "user", "content": list(parts)}]}
 
 
+def video(frames: list[str], fps: object = 2) -> dict:
+    return {"type": "video", "frames": frames, "fps": fps}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A data folder with one image and no samples yet."""
@@ -117,6 +121,20 @@ def test_images_in_memory() -> None:
         assert open_images(sample)[0]["content"][0]["image"].mode == "RGB"
 
 
+def test_the_frames_of_a_video_are_opened_in_order(folder: Path) -> None:
+    Image.new("RGB", (4, 3), (0, 0, 255)).save(folder / "images" / "b.png")
+    frames = ["images/b.png", "images/a.png", "images/b.png"]
+    loaded = load_samples(
+        write(folder, record(**user(video(frames), {"type": "text", "text": "?"})))
+    )
+    part = open_images(loaded.samples[0])[0]["content"][0]
+    assert [frame.getpixel((0, 0))[2] for frame in part["frames"]] == [255, 0, 255]
+    assert part["fps"] == 2.0
+    others = (video(frames, 3), video(frames[::-1][:2]))
+    digests = [load_samples(write(folder, record(**user(other)))).digest for other in others]
+    assert len({loaded.digest, *digests}) == 3, "rate and frames are part of the digest"
+
+
 # What is refused, and how
 
 CONTENT = "messages[0].content"
@@ -148,7 +166,14 @@ BAD_LINES = [
     (record(messages=[{"role": "user", "content": "x", "name": "y"}]), "'messages[0].name' is not"),
     (record(**user("text")), f"field '{CONTENT}[0]': expected a part"),
     (record(**user({"type": "audio"})), f"field '{CONTENT}[0]': expected a part"),
-    (record(**user({"type": "video", "path": "v.mp4"})), f"{CONTENT}[0].type': 'video' is not sup"),
+    (record(**user({"type": "video", "path": "v.mp4"})), f"'{CONTENT}[0].frames' is missing"),
+    (record(**user(video([]))), f"field '{CONTENT}[0].frames': expected at least 1 entry"),
+    (record(**user(video(["no.png"]))), f"field '{CONTENT}[0].frames[0]': no image file at"),
+    (record(**user(video(["../a.png"]))), f"field '{CONTENT}[0].frames[0]': ../a.png leads out"),
+    (record(**user(video([], fps=0))), f"field '{CONTENT}[0].fps': expected a number above 0"),
+    (record(**user(video([], fps=True))), f"field '{CONTENT}[0].fps': expected a number above 0"),
+    (record(**user(video([], fps="2"))), f"field '{CONTENT}[0].fps': expected a number above 0"),
+    (record(**user(video([], fps=1e9))), f"{CONTENT}[0].fps': expected a number above 0, at most"),
     (record(**user({"type": "text"})), f"field '{CONTENT}[0].text' is missing"),
     (record(**user({"type": "text", "text": 1})), f"field '{CONTENT}[0].text': expected a string"),
     (record(**user({"type": "text", "text": "x", "modality": "image"})), "[0].modality': expected"),

@@ -72,9 +72,9 @@ class MaskedLayer(DynamicLayer):
 
 
 def masked_cache(model: Any) -> DynamicCache:
-    """A dense cache of MaskedLayers for every layer of the model."""
+    """A dense cache with a MaskedLayer for every layer that would grow; others stay stock."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    cache.layers = [MaskedLayer() for _ in cache.layers]
+    cache.layers = [MaskedLayer() if type(old) is DynamicLayer else old for old in cache.layers]
     return cache
 
 
@@ -82,8 +82,9 @@ def masked_cache(model: Any) -> DynamicCache:
 def masked_step(
     model: Any, cache: DynamicCache, kept: list[list[list[set[int]]]], prompt: int, **inputs: Any
 ) -> Tensor:
-    """Logits of one decoding step in which layer i sees `kept[i]` of the prompt."""
-    for layer, positions in zip(cache.layers, kept, strict=True):
+    """Logits of one decoding step in which masked layer i sees `kept[i]` of the prompt."""
+    masked = [layer for layer in cache.layers if isinstance(layer, MaskedLayer)]
+    for layer, positions in zip(masked, kept, strict=True):
         layer.kept, layer.prompt = positions, prompt
     with hooked_attention(model):
         return model(**inputs, past_key_values=cache).logits

@@ -1,4 +1,4 @@
-"""The architectures that are tested (tests/models), and in what they differ from the generic one."""
+"""The architectures that are tested (tests/models), and how they differ from the generic one."""
 
 from __future__ import annotations
 
