@@ -45,12 +45,14 @@ class ModelView:
 
     `attention[i]` is the attention module of covered layer i, `layer_ids[i]` its number in the
     model's cache. Sliding-window and linear layers are not covered: they stay as they are.
+    `generic`: no adapter lists the architecture, it was read by rules that fit most models.
     """
 
     fingerprint: ModelFingerprint
     layer_ids: tuple[int, ...]
     attention: tuple[nn.Module, ...]
     text_config: Any
+    generic: bool = False
 
     @property
     def grid(self) -> HeadGrid:

@@ -21,6 +21,7 @@ from hkvprof.artifact import Profile, ProjectedIndexTables
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models.adapter import view_model
+from hkvprof.models.approval import require_approval
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile import classify
@@ -117,10 +118,12 @@ def _bench(
     if replies not in ("given", "own"):
         raise UsageError(f"replies is {replies!r}: expected 'given' or 'own'")
     paper = recipe == "paper"
+    view = view_model(model)
+    require_approval(view)
     return Bench(
         model=model,
         processor=processor,
-        view=view_model(model),
+        view=view,
         menu=classify.PAPER_MENU if paper else classify.MEASURED_MENU,
         keep=keep or (KeepRule() if paper else classify.MEASURED_KEEP),
         own_replies=replies == "own",
