@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 import hkvprof
-from hkvprof.cli import bench, calibrate, diff, evaluate, inspect, merge, models, plan, validate
+from hkvprof.cli import (
+    bench,
+    calibrate,
+    diff,
+    doctor,
+    evaluate,
+    inspect,
+    merge,
+    models,
+    plan,
+    validate,
+)
 
 app = typer.Typer(
     name="hkvprof",
@@ -43,6 +54,7 @@ app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("diff", epilog=diff.EXAMPLES)(diff.diff)
 app.command("validate", epilog=validate.EXAMPLES)(validate.validate)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)

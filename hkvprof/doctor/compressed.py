@@ -37,12 +37,12 @@ def text(patient: Patient) -> str:
 
 
 def batch(patient: Patient) -> str:
-    """A left-padded batch, then one whose rows change places as beams do."""
+    """A left-padded batch, then one whose rows are copied and change places as beams do."""
     tokens = patient.prompt_tokens
     padded = _probe(patient, patient.text([tokens, tokens * 2 // 3], turn=True))
-    equal = patient.text([tokens // 2] * 2, steps=_STEPS, swap_after=3)
-    swapped = _probe(patient, equal, decode_compression=False)
-    return f"padded: {padded}; rows change places: {swapped}"
+    equal = patient.text([tokens // 2] * 3, steps=_STEPS, shuffle=(2, 0, 2))
+    shuffled = _probe(patient, equal, decode_compression=False)
+    return f"padded: {padded}; rows change places: {shuffled}"
 
 
 def images(patient: Patient) -> str:

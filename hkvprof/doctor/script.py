@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hkvprof.models.limits import pad_token
+
+
+SHUFFLE_AFTER = 3
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Script:
     """A prompt (`inputs`, left padded), `forced` replies [rows, steps] to it, and perhaps a second
     `turn` [rows, new] with `more` forced tokens.
 
-    `options` go to `generate`; rows of the cache change places after `swap_after` passes.
+    `options` go to `generate`; after `SHUFFLE_AFTER` passes rows of the cache are reordered as
+    `shuffle` says, as beam search does.
     """
 
     inputs: dict[str, Tensor]
@@ -26,7 +30,7 @@ class Script:
     turn: Int[Tensor, "rows new"] | None = None
     more: Int[Tensor, "rows steps"] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    swap_after: int | None = None
+    shuffle: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -48,15 +52,15 @@ class Script:
 
 
 class _Forced(LogitsProcessor):
-    """Only the given token is possible at every step; `after(pass)` is called first."""
+    """Only the given token is possible at every step; rows of the cache may be shuffled before."""
 
-    def __init__(self, tokens: Tensor, start: int, cache: Any, swap_after: int | None) -> None:
-        self.tokens, self.start, self.cache, self.swap_after = tokens, start, cache, swap_after
+    def __init__(self, tokens: Tensor, start: int, cache: Any, shuffle: tuple[int, ...]) -> None:
+        self.tokens, self.start, self.cache, self.shuffle = tokens, start, cache, shuffle
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.start
-        if step == self.swap_after:
-            self.cache.reorder_cache(torch.arange(len(scores) - 1, -1, -1, device=scores.device))
+        if self.shuffle and step == SHUFFLE_AFTER:
+            self.cache.reorder_cache(torch.tensor(self.shuffle, device=scores.device))
         forced = torch.full_like(scores, -torch.inf)
         return forced.scatter_(1, self.tokens[:, step : step + 1], 0.0)
 
@@ -95,8 +99,8 @@ def _generate(
     options = {} if script is None else dict(script.options)
     if cache is not None:
         options["past_key_values"] = cache
-    swap = None if script is None else script.swap_after
-    forcing = _Forced(forced, inputs["input_ids"].shape[1], cache, swap)
+    shuffle = () if script is None else script.shuffle
+    forcing = _Forced(forced, inputs["input_ids"].shape[1], cache, shuffle)
     output = model.generate(
         **inputs,
         **options,
@@ -113,9 +117,3 @@ def greedy(model: Any, steps: int, **more: Any) -> GenerationConfig:
         output_logits=True, return_dict_in_generate=True, pad_token_id=pad_token(model),
         **more,
     )  # fmt: skip
-
-
-def valid(script: Script, tokens: int) -> Bool[Tensor, "rows tokens"]:
-    """Which of the first `tokens` positions are no padding."""
-    places = torch.arange(tokens)
-    return torch.stack([places >= start for start in script.starts])
