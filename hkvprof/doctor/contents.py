@@ -13,6 +13,7 @@ from hkvprof.doctor.records import FaultError
 from hkvprof.heads import KeepRule
 
 _SWAPPED = "keys and values have changed places in the segment's storage"
+_STARTS = "the starts of rows: padding was kept as if it were tokens"
 _STALE = (
     "the hot buffer holds other tokens than its slot map says: a stale binding, or a buffer of a "
     "former request"
@@ -70,10 +71,10 @@ def _stranger(
     found: list[int],
 ) -> str:  # fmt: skip
     """The likely cause of a resident key that the dense cache does not have."""
+    if row in _rows(key[:start]):
+        return _STARTS
     if row in _rows(value):
         return _SWAPPED
-    if row in _rows(key[:start]):
-        return "the starts of padded rows: padding was kept"
     tail = max(0, len(key) - prompt)
     if number >= len(segment.key) - tail:
         return _POSITIONS

@@ -128,7 +128,7 @@ def _run(check: Check, patient: Patient) -> tuple[Status, str, str]:
     except FaultError as fault:
         return Status.FAILED, fault.what, fault.cause
     except HkvError as error:
-        return Status.FAILED, str(error), "hkvprof refuses what it should do: see the message"
+        return Status.FAILED, str(error), _RAISED
     except Exception as error:  # a broken integration raises anything, and so do foreign models
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.name} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
@@ -137,6 +137,7 @@ def _run(check: Check, patient: Patient) -> tuple[Status, str, str]:
 
 
 _RAISED = (
-    "an exception within the model or hkvprof: shapes or lengths that do not fit each other, often "
-    "a wrong logical length (get_seq_length, get_mask_sizes) or an API that moved in transformers"
+    "the model or hkvprof gave up: lengths or shapes that do not fit each other, often because the "
+    "cache reports its stored length instead of the logical one (get_seq_length, get_mask_sizes), "
+    "or an API that moved in transformers"
 )

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from hkvprof.doctor import contents, selection
+from hkvprof.doctor import selection
 from hkvprof.doctor.attention import Exact, attend
+from hkvprof.doctor.heads import HeadJudge
 from hkvprof.doctor.prompts import Patient
 from hkvprof.doctor.recording import Call, Recording
 from hkvprof.doctor.records import FaultError
@@ -26,7 +27,6 @@ from hkvprof.doctor.script import play
 from hkvprof.doctor.seam import Seen, watched_attention
 
 _GROUPING = "head grouping: query heads are mapped to the wrong KV head"
-_SCALING = "the scaling of attention logits is not the model's"
 _KERNEL = (
     "the decode kernel or the mask of this pass: its output is not attention over these tokens"
 )
@@ -116,18 +116,12 @@ class _Reference:
 
     def __post_init__(self) -> None:
         self._visible: dict[tuple[int, int], Tensor] = {}
-        self._ranks = {n: i for i, n in enumerate(sorted(self.recording.calls))}
-        script = self.recording.script
-        profile = self.recording.profile
-        longest = script.tokens - min(script.starts)
-        size = self.patient.model.dtype.itemsize
-        self._plan = profile.allocation(self.recording.budget, longest, size, script.rows)
 
     def play(self, judge: bool) -> list[Tensor]:
         """The script on the stock model; the logits of every pass."""
         self._judge = judge
         self._count: dict[int, int] = defaultdict(int)
-        self._window: dict[int, Tensor] = {}
+        self._heads = HeadJudge(self.patient, self.recording)
         script = self.recording.script
         cache = DynamicCache(config=self.patient.view.text_config)
         with watched_attention(self.patient.view, self._attend):
@@ -152,6 +146,7 @@ class _Reference:
         key = (seen.number, number)
         if self._judge:
             self._visible[key] = self._what_is_visible(seen, call)
+            self._heads.remember(seen)
         exact = attend(seen.query, seen.key, seen.value, self._visible[key], seen.scaling)
         if not self._judge:
             return exact.output.to(seen.query.dtype)
@@ -163,12 +158,10 @@ class _Reference:
         output, _ = seen.base()
         if self._judge and not torch.equal(output, call.output):
             raise FaultError("the prompt's attention differs from the model's own", _PREFILL)
-        rows = seen.query[:, :, -self.recording.profile.keep.window :]
-        if seen.number in self._window:
-            rows = torch.cat([self._window[seen.number], rows], dim=2)
-        self._window[seen.number] = rows[:, :, -self.recording.profile.keep.window :]
-        if self._judge and call.segments is not None:
-            self._each_head(seen, call, after_prompt=True)
+        if self._judge:
+            self._heads.remember(seen)
+            if call.segments is not None:
+                self._heads.after_prompt(seen, call)
         return output
 
     def _what_is_visible(self, seen: Seen, call: Call) -> Tensor:
@@ -178,8 +171,8 @@ class _Reference:
         new = seen.query.shape[2]
         visible = torch.zeros(rows, heads, new, tokens, dtype=torch.bool)
         assert call.segments is not None
-        places = self._each_head(seen, call, after_prompt=False)
-        for row, start in enumerate(self._starts(seen)):
+        places = self._heads.at_step(seen, call)
+        for row, start in enumerate(self.recording.script.starts):
             for head in range(heads):
                 whole = new > 1 and call.segments[row][head].layout is not None
                 held = range(start, tokens) if whole else places[row][head]
@@ -187,75 +180,6 @@ class _Reference:
         visible[..., tokens - new :] &= torch.ones(new, new, dtype=torch.bool).tril()
         self.shares.append(float(visible.float().mean()))
         return visible.to(seen.key.device)
-
-    def _starts(self, seen: Seen) -> list[int]:
-        return self.recording.script.starts
-
-    def _each_head(self, seen: Seen, call: Call, after_prompt: bool) -> list[list[list[int]]]:
-        """Judge all segments of a layer; the positions they hold, [row][head]."""
-        assert call.segments is not None
-        held = []
-        for row, start in enumerate(self._starts(seen)):
-            held.append([
-                self._one_head(seen, call, row, head, start, after_prompt)
-                for head in range(seen.key.shape[1])
-            ])  # fmt: skip
-        return held
-
-    def _one_head(
-        self, seen: Seen, call: Call, row: int, head: int, start: int, after_prompt: bool
-    ) -> list[int]:
-        assert call.segments is not None
-        segment = call.segments[row][head]
-        key, value = seen.key[row, head], seen.value[row, head]
-        recording, keep = self.recording, self.recording.profile.keep
-        try:
-            places = contents.positions(segment, key, value, start, recording.script.tokens)
-            contents.check_structure(segment, places, start, len(key), keep)
-            if after_prompt:
-                self._kept(seen, segment, places, row, head, start)
-            elif self._selects_alone(segment, seen):
-                group = self._group(seen, head)
-                query = seen.query[row, group, -1]
-                selection.check_hot(segment, query, key[start:], seen.scaling)
-        except FaultError as fault:
-            raise FaultError(f"row {row}, KV head {head}: {fault.what}", fault.cause) from None
-        return places
-
-    def _kept(
-        self, seen: Seen, segment: Any, places: list[int], row: int, head: int, start: int
-    ) -> None:
-        """Right after the prompt: as many tokens as planned, and the best ones."""
-        keep = self.recording.profile.keep
-        rank = self._ranks[seen.number]
-        strategy = self.recording.profile.strategies[self._plan.strategy[rank, head]]
-        ratio, tokens = float(self._plan.ratio[rank, head]), seen.key.shape[2] - start
-        smooth = self.recording.options.get("smoothing", 1.0) > 0
-        selection.check_count(segment, strategy, ratio, tokens, keep, smooth)
-        if segment.layout is not None or strategy.text_prior or len(places) == tokens:
-            return
-        window = self._window[seen.number][row, self._group(seen, head)]
-        window = window[:, -min(window.shape[1], tokens) :]
-        numbers = {place - start for place in places}
-        pooled = strategy if strategy.index == "" else type(strategy)(strategy.head_type)
-        selection.check_static(
-            numbers, window, seen.key[row, head, start:], seen.scaling, pooled, keep
-        )
-
-    def _selects_alone(self, segment: Any, seen: Seen) -> bool:
-        """Whether this step's query alone decides what is hot, by mean digests."""
-        dynamic = [s for s in self.recording.profile.strategies if s.index]
-        return (
-            segment.layout is not None
-            and seen.query.shape[2] == 1
-            and all(s.index == "mean" for s in dynamic)
-            and self.recording.options.get("smoothing") == 0
-        )
-
-    @staticmethod
-    def _group(seen: Seen, head: int) -> slice:
-        group = seen.query.shape[1] // seen.key.shape[1]
-        return slice(head * group, (head + 1) * group)
 
     def _near(self, seen: Seen, call: Call, exact: Exact, visible: Tensor) -> None:
         """Raise FaultError unless the runtime's output is this attention, up to rounding."""
@@ -281,12 +205,9 @@ def _explain(seen: Seen, call: Call, visible: Tensor) -> str:
         key, value, mask = (x.roll(shift, dims=1) for x in (seen.key, seen.value, visible))
         if _fits(call, attend(seen.query, key, value, mask, seen.scaling), seen):
             return _GROUPING
-    width = seen.query.shape[-1]
-    for scaling in (1.0, width**-0.5, 1 / width, seen.scaling**2):
-        if scaling == seen.scaling:
-            continue
+    for scaling in selection.other_scalings(seen.scaling, seen.query.shape[-1]):
         if _fits(call, attend(seen.query, seen.key, seen.value, visible, scaling), seen):
-            return _SCALING
+            return selection.SCALING
     return _KERNEL
 
 

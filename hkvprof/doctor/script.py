@@ -12,7 +12,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hkvprof.models.limits import pad_token
 
-
 SHUFFLE_AFTER = 3
 
 
@@ -21,8 +20,8 @@ class Script:
     """A prompt (`inputs`, left padded), `forced` replies [rows, steps] to it, and perhaps a second
     `turn` [rows, new] with `more` forced tokens.
 
-    `options` go to `generate`; after `SHUFFLE_AFTER` passes rows of the cache are reordered as
-    `shuffle` says, as beam search does.
+    `options` go to the generation config; after `SHUFFLE_AFTER` passes rows of the cache are
+    reordered as `shuffle` says, as beam search does.
     """
 
     inputs: dict[str, Tensor]
@@ -96,15 +95,14 @@ def _generate(
     model: Any, inputs: dict[str, Tensor], forced: Tensor, cache: Any, script: Script | None
 ) -> list[Tensor]:
     steps = forced.shape[1]
-    options = {} if script is None else dict(script.options)
-    if cache is not None:
-        options["past_key_values"] = cache
+    options = {} if script is None else script.options
+    own = {} if cache is None else {"past_key_values": cache}
     shuffle = () if script is None else script.shuffle
     forcing = _Forced(forced, inputs["input_ids"].shape[1], cache, shuffle)
     output = model.generate(
         **inputs,
-        **options,
-        generation_config=greedy(model, steps),
+        **own,
+        generation_config=greedy(model, steps, **options),
         logits_processor=LogitsProcessorList([forcing]),
     )
     return list(output.logits)

@@ -15,7 +15,8 @@ from hkvprof.policy.costs import SCORE_BYTES, SLOT_BYTES
 _NEAR = 1e-3
 """Relative difference of scores that float32 may decide either way."""
 _KEPT = "the numbers of the kept tokens: not the best by score (off by one, or wrongly mapped)"
-_PLAN = "the order of layers or heads: the plan of one was applied to another"
+PLAN = "the order of layers or heads: the plan of one was applied to another"
+SCALING = "the scaling of attention logits is not the model's"
 _HOT = "dynamic heads fetch other chunks than the query asks for: index, query group or slot map"
 
 
@@ -27,7 +28,7 @@ def check_count(
     `ratio` is its share of the dense bytes of `tokens` tokens, everything counted.
     """
     held = len(segment.key)
-    static = min(tokens, max(int(ratio * tokens + 1e-6), keep.sinks + keep.recent))
+    static = static_count(ratio, tokens, keep)
     hot = _hot_items(strategy, ratio, tokens, keep, segment.key, smooth)
     if ratio * tokens >= tokens:
         wanted, kind = tokens, "whole"
@@ -41,8 +42,19 @@ def check_count(
         raise FaultError(
             f"{held} resident tokens ({name}) after compression, where the plan says {wanted} "
             f"({kind}) of {tokens}",
-            _PLAN,
+            PLAN,
         )
+
+
+def static_count(ratio: float, tokens: int, keep: KeepRule) -> int:
+    """Tokens that a static head keeps."""
+    return min(tokens, max(int(ratio * tokens + 1e-6), keep.sinks + keep.recent))
+
+
+def other_scalings(scaling: float, width: int) -> list[float]:
+    """Mistakes that one makes: none, of the width, applied twice."""
+    mistakes = (1.0, width**-0.5, 1 / width, scaling**2)
+    return [mistake for mistake in mistakes if mistake != scaling]
 
 
 def _hot_items(
@@ -68,10 +80,10 @@ def check_static(
     query: Float[Tensor, "group window dim"],
     key: Float[Tensor, "tokens dim"],
     scaling: float,
-    strategy: Strategy,
+    pool: int,
     keep: KeepRule,
 ) -> None:
-    """Raise FaultError unless the kept tokens (numbered within the row) score best.
+    """Raise FaultError unless the kept tokens (numbered within `key`) score best.
 
     Score: softmax per row of the observation window, maximum over the window, mean over the group,
     average over `pool` neighbours (docs/method.md).
@@ -81,9 +93,9 @@ def check_static(
     rows = torch.arange(tokens - window, tokens, device=key.device)[:, None]
     logits = logits.masked_fill(torch.arange(tokens, device=key.device) > rows, -torch.inf)
     score = logits.softmax(-1).amax(1).mean(0)
-    half = strategy.pool // 2
+    half = pool // 2
     around = torch.stack([score, torch.ones_like(score)])
-    summed = F.pad(around, (half, half)).unfold(-1, strategy.pool, 1).sum(-1)
+    summed = F.pad(around, (half, half)).unfold(-1, pool, 1).sum(-1)
     score = summed[0] / summed[1]
     score[: keep.sinks] = torch.inf
     score[tokens - keep.recent :] = torch.inf
