@@ -15,6 +15,15 @@ _SUFFIX = ".hkvprof-part"
 """Ending of files that are being written; who writes one holds a lock on it (flock)."""
 
 
+def user_cache() -> Path:
+    """$HKVPROF_CACHE, $XDG_CACHE_HOME/hkvprof or ~/.cache/hkvprof; not made here.
+
+    Raises RuntimeError where there is no home.
+    """
+    own, shared = os.environ.get("HKVPROF_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return (Path(own) if own else Path(shared or "~/.cache") / "hkvprof").expanduser()
+
+
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Raise UsageError if `path` exists and `force` is not set."""
     if (path.exists() or path.is_symlink()) and not force:

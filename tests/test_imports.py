@@ -30,13 +30,16 @@ ALLOWED = {
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},
     "bench": ARTIFACT | MODELS | {"runtime", "profile.uniform"},
-    "report": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench"},
-    "cli": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench", "report", "testbed"},
+    "doctor": ARTIFACT | MODELS | {"profile", "runtime", "bench"},
+    "report": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench", "doctor"},
+    "cli": ARTIFACT
+    | MODELS
+    | {"profile", "runtime", "evaluate", "bench", "doctor", "report", "testbed"},
     "testbed": MODELS | {"profile.samples"},
     "plugins": ARTIFACT | MODELS | {"runtime", "profile.images"},
 }
 """Per part (a module or folder of hkvprof): the parts it may import, besides itself."""
-VERSION_READERS = {"cli", "profile", "evaluate", "bench"}
+VERSION_READERS = {"cli", "profile", "evaluate", "bench", "doctor", "models"}
 """Parts that may `import hkvprof` for its version."""
 
 

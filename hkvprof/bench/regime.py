@@ -28,7 +28,7 @@ def describe(model: Any, name: str, profile: str, setup: Setup) -> Regime:
         new_tokens=setup.new_tokens,
         rounds=setup.rounds,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=_device_name(model.device),
+        device=device_name(model.device),
         threads=torch.get_num_threads(),
         kernels=_kernels(),
         versions={
@@ -39,7 +39,8 @@ def describe(model: Any, name: str, profile: str, setup: Setup) -> Regime:
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The device with its product name, where known."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu" and _CPUINFO.exists():

@@ -12,6 +12,7 @@ from hkvprof.cli import (
     calibrate,
     certify,
     diff,
+    doctor,
     evaluate,
     inspect,
     merge,
@@ -54,6 +55,7 @@ app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("diff", epilog=diff.EXAMPLES)(diff.diff)
 app.command("validate", epilog=validate.EXAMPLES)(validate.validate)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("certify", epilog=certify.EXAMPLES)(certify.certify)

@@ -23,7 +23,8 @@ class ModelView:
 
     `attention[i]` is the attention module of covered layer i, `layer_ids[i]` its number in the
     model's cache. Sliding-window and linear layers are not covered: they stay as they are.
-    `generic` marks an architecture that no adapter names: nobody has tested it.
+    `generic`: no adapter lists the architecture, it was read by rules that fit most models; nobody
+    has tested it.
     """
 
     fingerprint: ModelFingerprint

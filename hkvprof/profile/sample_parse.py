@@ -11,9 +11,9 @@ from hkvprof.profile.sample_record import Sample, Turn
 
 MAX_ID_CHARACTERS = 256
 MAX_PARTS = 4096
-"""Most content parts of all messages of a sample together; most messages; most followups."""
+"""Most content parts and frames of all messages of a sample together; most messages; most
+followups."""
 MAX_FPS = 1000
-
 
 ImageCheck = Callable[[str], str]
 """Checks an image path as written and returns where the file is. Raises SampleError."""
@@ -59,9 +59,11 @@ def parse_record(record: object, find_image: ImageCheck) -> Sample:
 def _check_parts(messages: list[object]) -> None:
     """Before an image is opened: there may be a million of them."""
     contents = [m.get("content") for m in messages if isinstance(m, Mapping)]
-    parts = sum(len(content) for content in contents if isinstance(content, list))
-    if parts > MAX_PARTS:
-        raise _wrong("messages", f"at most {MAX_PARTS} parts in all", f"{parts} parts")
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    frames = [part.get("frames") for part in parts if isinstance(part, Mapping)]
+    count = len(parts) + sum(len(given) for given in frames if isinstance(given, list))
+    if count > MAX_PARTS:
+        raise _wrong("messages", f"at most {MAX_PARTS} parts and frames in all", f"{count}")
 
 
 def _message(where: str, value: object, find_image: ImageCheck) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import nn
 from hkvprof.artifact import Profile, load_profile
 from hkvprof.errors import BudgetError, CompressionError, ModelError, ProfileError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
+from hkvprof.models.approval import require_approval
 from hkvprof.models.attention import hook_attention, refuse_features
 from hkvprof.models.forward import rope_holder
 from hkvprof.policy.budget import Budget
@@ -55,12 +56,14 @@ def apply(
     one, but for heads whose query has a cosine below c to its last (0.85; docs/gpu.md).
 
     Returns a handle that is also a context manager; `detach()` restores the model. Raises
-    ProfileError if the profile is for another model, ModelError for unsupported models,
+    ProfileError if the profile is for another model, ModelError for unsupported models (and for
+    unlisted architectures that `hkvprof doctor` has not passed here),
     BudgetError for budgets that cannot be met, UsageError if the model is already hooked.
     """
     if isinstance(profile, (str, Path)):
         profile = load_profile(profile)
     view = view_model(model)
+    require_approval(view)
     check_fingerprint(profile, view)
     if getattr(model, _HANDLE, None) is not None:
         raise UsageError("this model already has a profile applied: call handle.detach() first")

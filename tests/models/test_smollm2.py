@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hkvprof.errors import ModelError
+from hkvprof.files import user_cache
 from hkvprof.models import smollm2
 
 HAVE_WHEEL = importlib.util.find_spec(smollm2.PACKAGE) is not None
@@ -127,11 +128,11 @@ def test_cache_folder_follows_the_environment(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("HKVPROF_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert smollm2._cache_root() == tmp_path / ".cache" / "hkvprof"
+    assert user_cache() == tmp_path / ".cache" / "hkvprof"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert smollm2._cache_root() == Path("/x/hkvprof")
+    assert user_cache() == Path("/x/hkvprof")
     monkeypatch.setenv("HKVPROF_CACHE", "~/mine")
-    assert smollm2._cache_root() == tmp_path / "mine"
+    assert user_cache() == tmp_path / "mine"
 
 
 @pytest.mark.skipif(not HAVE_GGUF, reason="gguf not installed")

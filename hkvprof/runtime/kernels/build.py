@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from hkvprof.files import user_cache
+
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("*"), key=lambda path: path.name)
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
@@ -45,11 +47,9 @@ def library(defines: tuple[str, ...]) -> Path:
 
 
 def cache_folder() -> Path:
-    """$HKVPROF_CACHE, $XDG_CACHE_HOME/hkvprof or ~/.cache/hkvprof; its `kernels`, made private."""
-    own, shared = os.environ.get("HKVPROF_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    """`kernels` in the user's cache folder, made private."""
     try:
-        base = Path(own) if own else Path(shared or Path.home() / ".cache") / "hkvprof"
-        folder = base.expanduser().absolute() / "kernels"
+        folder = user_cache().absolute() / "kernels"
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
     except (OSError, RuntimeError) as error:

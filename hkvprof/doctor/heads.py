@@ -1,0 +1,184 @@
+"""Head by head: do its resident tokens follow from the profile, the queries and the dense keys?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hkvprof.doctor import contents, selection
+from hkvprof.doctor.prompts import Patient
+from hkvprof.doctor.recording import Call, Recording, Segment
+from hkvprof.doctor.records import FaultError
+from hkvprof.doctor.seam import Seen
+from hkvprof.heads import Strategy
+
+Places = list[list[list[int]]]
+"""[row][head]: positions of the resident tokens, in the order in which they lie."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One (row, KV head) at one pass: dense `key` of its row from position `start` on, `window`
+    [group, rows, dim] of queries that its last compression looked at."""
+
+    segment: Segment
+    key: Tensor
+    window: Tensor
+    scaling: float
+    strategy: Strategy
+    ratio: float
+
+
+class HeadJudge:
+    """Follows a recorded run through the reference's passes; sees every pass of every layer."""
+
+    def __init__(self, patient: Patient, recording: Recording) -> None:
+        self._recording = recording
+        self._keep = recording.profile.keep
+        self._ranks = {number: i for i, number in enumerate(sorted(recording.calls))}
+        script = recording.script
+        longest = script.tokens - min(script.starts)
+        size = patient.model.dtype.itemsize
+        self._plan = recording.profile.allocation(recording.budget, longest, size, script.rows)
+        self._queries: dict[int, list[Tensor]] = defaultdict(list)
+        self._compressed_at: dict[int, int] = {}
+        self._places: dict[int, Places] = {}
+
+    def remember(self, seen: Seen) -> None:
+        """A pass has attended: later compressions look at its last queries."""
+        self._queries[seen.number].append(seen.query[:, :, -self._keep.window :])
+
+    def after_prompt(self, seen: Seen, call: Call) -> None:
+        """The layer was just compressed. Raises FaultError."""
+        self._compressed_at[seen.number] = seen.key.shape[2]
+        self._judge(seen, call, self._take_window(seen.number), first=True)
+
+    def at_step(self, seen: Seen, call: Call) -> Places:
+        """The layer attended compressed: what to. Raises FaultError."""
+        before = seen.key.shape[2] - seen.query.shape[2]
+        every = self._recording.options.get("compress_every", 0)
+        joins = self._recording.options.get("decode_compression", True)
+        due = joins and before - self._compressed_at[seen.number] >= every
+        window = None
+        if due:
+            self._compressed_at[seen.number] = before
+            window = self._take_window(seen.number)
+        return self._judge(seen, call, window, first=False)
+
+    def _take_window(self, number: int) -> Tensor:
+        """Queries since the last compression [rows, query_heads, window, dim], then forgotten."""
+        return torch.cat(self._queries.pop(number), dim=2)[:, :, -self._keep.window :]
+
+    def _judge(self, seen: Seen, call: Call, window: Tensor | None, first: bool) -> Places:
+        assert call.segments is not None
+        starts, heads = self._recording.script.starts, range(seen.key.shape[1])
+        held: Places = []
+        for row, start in enumerate(starts):
+            held.append([])
+            for head in heads:
+                segment = call.segments[row][head]
+                try:
+                    places = self._located(seen, segment, row, head, start)
+                    if window is not None:
+                        rows = window[row, _group(seen, head)]
+                        it = self._head(seen, segment, row, head, start, rows)
+                        numbers = {place - start for place in places}
+                        if first:
+                            self._after_prompt(it, numbers)
+                        else:
+                            self._again(it, numbers, self._places[seen.number][row][head], start,
+                                        seen.query.shape[2])  # fmt: skip
+                    self._hot(seen, segment, row, head, start)
+                except FaultError as fault:
+                    what = f"row {row}, KV head {head}: {fault.what}"
+                    raise FaultError(what, fault.cause) from None
+                held[row].append(places)
+        self._places[seen.number] = held
+        return held
+
+    def _located(self, seen: Seen, segment: Segment, row: int, head: int, start: int) -> list[int]:
+        key, value = seen.key[row, head], seen.value[row, head]
+        prompt = self._recording.script.tokens
+        places = contents.positions(segment, key, value, start, prompt)
+        contents.check_structure(segment, places, start, len(key), self._keep)
+        return places
+
+    def _head(
+        self, seen: Seen, segment: Segment, row: int, head: int, start: int, window: Tensor
+    ) -> _Head:
+        rank = self._ranks[seen.number]
+        strategy = self._recording.profile.strategies[self._plan.strategy[rank, head]]
+        ratio = float(self._plan.ratio[rank, head])
+        return _Head(segment, seen.key[row, head, start:], window, seen.scaling, strategy, ratio)
+
+    def _after_prompt(self, head: _Head, kept: set[int]) -> None:
+        """As many tokens as planned, and the best ones."""
+        smooth = self._recording.options.get("smoothing", 1.0) > 0
+        tokens = len(head.key)
+        selection.check_count(head.segment, head.strategy, head.ratio, tokens, self._keep, smooth)
+        if head.segment.layout is None:
+            self._best(head, kept, head.key)
+        elif self._mean_digests:
+            selection.check_hot(head.segment, head.window[:, -1], head.key, head.scaling)
+
+    def _again(self, head: _Head, kept: set[int], before: list[int], start: int, new: int) -> None:
+        """A static head that was pruned again: the best of what it had."""
+        had = torch.tensor(sorted(place - start for place in before))
+        old = {number for number in kept if number < len(head.key) - new}
+        if head.segment.layout is not None or len(old) == len(had):
+            return
+        tokens = len(head.key) - new
+        wanted = selection.static_count(head.ratio, tokens, self._keep)
+        if len(old) != wanted:
+            raise FaultError(
+                f"{len(old)} tokens were kept when new ones joined the budget, where the plan says "
+                f"{wanted} of {tokens}",
+                selection.PLAN,
+            )
+        numbers = {i for i, number in enumerate(had.tolist()) if number in old}
+        self._best(head, numbers, head.key[had.to(head.key.device)])
+
+    def _best(self, head: _Head, kept: set[int], key: Tensor) -> None:
+        """Raise FaultError unless the `kept` of these keys score best."""
+        strategy = head.strategy
+        if strategy.text_prior or len(kept) == len(key):
+            return
+        pool = 1 if strategy.index else strategy.pool  # a dynamic head too short for its index
+        window = head.window[:, -min(head.window.shape[1], len(key)) :]
+        try:
+            selection.check_static(kept, window, key, head.scaling, pool, self._keep)
+        except FaultError as fault:
+            if self._fits_other_scaling(head, kept, key, window, pool):
+                raise FaultError(fault.what, selection.SCALING) from None
+            raise
+
+    def _fits_other_scaling(
+        self, head: _Head, kept: set[int], key: Tensor, window: Tensor, pool: int
+    ) -> bool:
+        for scaling in selection.other_scalings(head.scaling, key.shape[-1]):
+            try:
+                selection.check_static(kept, window, key, scaling, pool, self._keep)
+            except FaultError:
+                continue
+            return True
+        return False
+
+    def _hot(self, seen: Seen, segment: Segment, row: int, head: int, start: int) -> None:
+        """A step's query alone decides what is hot, where scores are not smoothed."""
+        alone = self._recording.options.get("smoothing") == 0 and self._mean_digests
+        if segment.layout is None or seen.query.shape[2] != 1 or not alone:
+            return
+        query = seen.query[row, _group(seen, head), -1]
+        selection.check_hot(segment, query, seen.key[row, head, start:], seen.scaling)
+
+    @property
+    def _mean_digests(self) -> bool:
+        return all(s.index in ("", "mean") for s in self._recording.profile.strategies)
+
+
+def _group(seen: Seen, head: int) -> slice:
+    group = seen.query.shape[1] // seen.key.shape[1]
+    return slice(head * group, (head + 1) * group)

@@ -1,0 +1,95 @@
+"""Are the bytes really free? Counted over all tensors that live in this process."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hkvprof.artifact import Profile
+from hkvprof.bench.memory import no_collector
+from hkvprof.doctor.exact import stock_cache
+from hkvprof.doctor.probe import probe_profile
+from hkvprof.doctor.prompts import Patient
+from hkvprof.doctor.records import FaultError
+from hkvprof.doctor.script import Script, play
+from hkvprof.runtime import apply, measure_storage
+
+_SLACK_BYTES, _SLACK_SHARE = 8192, 1 / 1000
+"""What a request may leave beside its cache, such as position offsets: and of the dense bytes."""
+_ALLOCATOR, _BLOCKS = 512, 64
+"""CUDA's allocator hands out blocks of this size; so many per layer may be partly empty."""
+_LEAK = "keys and values stay alive after compression: a layer, a hook or a closure refers to them"
+_COUNT = "the receipt counts other tensors than the cache holds"
+_OVER = "more is kept than the budget allows: slack, indexes or a head that was not compressed"
+
+
+def memory(patient: Patient) -> str:
+    """Live tensors against the receipt and against a dense cache; gone with the cache."""
+    profile = probe_profile(patient.model)
+    script = patient.text([patient.prompt_tokens] * 2, steps=1)
+    with no_collector():  # looks at what is made from here on, which is all that matters
+        dense, _ = _held(script, patient, stock_cache(patient))
+        return _compare(patient, profile, script, dense)
+
+
+def _compare(patient: Patient, profile: Profile, script: Script, dense: int) -> str:
+    budget, slack = profile.default_budget, int(_SLACK_BYTES + dense * _SLACK_SHARE)
+    before, _ = _live()
+    with apply(patient.model, profile, budget=budget, min_tokens=1) as handle:
+        cache = handle.new_cache()
+        held, allocated = _held(script, patient, cache)
+        receipt, counted = cache.receipt(), measure_storage(cache)
+        del cache
+    left = _live()[0] - before
+    claimed = (receipt.resident_bytes, receipt.host_bytes)
+    share = receipt.resident_bytes / dense
+    _expect(abs(receipt.dense_bytes - dense) <= slack, "dense bytes by receipt",
+            receipt.dense_bytes, dense, _COUNT)  # fmt: skip
+    _expect(counted == claimed, "resident and host bytes by receipt", claimed, counted, _COUNT)
+    _expect(abs(held - sum(claimed)) <= slack, "bytes of live tensors", held, sum(claimed), _LEAK)
+    _expect(share <= budget, "resident share of dense bytes", share, budget, _OVER)
+    _expect(left <= slack, "bytes of live tensors once the cache is gone", left, 0, _LEAK)
+    said = (
+        f"{held:,} bytes live (receipt: {claimed[0]:,} resident, {claimed[1]:,} on the host), "
+        f"dense {dense:,}: {share:.1%} resident"
+    )
+    if allocated is None:
+        return said
+    most = claimed[0] + slack + _BLOCKS * _ALLOCATOR * len(patient.view.attention)
+    _expect(allocated <= most, "bytes allocated on the device", allocated, claimed[0], _LEAK)
+    return f"{said}; the device's allocator: {allocated:,}"
+
+
+def _expect(fine: bool, what: str, found: Any, expected: Any, cause: str) -> None:
+    if not fine:
+        raise FaultError(f"{what}: {_number(found)}, expected {_number(expected)}", cause)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value}"
+
+
+def _held(script: Script, patient: Patient, cache: Any) -> tuple[int, int | None]:
+    """Bytes that a prompt leaves behind, the caches' alone: of live tensors, and by CUDA."""
+    before = _live()
+    play(patient.model, script, cache)
+    after = _live()
+    allocated = None
+    if before[1] is not None and after[1] is not None:
+        allocated = after[1] - before[1]
+    return after[0] - before[0], allocated
+
+
+def _live() -> tuple[int, int | None]:
+    """Bytes of the storages of all tensors that Python knows, and those CUDA has allocated."""
+    gc.collect()
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type != "meta":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    allocated = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+    return sum(storages.values()), allocated

@@ -1,0 +1,137 @@
+"""Which tokens a head should have kept, computed anew in float64 from dense keys and queries."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hkvprof.doctor.recording import Segment
+from hkvprof.doctor.records import FaultError
+from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.policy.costs import SCORE_BYTES, SLOT_BYTES
+
+_NEAR = 1e-3
+"""Relative difference of scores that float32 may decide either way."""
+_KEPT = "the numbers of the kept tokens: not the best by score (off by one, or wrongly mapped)"
+PLAN = "the order of layers or heads: the plan of one was applied to another"
+SCALING = "the scaling of attention logits is not the model's"
+_HOT = "dynamic heads fetch other chunks than the query asks for: index, query group or slot map"
+
+
+def check_count(
+    segment: Segment, strategy: Strategy, ratio: float, tokens: int, keep: KeepRule, smooth: bool
+) -> None:
+    """Raise FaultError unless a head right after compression holds what its plan buys.
+
+    `ratio` is its share of the dense bytes of `tokens` tokens, everything counted.
+    """
+    held = len(segment.key)
+    static = static_count(ratio, tokens, keep)
+    hot = _hot_items(strategy, ratio, tokens, keep, segment.key, smooth)
+    if ratio * tokens >= tokens:
+        wanted, kind = tokens, "whole"
+    elif hot is None:
+        wanted, kind = static, "static"
+    else:
+        wanted, kind = hot, "dynamic"
+    dynamic = segment.layout is not None
+    if held != wanted or dynamic != (kind == "dynamic"):
+        name = "dynamic" if dynamic else "static or whole"
+        raise FaultError(
+            f"{held} resident tokens ({name}) after compression, where the plan says {wanted} "
+            f"({kind}) of {tokens}",
+            PLAN,
+        )
+
+
+def static_count(ratio: float, tokens: int, keep: KeepRule) -> int:
+    """Tokens that a static head keeps."""
+    return min(tokens, max(int(ratio * tokens + 1e-6), keep.sinks + keep.recent))
+
+
+def other_scalings(scaling: float, width: int) -> list[float]:
+    """Mistakes that one makes: none, of the width, applied twice."""
+    mistakes = (1.0, width**-0.5, 1 / width, scaling**2)
+    return [mistake for mistake in mistakes if mistake != scaling]
+
+
+def _hot_items(
+    strategy: Strategy, ratio: float, tokens: int, keep: KeepRule, key: Tensor, smooth: bool
+) -> int | None:
+    """Resident tokens of a dynamic head; None where it is static or has no room for its index."""
+    if strategy.head_type is HeadType.STATIC:
+        return None
+    dim, size, chunk = key.shape[1], key.element_size(), strategy.chunk
+    items = max(0, tokens - keep.sinks - keep.recent) // chunk
+    recent = tokens - keep.sinks - items * chunk
+    digest = {"mean": dim * size, "minmax": 2 * dim * size, "projected": strategy.bits // 8}
+    token = 2 * dim * size
+    left = ratio * tokens * token - items * digest[strategy.index] - (keep.sinks + recent) * token
+    hot = int(left // (chunk * token + SLOT_BYTES + (SCORE_BYTES if smooth else 0)))
+    if items < 1 or hot < 1:
+        return None
+    return keep.sinks + recent + min(hot, items) * chunk
+
+
+def check_static(
+    kept: set[int],
+    query: Float[Tensor, "group window dim"],
+    key: Float[Tensor, "tokens dim"],
+    scaling: float,
+    pool: int,
+    keep: KeepRule,
+) -> None:
+    """Raise FaultError unless the kept tokens (numbered within `key`) score best.
+
+    Score: softmax per row of the observation window, maximum over the window, mean over the group,
+    average over `pool` neighbours (docs/method.md).
+    """
+    tokens, window = len(key), query.shape[1]
+    logits = query.double() @ key.double().T * scaling
+    rows = torch.arange(tokens - window, tokens, device=key.device)[:, None]
+    logits = logits.masked_fill(torch.arange(tokens, device=key.device) > rows, -torch.inf)
+    score = logits.softmax(-1).amax(1).mean(0)
+    half = pool // 2
+    around = torch.stack([score, torch.ones_like(score)])
+    summed = F.pad(around, (half, half)).unfold(-1, pool, 1).sum(-1)
+    score = summed[0] / summed[1]
+    score[: keep.sinks] = torch.inf
+    score[tokens - keep.recent :] = torch.inf
+    _check_best(kept, score, 1 - _NEAR, "token", _KEPT)
+
+
+def check_hot(
+    segment: Segment,
+    query: Float[Tensor, "group dim"],
+    key: Float[Tensor, "tokens dim"],
+    scaling: float,
+) -> None:
+    """Raise FaultError unless the hot items score best by this query and mean keys."""
+    layout = segment.layout
+    assert layout is not None
+    begin = layout.sinks
+    region = key[begin : begin + layout.items * layout.chunk]
+    digest = region.float().view(layout.items, layout.chunk, -1).mean(1).to(key.dtype)
+    logits = query.double() @ digest.double().T * scaling
+    score = logits.softmax(-1).mean(0)
+    off = 4 * torch.finfo(key.dtype).eps * float(1 + logits.abs().max())
+    _check_best(set(segment.slots), score, (1 - _NEAR) * float(torch.exp(torch.tensor(-off))),
+                "chunk", _HOT)  # fmt: skip
+
+
+def _check_best(chosen: set[int], score: Tensor, slack: float, what: str, cause: str) -> None:
+    """The worst of the chosen must not score less than `slack` times the best of the others."""
+    picked = torch.zeros(len(score), dtype=torch.bool, device=score.device)
+    picked[sorted(chosen)] = True
+    if bool(picked.all()):
+        return
+    worst, best = score[picked].min(), score[~picked].max()
+    if bool(worst < best * slack):
+        number = int(torch.where(picked, -1.0, score).argmax())
+        raise FaultError(
+            f"{what} {number} has score {float(best):.3g} and was left out, {float(worst):.3g} was "
+            "enough for another",
+            cause,
+        )
