@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from hkvprof.errors import HkvError, UsageError
+from hkvprof.errors import HkvError, UsageError, printable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -77,8 +77,8 @@ def _discard_stdout() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message without line breaks."""
-    return " ".join(str(error).split())
+    """The message without line breaks, safe to print."""
+    return printable(" ".join(str(error).split()))
 
 
 def _click_message(error: Any) -> str:

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from hkvprof import strict_json
 from hkvprof.artifact import ProjectedIndexTables
-from hkvprof.checks import check_index, expect, require
+from hkvprof.checks import check_index, expect, expect_shares, require
 from hkvprof.container import read_container
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import write_atomically
@@ -159,6 +159,8 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
         require(set(tensors) == set(shapes), f"expected {sorted(shapes)}, found {sorted(tensors)}")
         for name, shape in shapes.items():
             expect(name, tensors[name], shape, np.float32)
+        require(bool((tensors["losses"] >= 0).all()), "losses holds negative values")
+        expect_shares("sparsity", tensors["sparsity"])
         require(about["conditions"] == conditions.digest, "the row is of other conditions")
         row = SampleRow(
             id=about["id"], task=about["task"], tokens=about["tokens"], digest=about["digest"],
