@@ -71,6 +71,7 @@ class Conditions:
             versions=tuple(sorted((str(k), str(v)) for k, v in data["versions"].items())),
         )
         check_setting(found)
+        require(all(0 < ratio <= 1 for ratio in found.ratios), "ratios must lie in (0, 1]")
         check_ratios(np.array(found.ratios, dtype=np.float32))
         require(found.dtype in DTYPES, f"unknown dtype {found.dtype[:40]!r}")
         return found

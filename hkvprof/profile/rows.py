@@ -28,6 +28,7 @@ from hkvprof.profile.conditions import Conditions
 
 CONDITIONS = "conditions.json"
 INDEX = "index.safetensors"
+MAX_TOKENS = 2**31
 _KEY = "hkvprof_row"
 _MOST_BYTES = 64 * 2**20
 _MOST_CONDITIONS_BYTES = 4 * 2**20
@@ -168,7 +169,10 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
         )  # fmt: skip
         texts = (row.id, row.task, row.digest)
         require(all(isinstance(text, str) for text in texts), "id, task and digest must be texts")
-        require(type(row.tokens) is int and row.tokens > 0, "tokens must be a number above 0")
+        require(
+            type(row.tokens) is int and 0 < row.tokens <= MAX_TOKENS,
+            f"tokens must be a number from 1 to {MAX_TOKENS:,}, found {row.tokens!r}",
+        )
         require(
             type(row.vision_tokens) is int and 0 <= row.vision_tokens <= row.tokens,
             f"vision_tokens must be a number from 0 to {row.tokens}, found {row.vision_tokens!r}",

@@ -105,14 +105,15 @@ def fuzz(
 ) -> Tally:
     """Try all numbers; failures are saved under `keep`."""
     tally, said, start = Tally(name), time.monotonic(), time.monotonic()
+    before = peak_bytes()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
         for number in numbers:
             case = Case(name, seed, number)
             wrong = attempt(target, case, Path(folder), tally)
             peak = peak_bytes()
-            if peak > MOST_BYTES and tally.peak_bytes <= MOST_BYTES:
-                wrong = wrong or f"the process has grown to {peak:,} bytes"
+            if peak - before > MOST_BYTES >= tally.peak_bytes - before:
+                wrong = wrong or f"the process has grown by {peak - before:,} bytes"
             tally.peak_bytes = peak
             if wrong:
                 tally.failures.append(f"{case}: {wrong}")
