@@ -17,9 +17,7 @@ from tests.fuzz.targets import Profiles
 @pytest.mark.parametrize(
     ("name", "count", "least"), [("profiles", 500, 30), ("samples", 300, 60), ("rows", 100, 5)]
 )
-def test_only_errors_of_our_own_come_out(
-    name: str, count: int, least: int, tmp_path: Path
-) -> None:
+def test_only_errors_of_our_own_come_out(name: str, count: int, least: int, tmp_path: Path) -> None:
     tally = fuzz(name, make_target(name, tmp_path), range(count), seed=7, keep=None, total=count)
     assert not tally.failures, "\n".join(tally.failures)
     assert tally.count == count
