@@ -4,6 +4,10 @@ Every message says what was expected, what was found and what to do next. The co
 the message alone; `--debug` adds the traceback.
 """
 
+from __future__ import annotations
+
+import sys
+
 _MOST, _END = 2000, 500
 """Characters of a message, and how many of them are its last ones, which say what to do."""
 
@@ -16,6 +20,19 @@ def printable(text: str) -> str:
     if len(text) > _MOST:
         text = f"{text[: _MOST - _END]} [...] {text[-_END:]}"
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a device."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, OSError | RuntimeError) and (
+        "can't allocate memory" in text or "Cannot allocate memory" in text
+    )
 
 
 class HkvError(Exception):
