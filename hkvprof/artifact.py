@@ -22,7 +22,7 @@ from safetensors.numpy import save as to_bytes
 from hkvprof import strict_json
 from hkvprof.checks import MOST_TOKENS, check_profile, require
 from hkvprof.container import read_container
-from hkvprof.errors import ProfileError, cut
+from hkvprof.errors import ProfileError
 from hkvprof.files import write_atomically
 from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
@@ -212,7 +212,7 @@ def load_profile(path: str | Path) -> Profile:
     metadata, tensors = _read(path)
     schema = metadata.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise ProfileError(f"{path}: expected an integer schema version, found {cut(repr(schema))}")
+        raise ProfileError(f"{path}: expected an integer schema version, found {schema!r}")
     if schema > SCHEMA_VERSION:
         raise ProfileError(
             f"{path} has schema version {schema}; this hkvprof reads up to {SCHEMA_VERSION}: "
@@ -221,12 +221,11 @@ def load_profile(path: str | Path) -> Profile:
     try:
         return _build(metadata, tensors)
     except ProfileError as error:
-        raise ProfileError(f"{path}: {cut(str(error))}") from None
+        raise ProfileError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ProfileError(
             f"{path}: the profile's metadata is incomplete or of the wrong kind "
-            f"({type(error).__name__}: {cut(str(error))}); it may be damaged: fetch or "
-            "calibrate it again"
+            f"({type(error).__name__}: {error}); it may be damaged: fetch or calibrate it again"
         ) from error
 
 
@@ -250,7 +249,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         raise ProfileError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise ProfileError(
-            f"{path} is not a readable profile ({cut(str(error))}): expected a safetensors file "
+            f"{path} is not a readable profile ({error}): expected a safetensors file "
             "made by `hkvprof calibrate`, no model checkpoint; fetch it again or recalibrate"
         ) from error
     if not isinstance(metadata, dict):

@@ -37,6 +37,12 @@ def expect(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
         require(bool(np.isfinite(array).all()), f"tensor {name} holds NaN or infinite values")
 
 
+def expect_shares(name: str, array: NDArray[np.float32]) -> None:
+    """Raise ProfileError unless all values lie in [0, 1], with room for rounding of sums."""
+    sound = bool((array >= 0).all()) and bool((array <= 1 + 1e-3).all())
+    require(sound, f"tensor {name} holds values outside [0, 1]")
+
+
 class Setting(Protocol):
     """What is measured of which model; see hkvprof.artifact.Profile."""
 
@@ -250,6 +256,8 @@ def check_profile(profile: Content) -> None:
     expect("budget", profile.budget, heads, np.float32)
     for name in ("sparsity_mean", "sparsity_std"):
         expect(name, getattr(profile, name), (kappas, *queries), np.float32)
+    expect_shares("sparsity_mean", profile.sparsity_mean)
+    expect_shares("sparsity_std", profile.sparsity_std)
     for name in ("loss", "output_error"):
         expect(name, getattr(profile, name), (lengths, menu, *heads, ratios), np.float32)
         require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")

@@ -4,9 +4,43 @@ Every message says what was expected, what was found and what to do next. The co
 the message alone; `--debug` adds the traceback.
 """
 
+from __future__ import annotations
+
+import sys
+
+_MOST, _END = 2000, 500
+"""Characters of a message, and how many of them are its last ones, which say what to do."""
+
+
+def printable(text: str) -> str:
+    """What a terminal may be shown: control characters escaped, megabytes cut in the middle.
+
+    Messages quote what strangers wrote into files.
+    """
+    if len(text) > _MOST:
+        text = f"{text[: _MOST - _END]} [...] {text[-_END:]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a device."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, OSError | RuntimeError) and (
+        "can't allocate memory" in text or "Cannot allocate memory" in text
+    )
+
 
 class HkvError(Exception):
     """Base class of every error that hkvprof raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message, safe to print."""
+        return printable(super().__str__())
 
 
 class UsageError(HkvError):
@@ -31,8 +65,3 @@ class BudgetError(UsageError):
 
 class CompressionError(HkvError):
     """The runtime could not do what it promised: a covered layer was not compressed."""
-
-
-def cut(text: str, most: int = 500) -> str:
-    """At most so many characters of what a stranger wrote, who may have written megabytes."""
-    return text if len(text) <= most else f"{text[:most]}..."

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from hkvprof.errors import HkvError, UsageError
+from hkvprof.errors import HkvError, UsageError, out_of_memory, printable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -56,7 +56,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"error: {one_line(error)}", FAILURE
     if isinstance(error, _ClickError):
         return f"error: {_click_message(error)}", USAGE
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return (
             "error: out of memory: use a smaller model or --dtype bfloat16, spread the model with "
             "--device-map auto, or take shorter samples",
@@ -77,22 +77,13 @@ def _discard_stdout() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message without line breaks."""
-    return " ".join(str(error).split())
+    """The message without line breaks, safe to print."""
+    return printable(" ".join(str(error).split()))
 
 
 def _click_message(error: Any) -> str:
     hint = getattr(getattr(error, "ctx", None), "command_path", "hkvprof")
     return f"{' '.join(error.format_message().split())} (see `{hint} --help`)"
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any
 
 from hkvprof import strict_json
-from hkvprof.errors import UsageError, cut
+from hkvprof.errors import UsageError
 from hkvprof.evaluate.records import Answer
 from hkvprof.files import write_atomically
 
@@ -94,9 +94,7 @@ def _agree(folder: Path, conditions: Mapping[str, Any]) -> bool:
     mine = json.loads(json.dumps(conditions))
     differing = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
     if differing:
-        said = cut(
-            "; ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in differing)
-        )
+        said = "; ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in differing)
         raise UsageError(
             f"{folder} holds answers of other conditions ({said}): use another folder, or the same "
             "options to go on"

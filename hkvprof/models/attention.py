@@ -123,8 +123,9 @@ def _register(base: str) -> str:
 
     name = f"{_PREFIX}{base}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, _dispatcher(ALL_ATTENTION_FUNCTIONS[base]))
+        # The mask first: another thread that finds the name may run a model at once.
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        AttentionInterface.register(name, _dispatcher(ALL_ATTENTION_FUNCTIONS[base]))
     return name
 
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from hkvprof.errors import HkvError, ModelError, UsageError
+from hkvprof.errors import HkvError, ModelError, UsageError, out_of_memory
 from hkvprof.heads import ModelFingerprint
 from hkvprof.models.adapter import view_model
 from hkvprof.models.aliases import ALIASES, TINYVL_FOLDER
@@ -59,6 +59,8 @@ def load_model(
     except HkvError:
         raise
     except Exception as error:  # transformers raises nearly anything on damaged checkpoints
+        if out_of_memory(error):
+            raise
         raise _unavailable(str(name_or_path), source, error) from error
     if target is not None:
         model = model.to(target)

@@ -76,6 +76,7 @@ class Conditions:
             row_schema=int(data.get("row_schema", 1)),
         )
         check_setting(found)
+        require(all(0 < ratio <= 1 for ratio in found.ratios), "ratios must lie in (0, 1]")
         check_ratios(np.array(found.ratios, dtype=np.float32))
         require(found.dtype in DTYPES, f"unknown dtype {found.dtype[:40]!r}")
         return found

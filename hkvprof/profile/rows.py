@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from hkvprof import strict_json
 from hkvprof.artifact import ProjectedIndexTables
-from hkvprof.checks import check_index, expect, require
+from hkvprof.checks import check_index, expect, expect_shares, require
 from hkvprof.container import read_container
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import is_part, remove_stale, writable, write_atomically, write_once
@@ -29,6 +29,7 @@ from hkvprof.profile.sample_statistics import SampleStatistics
 
 CONDITIONS = "conditions.json"
 INDEX = "index.safetensors"
+MAX_TOKENS = 2**31
 _KEY = "hkvprof_row"
 _MOST_BYTES = 64 * 2**20
 _MOST_CONDITIONS_BYTES = 4 * 2**20
@@ -203,6 +204,8 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
         statistics.check(grid)
         for name, shape in shapes.items():
             expect(name, tensors[name], shape, np.float32)
+        require(bool((tensors["losses"] >= 0).all()), "losses holds negative values")
+        expect_shares("sparsity", tensors["sparsity"])
         require(about["conditions"] == conditions.digest, "the row is of other conditions")
         row = SampleRow(
             id=about["id"], task=about["task"], tokens=about["tokens"], digest=about["digest"],
@@ -210,7 +213,10 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
         )  # fmt: skip
         texts = (row.id, row.task, row.digest)
         require(all(isinstance(text, str) for text in texts), "id, task and digest must be texts")
-        require(type(row.tokens) is int and row.tokens > 0, "tokens must be a number above 0")
+        require(
+            type(row.tokens) is int and 0 < row.tokens <= MAX_TOKENS,
+            f"tokens must be a number from 1 to {MAX_TOKENS:,}, found {row.tokens!r}",
+        )
         require(
             type(row.vision_tokens) is int and 0 <= row.vision_tokens <= row.tokens,
             f"vision_tokens must be a number from 0 to {row.tokens}, found {row.vision_tokens!r}",

@@ -130,7 +130,7 @@ def losses_at_budget(profile: Profile, layer: int, head: int) -> NDArray[np.floa
 def _near_theta(profile: Profile) -> list[Borderline]:
     theta, samples = (_number(profile.provenance.get(key)) for key in ("theta", "samples"))
     kappa = kappa_index(profile)
-    if theta is None or not samples or kappa is None:
+    if theta is None or samples is None or samples <= 0 or kappa is None:
         return []
     error = profile.sparsity_std[kappa] / math.sqrt(samples)
     distance = np.abs(profile.sparsity_mean[kappa] - theta)

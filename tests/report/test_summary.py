@@ -93,7 +93,7 @@ def test_paper_heads_are_borderline_within_a_standard_error_of_theta() -> None:
     assert summary.borderline(paper(0.88, 0.1, theta_kappa=0.05)) == []
 
 
-@pytest.mark.parametrize("value", [None, "x", True, 0, [], {}])
+@pytest.mark.parametrize("value", [None, "x", True, 0, -3, [], {}])
 def test_odd_provenance_does_no_harm(value: object) -> None:
     odd = {"theta": value, "samples": value, "theta_kappa": value, "tasks": value}
     profile = replace(make_profile("paper"), provenance=odd)

@@ -95,11 +95,11 @@ def status() -> str:
     off = switched_off() or STATE.refused
     if off:
         return f"torch: {off}"
-    loaded = sorted(group for (_, group), library in STATE.libraries.items() if library)
+    loaded = sorted(group for (_, group), library in list(STATE.libraries.items()) if library)
     if not loaded:
         return "native: not compiled yet"
     line = f"native: query heads per KV head {', '.join(map(str, loaded))}; {STATE.openmp}"
-    return "; ".join([line, *STATE.notes])
+    return "; ".join([line, *list(STATE.notes)])
 
 
 def library(dtype: torch.dtype, group: int) -> ctypes.CDLL | None:
@@ -117,7 +117,7 @@ def library(dtype: torch.dtype, group: int) -> ctypes.CDLL | None:
 
 def opened(dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
     """Any library, or any for this element type, that this process has opened already."""
-    for (kind, _), found in STATE.libraries.items():
+    for (kind, _), found in list(STATE.libraries.items()):  # another thread may open one now
         if found is not None and (dtype is None or kind == DTYPES[dtype]):
             return found
     return None

@@ -1,0 +1,1 @@
+"""Fuzzers of everything that hkvprof reads from strangers (SECURITY.md says what they look for)."""
