@@ -18,17 +18,13 @@ from hkvprof.models.adapter import ModelView, output_projection
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.forward import last_row_only
 from hkvprof.models.processing import ChatProcessor, Encoded
+from hkvprof.policy.text_rows import sample_text_rows, text_sparsity
 from hkvprof.profile.continuation import Continuation, build_continuation, opening_of_turn
 from hkvprof.profile.fit import Moments, tables_of_layer
 from hkvprof.profile.observe import ObservedCache, Observer
 from hkvprof.profile.rows import SampleRow
 from hkvprof.profile.samples import Sample, Turn, open_images
-from hkvprof.profile.statistics import (
-    DecodeRows,
-    layer_losses,
-    sample_text_rows,
-    text_sparsity,
-)
+from hkvprof.profile.statistics import DecodeRows, layer_losses
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
 KAPPAS = (0.02, 0.05, 0.10, 0.20)
@@ -136,6 +132,7 @@ class Probe:
             losses=torch.stack(losses, dim=2).cpu().numpy(),
             digest=self.digest,
             vision_tokens=int(sum((held == kind).sum() for kind in VISION)),
+            context_tokens=int((held == Modality.CONTEXT).sum()),
         )
 
     def _layer_losses(

@@ -37,7 +37,8 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, Attrib
 class SampleRow:
     """What one sample contributes.
 
-    `tokens` of the prompt, `vision_tokens` of them hold an image or a video (0: text alone);
+    `tokens` of the prompt, `vision_tokens` of them hold an image or a video, `context_tokens` long
+    text that plays their part;
     `sparsity` [kappas, layers, query_heads]; `losses` [3 terms, strategies, layers, kv_heads,
     ratios] (statistics.LayerLosses); `digest` of the prompt's tokens and pixels and the replies.
     """
@@ -49,6 +50,7 @@ class SampleRow:
     losses: NDArray[np.float32]
     digest: str = ""
     vision_tokens: int = 0
+    context_tokens: int = 0
 
 
 class RowFolder:
@@ -80,7 +82,7 @@ class RowFolder:
         """Write a row. Raises HkvError."""
         self._begin()
         about = {"id": row.id, "task": row.task, "tokens": row.tokens, "digest": row.digest,
-                 "vision_tokens": row.vision_tokens,
+                 "vision_tokens": row.vision_tokens, "context_tokens": row.context_tokens,
                  "conditions": self.conditions.digest}  # fmt: skip
         tensors = {"sparsity": row.sparsity, "losses": row.losses}
         data = save(tensors, {_KEY: json.dumps(about, sort_keys=True)})
@@ -161,15 +163,17 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
         require(about["conditions"] == conditions.digest, "the row is of other conditions")
         row = SampleRow(
             id=about["id"], task=about["task"], tokens=about["tokens"], digest=about["digest"],
-            vision_tokens=about["vision_tokens"], **tensors,
+            vision_tokens=about["vision_tokens"], context_tokens=about["context_tokens"], **tensors,
         )  # fmt: skip
         texts = (row.id, row.task, row.digest)
         require(all(isinstance(text, str) for text in texts), "id, task and digest must be texts")
         require(type(row.tokens) is int and row.tokens > 0, "tokens must be a number above 0")
-        require(
-            type(row.vision_tokens) is int and 0 <= row.vision_tokens <= row.tokens,
-            f"vision_tokens must be a number from 0 to {row.tokens}, found {row.vision_tokens!r}",
-        )
+        for name in ("vision_tokens", "context_tokens"):
+            count = getattr(row, name)
+            require(
+                type(count) is int and 0 <= count <= row.tokens,
+                f"{name} must be a number from 0 to {row.tokens}, found {count!r}",
+            )
         require(file.name == _file_name(row.id), "the file's name does not go with its sample")
         return row
     except (*_UNREADABLE, ProfileError) as error:
@@ -240,8 +244,8 @@ def gather(folders: Iterable[Path]) -> tuple[Conditions, list[SampleRow], Any]:
 
 def _same(first: SampleRow, second: SampleRow) -> bool:
     return (
-        (first.task, first.tokens, first.vision_tokens, first.digest)
-        == (second.task, second.tokens, second.vision_tokens, second.digest)
+        (first.task, first.tokens, first.vision_tokens, first.context_tokens, first.digest)
+        == (second.task, second.tokens, second.vision_tokens, second.context_tokens, second.digest)
         and np.array_equal(first.sparsity, second.sparsity)
         and np.array_equal(first.losses, second.losses)
     )

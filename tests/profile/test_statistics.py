@@ -22,6 +22,7 @@ from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.policy.costs import dynamic_layout, static_tokens
 from hkvprof.policy.index import HeadTables, build_index
 from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
+from hkvprof.policy.text_rows import sample_text_rows, text_sparsity
 from hkvprof.profile import statistics
 from hkvprof.profile.continuation import Continuation, build_continuation
 from hkvprof.profile.observe import ObservedCache, Observer
@@ -29,8 +30,6 @@ from hkvprof.profile.statistics import (
     DecodeRows,
     LayerLosses,
     layer_losses,
-    sample_text_rows,
-    text_sparsity,
 )
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.testbed.generator import make_sample

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hkvprof.profile import statistics
+from hkvprof.policy import text_rows
 from tests.runtime.kernels.cases import DTYPES
 from tests.runtime.kernels.triton_cases import DEVICES, QUIET
 
@@ -53,7 +53,7 @@ def test_mass_of_the_largest_weights(
     bad: bool,
 ) -> None:
     """From flat to sharp rows; a NaN stays within its query head."""
-    from hkvprof.profile.triton_mass import top_mass
+    from hkvprof.policy.triton_mass import top_mass
 
     random = torch.Generator().manual_seed(seed)
     key = torch.randn(2, tokens, dim, generator=random).to(dtype)
@@ -72,11 +72,11 @@ def test_mass_of_the_largest_weights(
 def test_statistics_on_cuda_tensors_use_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(4, 6, 16), torch.randn(2, 90, 16)
     rows = torch.arange(40, 46)
-    sorted_ones = statistics.text_sparsity(query, key, rows, 0.5, (0.1, 0.3))
-    assert not statistics.no_triton()
+    sorted_ones = text_rows.text_sparsity(query, key, rows, 0.5, (0.1, 0.3))
+    assert not text_rows.no_triton()
     if device == "cpu":
         monkeypatch.setattr(Tensor, "is_cuda", True)
     place = [tensor.to(device) for tensor in (query, key, rows)]
-    counted = statistics.text_sparsity(*place, 0.5, (0.1, 0.3)).cpu()
+    counted = text_rows.text_sparsity(*place, 0.5, (0.1, 0.3)).cpu()
     torch.testing.assert_close(counted, sorted_ones, rtol=0, atol=1e-3)
     assert not torch.equal(counted, sorted_ones)

@@ -12,8 +12,8 @@ from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import token_floor
 from hkvprof.policy.costs import dynamic_layout
 from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
+from hkvprof.policy.text_rows import sample_text_rows, text_sparsity
 from hkvprof.profile.classify import allocate_by_sparsity
-from hkvprof.profile.statistics import sample_text_rows, text_sparsity
 from hkvprof.runtime.plan import HeadPlan
 
 THETA, KAPPA = 0.9, 0.02
