@@ -4,8 +4,8 @@
 
 The paper's rule (a head is static when the top 2% of visible keys get 0.9 of the attention of text
 rows) classifies every held-out prompt of tinyvl by itself, and once by the profile's mean sparsity.
-All else is HybridKV's in both: budgets, pruning and chunks, at equal all-in bytes. The profile's own
-types and hkvprof itself stand beside them. Tables in markdown.
+All else is HybridKV's in both: budgets, pruning and chunks, at equal all-in bytes. The profile's
+own types and hkvprof itself stand beside them. Tables in markdown.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ def _agreement(name: str, offline: np.ndarray, requests: Sequence[np.ndarray]) -
     kappa = cohen_kappa(np.stack([offline] * len(requests)), np.stack(requests))
     static = float((offline == HeadType.STATIC).mean())
     theirs = fmean(float((types == HeadType.STATIC).mean()) for types in requests)
+    span = f"{min(shares):.1%} to {max(shares):.1%} per prompt"
     _say(
         f"{name} ({static:.0%} static) against per request ({theirs:.0%} static): equal types "
-        f"{fmean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%} per prompt), kappa {kappa:.2f}"
+        f"{fmean(shares):.1%} ({span}), kappa {kappa:.2f}"
     )
 
 
