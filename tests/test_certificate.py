@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkvprof import load_profile
@@ -33,6 +33,7 @@ def levels_of(passes: list[bool], samples: list[int]) -> list[Level]:
     ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([50, 100])), min_size=1, max_size=8))
 def test_the_sequence_stops_at_the_first_that_fails(drawn: list[tuple[bool, int]]) -> None:
     passes, samples = [p for p, _ in drawn], [s for _, s in drawn]

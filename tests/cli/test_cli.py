@@ -20,7 +20,7 @@ from hkvprof.errors import UsageError
 from tests.profiles import GOLDEN, make_profile
 
 DATA = Path(__file__).parents[2] / "calibration" / "mini"
-VERBS = ("bench", "calibrate", "eval", "inspect", "models", "plan")
+VERBS = ("bench", "calibrate", "certify", "eval", "inspect", "models", "plan")
 
 
 # Help

@@ -7,7 +7,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkvprof.certificate import MOST_ALPHA, MOST_DELTA, Level, fixed_sequence
@@ -27,6 +27,7 @@ def tail(losses: int, samples: int, alpha: Fraction) -> Fraction:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 50))
 def test_p_values_are_the_binomial_tail(samples: int, losses: int, percent: int) -> None:
     losses = min(losses, samples)
@@ -35,6 +36,7 @@ def test_p_values_are_the_binomial_tail(samples: int, losses: int, percent: int)
     assert claim.p_value(losses, samples) == pytest.approx(exact, rel=1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 50), st.integers(1, 20))
 def test_the_most_losses_are_the_most_that_pass(samples: int, alpha: int, delta: int) -> None:
     claim = Claim(alpha / 100, delta / 100, (0.1,))
