@@ -63,5 +63,9 @@ class BudgetError(UsageError):
     """A budget cannot be parsed or is too small for what must be kept."""
 
 
+class HkvWarning(UserWarning):
+    """Something that works, but perhaps not as well as measured."""
+
+
 class CompressionError(HkvError):
     """The runtime could not do what it promised: a covered layer was not compressed."""

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from hkvprof.artifact import Profile, ProjectedIndexTables
+from hkvprof.certificate import KEY as CERTIFICATE
+from hkvprof.certificate import Certificate, Level, content_digest
 from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import INFEASIBLE
@@ -148,6 +150,34 @@ def with_confidence(profile: Profile) -> Profile:
         kinds=Comparison(reason="there is only one kind: every prompt holds images or video"),
     )
     return replace(profile, provenance={**profile.provenance, KEY: record.to_json()})
+
+
+def make_certificate(profile: Profile) -> Certificate:
+    """One that certifies 20% of 50, 20 and 5%, the last given up half way."""
+    return Certificate(
+        alpha=0.02,
+        delta=0.05,
+        loss="answers",
+        samples=150,
+        levels=(Level(0.5, 150, 0, 0.0483), Level(0.2, 150, 0, 0.0483), Level(0.05, 75, 1, 0.196)),
+        certified=0.2,
+        reason="",
+        regimes=("inside", "later"),
+        full_score=0.9,
+        content=content_digest(profile),
+        weights_digest="fedcba9876543210",
+        dtype="bfloat16",
+        data="held-out",
+        data_digest="0" * 64,
+        options={"min_tokens": 64, "max_new_tokens": 16},
+        versions={"hkvprof": "0.1.0"},
+    )
+
+
+def with_certificate(profile: Profile) -> Profile:
+    """The profile with a certificate of it."""
+    record = make_certificate(profile).to_json()
+    return replace(profile, provenance={**profile.provenance, CERTIFICATE: record})
 
 
 def plain_profile(profile: Profile) -> Profile:

@@ -148,7 +148,8 @@ def local_device(wanted: str | None) -> str | None:
         return wanted
     if number >= devices:
         raise UsageError(
-            f"more processes than GPUs: expected --nproc-per-node {devices} or less, or --device cpu"
+            f"more processes than GPUs: expected --nproc-per-node {devices} or less, or "
+            "--device cpu"
         )
     return f"cuda:{number}"
 

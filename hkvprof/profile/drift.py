@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hkvprof.head_statistics import PAIRS
 from hkvprof.heads import KeepRule
-from hkvprof.profile.text_rows import attention_blocks
+from hkvprof.policy.text_rows import attention_blocks
 
 SHARE = 0.10
 """Of the tokens between sinks and recent ones: what a kept set holds."""

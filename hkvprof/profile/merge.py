@@ -10,6 +10,8 @@ import numpy as np
 
 from hkvprof.artifact import Profile
 from hkvprof.errors import UsageError
+from hkvprof.policy.domain import KEY as DOMAIN
+from hkvprof.policy.domain import Domain
 from hkvprof.policy.tables import ProjectedIndexTables
 from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.confidence import assess
@@ -67,6 +69,7 @@ def build_profile(
         provenance={
             **_provenance(conditions, rows, decision),
             KEY: assess(evidence, plan).to_json(),
+            DOMAIN: Domain.of(sparsity, any(row.context_tokens for row in rows)).to_json(),
         },
     )
 

@@ -22,6 +22,7 @@ from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.forward import last_row_only
 from hkvprof.models.processing import ChatProcessor, Encoded
+from hkvprof.policy.text_rows import sample_text_rows
 from hkvprof.profile.continuation import Continuation, build_continuation
 from hkvprof.profile.drift import Phase, compared, layer_drift
 from hkvprof.profile.fit import Moments, tables_of_layer
@@ -31,12 +32,7 @@ from hkvprof.profile.rows import SampleRow
 from hkvprof.profile.sample_statistics import SampleStatistics
 from hkvprof.profile.samples import Sample, open_images
 from hkvprof.profile.statistics import DecodeRows, layer_losses
-from hkvprof.profile.text_rows import (
-    TextStatistics,
-    sample_text_rows,
-    text_statistics,
-    token_classes,
-)
+from hkvprof.profile.text_rows import TextStatistics, text_statistics, token_classes
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
 KAPPAS = (0.02, 0.05, 0.10, 0.20)
@@ -147,6 +143,7 @@ class Probe:
             ),
             digest=self.digest,
             vision_tokens=int(sum((held == kind).sum() for kind in VISION)),
+            context_tokens=int((held == Modality.CONTEXT).sum()),
         )
 
     def _after_prompt(

@@ -40,7 +40,8 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, Profile
 class SampleRow:
     """What one sample contributes.
 
-    `tokens` of the prompt, `vision_tokens` of them hold an image or a video (0: text alone);
+    `tokens` of the prompt, `vision_tokens` of them hold an image or a video, `context_tokens` long
+    text that plays their part;
     `sparsity` [kappas, layers, query_heads]; `losses` [3 terms, strategies, layers, kv_heads,
     ratios] (statistics.LayerLosses); `statistics` are what profiles show of heads; `digest` of the
     prompt's tokens and pixels and the replies.
@@ -54,6 +55,7 @@ class SampleRow:
     statistics: SampleStatistics
     digest: str = ""
     vision_tokens: int = 0
+    context_tokens: int = 0
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The arrays by their names in the file."""
@@ -96,7 +98,7 @@ class RowFolder:
         """Write a row. Raises HkvError."""
         self._begin()
         about = {"id": row.id, "task": row.task, "tokens": row.tokens, "digest": row.digest,
-                 "vision_tokens": row.vision_tokens,
+                 "vision_tokens": row.vision_tokens, "context_tokens": row.context_tokens,
                  "conditions": self.conditions.digest}  # fmt: skip
         data = save(row.tensors(), {_KEY: json.dumps(about, sort_keys=True)})
         write_atomically(self.path / _file_name(row.id), data)
@@ -209,7 +211,8 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
         require(about["conditions"] == conditions.digest, "the row is of other conditions")
         row = SampleRow(
             id=about["id"], task=about["task"], tokens=about["tokens"], digest=about["digest"],
-            vision_tokens=about["vision_tokens"], statistics=statistics, **tensors,
+            vision_tokens=about["vision_tokens"], context_tokens=about["context_tokens"],
+            statistics=statistics, **tensors,
         )  # fmt: skip
         texts = (row.id, row.task, row.digest)
         require(all(isinstance(text, str) for text in texts), "id, task and digest must be texts")
@@ -217,10 +220,12 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
             type(row.tokens) is int and 0 < row.tokens <= MAX_TOKENS,
             f"tokens must be a number from 1 to {MAX_TOKENS:,}, found {row.tokens!r}",
         )
-        require(
-            type(row.vision_tokens) is int and 0 <= row.vision_tokens <= row.tokens,
-            f"vision_tokens must be a number from 0 to {row.tokens}, found {row.vision_tokens!r}",
-        )
+        for name in ("vision_tokens", "context_tokens"):
+            count = getattr(row, name)
+            require(
+                type(count) is int and 0 <= count <= row.tokens,
+                f"{name} must be a number from 0 to {row.tokens}, found {count!r}",
+            )
         require(file.name == _file_name(row.id), "the file's name does not go with its sample")
         return row
     except _UNREADABLE as error:

@@ -13,6 +13,7 @@ from hkvprof.errors import CompressionError
 from hkvprof.heads import HeadGrid
 from hkvprof.runtime import kernels
 from hkvprof.runtime.layer import CompressedLayer, row_list
+from hkvprof.runtime.monitor import Watch, WatchedLayer
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.receipt import LayerAccount, Meter, Receipt
@@ -25,6 +26,7 @@ class Books:
     accounts: list[LayerAccount]
     meter: Meter
     planner: Planner
+    watch: Watch | None = None
 
     def receipt(self) -> Receipt:
         """Sum up."""
@@ -38,6 +40,7 @@ class Books:
             same_memory=not torch.cuda.is_available(),
             kernels=kernels.status(),
             layers=layers,
+            domain=None if self.watch is None else self.watch.verdict,
         )
 
 
@@ -53,10 +56,19 @@ class CompressedCache(DynamicCache):
         layer_ids: tuple[int, ...],
         text_config: Any,
         prompt_tokens: int | None = None,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__(config=text_config)
-        self.conversation = Conversation(planner, grid, layer_ids, prompt_tokens)
-        self.covered = tuple(CompressedLayer(i, self.conversation) for i in range(len(layer_ids)))
+        self.conversation = Conversation(
+            planner, grid, layer_ids, prompt_tokens, watched=watch is not None
+        )
+        self.covered = tuple(
+            CompressedLayer(number, self.conversation)
+            if watch is None
+            else WatchedLayer(number, self.conversation, watch)
+            for number in range(len(layer_ids))
+        )
+        self._watch = watch
         replaced: dict[int, CacheLayerMixin] = dict(zip(layer_ids, self.covered, strict=True))
         count = max(len(self.layers), max(layer_ids) + 1)
         self.layers = [replaced.get(i) or self.layers[i] for i in range(count)]
@@ -65,7 +77,7 @@ class CompressedCache(DynamicCache):
     def books(self) -> Books:
         """The accounts behind the receipt."""
         accounts = [layer.account for layer in self.covered]
-        return Books(accounts, self.conversation.meter, self.conversation.planner)
+        return Books(accounts, self.conversation.meter, self.conversation.planner, self._watch)
 
     def receipt(self) -> Receipt:
         """What is kept now, where, and what it cost."""

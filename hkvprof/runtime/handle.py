@@ -19,6 +19,7 @@ from hkvprof.models.attention import hook_attention, refuse_features
 from hkvprof.models.forward import rope_holder
 from hkvprof.policy.budget import Budget
 from hkvprof.runtime.cache import Books, CompressedCache
+from hkvprof.runtime.monitor import Monitor
 from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prefetch import queues_for
@@ -39,6 +40,7 @@ def apply(
     smoothing: float = SMOOTHING,
     retrieve_every: int = 1,
     prefetch: float | None = None,
+    monitor: float = 0.0,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
 
@@ -54,6 +56,9 @@ def apply(
     every n-th step selects, then with the n - 1 successors of what it picks (docs/retrieval.md).
     `prefetch` c, on CUDA only: selection and reads of host memory for the next step run beside this
     one, but for heads whose query has a cosine below c to its last (0.85; docs/gpu.md).
+
+    `monitor` is the share of requests (0.01) whose prompt is compared with the calibration's; the
+    first one out of their domain warns (HkvWarning), all say so on their receipt (docs/method.md).
 
     Returns a handle that is also a context manager; `detach()` restores the model. Raises
     ProfileError if the profile is for another model, ModelError for unsupported models (and for
@@ -73,7 +78,9 @@ def apply(
             "decode_compression=False"
         )
     every = compress_every if decode_compression else 0
-    options = Options(strict, min_tokens, every, host_dtype, smoothing, retrieve_every, prefetch)
+    options = Options(
+        strict, min_tokens, every, host_dtype, smoothing, retrieve_every, prefetch, monitor
+    )
     if prefetch is not None:
         queues_for(model.device)
     parsed = Budget.parse(profile.default_budget if budget is None else budget)
@@ -125,6 +132,7 @@ class Handle:
         self._view = view
         self._planner = planner
         self._books: Books | None = None
+        self._monitor = Monitor.of(planner, view.layer_ids)
         self._restore = hook_attention(model)
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -142,8 +150,9 @@ class Handle:
         self._require_attached()
         view = self._view
         cache = CompressedCache(
-            self._planner, view.grid, view.layer_ids, view.text_config, prompt_tokens
-        )
+            self._planner, view.grid, view.layer_ids, view.text_config, prompt_tokens,
+            None if self._monitor is None else self._monitor.watch(),
+        )  # fmt: skip
         self._books = cache.books
         return cache
 

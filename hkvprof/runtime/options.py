@@ -31,6 +31,7 @@ class Options:
     smoothing: float = SMOOTHING
     retrieve_every: int = 1
     prefetch: float | None = None
+    monitor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.min_tokens < 1:
@@ -48,6 +49,8 @@ class Options:
             raise UsageError(f"smoothing must be in [0, 1), found {self.smoothing}")
         if self.retrieve_every < 1:
             raise UsageError(f"retrieve_every must be at least 1, found {self.retrieve_every}")
+        if not 0 <= self.monitor <= 1:
+            raise UsageError(f"monitor is a share of requests in [0, 1], found {self.monitor}")
         if self.prefetch is None:
             return
         if not 0 < self.prefetch <= 1:

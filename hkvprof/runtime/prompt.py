@@ -21,13 +21,15 @@ class Conversation:
     `goal` is the number of tokens of the prompt where it is known (`generate` knows it): passes up
     to it are prefill, tokens of the same pass beyond it (guesses of assisted decoding) are not
     prompt. `starts` is the first valid position of every batch row (left padding before it).
-    `token_ids` [rows, tokens] is filled where a strategy asks which tokens are text.
+    `token_ids` [rows, tokens] is filled where a strategy asks which tokens are text, or the monitor
+    (`watched`).
     """
 
     planner: Planner
     grid: HeadGrid
     layer_ids: tuple[int, ...]
     goal: int | None = None
+    watched: bool = False
     starts: tuple[int, ...] = ()
     token_ids: Tensor | None = None
     rope_deltas: Tensor | None = None
@@ -43,7 +45,7 @@ class Conversation:
 
     def see_ids(self, ids: Tensor | None, seen: int) -> None:
         """Token ids of a pass that follows `seen` tokens."""
-        if not self.planner.needs_text:
+        if not (self.planner.needs_text or self.watched):
             return
         old = None if self.token_ids is None or seen == 0 else self.token_ids[:, :seen]
         if ids is None or (old is not None and old.shape[1] != seen):
@@ -55,12 +57,19 @@ class Conversation:
         """Which of the first `tokens` positions are text; None where no strategy asks."""
         if not self.planner.needs_text:
             return None
-        ids = self.token_ids
-        if ids is None or ids.shape[1] < tokens:
+        found = self.known_text(tokens)
+        if found is None:
             raise CompressionError(
                 "this profile keeps text tokens first, which needs the tokens' ids: pass "
                 "input_ids to the model (not inputs_embeds alone)"
             )
+        return found
+
+    def known_text(self, tokens: int) -> Bool[Tensor, "rows tokens"] | None:
+        """Which of the first `tokens` positions are text; None where their ids are not known."""
+        ids = self.token_ids
+        if ids is None or ids.shape[1] < tokens:
+            return None
         vision = self.planner.profile.fingerprint.vision
         special = [vision[k] for k in ("image_token_id", "video_token_id") if k in vision]
         known = torch.tensor(special, device=ids.device, dtype=ids.dtype)

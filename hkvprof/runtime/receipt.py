@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from hkvprof.policy.domain import DomainCheck
+
 
 @dataclass
 class Meter:
@@ -141,7 +143,8 @@ class Receipt:
     `peak_bytes` is the most K/V that was resident at once, during prefill too. `shared_bytes` are
     index tables held once per model, not per request. `same_memory` says that device and host are
     one memory, so that only `resident_bytes + host_bytes` (`total_bytes`) is what a request really
-    takes. `kernels` names what computes decoding steps.
+    takes. `kernels` names what computes decoding steps. `domain` is what the monitor found; None on
+    requests that it did not look at.
     """
 
     resident_bytes: int
@@ -152,6 +155,7 @@ class Receipt:
     same_memory: bool
     kernels: str
     layers: tuple[LayerAccount, ...]
+    domain: DomainCheck | None = None
 
     @property
     def total_bytes(self) -> int:

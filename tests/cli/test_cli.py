@@ -22,7 +22,7 @@ from hkvprof.models.coverage import COVERAGE
 from tests.profiles import GOLDEN, make_profile
 
 DATA = Path(__file__).parents[2] / "calibration" / "mini"
-VERBS = ("bench", "calibrate", "eval", "inspect", "models", "plan")
+VERBS = ("bench", "calibrate", "certify", "eval", "inspect", "models", "plan")
 
 
 # Help

@@ -13,15 +13,9 @@ from torch import Tensor
 
 from hkvprof.head_statistics import CLASSES
 from hkvprof.heads import KeepRule, Modality
-from hkvprof.profile import text_rows
-from hkvprof.profile.text_rows import (
-    TextStatistics,
-    largest,
-    sample_text_rows,
-    text_sparsity,
-    text_statistics,
-    token_classes,
-)
+from hkvprof.policy import text_rows
+from hkvprof.policy.text_rows import largest, sample_text_rows, text_sparsity
+from hkvprof.profile.text_rows import TextStatistics, text_statistics, token_classes
 
 KAPPAS = (0.02, 0.05, 0.1, 0.2)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hkvprof.profile import text_rows
+from hkvprof.policy import text_rows
 from tests.runtime.kernels.cases import DTYPES
 from tests.runtime.kernels.triton_cases import DEVICES, QUIET
 
@@ -53,7 +53,7 @@ def test_mass_of_the_largest_weights(
     bad: bool,
 ) -> None:
     """From flat to sharp rows; a NaN stays within its query head."""
-    from hkvprof.profile.triton_mass import top_mass
+    from hkvprof.policy.triton_mass import top_mass
 
     random = torch.Generator().manual_seed(seed)
     key = torch.randn(2, tokens, dim, generator=random).to(dtype)

@@ -12,8 +12,8 @@ from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import token_floor
 from hkvprof.policy.costs import dynamic_layout
 from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
-from hkvprof.profile.classify import allocate_by_sparsity
-from hkvprof.profile.text_rows import sample_text_rows, text_sparsity
+from hkvprof.policy.text_rows import sample_text_rows, text_sparsity
+from hkvprof.profile.classify import allocate_by_sparsity, types_by_sparsity
 from hkvprof.runtime.plan import HeadPlan
 
 THETA, KAPPA = 0.9, 0.02
@@ -31,10 +31,14 @@ def hybridkv(prompt: Prompt) -> Selection:
     mean, static heads in proportion to their sparsity, dynamic ones evenly. Dynamic heads take the
     smallest published chunk whose index fits into their share; where none does, they are pruned.
     """
-    grid = prompt.grid
-    mean = prompt.remember("hybridkv", lambda: _sparsity(prompt))
-    static = (mean >= THETA).reshape(grid.layers, grid.kv_heads, grid.group).all(axis=-1)
-    types = np.where(static, HeadType.STATIC, HeadType.DYNAMIC).astype(np.uint8)
+    mean = prompt.remember("hybridkv", lambda: request_sparsity(prompt))
+    return by_types(prompt, types_by_sparsity(mean, THETA, prompt.grid), mean)
+
+
+def by_types(prompt: Prompt, types: NDArray[np.uint8], mean: NDArray[np.float32]) -> Selection:
+    """HybridKV's budgets and selection for types [layers, kv_heads] and the sparsity of all query
+    heads [layers, query_heads], wherever they come from."""
+    grid, static = prompt.grid, types == HeadType.STATIC
     floor = min(prompt.share, token_floor(KEEP.floor_tokens, prompt.tokens))
     ratios = allocate_by_sparsity(types, mean, prompt.share, floor, grid).ratio
     plans = [_retrieval(prompt, float(r)) for r in ratios.flat]
@@ -76,7 +80,7 @@ def _retrieval(prompt: Prompt, ratio: float) -> HeadPlan | None:
     return None
 
 
-def _sparsity(prompt: Prompt) -> NDArray[np.float32]:
+def request_sparsity(prompt: Prompt) -> NDArray[np.float32]:
     """Text-centric sparsity of every query head, [layers, query_heads].
 
     A prompt that ends with its context has no text row that sees it: all rows count as text then.
