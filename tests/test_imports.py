@@ -29,6 +29,7 @@ ALLOWED = {
     "report": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench"},
     "cli": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench", "report", "testbed"},
     "testbed": MODELS | {"profile.samples"},
+    "__main__": {"cli"},
     "plugins": ARTIFACT | MODELS | {"runtime", "profile.images"},
 }
 """Per part (a module or folder of hkvprof): the parts it may import, besides itself."""

@@ -20,7 +20,7 @@ from hkvprof.heads import KeepRule
 from hkvprof.models.adapter import view_model
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile import classify
-from hkvprof.profile.distributed import ALONE, Group
+from hkvprof.profile.group import ALONE, Group
 from hkvprof.profile.merge import Decision, build_profile
 from hkvprof.profile.probe import KAPPAS, RATIOS, Bench
 from hkvprof.profile.rows import SampleRow
@@ -67,7 +67,7 @@ def calibrate(
     out of range and for a folder of other conditions.
     """
     decision = Decision(theta, budget, seed)
-    bench = _bench(model, processor, recipe, replies, keep)
+    bench = prepare_bench(model, processor, recipe, replies, keep)
     run = Run(bench, recipe, on_error, track or _untracked, rows, group)
     ordered = _in_order(samples)
     tables, mine = run.measure(ordered, group.share(ordered))
@@ -103,7 +103,7 @@ def measure(
     part, parts = shard
     if not 1 <= part <= parts:
         raise UsageError(f"shard is {part} of {parts}: expected 1 <= part <= parts")
-    bench = _bench(model, processor, recipe, replies, keep)
+    bench = prepare_bench(model, processor, recipe, replies, keep)
     run = Run(bench, recipe, on_error, track or _untracked, rows, ALONE)
     ordered = _in_order(samples)
     mine = ordered[part - 1 :: parts]
@@ -113,9 +113,14 @@ def measure(
     return len(found)
 
 
-def _bench(
-    model: Any, processor: ChatProcessor, recipe: str, replies: str, keep: KeepRule | None
+def prepare_bench(
+    model: Any,
+    processor: ChatProcessor,
+    recipe: str,
+    replies: str = "given",
+    keep: KeepRule | None = None,
 ) -> Bench:
+    """What all samples of a run share. Raises UsageError, ModelError."""
     if recipe not in ("paper", "measured"):
         raise UsageError(f"unknown recipe {recipe!r}: expected paper or measured")
     if replies not in ("given", "own"):
