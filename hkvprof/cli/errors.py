@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from hkvprof.errors import HkvError, UsageError
+from hkvprof.profile.group import is_follower
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -41,6 +42,8 @@ def guarded(action: Callable[[], Any], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         message, code = describe(error)
+        if isinstance(error, _ClickError) and is_follower():
+            return code  # all processes have the same command line: one says what is wrong with it
         print(message, *(f"({note})" for note in notes(error)), file=sys.stderr)
         return code
     return 0

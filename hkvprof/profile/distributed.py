@@ -85,7 +85,7 @@ def together(in_step: bool = False) -> Iterator[Group]:
     except BaseException as error:
         if not group.is_first_to_fail():
             raise ElsewhereError("another process failed") from error
-        error.add_note(f"process {group.rank} of 0 to {group.size - 1}")
+        error.add_note(f"rank {group.rank} of {group.size}")
         raise
     finally:
         dist.destroy_process_group()

@@ -57,3 +57,8 @@ def is_distributed() -> bool:
     """Whether torchrun, or what sets the same variables, started this as one of several."""
     given = all(os.environ.get(name) for name in SET_BY_TORCHRUN)
     return given and os.environ["WORLD_SIZE"] != "1"
+
+
+def is_follower() -> bool:
+    """Whether this is one of several processes, and not the leading one."""
+    return is_distributed() and os.environ["RANK"] != "0"
