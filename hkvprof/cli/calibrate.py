@@ -111,17 +111,15 @@ def calibrate(
     from hkvprof.cli.dryrun import foretell
     from hkvprof.cli.output import check_output, default_profile_path
 
-    share = parse_share(budget)
-    if not 0 < theta <= 1:
-        raise UsageError(f"--theta is {theta}: expected a sparsity in (0, 1]")
-    part = options.parse_shard(shard)
-    check_kind(device, device_map, part, rows, resume, fsdp=fsdp, dry_run=dry_run, as_json=as_json)
-    path = output or default_profile_path(model)
-    place = Place(path, rows, part)
     how = {"recipe": recipe.value, "on_error": on_error.value, "replies": replies.value}
     with processes(in_step=fsdp) as group:
-        if part[1] == 1 and not dry_run:
-            check_output(path, force)
+        share = parse_share(budget)
+        if not 0 < theta <= 1:
+            raise UsageError(f"--theta is {theta}: expected a sparsity in (0, 1]")
+        place = Place(output or default_profile_path(model), rows, options.parse_shard(shard))
+        check_kind(place, device, device_map, resume, fsdp=fsdp, dry_run=dry_run, as_json=as_json)
+        if not (place.is_shard or dry_run):
+            check_output(place.output, force)
         samples = _samples(data, max_samples, seed, on_error)
         if dry_run:
             load = {"dtype": dtype, "device": device, "device_map": device_map}
@@ -132,7 +130,7 @@ def calibrate(
             model, dtype, own_device(device, fsdp), device_map, group.size if fsdp else None
         )
         with kept(place, samples.samples):
-            if part[1] > 1:
+            if place.is_shard:
                 _measure(loaded, processor, samples, place, how)
                 return
             profile = _calibrated(

@@ -28,6 +28,11 @@ class Place:
         """Where rows go."""
         return self.rows or self.output.with_name(f"{self.output.name}.rows")
 
+    @property
+    def is_shard(self) -> bool:
+        """Whether this run measures a part of the samples, and makes no profile."""
+        return self.part[1] > 1
+
     def _mine(self, samples: Sequence[Sample]) -> list[Sample]:
         return sorted(samples, key=lambda sample: sample.id)[self.part[0] - 1 :: self.part[1]]
 
@@ -85,10 +90,9 @@ def kept(place: Place, samples: Sequence[Sample]) -> Iterator[None]:
 
 
 def check_kind(
+    place: Place,
     device: str | None,
     device_map: str | None,
-    part: tuple[int, int],
-    rows: Path | None,
     resume: bool,
     *,
     fsdp: bool,
@@ -96,10 +100,10 @@ def check_kind(
     as_json: bool,
 ) -> None:
     """Raise UsageError for options that exclude each other, or need each other."""
-    several, sharded = is_distributed(), part[1] > 1
+    several, sharded = is_distributed(), place.is_shard
     rules = (
         (device and device_map, "--device and --device-map exclude each other: give one of them"),
-        (sharded and rows is None, "--shard needs --rows: the folder that all shards fill"),
+        (sharded and place.rows is None, "--shard needs --rows: the folder that all shards fill"),
         (sharded and not resume, "--no-resume would drop what other shards have measured: delete "
          "the folder, or give another with --rows"),
         (as_json and not dry_run, "--json goes with --dry-run: a calibration's result is a file"),

@@ -8,10 +8,8 @@ from pathlib import Path
 from tests.plugins.checkpoints import CHAT, save_checkpoint, words
 from tests.warm import Warm
 
-SAMPLES = 4
 
-
-def save_samples(path: Path, count: int = SAMPLES, short: int | None = None) -> Path:
+def save_samples(path: Path, count: int = 4, short: int | None = None) -> Path:
     """Samples of two tasks as a file; number `short` is too short to calibrate on."""
     lines = [
         {"id": f"s{i}", "task": "ab"[i % 2], "reply": words(4, i + 9),
