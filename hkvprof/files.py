@@ -94,6 +94,7 @@ def _writing(path: Path, data: bytes) -> Iterator[str]:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(path.parent, f"{path.name}.")
         descriptor, temporary = _locked_file(path)
         with os.fdopen(descriptor, "wb") as stream:  # the lock ends with it
             stream.write(data)
@@ -102,7 +103,6 @@ def _writing(path: Path, data: bytes) -> Iterator[str]:
             os.chmod(temporary, 0o644)
             yield temporary
         _sync_folder(path.parent)
-        remove_stale(path.parent, f"{path.name}.")
     except OSError as error:
         raise HkvError(
             f"cannot write {path}: {error.strerror or error}. Free some space or choose a "

@@ -36,6 +36,7 @@ ALLOWED = {
     | MODELS
     | {"profile", "runtime", "evaluate", "bench", "doctor", "report", "testbed"},
     "testbed": MODELS | {"profile.samples"},
+    "__main__": {"cli"},
     "plugins": ARTIFACT | MODELS | {"runtime", "profile.images"},
 }
 """Per part (a module or folder of hkvprof): the parts it may import, besides itself."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hkvprof.cli import options
+from hkvprof.cli.runs import Place, check_kind, kept
+from hkvprof.cli.together import own_device, processes
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -22,8 +24,11 @@ Examples:
   hkvprof calibrate --model qwen2.5-vl-7b --data my-samples --dtype bfloat16
   hkvprof calibrate --model ./finetune --data owner/dataset:validation \\
     --max-samples 128 --on-error skip -o finetune.profile.safetensors
+  hkvprof calibrate --model ./vlm --data my-samples --recipe paper --theta 0.85 --chunk 32
+  hkvprof calibrate --model ./vlm --data my-samples --dry-run
   hkvprof calibrate --model ./vlm --data my-samples --rows rows --shard 1/4 --device cuda:0
-  hkvprof calibrate --model ./vlm --data my-samples --recipe paper --theta 0.85 --chunk 32"""
+  torchrun --nproc-per-node 4 -m hkvprof calibrate --model ./vlm --data my-samples
+  torchrun --nproc-per-node 4 -m hkvprof calibrate --model ./large --data my-samples --fsdp"""
 
 _MOST_REASONS = 20
 
@@ -96,9 +101,21 @@ def calibrate(
         Path | None,
         typer.Option("--rows", help="Folder of measured samples; default OUTPUT.rows until done."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--no-resume", help="Go on from measured samples, or drop them."),
+    ] = True,
     shard: Annotated[
         str, typer.Option("--shard", help="Measure part I of N into --rows; then `hkvprof merge`.")
     ] = "1/1",
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Spread one model over the processes of torchrun.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print samples, tokens, memory and time; write nothing."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Profile; default ./<model>.profile.safetensors."),
@@ -106,59 +123,60 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Observe a model on samples and write its profile. A run that was stopped goes on."""
-    from hkvprof.cli.output import check_output, default_profile_path, say
+    from hkvprof.cli.dryrun import foretell
+    from hkvprof.cli.output import check_output, default_profile_path
     from hkvprof.profile.classify import paper_menu, refuse_paper_constants
     from hkvprof.profile.merge import Decision
-    from hkvprof.profile.rows import forget
 
-    share = parse_share(budget)
-    constants = {
-        "theta": theta, "kappa": kappa, "coefficient": coefficient, "chunk": chunk,
-        "text_prior": text_prior,
+    measured = {"kappa": kappa, "chunk": chunk, "text_prior": text_prior}
+    decided = {"theta": theta, "coefficient": coefficient}
+    how: dict[str, Any] = {
+        "recipe": recipe.value, "on_error": on_error.value, "replies": replies.value, **measured,
     }  # fmt: skip
-    refuse_paper_constants(recipe.value, constants)
-    Decision(theta=theta, budget=share, kappa=kappa, coefficient=coefficient)
-    paper_menu(chunk, text_prior)
-    if recipe is Recipe.PAPER and replies is Replies.OWN:
-        raise UsageError("--replies own is for --recipe measured: paper judges no replies")
-    if device is not None and device_map is not None:
-        raise UsageError("--device and --device-map exclude each other: give one of them")
-    part = options.parse_shard(shard)
-    if part[1] > 1 and rows is None:
-        raise UsageError("--shard needs --rows: the folder that all shards fill")
-    path = output or default_profile_path(model)
-    if part[1] == 1:
-        check_output(path, force)
-    samples = _samples(data, max_samples, seed, on_error)
-    loaded, processor = options.open_model(model, dtype, device, device_map)
-    how = {
-        "recipe": recipe.value, "on_error": on_error.value, "replies": replies.value,
-        "kappa": kappa, "chunk": chunk, "text_prior": text_prior,
-    }  # fmt: skip
-    if part[1] > 1:
-        _measure(loaded, processor, samples, rows, part, how)
-        return
-    folder = rows or path.with_name(f"{path.name}.rows")
-    profile = _calibrated(
-        loaded,
-        processor,
-        samples,
-        theta=theta,
-        coefficient=coefficient,
-        budget=share,
-        seed=seed,
-        rows=folder,
-        **how,
-    )
+    with processes(in_step=fsdp) as group:
+        share = parse_share(budget)
+        refuse_paper_constants(recipe.value, {**measured, **decided})
+        Decision(budget=share, kappa=kappa, **decided)
+        paper_menu(chunk, text_prior)
+        if recipe is Recipe.PAPER and replies is Replies.OWN:
+            raise UsageError("--replies own is for --recipe measured: paper judges no replies")
+        place = Place(output or default_profile_path(model), rows, options.parse_shard(shard))
+        check_kind(place, device, device_map, resume, fsdp=fsdp, dry_run=dry_run, as_json=as_json)
+        if not (place.is_shard or dry_run):
+            check_output(place.output, force)
+        samples = _samples(data, max_samples, seed, on_error)
+        if dry_run:
+            load = {"dtype": dtype, "device": device, "device_map": device_map}
+            foretell(model, load, samples.samples, place, how, as_json)
+            return
+        group.from_leader(lambda: place.prepare(samples.samples, resume))
+        loaded, processor = options.open_model(
+            model, dtype, own_device(device, fsdp), device_map, group.size if fsdp else None
+        )
+        with kept(place, samples.samples):
+            if place.is_shard:
+                _measure(loaded, processor, samples, place, how)
+                return
+            profile = _calibrated(
+                loaded, processor, samples, budget=share, seed=seed, rows=place.folder,
+                group=group, **decided, **how,
+            )  # fmt: skip
+            if group.leads:
+                _finish(profile, data, samples, place, force)
+
+
+def _finish(profile: Profile, data: str, samples: LoadedSamples, place: Place, force: bool) -> None:
+    """Write the profile, and say what was made."""
+    from hkvprof.cli.output import check_output, say
+
     for name in profile.provenance.get("skipped_ids", [])[:_MOST_REASONS]:
         say(f"skipped while measuring: {name}")
     profile = with_source(profile, data, samples)
-    check_output(path, force)
-    profile.save(path)
-    if rows is None:  # they have served their purpose
-        forget(folder)
+    check_output(place.output, force)
+    profile.save(place.output)
+    place.clear()
     say("")
-    announce(profile, path)
+    announce(profile, place.output)
 
 
 def parse_share(text: str) -> float:
@@ -195,20 +213,17 @@ def _calibrated(model: Any, processor: Any, samples: LoadedSamples, **options: A
 
 
 def _measure(
-    model: Any,
-    processor: Any,
-    samples: LoadedSamples,
-    rows: Path | None,
-    part: tuple[int, int],
-    how: dict[str, Any],
+    model: Any, processor: Any, samples: LoadedSamples, place: Place, how: dict[str, Any]
 ) -> None:
     from hkvprof.cli.progress import track
     from hkvprof.profile.calibrate import measure
 
-    assert rows is not None
-    count = measure(model, processor, samples.samples, rows, shard=part, track=track, **how)
-    typer.echo(f"{count} samples of shard {part[0]} of {part[1]} measured into {rows}")
-    typer.echo(f"Next, when all shards are done: hkvprof merge {rows} -o PROFILE")
+    part, parts = place.part
+    count = measure(
+        model, processor, samples.samples, place.folder, shard=place.part, track=track, **how
+    )
+    typer.echo(f"{count} samples of shard {part} of {parts} measured into {place.folder}")
+    typer.echo(f"Next, when all shards are done: hkvprof merge {place.folder} -o PROFILE")
 
 
 def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from hkvprof.errors import HkvError, UsageError, out_of_memory, printable
+from hkvprof.profile.group import is_follower
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -41,7 +42,9 @@ def guarded(action: Callable[[], Any], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         message, code = describe(error)
-        print(message, file=sys.stderr)
+        if isinstance(error, _ClickError) and is_follower():
+            return code  # all processes have the same command line: one says what is wrong with it
+        print(message, *(f"({note})" for note in notes(error)), file=sys.stderr)
         return code
     return 0
 
@@ -49,7 +52,7 @@ def guarded(action: Callable[[], Any], debug: bool) -> int:
 def describe(error: BaseException) -> tuple[str, int]:
     """The line to print and the exit code for an exception."""
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return "interrupted; nothing was written", INTERRUPTED
+        return "interrupted" if notes(error) else "interrupted; nothing was written", INTERRUPTED
     if isinstance(error, UsageError):
         return f"error: {one_line(error)}", USAGE
     if isinstance(error, HkvError):
@@ -69,6 +72,11 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"error: {one_line(error)}", FAILURE
     kind = type(error).__name__
     return f"error: unexpected {kind}: {one_line(error)} (--debug shows where)", FAILURE
+
+
+def notes(error: BaseException) -> list[str]:
+    """What our own code added to an exception on its way: where it happened, what is kept."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _discard_stdout() -> None:

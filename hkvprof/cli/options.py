@@ -33,7 +33,11 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def open_model(
-    name: str, dtype: str, device: str | None, device_map: str | None = None
+    name: str,
+    dtype: str,
+    device: str | None,
+    device_map: str | None = None,
+    fsdp: int | None = None,
 ) -> tuple[Any, Any]:
     """Load model and processor, saying so, without transformers' own chatter."""
     from hkvprof.cli.output import quiet_transformers, say
@@ -41,4 +45,4 @@ def open_model(
 
     quiet_transformers()
     say(f"loading {name}")
-    return load_model(name, dtype=dtype, device=device, device_map=device_map)
+    return load_model(name, dtype=dtype, device=device, device_map=device_map, fsdp=fsdp)

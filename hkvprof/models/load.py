@@ -35,19 +35,28 @@ def load_model(
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str = "sdpa",
+    fsdp: int | None = None,
 ) -> tuple[Any, ChatProcessor]:
     """Load a model in eval mode and its processor.
 
     `name_or_path` is an alias (`hkvprof models`), a hub id or a folder; `dtype` a torch dtype or
-    its name; `device` defaults to CUDA where present. Raises ModelError when the weights cannot be
-    had, UsageError on a wrong dtype or device.
+    its name; `device` defaults to CUDA where present. `fsdp` spreads the weights over that many
+    processes, each of which calls this, in a process group (transformers' DistributedConfig).
+    Raises ModelError when the weights cannot be had, UsageError on a wrong dtype or device.
     """
     if device is not None and device_map is not None:
         raise UsageError("give device or device_map, not both")
+    if fsdp is not None and device_map is not None:
+        raise UsageError("give fsdp or device_map, not both")
     options: dict[str, Any] = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
     if device_map is not None:
         options["device_map"] = device_map
-    target = None if device_map is not None else _device(device)
+    if fsdp is not None:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(fsdp_size=fsdp)
+    placed = device_map is not None or fsdp is not None
+    target = None if placed else _device(device)
     source = resolve_source(str(name_or_path))
     local = Path(source).is_dir() or not _hub_answers()
     try:
@@ -75,12 +84,29 @@ def model_fingerprint(name_or_path: str | Path) -> ModelFingerprint:
     source = resolve_source(str(name_or_path))
     local = Path(source).is_dir() or not _hub_answers()
     try:
-        config, model_class = _model_class(source, local)
-        with torch.device("meta"):
-            model = model_class.from_config(config, attn_implementation="sdpa")
+        model = _empty_model(source, local)
     except Exception as error:
         raise _unavailable(str(name_or_path), source, error) from error
     return view_model(model).fingerprint
+
+
+def load_empty(name_or_path: str | Path) -> tuple[Any, ChatProcessor]:
+    """A model without weights (meta device) and its processor. Raises ModelError."""
+    source = resolve_source(str(name_or_path))
+    local = Path(source).is_dir() or not _hub_answers()
+    try:
+        model = _empty_model(source, local)
+        return model, load_processor(source, model.config, local)
+    except HkvError:
+        raise
+    except Exception as error:
+        raise _unavailable(str(name_or_path), source, error) from error
+
+
+def _empty_model(source: str, local: bool) -> Any:
+    config, model_class = _model_class(source, local)
+    with torch.device("meta"):
+        return model_class.from_config(config, attn_implementation="sdpa")
 
 
 def resolve_source(name: str) -> str:

@@ -21,7 +21,7 @@ from hkvprof.models.adapter import view_model
 from hkvprof.models.approval import require_approval
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile import classify
-from hkvprof.profile.distributed import ALONE, Group
+from hkvprof.profile.group import ALONE, Group
 from hkvprof.profile.merge import Decision, build_profile
 from hkvprof.profile.probe import KAPPAS, RATIOS, Bench
 from hkvprof.profile.rows import SampleRow
@@ -77,7 +77,7 @@ def calibrate(
     decision = Decision(theta, budget, kappa=kappa, coefficient=coefficient, seed=seed)
     constants = {"theta": theta, "coefficient": coefficient}
     classify.refuse_paper_constants(recipe, constants)
-    bench = _bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
+    bench = prepare_bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
     run = Run(bench, recipe, on_error, track or _untracked, rows, group)
     ordered = _in_order(samples)
     tables, mine = run.measure(ordered, group.share(ordered))
@@ -116,7 +116,7 @@ def measure(
     part, parts = shard
     if not 1 <= part <= parts:
         raise UsageError(f"shard is {part} of {parts}: expected 1 <= part <= parts")
-    bench = _bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
+    bench = prepare_bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
     run = Run(bench, recipe, on_error, track or _untracked, rows, ALONE)
     ordered = _in_order(samples)
     mine = ordered[part - 1 :: parts]
@@ -126,16 +126,17 @@ def measure(
     return len(found)
 
 
-def _bench(
+def prepare_bench(
     model: Any,
     processor: ChatProcessor,
     recipe: str,
-    replies: str,
-    keep: KeepRule | None,
-    kappa: float,
-    chunk: int,
-    text_prior: float,
+    replies: str = "given",
+    keep: KeepRule | None = None,
+    kappa: float = 0.10,
+    chunk: int = 16,
+    text_prior: float = 0.5,
 ) -> Bench:
+    """What all samples of a run share. Raises UsageError, ModelError."""
     if recipe not in ("paper", "measured"):
         raise UsageError(f"unknown recipe {recipe!r}: expected paper or measured")
     if replies not in ("given", "own"):

@@ -1,4 +1,4 @@
-"""Several processes that measure together, as torchrun starts them; one process is a group of one.
+"""A group of processes as torchrun starts them.
 
 Each process measures a share of the samples, or, where the model itself is spread over all of them
 (FSDP), all samples in step. What they tell each other goes through gloo, on the host. A process
@@ -8,7 +8,7 @@ that fails says so where the others look between samples; waiting ones see its c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,54 +17,21 @@ import torch
 import torch.distributed as dist
 
 from hkvprof.errors import HkvError, UsageError
+from hkvprof.profile.group import (
+    ALONE,
+    SET_BY_TORCHRUN,
+    ElsewhereError,
+    Group,
+    LostError,
+    is_distributed,
+)
 
 T = TypeVar("T")
 
-_SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _JOIN = timedelta(minutes=5)
 _WAIT = timedelta(days=7)
 """Shares may take very different times. It is no way to notice failures: those end connections."""
 _FAILED = "hkvprof/failed"
-
-
-class ElsewhereError(HkvError):
-    """Another process of the group failed, and says why: this one has nothing to add."""
-
-
-class LostError(HkvError):
-    """The connection to another process ended."""
-
-
-class Group:
-    """One process by itself: number 0 of 1."""
-
-    rank = 0
-    size = 1
-    in_step = False
-    """Whether all processes measure the same samples, with one model spread over them."""
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process fits, merges, writes and speaks."""
-        return self.rank == 0
-
-    def share(self, items: Sequence[T]) -> list[T]:
-        """What this process is to measure."""
-        return list(items if self.in_step else items[self.rank :: self.size])
-
-    def check(self) -> None:
-        """Raise ElsewhereError when another process has failed."""
-
-    def from_leader(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the leading process, in all of them; it runs there alone."""
-        return make()
-
-    def collect(self, value: T) -> list[T]:
-        """Every process's value in the leading one, by rank; empty in the others."""
-        return [value]
-
-
-ALONE = Group()
 
 
 class _Torchrun(Group):
@@ -102,13 +69,6 @@ class _Torchrun(Group):
             return True
 
 
-def is_distributed() -> bool:
-    """Whether torchrun, or what sets the same variables, started this as one of several."""
-    return all(os.environ.get(name) for name in _SET_BY_TORCHRUN) and (
-        os.environ["WORLD_SIZE"] != "1"
-    )
-
-
 @contextmanager
 def together(in_step: bool = False) -> Iterator[Group]:
     """The group of this process, for the time within; joining waits for all of its processes.
@@ -125,7 +85,7 @@ def together(in_step: bool = False) -> Iterator[Group]:
     except BaseException as error:
         if not group.is_first_to_fail():
             raise ElsewhereError("another process failed") from error
-        error.add_note(f"process {group.rank} of 0 to {group.size - 1}")
+        error.add_note(f"rank {group.rank} of {group.size}")
         raise
     finally:
         dist.destroy_process_group()
@@ -148,8 +108,7 @@ def local_device(wanted: str | None) -> str | None:
         return wanted
     if number >= devices:
         raise UsageError(
-            f"more processes than GPUs: expected --nproc-per-node {devices} or less, or "
-            "--device cpu"
+            f"more processes than GPUs: expected --nproc-per-node {devices}, or --device cpu"
         )
     return f"cuda:{number}"
 
@@ -163,7 +122,7 @@ def _join(in_step: bool) -> _Torchrun:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_WAIT)
         return _Torchrun(rank, size, store, in_step)
     except (RuntimeError, ValueError) as error:
-        names = ", ".join(f"{name}={os.environ[name]}" for name in _SET_BY_TORCHRUN)
+        names = ", ".join(f"{name}={os.environ[name]}" for name in SET_BY_TORCHRUN)
         raise HkvError(
             f"the processes of torchrun did not meet ({names}): "
             f"{str(error).splitlines()[0]}. Without torchrun, unset RANK and WORLD_SIZE"

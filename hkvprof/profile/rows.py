@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,10 +147,9 @@ def check_rows_folder(path: Path) -> None:
         raise UsageError(f"cannot write into {path}: give another folder with --rows")
 
 
-def already_measured(path: Path, samples: Iterable[str]) -> int:
-    """How many samples of these ids have a row in `path`; `calibrate` measures those again whose
-    content has changed."""
-    return sum((path / _file_name(sample)).exists() for sample in samples)
+def has_row(path: Path, sample: str) -> bool:
+    """Whether the sample of that id has a row in `path`, be it of other content (`find`)."""
+    return (path / _file_name(sample)).exists()
 
 
 def forget(path: Path) -> None:

@@ -13,8 +13,8 @@ from hkvprof.artifact import ProjectedIndexTables
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.models.attention import hooked_attention
 from hkvprof.profile.conditions import Conditions, current_versions
-from hkvprof.profile.distributed import Group
 from hkvprof.profile.fit import Moments
+from hkvprof.profile.group import Group
 from hkvprof.profile.probe import Bench, Probe
 from hkvprof.profile.rows import RowFolder, SampleRow
 from hkvprof.profile.samples import Sample
@@ -73,12 +73,12 @@ class Run:
         if not self.group.in_step:
             return self.group.from_leader(lambda: self._folder_tables(ordered))
         known = self.group.from_leader(lambda: self._known_tables(ordered))
-        tables = known or self._fit(_spread(ordered))
+        tables = known or self._fit(spread(ordered))
         return self.group.from_leader(lambda: self._keep(tables, ordered))
 
     def _folder_tables(self, ordered: Sequence[Sample]) -> ProjectedIndexTables:
         known = self._known_tables(ordered)
-        return known or self._keep(self._fit(_spread(ordered)), ordered)
+        return known or self._keep(self._fit(spread(ordered)), ordered)
 
     def _known_tables(self, ordered: Sequence[Sample]) -> ProjectedIndexTables | None:
         return None if self.folder is None else self.folder.tables(_fitted_on(ordered))
@@ -102,10 +102,9 @@ class Run:
         return moments.fit(sizes)
 
     def _until_enough(self, samples: Sequence[Sample], moments: Moments) -> Iterator[Sample]:
-        """Samples until FIT_SAMPLES were used, or 16 with FIT_TOKENS tokens."""
         used = 0
         for sample in samples:
-            if used >= FIT_SAMPLES or (used >= 16 and moments.key_rows.max() >= FIT_TOKENS):
+            if is_enough(used, int(moments.key_rows.max())):
                 return
             yield sample
             used += sample.id not in self.skipped
@@ -124,15 +123,20 @@ class Run:
         return rows
 
     def _row(self, probe: Probe, tables: ProjectedIndexTables | None) -> SampleRow:
-        """Measured now, unless the folder has it."""
-        if self.folder is None:
+        """Measured now, unless the folder has it; in step, the leading process's folder counts."""
+        folder, in_step = self.folder, self.group.in_step
+        if folder is None:
             return probe.measure(tables)
-        known = self.folder.find(probe.sample.id, probe.digest)
+
+        def find() -> SampleRow | None:
+            return folder.find(probe.sample.id, probe.digest)
+
+        known = self.group.from_leader(find) if in_step else find()
         if known is not None:
             return known
         row = probe.measure(tables)
-        if self.group.leads or not self.group.in_step:  # in step, all have the same row
-            self.folder.add(row)
+        if self.group.leads or not in_step:
+            folder.add(row)
         return row
 
     def _guarded(self, sample: Sample, work: Callable[[Probe], T]) -> T | None:
@@ -159,7 +163,12 @@ def nothing_usable(skipped: dict[str, str]) -> SampleError:
     return SampleError(f"no sample could be used: {next(iter(skipped.values()))}")
 
 
-def _spread(samples: Sequence[Sample]) -> list[Sample]:
+def is_enough(samples: int, tokens: int) -> bool:
+    """Whether an index that has seen so many needs no more: FIT_SAMPLES, or 16 with FIT_TOKENS."""
+    return samples >= FIT_SAMPLES or (samples >= 16 and tokens >= FIT_TOKENS)
+
+
+def spread(samples: Sequence[Sample]) -> list[Sample]:
     """The samples in an order of which every beginning is spread evenly over the list."""
     golden = (math.sqrt(5) - 1) / 2
     places = sorted(range(len(samples)), key=lambda i: (i * golden) % 1.0)

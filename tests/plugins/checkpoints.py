@@ -22,8 +22,13 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(f"w{3 + (seed * 31 + i * i * 7 + i) % (WORDS - 3)}" for i in range(count))
 
 
-def save_checkpoint(folder: Path) -> Path:
-    """Model, tokenizer and, as `profile.safetensors`, a profile that mixes both head types."""
+CHAT = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+"""A chat template: what is said, without roles."""
+
+
+def save_checkpoint(folder: Path, template: str | None = None) -> Path:
+    """Model, tokenizer (with that chat template) and, as `profile.safetensors`, a profile that
+    mixes both head types."""
     model = random_llama(max_position_embeddings=512)
     model.save_pretrained(folder)
     names = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), WORDS))]
@@ -37,6 +42,7 @@ def save_checkpoint(folder: Path) -> Path:
         bos_token=SPECIAL[1],
         eos_token=SPECIAL[2],
         clean_up_tokenization_spaces=False,
+        chat_template=template,
     ).save_pretrained(folder)
     types = uniform_profile(model).strategy.copy()
     types[:, 1] = 1

@@ -1,0 +1,122 @@
+"""Where a calibration puts what it measures, and what becomes of it when it stops or goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hkvprof.errors import UsageError
+from hkvprof.profile.group import is_distributed
+
+if TYPE_CHECKING:
+    from hkvprof.profile.samples import Sample
+
+
+@dataclass(frozen=True)
+class Place:
+    """The profile to be made, the folder of rows (None: beside it, until it is made), the shard."""
+
+    output: Path
+    rows: Path | None
+    part: tuple[int, int]
+
+    @property
+    def folder(self) -> Path:
+        """Where rows go."""
+        return self.rows or self.output.with_name(f"{self.output.name}.rows")
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether this run measures a part of the samples, and makes no profile."""
+        return self.part[1] > 1
+
+    def _mine(self, samples: Sequence[Sample]) -> list[Sample]:
+        return sorted(samples, key=lambda sample: sample.id)[self.part[0] - 1 :: self.part[1]]
+
+    def left(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples of the shard that have no row."""
+        from hkvprof.profile.rows import has_row
+
+        return [sample for sample in self._mine(samples) if not has_row(self.folder, sample.id)]
+
+    def measured(self, samples: Sequence[Sample]) -> tuple[int, int]:
+        """How many samples of the shard have a row, and how many it has."""
+        count = len(self._mine(samples))
+        return count - len(self.left(samples)), count
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the index is fitted."""
+        from hkvprof.profile.rows import INDEX
+
+        return (self.folder / INDEX).exists()
+
+    def prepare(self, samples: Sequence[Sample], resume: bool) -> None:
+        """Say what goes on, or drop what is there. Raises UsageError for an unsuitable folder."""
+        from hkvprof.cli.output import say
+        from hkvprof.profile.rows import check_rows_folder, forget
+
+        check_rows_folder(self.folder)
+        done, count = self.measured(samples)
+        if resume and done:
+            say(f"continuing: {done} of {count} samples are measured in {self.folder}")
+        if not resume and self.folder.exists():
+            say(f"starting anew: what was measured in {self.folder} is dropped")
+            forget(self.folder)
+
+    def clear(self) -> None:
+        """Remove rows that have served their purpose: those that the user gave no folder for."""
+        from hkvprof.profile.rows import forget
+
+        if self.rows is None:
+            forget(self.folder)
+
+
+@contextmanager
+def kept(place: Place, samples: Sequence[Sample]) -> Iterator[None]:
+    """Whatever stops what is within, its message says how much is measured and kept."""
+    try:
+        yield
+    except BaseException as error:
+        done, count = place.measured(samples)
+        if done:
+            error.add_note(
+                f"{done} of {count} samples are measured in {place.folder}: run again to go on"
+            )
+        raise
+
+
+def check_kind(
+    place: Place,
+    device: str | None,
+    device_map: str | None,
+    resume: bool,
+    *,
+    fsdp: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Raise UsageError for options that exclude each other, or need each other."""
+    several, sharded = is_distributed(), place.is_shard
+    rules = (
+        (device and device_map, "--device and --device-map exclude each other: give one of them"),
+        (sharded and place.rows is None, "--shard needs --rows: the folder that all shards fill"),
+        (sharded and not resume, "--no-resume would drop what other shards have measured: delete "
+         "the folder, or give another with --rows"),
+        (as_json and not dry_run, "--json goes with --dry-run: a calibration's result is a file"),
+        (dry_run and several, "--dry-run is for one process: run it without torchrun"),
+        (sharded and several, "--shard is for runs without torchrun, whose processes share the "
+         "samples by themselves"),
+        (device_map and several, "--device-map spreads a model over the devices of one process: "
+         "run it without torchrun, or give --fsdp instead"),
+        (device and fsdp, "--fsdp takes the GPUs, or the CPU where there are none: leave out "
+         "--device"),
+        (fsdp and not several, "--fsdp needs several processes: torchrun --nproc-per-node N "
+         "-m hkvprof calibrate ..."),
+    )  # fmt: skip
+    for broken, reason in rules:
+        if broken:
+            raise UsageError(reason)

@@ -1,0 +1,57 @@
+"""What a model will need, from its config alone: no weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hkvprof.errors import UsageError
+from hkvprof.heads import HeadGrid
+from hkvprof.models.adapter import view_model
+from hkvprof.models.load import DTYPES
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's sizes: `weight_bytes` in the dtype asked for, `itemsize` of K/V elements, `layers`
+    of the decoder (those that hkvprof does not cover included), widths of its hidden states and of
+    its feed-forward layers (of all experts that one token uses), and its vocabulary."""
+
+    grid: HeadGrid
+    weight_bytes: int
+    itemsize: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+def outline(model: Any, dtype: str = "auto") -> Outline:
+    """Sizes of a model, which may be empty (`load_empty`), loaded in `dtype`.
+
+    Raises ModelError for unsupported models, UsageError for an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    text = model.config.get_text_config(decoder=True)
+    stored = getattr(model.config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
+    kind: Any = stored if dtype == "auto" else DTYPES[dtype]
+    itemsize = torch.empty(0, dtype=kind).element_size()
+    return Outline(
+        grid=view_model(model).grid,
+        weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * itemsize,
+        itemsize=itemsize,
+        layers=int(text.num_hidden_layers),
+        hidden=int(text.hidden_size),
+        intermediate=_intermediate(text),
+        vocabulary=int(text.vocab_size),
+    )
+
+
+def _intermediate(text: Any) -> int:
+    dense = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    experts = int(getattr(text, "num_experts_per_tok", None) or 0)
+    each = int(getattr(text, "moe_intermediate_size", None) or dense)
+    return max(dense, experts * each)
