@@ -136,7 +136,7 @@ def calibrate(
     with processes(in_step=fsdp) as group:
         share = parse_share(budget)
         refuse_paper_constants(recipe.value, {**measured, **decided})
-        Decision(budget=share, kappa=kappa, **decided)
+        Decision(theta=theta, budget=share, kappa=kappa, coefficient=coefficient)
         paper_menu(chunk, text_prior)
         if recipe is Recipe.PAPER and replies is Replies.OWN:
             raise UsageError("--replies own is for --recipe measured: paper judges no replies")

@@ -10,7 +10,7 @@ import transformers
 
 import hkvprof
 from hkvprof.bench.regime import device_name
-from hkvprof.models.processing import torchvision_problem
+from hkvprof.models.vision_backend import torchvision_problem
 from hkvprof.runtime import kernels
 
 
