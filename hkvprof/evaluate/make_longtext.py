@@ -1,6 +1,6 @@
 """Write a set of long-text samples as JSON lines.
 
-    python -m hkvprof.evaluate.make_longtext -o calibration/longtext --samples 48 --tokens 2000-4000
+    python -m hkvprof.evaluate.make_longtext -o calibration/longtext --samples 54 --tokens 1500-7800
 
 Lengths are counted by the SmolLM2 tokenizer (or another one, `--tokenizer FOLDER`).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import textwrap
@@ -55,7 +56,8 @@ def make_samples(
     tasks: Sequence[str] = TASKS,
     count_tokens: CountTokens | None = None,
 ) -> list[Sample]:
-    """`count` samples of lengths between `tokens`; the tasks take turns, odd rounds follow up."""
+    """`count` samples of lengths between `tokens`, evenly spread in their logarithm; the tasks take
+    turns, odd rounds follow up."""
     options: dict[str, Any] = {} if count_tokens is None else {"count_tokens": count_tokens}
     lengths = Random(f"longtext lengths {split}")
     samples = []
@@ -65,7 +67,7 @@ def make_samples(
             make_sample(
                 tasks[place],
                 index,
-                tokens=lengths.randint(*tokens),
+                tokens=round(math.exp(lengths.uniform(*map(math.log, tokens)))),
                 split=split,
                 followups=1 + index % MAX_FOLLOWUPS if number % 2 else 0,
                 **options,
