@@ -24,7 +24,8 @@ def test_the_section_of_inspect() -> None:
         "  layers 5-6     19%     25%     44%      0%     12%    0.69",
         "  most on image (layer.query head): 6.3 50%, 6.2 48%, 6.1 46%, 6.0 45%, 5.3 43%, 5.2 41%",
         "  same top tenth of tokens (by chance 10%): prompt's end and reply 33% (16 samples), "
-        "prompt's end and later questions 50% (8 samples), reply and later questions 67% (8 samples)",
+        "prompt's end and later questions 50% (8 samples), "
+        "reply and later questions 67% (8 samples)",
     ]
 
 
