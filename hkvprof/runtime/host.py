@@ -24,8 +24,9 @@ class HostChunks:
 
     `data` [capacity, 2, chunk, dim], of which the first `items` are in use, in the K/V dtype or as
     int8 with `scale` [groups, 2, dim] (float32; `items_per_group` items share a scale, per
-    channel). Pinned where the device is CUDA. Stored items never change but for int8's last group;
-    a store that several batch rows share is copied before it grows.
+    channel). Pinned where the device is CUDA, whose copies are done when `written` has passed.
+    Stored items never change but for int8's last group; a store that several batch rows share is
+    copied before it grows.
     """
 
     data: Tensor
@@ -34,6 +35,7 @@ class HostChunks:
     dtype: torch.dtype
     pinned: bool
     shared: bool = False
+    written: torch.cuda.Event | None = None
     on_host = True
 
     @classmethod
@@ -51,6 +53,11 @@ class HostChunks:
         made = cls(data, None, items, key.dtype, pinned)
         made._write(0, key, value)
         return made
+
+    @property
+    def loses(self) -> bool:
+        """Whether items are not exactly what was stored."""
+        return self.data.dtype != self.dtype
 
     @property
     def chunk(self) -> int:
@@ -77,6 +84,7 @@ class HostChunks:
         self, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
     ) -> HostChunks:
         """The store with more items; the same object unless it is shared or full."""
+        self._settle()
         target, total = self, self.items + len(key)
         if self.shared or total > len(self.data):
             capacity = total + (0 if self.shared else int(GROWTH * total))
@@ -92,6 +100,7 @@ class HostChunks:
     ) -> Float[Tensor, "n 2 chunk dim"]:
         """Chosen items on the device, in the K/V dtype."""
         where = items.cpu()
+        self._settle()
         rows = self.data[where].to(device, non_blocking=True)
         if self.scale is None:
             return rows
@@ -104,10 +113,21 @@ class HostChunks:
             return self.data[: self.items].to(device)
         return self.fetch(torch.arange(self.items), device)
 
+    def _settle(self) -> None:
+        """Before the host itself reads: wait until what was stored is there."""
+        if self.written is not None:
+            self.written.synchronize()
+            self.written = None
+
     def _write(self, start: int, key: Tensor, value: Tensor) -> None:
-        if self.data.dtype == self.dtype:
-            self.data[start : start + len(key), 0] = key
-            self.data[start : start + len(key), 1] = value
+        if not self.loses:
+            room = self.data[start : start + len(key)]
+            if key.is_cuda:  # one transfer without waiting: halves would pass through other memory
+                room.copy_(torch.stack([key, value], dim=1), non_blocking=True)
+                self.written = torch.cuda.Event()
+                self.written.record()
+            else:
+                room[:, 0], room[:, 1] = key, value
             return
         rows = torch.stack([key, value], dim=1)
         group = self.items_per_group
@@ -182,3 +202,15 @@ class DynamicHead:
         """Device bytes of the slot map, and of smoothed scores."""
         score = 0 if self.hot_score is None else self.hot_score.untyped_storage().nbytes()
         return self.slots.untyped_storage().nbytes() + score
+
+    def all_tokens(
+        self, key: Float[Tensor, "stored dim"], value: Float[Tensor, "stored dim"]
+    ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
+        """The segment's tokens without the hot copies, and every host item."""
+        begin = self.hot_start
+        end = begin + self.layout.hot * self.layout.chunk
+        items = self.host.everything(key.device)
+        return (
+            torch.cat([key[:begin], items[:, 0].flatten(0, 1), key[end:]]),
+            torch.cat([value[:begin], items[:, 1].flatten(0, 1), value[end:]]),
+        )

@@ -44,7 +44,8 @@ class Rule:
 class Packed:
     """A packed segment: what is resident, the rest on the host, and the strategy's name.
 
-    `kept` are the numbers of the resident tokens among those given, None for dynamic heads.
+    `kept` are the numbers of the resident tokens among those given, None for dynamic heads; where
+    they were chosen on a device they stay there, so that nobody waits for them.
     """
 
     key: Float[Tensor, "resident dim"]
@@ -79,7 +80,8 @@ def pack(
             index = build_index(rule.strategy, items_key, rule.tables)
             host = HostChunks.store(items_key, items_value, rule.options.host_dtype)
             ends = _sinks_and_recent(layout, tokens, key.device)
-            return _pack_dynamic(rule, layout, index, host, query, key[ends], value[ends])
+            items = None if host.loses else (items_key, items_value)
+            return _pack_dynamic(rule, layout, index, host, query, key[ends], value[ends], items)
         short = replace(rule.strategy, head_type=HeadType.STATIC, pool=1)
         packed = repack_static(replace(rule, strategy=short), attention, key, value, tokens, text)
         return replace(packed, name=TOO_SHORT)
@@ -100,7 +102,7 @@ def repack_static(
         return Packed(key, value, rule.strategy.name, kept=torch.arange(len(key)))
     ranking = rank_tokens(attention(), rule.strategy.pool, rule.keep)[0]
     chosen = select_tokens(ranking, count, rule.strategy, rule.keep, text)
-    return Packed(key[chosen], value[chosen], rule.strategy.name, kept=chosen.cpu())
+    return Packed(key[chosen], value[chosen], rule.strategy.name, kept=chosen)
 
 
 def repack_dynamic(
@@ -154,16 +156,20 @@ def _pack_dynamic(
     query: Float[Tensor, "group dim"],
     ends_key: Float[Tensor, "ends dim"],
     ends_value: Float[Tensor, "ends dim"],
+    items: tuple[Tensor, Tensor] | None = None,
 ) -> Packed:
-    """The hot set starts from the last row's query."""
+    """The hot set starts from the last row's query; `items` spare reading them from the host."""
     score = torch.nan_to_num(index.score(query, rule.scaling), nan=-1.0)
     best = score.topk(layout.hot)
     slots = best.indices.to(torch.int32)
     hot_score = best.values.float() if rule.options.smoothing else None
-    hot = host.fetch(best.indices, ends_key.device)
+    if items is None:
+        hot_key, hot_value = host.fetch(best.indices, ends_key.device).unbind(dim=1)
+    else:
+        hot_key, hot_value = (part.index_select(0, best.indices) for part in items)
     return Packed(
-        torch.cat([ends_key, hot[:, 0].flatten(0, 1)]),
-        torch.cat([ends_value, hot[:, 1].flatten(0, 1)]),
+        torch.cat([ends_key, hot_key.flatten(0, 1)]),
+        torch.cat([ends_value, hot_value.flatten(0, 1)]),
         rule.strategy.name,
         DynamicHead(layout, host, index, slots, hot_score),
     )

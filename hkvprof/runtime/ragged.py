@@ -221,7 +221,7 @@ class RaggedLayer:
             key, value = self.storage.keys(segment), self.storage.values(segment)
             head = self.dynamic.get(segment)
             if head is not None:
-                key, value = _with_host(head, key, value)
+                key, value = head.all_tokens(key, value)
             block = visible[segment // len(self._plans)]
             outputs.append(attend(grouped[segment], key, value, self.scaling, block))
         out = torch.stack(outputs).view(rows, query_heads, new, -1)
@@ -270,7 +270,7 @@ class RaggedLayer:
         if self._shared.planner.needs_text:
             self._positions = [
                 torch.empty(0, dtype=torch.long) if p.kept is None or known is None
-                else known[p.kept]
+                else known[p.kept.cpu()]
                 for p, known in zip(packed, positions, strict=True)
             ]  # fmt: skip
         open_heads(self.account, [p.name for p in packed], len(self._plans))
@@ -292,14 +292,3 @@ class RaggedLayer:
 
 def _of_head(attention: Attention, head: int) -> Tensor:
     return attention()[head : head + 1]
-
-
-def _with_host(head: DynamicHead, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens of a dynamic head: resident ones without the hot copies, and every host item."""
-    begin = head.hot_start
-    end = begin + head.layout.hot * head.layout.chunk
-    items = head.host.everything(key.device)
-    return (
-        torch.cat([key[:begin], items[:, 0].flatten(0, 1), key[end:]]),
-        torch.cat([value[:begin], items[:, 1].flatten(0, 1), value[end:]]),
-    )

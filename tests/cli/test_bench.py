@@ -146,3 +146,41 @@ def test_a_profile_of_another_model_or_without_the_type(
     make_profile("uniform").save(tmp_path / "p")
     assert run(uniform) == 2
     assert "the types of a uniform profile are fixed" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_shape_on_a_gpu_is_the_gpu_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options arrive as `python -m hkvprof.bench.gpu` has them; unsaid ones are its defaults."""
+    from hkvprof.bench.gpu import __main__ as entry
+    from hkvprof.bench.gpu.run import Setup
+
+    given: list[Any] = []
+    monkeypatch.setattr(entry, "run", lambda setup, path: given.append((setup, path)))
+    command = ["bench", "--device", "cuda", "--shape", "qwen2.5-vl-7b"]
+    assert run([*command]) == 0
+    more = ["--context", "8192,32768", "--batch", "1,8", "--budget", "0.1", "--layers", "2"]
+    assert run([*command, *more, "--new-tokens", "8", "--rounds", "2", "--json", "-"]) == 0
+    assert given[0] == (Setup(), None)
+    assert given[1] == (
+        Setup(
+            contexts=(8192, 32768), batches=(1, 8), budgets=("0.1",), layers=2, steps=8, rounds=2
+        ),
+        "-",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda", "--methods", "static"], "--methods is not for --shape on a GPU"),
+        (["--device", "cuda", "--plot", "a.svg"], "--plot is not for --shape on a GPU"),
+        (["--device", "cuda", "--batch", "1;8"], "--batch 1;8: expected numbers"),
+        (["--device", "cuda", "--budget", "2GiB"], "budget 2GiB: expected shares"),
+        (["--device", "cpu", "--batch", "1,8"], "--batch 1,8: expected a number of rows such as 1"),
+        (["--device", "cpu", "--batch", "0"], "--batch 0: expected a number of rows"),
+    ],
+)
+def test_options_of_the_other_benchmark_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "--shape", "qwen2.5-vl-7b", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

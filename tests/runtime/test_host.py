@@ -91,3 +91,17 @@ def test_refused_memory_names_its_size(monkeypatch: pytest.MonkeyPatch, kind: st
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(CompressionError, match=r"host memory for a dynamic head \([01]\.\d MiB\)"):
         HostChunks.store(key, value, kind)
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_keys_and_values_of_an_item_are_neighbours(chunk: int) -> None:
+    """One item is one stretch of memory, K before V, whether stored at once or appended."""
+    key, value = items_of(20, chunk, 0)
+    store = HostChunks.store(key[:12], value[:12]).append(key[12:], value[12:])
+    flat = store.data.untyped_storage()
+    assert store.data.is_contiguous()
+    plain = torch.tensor([], dtype=torch.float32).set_(flat)
+    width = 2 * chunk * 8
+    for item in range(20):
+        both = torch.cat([key[item].reshape(-1), value[item].reshape(-1)])
+        assert torch.equal(plain[item * width : (item + 1) * width], both)

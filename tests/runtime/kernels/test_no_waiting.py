@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hkvprof.bench.gpu.material import Keys, profiles
+from hkvprof.models.adapter import view_model
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import handle as handles
-from hkvprof.runtime import ragged, retrieving
+from hkvprof.runtime import plan, ragged, retrieving
 from hkvprof.runtime.graph import GraphDecoder
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels
@@ -132,6 +134,23 @@ def test_steps_ask_for_nothing(
     else:
         assert selections == 24 / options.get("retrieve_every", 1)
     assert cache.get_seq_length() == 162
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("types", ["static", "dynamic", "hybrid"])
+def test_compressing_a_prompt_asks_for_nothing(types: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the host would wait for a layer's prefill before it could launch the next one's."""
+    model = random_llama(2)
+    view = view_model(model)
+    made = profiles(model, view, Keys(view, torch.float32, torch.device("cpu")))
+    kernels = TorchKernels()
+    monkeypatch.setattr(plan, "for_device", lambda device, dtype: kernels)
+    ids = token_ids(1, 300)
+    with apply(model, made[types], budget=0.3) as handle:
+        cache = handle.new_cache(300)
+        with nobody_asks():
+            model(input_ids=ids, past_key_values=cache)
+        assert cache.receipt().compressed_layers == 2
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton launches are left out in its interpreter only")
