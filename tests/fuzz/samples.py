@@ -111,7 +111,7 @@ class Samples:
 
 def _odd(random: Random, data: bytes) -> bytes:
     """Other encodings, line ends, lengths."""
-    kind = random.randrange(7)
+    kind = random.randrange(8)
     if kind == 0:
         return data.decode("utf-8", "replace").encode("utf-16")
     if kind == 1:
@@ -127,4 +127,7 @@ def _odd(random: Random, data: bytes) -> bytes:
         return b"[" + pattern * (random.choice([100_000, 3_000_000]) // len(pattern))
     if kind == 5:
         return b"\0" * random.choice([1, 100_000])
+    if kind == 6:
+        keys = ",".join(f'"k{number}":0' for number in range(random.choice([10, 50_000])))
+        return f'{{{keys},"k0":1}}'.encode()
     return bytes_mutated(random, data, head=len(data))
