@@ -23,8 +23,6 @@ from hkvprof.models.adapter import ModelView
 
 WARM = 3
 """Steps before the first timed one; kernels are compiled and graphs recorded in them."""
-PINNED_ROUNDING = 2
-"""torch rounds blocks of pinned memory up to powers of two."""
 LAYERS_AT_WORK = 4
 """Dense layers' worth of memory that filling may take beside the caches."""
 
@@ -69,9 +67,11 @@ def run_cell(bench: Bench, context: int, batch: int) -> Cell:
     """All methods; those that do not fit say why."""
     began = time.perf_counter()
     dense = bench.regime.token_bytes * context * batch
+    segments = bench.view.grid.total * batch
     groups, reasons = gather_groups(
-        methods(bench.regime.budgets), dense, bench.regime.layers, bench.free(), bench.host_free()
-    )
+        methods(bench.regime.budgets), dense, segments, bench.regime.layers, bench.free(),
+        bench.host_free(),
+    )  # fmt: skip
     rows = {m.name: _empty(m, reason) for m, reason in reasons.items()}
     for number, group in enumerate(groups):
         names = f"{len(group)} methods" if len(group) > 1 else group[0].name
@@ -91,18 +91,19 @@ def run_cell(bench: Bench, context: int, batch: int) -> Cell:
 
 
 def gather_groups(
-    wanted: Sequence[Method], dense: int, layers: int, free: int, host: int
+    wanted: Sequence[Method], dense: int, segments: int, layers: int, free: int, host: int
 ) -> tuple[list[list[Method]], dict[Method, str]]:
     """Sets of methods whose caches fit together, in order; and why others fit nowhere.
 
-    `dense` is bytes of a dense cache, `free` and `host` what may be taken on either side.
+    `dense` is bytes of a dense cache of so many segments (a KV head of a layer and row) in so many
+    layers, `free` and `host` what may be taken on either side.
     """
     room = free - LAYERS_AT_WORK * dense // layers
     groups: list[list[Method]] = []
     reasons: dict[Method, str] = {}
     left = 0
     for method in wanted:
-        device, pinned = needs(method, dense)
+        device, pinned = needs(method, dense, segments)
         if device > room:
             reasons[method] = (
                 f"needs {device / 1e9:.1f} GB on the device, {max(room, 0) / 1e9:.1f} GB can be had"
@@ -120,15 +121,19 @@ def gather_groups(
     return groups, reasons
 
 
-def needs(method: Method, dense: int) -> tuple[int, int]:
-    """Bytes on the device, and pinned ones on the host (which a set shares)."""
+def needs(method: Method, dense: int, segments: int) -> tuple[int, int]:
+    """Bytes on the device, and pinned ones on the host (which a set shares).
+
+    torch rounds blocks of pinned memory, one per segment, up to powers of two.
+    """
     if not method.is_ours or method.types == "whole":
         return dense, 0
     share = float(method.budget)
     part = {"static": 0.0, "hybrid": 0.5, "dynamic": 1.0}[method.types]
     device = share * dense * 1.02 + (part * dense if method.control else 0)
     # A set's hybrid heads find their items among those of its dynamic ones, or the other way round.
-    return int(device), int(PINNED_ROUNDING * dense) if part else 0
+    block = 1 << max(0, dense // segments - 1).bit_length()
+    return int(device), segments * block if part else 0
 
 
 def _run_group(bench: Bench, group: Sequence[Method], context: int, batch: int) -> list[Row]:

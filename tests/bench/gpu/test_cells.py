@@ -55,7 +55,9 @@ def test_every_method_has_a_name_of_its_own() -> None:
 def test_what_fits_nowhere_says_what_it_needs() -> None:
     dense = 240_000_000_000
     layer = dense // 28
-    groups, reasons = gather_groups(ALL, dense, 28, 100_000_000_000 + 4 * layer, 100_000_000_000)
+    groups, reasons = gather_groups(
+        ALL, dense, 28 * 4 * 32, 28, 100_000_000_000 + 4 * layer, 100_000_000_000
+    )
     ran = {method.name for group in groups for method in group}
     assert {name for name in ran if "static" in name} == {
         "static 0.20, graph", "static 0.10, graph", "static 0.05, graph", "static 0.10, eager"
@@ -64,16 +66,25 @@ def test_what_fits_nowhere_says_what_it_needs() -> None:
     stock = reasons[Method("DynamicCache", mode="eager")]
     assert stock == "needs 240.0 GB on the device, 100.0 GB can be had"
     assert reasons[Method("dynamic", "0.10")] == (
-        "needs 480.0 GB of pinned host memory, 100.0 GB can be had"
+        "needs 240.5 GB of pinned host memory, 100.0 GB can be had"  # 3,584 blocks of 64 MiB
     )
+
+
+def test_pinned_blocks_are_powers_of_two() -> None:
+    dynamic = Method("dynamic", "0.10")
+    segments = 28 * 4
+    assert needs(dynamic, segments * 2**24, segments)[1] == segments * 2**24
+    assert needs(dynamic, segments * (2**24 + 1), segments)[1] == segments * 2**25
+    assert needs(Method("static", "0.10"), segments * 2**24, segments)[1] == 0
 
 
 @given(st.integers(1, 10**12), st.integers(1, 64), st.integers(0, 10**12), st.integers(0, 10**13))
 def test_no_set_is_larger_than_the_memory(dense: int, layers: int, free: int, host: int) -> None:
-    groups, reasons = gather_groups(ALL, dense, layers, free, host)
+    segments = 4 * layers
+    groups, reasons = gather_groups(ALL, dense, segments, layers, free, host)
     assert [m for m in ALL if m not in reasons] == [m for group in groups for m in group]
     for group in groups:
         assert group
-        device = sum(needs(method, dense)[0] for method in group)
+        device = sum(needs(method, dense, segments)[0] for method in group)
         assert device + LAYERS_AT_WORK * dense // layers <= free
-        assert max(needs(method, dense)[1] for method in group) <= host
+        assert max(needs(method, dense, segments)[1] for method in group) <= host
