@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
+from hkvprof import load_model
 from hkvprof.errors import ModelError, SampleError
 from hkvprof.heads import Modality
 from hkvprof.models import processors, vision_backend
@@ -22,6 +23,8 @@ from hkvprof.models.aliases import TINYVL_FOLDER
 from hkvprof.models.processing import TextProcessor
 from hkvprof.models.vision import AutoVisionProcessor, PillowVisionProcessor
 from tests.models.conversations import VISION_CASES, Messages, assistant, picture, user
+from tests.models.families import FAMILIES, processor_of, words
+from tests.models.tiny import build_covered
 
 ROOT = Path(__file__).parents[2]
 TORCHVISION = os.environ.get("HKVPROF_TORCHVISION", "")
@@ -380,3 +383,41 @@ def test_other_image_processors_need_torchvision(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(settings)
     with pytest.raises(ModelError, match="Idefics3ImageProcessor, which needs torchvision"):
         processors.pillow_image_processor(str(tmp_path), QWEN, local=True)
+
+
+def saved(name: str, folder: Path) -> Path:
+    """A tiny vision model with its processor as a folder."""
+    model = build_covered(name)
+    model.save_pretrained(folder)
+    processor, _ = processor_of(name, model)
+    if isinstance(processor, AutoVisionProcessor):
+        processor.processor.save_pretrained(folder)
+        return folder
+    family = FAMILIES[name]
+    processor.tokenizer.save_pretrained(folder)
+    settings = {"processor_class": family.processor}
+    settings |= {"image_processor_type": family.image_processor}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_checkpoint_whose_images_need_no_torchvision(name: str, tmp_path: Path) -> None:
+    model, processor = load_model(saved(name, tmp_path), device="cpu")
+    assert isinstance(processor, AutoVisionProcessor)
+    encoded = processor.encode([[user(picture(56, 56), words(20)), assistant("w1")]])
+    assert int((encoded.modality == Modality.IMAGE).sum()) == 4
+    assert "labels" not in encoded.inputs, "a model given labels computes a loss"
+    with torch.no_grad():
+        assert model(**encoded.to(model.device, model.dtype)).loss is None
+
+
+@pytest.mark.skipif(vision_backend.torchvision_works(), reason="torchvision works here")
+@pytest.mark.parametrize("name", ["llava-onevision", "internvl", "mistral3"])
+def test_a_checkpoint_whose_processor_needs_torchvision(name: str, tmp_path: Path) -> None:
+    message = r"does not load without torchvision \(it .*\): .*hkvprof\[video\].* transformers says"
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(saved(name, tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
