@@ -41,12 +41,13 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # The oldest supported transformers over $(VENV): a second environment that holds what differs and
-# takes everything else from the first. Its own packages come first on the path.
+# takes everything else, torch above all, from the first. Its own packages come first on the path.
 $(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	awk -F== 'NR == FNR { old[$$1]; print; next } !($$1 in old)' constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
 	$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) -c $(OLDEST)/constraints.txt -r constraints-oldest.txt
+	$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) --no-deps -e .
 	$(OLDEST)/bin/python -c 'import transformers as t; v = open("constraints-oldest.txt").read(); assert f"transformers=={t.__version__}\n" in v, t.__version__'
 	touch $@
 

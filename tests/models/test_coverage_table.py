@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,20 @@ def test_a_row_says_what_ran(name: str) -> None:
 def test_no_adapter_names_what_is_not_tested() -> None:
     named = {model_type for adapter in ADAPTERS for model_type in adapter.model_types}
     assert named == {row.model_type for row in COVERAGE.values()}
+
+
+def test_only_adapters_decide_by_architecture() -> None:
+    """No branch on `model_type` anywhere else: an error may name it, a fingerprint hash it."""
+    package, branches = PAGE.parents[1] / "hkvprof", []
+    for path in package.rglob("*.py"):
+        if path.parent.name == "architectures":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.If | ast.IfExp | ast.Compare | ast.Match):
+                test = node.subject if isinstance(node, ast.Match) else getattr(node, "test", node)
+                if "model_type" in ast.unparse(test):
+                    branches.append(f"{path.relative_to(package)}:{node.lineno}")
+    assert branches == []
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor
 import hkvprof
 from hkvprof.artifact import Profile
 from hkvprof.heads import Modality
+from hkvprof.models.adapter import view_model
 from hkvprof.models.forward import rope_holder
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.samples import Sample
@@ -168,3 +169,34 @@ def test_generate_takes_the_steps_that_forward_takes(name: str) -> None:
     assert len(out.logits) == STEPS + 1
     for a, b in zip(out.logits, mine, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize(("name", "sees_ahead"), [("llava", 0), ("gemma3", 4), ("paligemma", None)])
+def test_which_prompts_see_ahead(name: str, sees_ahead: int | None) -> None:
+    """The tests above ran on prompts that attend in both directions where the model does.
+
+    `sees_ahead`: how many tokens of an image do, None for the whole prompt.
+    """
+    found = subject(name)
+    layer, masks = view_model(found.model).attention[0], []
+
+    def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        found.model(**found.inputs)
+    hook.remove()
+    mask = masks[0][0, 0]
+    ahead = (mask if mask.dtype == torch.bool else mask == 0).triu(1).sum(dim=1)
+    tokens = len(ahead)
+    if sees_ahead is None:
+        assert ahead.tolist() == list(range(tokens - 1, -1, -1)), "all rows see all"
+        return
+    image = (found.modality[0] == Modality.IMAGE).tolist()
+    wanted, left = [], 0
+    for held in image:
+        left = sees_ahead if held and left == 0 else left
+        left -= bool(left)
+        wanted.append(left)
+    assert ahead.tolist() == wanted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -296,87 +295,3 @@ def test_a_template_that_refuses_the_messages(text: TextProcessor) -> None:
 def test_a_model_without_chat_template() -> None:
     with pytest.raises(ModelError, match="no chat template: use an instruction-tuned model"):
         TextProcessor(byte_tokenizer(None), config=None).encode([[user("Hi")]])
-
-
-# -- torchvision ------------------------------------------------------------------------------
-
-
-def broken_torchvision(folder: Path, error: str) -> Path:
-    """A torchvision as pip leaves it beside a torch of another build."""
-    package = folder / "torchvision"
-    package.mkdir()
-    (package / "__init__.py").write_text(f"raise {error}\n")
-    metadata = folder / "torchvision-0.28.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n"
-    )
-    return folder
-
-
-@pytest.mark.parametrize("error", ["RuntimeError", "ImportError", "OSError", "KeyError"])
-def test_a_broken_torchvision_does_not_work(
-    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(broken_torchvision(tmp_path, f"{error}('nms is missing')"))
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    problem = vision_backend.torchvision_problem.__wrapped__()
-    assert problem.startswith("it does not load: ")
-    assert "nms is missing" in problem
-
-
-def test_a_missing_torchvision_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    assert vision_backend.torchvision_problem.__wrapped__() == "it is not installed"
-
-
-def test_a_broken_torchvision_leads_to_pillow(tmp_path: Path) -> None:
-    """In a process of its own: transformers believes that torchvision is there."""
-    path = broken_torchvision(tmp_path, "RuntimeError('operator torchvision::nms does not exist')")
-    program = (
-        "from transformers.utils import is_torchvision_available\n"
-        "assert is_torchvision_available()\n"
-        "from hkvprof import load_model\n"
-        "from tests.models.conversations import VISION_CASES\n"
-        "model, processor = load_model('tinyvl', device='cpu')\n"
-        "inputs = processor.encode(VISION_CASES['one image']()).to(model.device, model.dtype)\n"
-        "assert model(**inputs).logits.isfinite().all()\n"
-        "print(type(processor).__name__)\n"
-    )
-    assert run_python("-c", program, path=str(path)) == "PillowVisionProcessor\n"
-
-
-@pytest.mark.parametrize(
-    ("settings", "patch", "edges"),
-    [
-        (
-            {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2},
-            14,
-            (3136, 12845056),
-        ),
-        (
-            {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16},
-            16,
-            (65536, 16777216),
-        ),
-    ],
-    ids=["as Qwen2.5-VL has it", "as Qwen3-VL has it"],
-)
-def test_settings_as_the_hub_has_them(
-    settings: dict[str, Any], patch: int, edges: tuple[int, int], tmp_path: Path
-) -> None:
-    settings |= {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "x"}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    (tmp_path / "processor_config.json").write_text('{"processor_class": "x"}')
-    processor = processors.pillow_image_processor(str(tmp_path), QWEN, local=True)
-    assert processor.patch_size == patch
-    assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == edges
-    grid = processor(images=[picture(30, 30)], return_tensors="pt")["image_grid_thw"][0]
-    assert int(grid.prod()) * patch**2 >= edges[0], "small images are scaled up to the minimum"
-
-
-def test_other_image_processors_need_torchvision(tmp_path: Path) -> None:
-    settings = '{"image_processor_type": "Idefics3ImageProcessor"}'
-    (tmp_path / "preprocessor_config.json").write_text(settings)
-    with pytest.raises(ModelError, match="Idefics3ImageProcessor, which needs torchvision"):
-        processors.pillow_image_processor(str(tmp_path), QWEN, local=True)

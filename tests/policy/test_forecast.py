@@ -196,11 +196,11 @@ def test_plans_for_nothing_are_refused() -> None:
 
 
 def test_planning_takes_milliseconds() -> None:
-    """28 x 4 heads, 6 strategies, 14 ratios: at most 20 ms."""
+    """28 x 4 heads, 6 strategies, 14 ratios: at most 20 ms of this thread's own time."""
     profile = many_curves(3)
     seconds = []
     for budget in (0.05, 0.1, 0.2, 0.5) * 5:
-        began = time.perf_counter()
+        began = time.thread_time()
         profile.plan(budget, 32768)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.thread_time() - began)
     assert min(seconds) <= 0.020
