@@ -57,7 +57,7 @@ def requests(patient: Patient) -> str:
     try:
         former = patient.images([2, 1], steps=5)
     except NotApplicableError:
-        former = patient.text([tokens, tokens // 2], steps=5)
+        former = patient.text([tokens * 3 // 4, tokens], steps=5)
 
     def reset(handle: Handle, cache: CompressedCache) -> CompressedCache:
         play(patient.model, former, cache)

@@ -107,7 +107,7 @@ def judge(profile: Profile, view: ModelView) -> Verdict:
     notes = []
     if mine.config_hash != theirs.config_hash:
         notes.append("its config differs in fields that do not change attention")
-    if mine.weights_digest and theirs.weights_digest != mine.weights_digest:
+    if mine.weights_digest and theirs.weights_digest not in ("", mine.weights_digest):
         notes.append("its weights are others of the same geometry (a fine-tune?)")
     return Verdict(tuple(mine.mismatches(theirs)), tuple(notes))
 

@@ -151,28 +151,27 @@ class HeadJudge:
         try:
             selection.check_static(kept, window, key, head.scaling, pool, self._keep)
         except FaultError as fault:
-            if self._fits_other_scaling(head, kept, key, window, pool):
-                raise FaultError(fault.what, selection.SCALING) from None
+            for scaling in selection.other_scalings(head.scaling, key.shape[-1]):
+                given = (kept, window, key, scaling, pool, self._keep)
+                if selection.passes(selection.check_static, *given):
+                    raise FaultError(fault.what, selection.SCALING) from None
             raise
-
-    def _fits_other_scaling(
-        self, head: _Head, kept: set[int], key: Tensor, window: Tensor, pool: int
-    ) -> bool:
-        for scaling in selection.other_scalings(head.scaling, key.shape[-1]):
-            try:
-                selection.check_static(kept, window, key, scaling, pool, self._keep)
-            except FaultError:
-                continue
-            return True
-        return False
 
     def _hot(self, seen: Seen, segment: Segment, row: int, head: int, start: int) -> None:
         """A step's query alone decides what is hot, where scores are not smoothed."""
         alone = self._recording.options.get("smoothing") == 0 and self._mean_digests
         if segment.layout is None or seen.query.shape[2] != 1 or not alone:
             return
-        query = seen.query[row, _group(seen, head), -1]
-        selection.check_hot(segment, query, seen.key[row, head, start:], seen.scaling)
+        key, queries = seen.key[row, head, start:], seen.query[row, :, -1]
+        try:
+            selection.check_hot(segment, queries[_group(seen, head)], key, seen.scaling)
+        except FaultError as fault:
+            heads = seen.key.shape[1]
+            others = [queries[_group(seen, other)] for other in range(heads) if other != head]
+            for query in (*others, queries[head::heads]):
+                if selection.passes(selection.check_hot, segment, query, key, seen.scaling):
+                    raise FaultError(fault.what, selection.GROUPING) from None
+            raise
 
     @property
     def _mean_digests(self) -> bool:

@@ -26,7 +26,6 @@ from hkvprof.doctor.records import FaultError
 from hkvprof.doctor.script import play
 from hkvprof.doctor.seam import Seen, watched_attention
 
-_GROUPING = "head grouping: query heads are mapped to the wrong KV head"
 _KERNEL = (
     "the decode kernel or the mask of this pass: its output is not attention over these tokens"
 )
@@ -204,7 +203,7 @@ def _explain(seen: Seen, call: Call, visible: Tensor) -> str:
     for shift in range(1, heads):
         key, value, mask = (x.roll(shift, dims=1) for x in (seen.key, seen.value, visible))
         if _fits(call, attend(seen.query, key, value, mask, seen.scaling), seen):
-            return _GROUPING
+            return selection.GROUPING
     for scaling in selection.other_scalings(seen.scaling, seen.query.shape[-1]):
         if _fits(call, attend(seen.query, seen.key, seen.value, visible, scaling), seen):
             return selection.SCALING

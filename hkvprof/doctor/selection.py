@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,6 +19,7 @@ _NEAR = 1e-3
 """Relative difference of scores that float32 may decide either way."""
 _KEPT = "the numbers of the kept tokens: not the best by score (off by one, or wrongly mapped)"
 PLAN = "the order of layers or heads: the plan of one was applied to another"
+GROUPING = "head grouping: query heads are mapped to the wrong KV head"
 SCALING = "the scaling of attention logits is not the model's"
 _HOT = "dynamic heads fetch other chunks than the query asks for: index, query group or slot map"
 
@@ -49,6 +53,15 @@ def check_count(
 def static_count(ratio: float, tokens: int, keep: KeepRule) -> int:
     """Tokens that a static head keeps."""
     return min(tokens, max(int(ratio * tokens + 1e-6), keep.sinks + keep.recent))
+
+
+def passes(check: Callable[..., None], *given: Any) -> bool:
+    """Whether a check finds nothing, to try what a mistake would explain."""
+    try:
+        check(*given)
+    except FaultError:
+        return False
+    return True
 
 
 def other_scalings(scaling: float, width: int) -> list[float]:

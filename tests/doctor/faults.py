@@ -278,7 +278,7 @@ def detach_leaves_the_attention(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(handle, "hook_attention", hook)
 
 
-def conversations_share_their_tokens(patch: pytest.MonkeyPatch) -> None:
+def conversations_share_their_starts(patch: pytest.MonkeyPatch) -> None:
     """A class attribute where an instance's was meant: rows' starts of the former request."""
     held: dict[str, Any] = {}
     own = Conversation.observe_rows

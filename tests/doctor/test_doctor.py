@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hkvprof import calibrate, load_profile, uniform_profile
 from hkvprof.cli import run
@@ -18,6 +19,7 @@ from hkvprof.doctor.attention import attend
 from hkvprof.doctor.examine import Check, examine, judge
 from hkvprof.doctor.probe import probe_profile
 from hkvprof.doctor.records import FaultError, NotApplicableError, Status
+from hkvprof.doctor.seam import Seen, watched_attention
 from hkvprof.doctor.selection import check_static
 from hkvprof.errors import ModelError, UsageError
 from hkvprof.heads import KeepRule
@@ -124,6 +126,28 @@ def test_the_reference_is_attention() -> None:
     assert bool((exact.error(found) > exact.tolerance(torch.float32))[0, 0, 1])
 
 
+def test_watching_changes_nothing_and_ends() -> None:
+    """transformers' table of attention functions takes a local entry, and gives it back."""
+    model = random_llama(layers=2)
+    view, ids = view_model(model), torch.arange(3, 20)[None]
+    before, expected = ALL_ATTENTION_FUNCTIONS["sdpa"], model(ids).logits
+    seen: list[Seen] = []
+
+    def watch(call: Seen) -> Any:
+        seen.append(call)
+        return call.base()
+
+    with pytest.raises(KeyError, match="mine"), watched_attention(view, watch):
+        assert torch.equal(model(ids).logits, expected)
+        raise KeyError("mine")
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    assert [(call.number, call.scaling) for call in seen] == [(0, 0.25), (1, 0.25)]
+    assert [tuple(x.shape) for x in (seen[0].query, seen[0].key)] == [
+        (1, 4, 17, 16),
+        (1, 2, 17, 16),
+    ]
+
+
 @pytest.mark.parametrize("pool", [1, 7, 31])
 def test_static_selection_is_judged_to_the_token(pool: int) -> None:
     """The policy's own choice passes; each exchange of a kept token for a dropped one fails."""
@@ -187,7 +211,7 @@ def test_wrong_names_are_usage_errors_before_anything_is_loaded(
 def test_profiles_are_judged_by_tier(llama: Any) -> None:
     profile = uniform_profile(llama)
     assert judge(profile, view_model(llama)) == module.Verdict()
-    view_of_another = view_model(random_llama(layers=2, seed=1))
+    view_of_another = view_model(random_llama(layers=2, seed=1, max_position_embeddings=512))
     assert "weights" in judge(profile, view_of_another).notes[0]
     assert judge(profile, view_model(random_llama(layers=3))).mismatches == ("grid.layers: 2 != 3",)
 

@@ -32,7 +32,7 @@ TABLE: list[tuple[Fault, str, str]] = [
     (faults.starts_ignored, "masked-batch", "padding was kept"),
     (faults.reset_forgets_nothing_but_keys, "masked-requests", "gave up"),
     (faults.reset_leaves_the_prompt_complete, "masked-requests", "gave up"),
-    (faults.conversations_share_their_tokens, "masked-requests", "padding was kept"),
+    (faults.conversations_share_their_starts, "masked-requests", "from another start"),
     (faults.retrieval_bound_to_old_storage, "masked-text", "stale binding"),
     (faults.slots_not_updated, "masked-chunks", "slot map"),
     (faults.beams_share_a_slot_map, "masked-batch", "slot map"),
@@ -63,7 +63,7 @@ WITH_IMAGES: list[tuple[Fault, str, str]] = [
 
 @cache
 def llama() -> Any:
-    return random_llama(max_position_embeddings=1024)
+    return random_llama(max_position_embeddings=640)
 
 
 @cache
@@ -106,7 +106,7 @@ def test_every_fault_is_in_a_table() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_healthy_model_passes(dtype: torch.dtype) -> None:
-    report = examine(random_llama(layers=2, max_position_embeddings=1024).to(dtype))
+    report = examine(random_llama(layers=2, max_position_embeddings=640).to(dtype))
     assert not report.failures
     found = {o.name: o.status for o in report.outcomes}
     assert [*found] == [check.name for check in CHECKS]
@@ -115,7 +115,7 @@ def test_a_healthy_model_passes(dtype: torch.dtype) -> None:
 
 
 def test_a_healthy_model_passes_with_images() -> None:
-    checks = ["image", "images", "video", "batch", "requests", "masked-images", "masked-requests"]
+    checks = ["images", "video", "batch", "requests", "masked-images"]
     report = examine(*tinyvl(), only=checks)
     assert not report.failures
     refused = [o for o in report.outcomes if o.status is Status.NOT_APPLICABLE]
