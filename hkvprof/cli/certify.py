@@ -56,8 +56,11 @@ def certify(
         str, typer.Option("--loss", help="answers (against the replies) or agreement (no replies).")
     ] = "answers",
     regimes: Annotated[
-        str, typer.Option("--regimes", help="Some of inside, after, later (docs/evaluation.md).")
-    ] = "inside,later",
+        str | None,
+        typer.Option(
+            "--regimes", help="Some of inside, after, later; default: inside, and later if any."
+        ),
+    ] = None,
     per_task: Annotated[
         int, typer.Option("--per-task", min=1, help="Samples of each task (generated tasks).")
     ] = 10,
@@ -82,7 +85,7 @@ def certify(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Find the least budget whose answers degrade for less than alpha of all samples.
+    """Find the least budget at which, with confidence, at most alpha of all samples degrade.
 
     The held-out samples are answered with the full cache and at every budget. A run that was
     stopped goes on where it was.
@@ -107,7 +110,7 @@ def certify(
 
     known = None if data is None and source == _CUT_BY_MODEL else samples(None)
     if known is not None:
-        _check(loaded, source, known, claim)
+        claim = _checked(loaded, source, known, claim, regimes is not None)
         if dry_run:
             _announce(known, claim)
             return
@@ -116,7 +119,7 @@ def certify(
     network, processor = options.open_model(model, dtype, device)
     if known is None:
         known = samples(processor)
-        _check(loaded, source, known, claim)
+        claim = _checked(loaded, source, known, claim, regimes is not None)
     say(f"{len(known.samples)} samples of {source}; at most "
         f"{claim.most_losses(len(known.samples))} may degrade")  # fmt: skip
     folder = answers or path.with_name(f"{path.name}.answers")
@@ -129,8 +132,8 @@ def certify(
         raise typer.Exit(NOT_CERTIFIED)
 
 
-def _regimes(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(options.listed(text)))
+def _regimes(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(options.listed(text or "inside,later")))
 
 
 def _samples(
@@ -160,11 +163,14 @@ def _samples(
     return kept
 
 
-def _check(profile: Profile, source: str, tasks: TaskSet, claim: Claim) -> None:
+def _checked(profile: Profile, source: str, tasks: TaskSet, claim: Claim, given: bool) -> Claim:
+    """The claim, as far as the samples have questions for it. Raises UsageError."""
+    from hkvprof.evaluate.certify import fitting
     from hkvprof.evaluate.heldout import check_source
 
     claim.check_samples(len(tasks.samples), f"samples of {source}")
     check_source(profile, source, tasks.samples)
+    return fitting(claim, tasks, given)
 
 
 def _announce(tasks: TaskSet, claim: Claim) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hkvprof.artifact import Profile
 from hkvprof.certificate import Certificate, Level, content_digest, fixed_sequence
-from hkvprof.errors import BudgetError
+from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.compare import Track, compare
 from hkvprof.evaluate.contest import MIN_TOKENS
 from hkvprof.evaluate.journal import Journal
@@ -42,6 +42,18 @@ def judged(tasks: TaskSet, claim: Claim) -> TaskSet:
         )
 
     return replace(tasks, samples=tuple(s for s in tasks.samples if has_answer(s)))
+
+
+def fitting(claim: Claim, tasks: TaskSet, given: bool) -> Claim:
+    """Without `later` where no sample has a follow-up; raises UsageError if it was `given`."""
+    if "later" not in claim.regimes or any(sample.followups for sample in tasks.samples):
+        return claim
+    if given:
+        raise UsageError(
+            f"no sample of {tasks.name} has a follow-up to ask in the regime 'later': leave it out "
+            "of --regimes, or give samples with `followups` (docs/sample-format.md)"
+        )
+    return replace(claim, regimes=tuple(name for name in claim.regimes if name != "later"))
 
 
 def conditions(model: Any, profile: Profile, tasks: TaskSet, claim: Claim) -> dict[str, Any]:

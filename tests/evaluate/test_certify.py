@@ -18,7 +18,7 @@ from hkvprof.certificate import KEY, Certificate, certificate_of, fixed_sequence
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate import compare, heldout
 from hkvprof.evaluate.baselines.planned import only
-from hkvprof.evaluate.certify import Tally, certify, conditions, judged, parse_budgets
+from hkvprof.evaluate.certify import Tally, certify, conditions, fitting, judged, parse_budgets
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.metrics import EXACT_MATCH
 from hkvprof.evaluate.plan import Entry
@@ -235,6 +235,14 @@ def test_samples_without_anything_to_judge_are_left_out(tasks: TaskSet) -> None:
     assert kept["answers", "inside"] == [first.id, second.id]
     assert kept["agreement", "inside"] == [first.id, second.id, third.id]
     assert kept["answers", "later"] == kept["agreement", "later"] == [first.id, third.id]
+
+
+def test_later_questions_are_asked_where_there_are_any(tasks: TaskSet) -> None:
+    alone = replace(tasks, samples=tuple(replace(s, followups=()) for s in tasks.samples))
+    assert fitting(CLAIM, tasks, given=True) == CLAIM
+    assert fitting(CLAIM, alone, given=False).regimes == ("inside",)
+    with pytest.raises(UsageError, match="no sample of six has a follow-up"):
+        fitting(CLAIM, alone, given=True)
 
 
 def test_too_few_samples_are_refused_before_anything_runs(profile: Profile, tasks: TaskSet) -> None:
