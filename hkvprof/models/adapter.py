@@ -97,7 +97,10 @@ def output_projection(attention: nn.Module) -> Tensor:
 
 def _refuse_unsupported(config: Any) -> None:
     text = config.get_text_config(decoder=True)
+    spread = getattr(config, "distributed_config", None)
     reasons = {
+        "tensor parallelism": (getattr(spread, "tp_size", None) or 1) > 1,
+        "pipeline parallelism": (getattr(spread, "pp_size", None) or 1) > 1,
         "an encoder and a decoder": getattr(config, "is_encoder_decoder", False),
         "attention logit soft-capping": getattr(text, "attn_logit_softcapping", None),
         "learned attention sinks": getattr(text, "model_type", "") == "gpt_oss",

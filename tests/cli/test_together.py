@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,22 +17,6 @@ from hkvprof.profile.distributed import local_device
 from hkvprof.profile.group import is_distributed, is_follower
 from tests.cli.runs import Bed, save_samples
 from tests.warm import ENVIRONMENT, KILLED, ROOT, Ended
-
-
-@pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
-    made = Bed(tmp_path_factory.mktemp("together"))
-    yield made
-    made.warm.close()
-
-
-@pytest.fixture(scope="module")
-def whole(bed: Bed) -> bytes:
-    """The profile of one process."""
-    path = bed.folder / "whole"
-    ended = bed.warm.command(*bed.calibrate("-o", str(path)))
-    assert ended.code == 0, ended.err
-    return path.read_bytes()
 
 
 def variables(rank: int, size: int, port: int) -> dict[str, str]:
