@@ -139,7 +139,7 @@ def test_a_dry_run_without_weights_says_that_time_is_unknown(bed: Bed, tmp_path:
 # -- limits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [1500, 8192, 65536])
+@pytest.mark.parametrize("limit", [1500, 65536])
 def test_a_full_disk_keeps_what_is_measured(
     bed: Bed, whole: bytes, tmp_path: Path, limit: int
 ) -> None:

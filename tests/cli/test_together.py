@@ -26,13 +26,14 @@ def variables(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def together(bed: Bed, *arguments: str, size: int = 2, kill: int | None = None) -> list[Ended]:
-    """The same command in processes that torchrun would start; rank `kill` is killed early."""
+    """The same command in processes that torchrun would start; rank `kill` is killed while the
+    first one measures."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     runs = [
         {"arguments": list(arguments), "environment": variables(rank, size, port)}
-        | ({"kill_after": 1.0} if rank == kill else {})
+        | ({"kill_when": "measuring heads: 1/"} if rank == kill else {})
         for rank in range(size)
     ]
     return bed.warm.run(*runs)
