@@ -46,7 +46,8 @@ class Warm:
 
     def run(self, *runs: dict[str, Any]) -> list[Ended]:
         """Runs at the same time: `arguments`, and maybe `environment`, `kill_after` seconds,
-        `loop` (write profiles from two files in turn, to a third), `file_limit` in bytes."""
+        `kill_when` the first one has printed that, `loop` (write profiles from two files in turn,
+        to a third), `file_limit` in bytes."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(runs) + "\n")
@@ -116,9 +117,14 @@ def _watch(started: list[dict[str, Any]]) -> None:
             if process:
                 child["ended"] = now
                 child["code"] = os.waitstatus_to_exitcode(status)
-            elif now >= child["run"].get("kill_after", 120):
+            elif now >= child["run"].get("kill_after", 120) or _is_due(child, started[0]):
                 os.kill(child["process"], signal.SIGKILL)
         time.sleep(0.001)
+
+
+def _is_due(child: dict[str, Any], first: dict[str, Any]) -> bool:
+    text = child["run"].get("kill_when")
+    return text is not None and text in first["files"][1].read_text()
 
 
 def _serve(folder: Path) -> None:

@@ -77,12 +77,12 @@ class Place:
 
 @contextmanager
 def kept(place: Place, samples: Sequence[Sample]) -> Iterator[None]:
-    """Whatever stops what is within, its message says how much is measured and kept."""
+    """Whatever stops what is within, but for wrong usage: its message says how much is kept."""
     try:
         yield
     except BaseException as error:
         done, count = place.measured(samples)
-        if done:
+        if done and not isinstance(error, UsageError):
             error.add_note(
                 f"{done} of {count} samples are measured in {place.folder}: run again to go on"
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ FEW = {"calibrate": 4, "merge": 3, "write": 3}
 MANY = {"calibrate": 100, "merge": 50, "write": 50}
 SEED = 7
 SAMPLES = 8
-
-
-@pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
-    made = Bed(tmp_path_factory.mktemp("crash"))
-    yield made
-    made.warm.close()
 
 
 def parts(folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,22 +19,6 @@ from tests.cli.runs import Bed, save_samples
 from tests.warm import ENVIRONMENT, KILLED, ROOT, Ended
 
 
-@pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
-    made = Bed(tmp_path_factory.mktemp("together"))
-    yield made
-    made.warm.close()
-
-
-@pytest.fixture(scope="module")
-def whole(bed: Bed) -> bytes:
-    """The profile of one process."""
-    path = bed.folder / "whole"
-    ended = bed.warm.command(*bed.calibrate("-o", str(path)))
-    assert ended.code == 0, ended.err
-    return path.read_bytes()
-
-
 def variables(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun sets."""
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
@@ -43,13 +26,14 @@ def variables(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def together(bed: Bed, *arguments: str, size: int = 2, kill: int | None = None) -> list[Ended]:
-    """The same command in processes that torchrun would start; rank `kill` is killed early."""
+    """The same command in processes that torchrun would start; rank `kill` is killed while the
+    first one measures."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     runs = [
         {"arguments": list(arguments), "environment": variables(rank, size, port)}
-        | ({"kill_after": 1.0} if rank == kill else {})
+        | ({"kill_when": "measuring heads: 1/"} if rank == kill else {})
         for rank in range(size)
     ]
     return bed.warm.run(*runs)

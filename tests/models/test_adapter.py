@@ -17,6 +17,7 @@ from hkvprof.models.aliases import TINYVL_FOLDER
 from hkvprof.models.architectures import Adapter
 from hkvprof.models.load import load_model
 from tests.models.tiny import COVERED, REFUSED, SLIDING, TEXT, build, build_covered
+from tests.models_for_tests import random_llama
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +223,14 @@ def test_no_path_of_this_machine_is_in_a_real_fingerprint(tinyvl: Any) -> None:
     assert str(TINYVL_FOLDER) not in str(fingerprint.to_json())
     assert (fingerprint.hub_id, fingerprint.commit) == ("", "")
     assert SimpleNamespace(**fingerprint.to_json()).architecture == fingerprint.architecture
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_models_split_over_processes_by_heads_or_layers_are_refused(kind: str) -> None:
+    model = random_llama()
+    sizes = {"tp_size": 1, "pp_size": 1, "fsdp_size": 4}
+    model.config.distributed_config = SimpleNamespace(**sizes)
+    assert view_model(model).grid.layers == 3
+    model.config.distributed_config = SimpleNamespace(**{**sizes, f"{kind[0]}p_size": 2})
+    with pytest.raises(ModelError, match=f"{kind} parallelism"):
+        view_model(model)

@@ -33,6 +33,10 @@ class Adapter:
     def refusal(self, model: Any) -> str:
         """Why `model` cannot be compressed ("it uses ..."); empty if nothing speaks against it."""
         text = model.config.get_text_config(decoder=True)
+        spread = getattr(model.config, "distributed_config", None)
+        for kind in ("tensor", "pipeline"):
+            if (getattr(spread, f"{kind[0]}p_size", None) or 1) > 1:
+                return f"it uses {kind} parallelism, {_WRONG}"
         if getattr(model.config, "is_encoder_decoder", False):
             return f"it uses an encoder and a decoder, {_WRONG}"
         if getattr(text, "attn_logit_softcapping", None):
