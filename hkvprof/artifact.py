@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from hkvprof.checks import MOST_TOKENS, check_profile, read_json, require
-from hkvprof.errors import ProfileError
+from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import write_atomically
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import Allocation, Budget
 from hkvprof.policy.forecast import Plan, forecast
 from hkvprof.policy.lengths import loss_between
-from hkvprof.policy.planning import Menu, plan_anew, plan_scaled
+from hkvprof.policy.planning import Menu, Rules, plan_anew, plan_scaled
 from hkvprof.policy.tables import ProjectedIndexTables
 
 __all__ = ["SCHEMA_VERSION", "Profile", "ProjectedIndexTables", "load_profile"]
@@ -43,7 +43,7 @@ _OLD_INDEX = (
 )
 _METADATA_KEYS = {
     "schema", "fingerprint", "recipe", "default_budget", "keep", "strategies", "kappas",
-    "index_sizes", "provenance",
+    "index_sizes", "planning", "provenance",
 }  # fmt: skip
 
 
@@ -63,6 +63,7 @@ class Profile:
       (INFEASIBLE, 1e30, where the strategy's fixed bytes exceed the ratio), on one scale at all
       lengths; `output_error` float32, same shape: || (o - o') W_O || / || y ||, the relative change
       of the layer's output.
+    - `rules`: how a `measured` profile is planned with (policy.planning).
     - `provenance`: recipe, counts of samples by task, skipped samples, library versions.
     """
 
@@ -82,6 +83,7 @@ class Profile:
     output_error: NDArray[np.float32]
     index: ProjectedIndexTables | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
         check_profile(self)
@@ -120,7 +122,7 @@ class Profile:
         menu, share = self._question(budget, tokens, itemsize, rows)
         loss = self.loss_at(tokens)
         if self.recipe == "measured":
-            return plan_anew(menu, loss, self.ratios, share)
+            return plan_anew(menu, loss, self.ratios, share, self.rules)
         return plan_scaled(menu, self.strategy, self.budget, loss, self.ratios, share)
 
     def plan(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
@@ -182,6 +184,7 @@ class Profile:
             "recipe": self.recipe,
             "default_budget": self.default_budget,
             "keep": asdict(self.keep),
+            "planning": asdict(self.rules),
             "strategies": [s.to_json() for s in self.strategies],
             "kappas": list(self.kappas),
             "index_sizes": list(self.index.sizes) if self.index else [],
@@ -263,12 +266,24 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         recipe=metadata["recipe"],
         default_budget=metadata["default_budget"],
         keep=KeepRule(**metadata["keep"]),
+        rules=_rules(metadata),
         strategies=tuple(Strategy.from_json(entry) for entry in metadata["strategies"]),
         kappas=tuple(metadata["kappas"]),
         provenance=metadata["provenance"],
         index=tables,
         **tensors,
     )
+
+
+def _rules(metadata: dict[str, Any]) -> Rules:
+    """How the curves are planned with; of an older file, as today."""
+    if metadata["schema"] < 3:
+        require("planning" not in metadata, "planning in a file of an older schema")
+        return Rules()
+    try:
+        return Rules(**metadata["planning"])
+    except UsageError as error:
+        raise ProfileError(f"planning: {error}") from None
 
 
 def _one_length(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:

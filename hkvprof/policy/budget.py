@@ -105,13 +105,18 @@ class Allocation:
 
 
 def allocate(
-    loss: NDArray[np.float32], ratios: NDArray[np.float32], share: float, floor: float
+    loss: NDArray[np.float32],
+    ratios: NDArray[np.float32],
+    share: float,
+    floor: float,
+    even: float = 0.0,
 ) -> Allocation:
     """Choose strategy and ratio per head within a mean ratio of `share`.
 
     `loss` is [strategies, layers, kv_heads, ratios] (INFEASIBLE where a strategy does not fit),
-    `ratios` ascending and ending at 1, `floor` the least ratio any head may get. Raises
-    BudgetError when `share` is below `floor`. Never exceeds `share`; monotone in it.
+    `ratios` ascending and ending at 1, `floor` the least ratio any head may get; the part `even` of
+    the budget, in [0, 1], is dealt evenly, and only the rest by loss. Raises BudgetError when
+    `share` is below `floor`. Never exceeds `share`; monotone in it.
     """
     strategies, layers, kv_heads, _ = loss.shape
     _check_share(share, floor)
@@ -119,7 +124,7 @@ def allocate(
     flat = loss.transpose(1, 2, 0, 3).reshape(heads, strategies, -1).astype(np.float64)
     grid = np.concatenate([[floor], ratios[ratios > floor]]).astype(np.float64)
     curves = _interpolate(np.log(ratios.astype(np.float64)), flat, np.log(grid))
-    ratio = _spend(curves.min(axis=1), grid, share, floor)
+    ratio = _spend(curves.min(axis=1), grid, share, max(floor, even * share))
     at_ratio = _losses_at(flat, ratios, ratio)
     choice, least = at_ratio.argmin(axis=1), at_ratio.min(axis=1)
     if float(least.max()) >= INFEASIBLE:
@@ -213,12 +218,17 @@ def _interpolate(
 def _spend(
     best: NDArray[np.float64], grid: NDArray[np.float64], share: float, floor: float
 ) -> NDArray[np.float64]:
-    """Kept ratio per head: buy the steepest hull segments first. best is [heads, grid]."""
+    """Kept ratio per head: buy the steepest hull segments first. best is [heads, grid].
+
+    Hulls begin at the first point of the grid, whatever the `floor`, so that a larger floor never
+    changes the order in which segments are bought.
+    """
     heads = len(best)
     segments = [
-        (-(curve[j] - curve[i]) / (grid[j] - grid[i]), head, grid[j] - grid[i], grid[j])
+        (-(curve[j] - curve[i]) / (grid[j] - grid[i]), head, grid[j] - max(grid[i], floor), grid[j])
         for head, curve in enumerate(best)
         for i, j in _hull(grid, curve)
+        if grid[j] > floor
     ]
     segments.sort(key=lambda item: (-item[0], item[1]))
     if share >= 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.errors import BudgetError
+from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import (
     INFEASIBLE,
@@ -18,6 +18,26 @@ from hkvprof.policy.budget import (
     token_floor,
 )
 from hkvprof.policy.costs import dynamic_layout
+
+EVEN = 0.5
+"""Part of the budget that all heads get alike (docs/experiments.md, "Budgets dealt evenly")."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How curves become budgets: the part `even` of the budget is dealt evenly, the rest by loss.
+
+    Raises UsageError for numbers out of range.
+    """
+
+    even: float = EVEN
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.even <= 1:
+            raise UsageError(f"the part dealt evenly must lie in [0, 1], found {self.even}")
+
+
+DEFAULT = Rules()
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,11 @@ class Menu:
 
 
 def plan_anew(
-    menu: Menu, loss: NDArray[np.float32], ratios: NDArray[np.float32], share: float
+    menu: Menu,
+    loss: NDArray[np.float32],
+    ratios: NDArray[np.float32],
+    share: float,
+    rules: Rules = DEFAULT,
 ) -> Allocation:
     """Strategy and ratio of every head from curves [S, L, Hkv, R]. Raises BudgetError.
 
@@ -59,7 +83,8 @@ def plan_anew(
         ratios = np.concatenate([[np.float32(floor)], ratios])
         loss = np.concatenate([loss[..., :1], loss], axis=-1)
     fits = np.array([[menu.fits(s, float(ratio)) for ratio in ratios] for s in menu.strategies])
-    return allocate(np.where(fits[:, None, None, :], loss, INFEASIBLE), ratios, share, floor)
+    possible = np.where(fits[:, None, None, :], loss, INFEASIBLE)
+    return allocate(possible, ratios, share, floor, rules.even)
 
 
 def plan_scaled(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hkvprof.errors import UsageError
 from hkvprof.policy.budget import INFEASIBLE, Allocation
 from hkvprof.policy.lengths import loss_between
-from hkvprof.policy.planning import Menu, plan_anew
+from hkvprof.policy.planning import DEFAULT, Menu, Rules, plan_anew
 from hkvprof.profile import classify
 from hkvprof.profile.anchors import Anchors, choose_anchors
 
@@ -36,13 +36,15 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided after measuring: theta of the recipe `paper`, the default budget; `seed`
-    and `skipped` samples are only recorded. Raises UsageError for numbers out of range."""
+    """What is decided after measuring: theta of the recipe `paper`, the default budget, the rules
+    of `measured`; `seed` and `skipped` samples are only recorded. Raises UsageError for numbers out
+    of range."""
 
     theta: float = 0.9
     budget: float = 0.10
     seed: int = 0
     skipped: tuple[str, ...] = ()
+    rules: Rules = DEFAULT
 
     def __post_init__(self) -> None:
         if not 0 < self.theta <= 1:
@@ -159,7 +161,7 @@ class Evidence:
                 types, mean, decision.budget, self.menu.floor, grid
             )
         else:
-            chosen = plan_anew(self.menu, here, self.ratios, decision.budget)
+            chosen = plan_anew(self.menu, here, self.ratios, decision.budget, decision.rules)
         kinds = np.array([s.head_type for s in self.conditions.strategies], dtype=np.uint8)
         return Plan(curves, loss, scales, here, chosen, kinds[chosen.strategy])
 

@@ -60,6 +60,7 @@ def build_profile(
         loss=plan.loss,
         output_error=plan.curves.output.astype(np.float32),
         index=tables,
+        rules=decision.rules,
         provenance={
             **_provenance(conditions, rows, decision),
             KEY: assess(evidence, plan).to_json(),

@@ -200,7 +200,7 @@ def test_planning_takes_milliseconds() -> None:
     profile = many_curves(3)
     seconds = []
     for budget in (0.05, 0.1, 0.2, 0.5) * 5:
-        began = time.perf_counter()
+        began = time.process_time()  # whatever else the machine does
         profile.plan(budget, 32768)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     assert min(seconds) <= 0.020
