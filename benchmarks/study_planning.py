@@ -29,6 +29,7 @@ from hkvprof.evaluate.replay import Reference, answer, end_tokens, refer, replay
 from hkvprof.policy.planning import Rules
 from hkvprof.profile.calibrate import measure
 from hkvprof.profile.merge import Decision, merge
+from hkvprof.profile.risk import Risk
 from hkvprof.profile.samples import load_samples
 from hkvprof.runtime import apply
 from hkvprof.testbed.accuracy import same_reply
@@ -39,11 +40,15 @@ FIRST_SEED = 6000
 STEPS, ANSWER_TOKENS = 24, 16
 
 Question = tuple[str, Prefill, Reference]
+_FREE: dict[str, Any] = {"conservative": False}
 VARIANTS: dict[str, tuple[str, Decision]] = {
     **{
-        f"even{part}": (f"{part}% dealt evenly", Decision(rules=Rules(part / 100)))
+        f"even{part}": (f"{part}% dealt evenly", Decision(rules=Rules(part / 100), **_FREE))
         for part in (0, 25, 50, 75, 100)
     },
+    "conservative": ("types in doubt are dynamic", Decision(conservative=True)),
+    "cvar": ("CVaR 0.9 in place of the mean", Decision(risk=Risk("cvar", 0.9), **_FREE)),
+    "cvar50": ("CVaR 0.5 in place of the mean", Decision(risk=Risk("cvar", 0.5), **_FREE)),
 }
 
 

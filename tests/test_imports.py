@@ -12,7 +12,7 @@ ERRORS = {"errors"}
 CORE = ERRORS | {"heads", "files", "lazy"}
 POLICY = CORE | {"policy"}
 MODELS = POLICY | {"models"}
-ARTIFACT = POLICY | {"artifact", "checks"}
+ARTIFACT = POLICY | {"artifact", "checks", "index_tables"}
 ALLOWED = {
     "errors": set(),
     "heads": ERRORS,
@@ -21,7 +21,9 @@ ALLOWED = {
     "checks": CORE,
     "policy": CORE,
     "models": POLICY,
-    "artifact": POLICY | {"checks"},
+    "index_tables": POLICY,
+    "artifact": POLICY | {"checks", "index_tables", "upgrade"},
+    "upgrade": POLICY | {"checks"},
     "profile": ARTIFACT | MODELS,
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hkvprof.cli import options
+from hkvprof.cli import options, planning
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def calibrate(
     budget: Annotated[
         str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
     ] = "0.10",
+    even: planning.Even = None,
+    risk: planning.RiskOption = None,
+    risk_level: planning.Level = None,
+    conservative: planning.Conservative = None,
+    transfer_weight: planning.TransferWeight = None,
     replies: Annotated[
         Replies, typer.Option("--replies", help="Judge the given replies, or the model's own.")
     ] = Replies.GIVEN,
@@ -92,6 +97,7 @@ def calibrate(
 ) -> None:
     """Observe a model on samples and write its profile. A run that was stopped goes on."""
     from hkvprof.cli.output import check_output, default_profile_path, say
+    from hkvprof.profile.merge import Decision
     from hkvprof.profile.rows import forget
 
     share = parse_share(budget)
@@ -99,6 +105,8 @@ def calibrate(
         raise UsageError(f"--theta is {theta}: expected a sparsity in (0, 1]")
     if device is not None and device_map is not None:
         raise UsageError("--device and --device-map exclude each other: give one of them")
+    decided = planning.planning(even, risk, risk_level, conservative, transfer_weight)
+    Decision(theta, share, **decided).check(recipe.value)
     part = options.parse_shard(shard)
     if part[1] > 1 and rows is None:
         raise UsageError("--shard needs --rows: the folder that all shards fill")
@@ -113,7 +121,15 @@ def calibrate(
         return
     folder = rows or path.with_name(f"{path.name}.rows")
     profile = _calibrated(
-        loaded, processor, samples, theta=theta, budget=share, seed=seed, rows=folder, **how
+        loaded,
+        processor,
+        samples,
+        theta=theta,
+        budget=share,
+        seed=seed,
+        rows=folder,
+        **how,
+        **decided,
     )
     for name in profile.provenance.get("skipped_ids", [])[:_MOST_REASONS]:
         say(f"skipped while measuring: {name}")
@@ -190,9 +206,12 @@ def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
 
 def announce(profile: Profile, path: Path) -> None:
     """Say what was made and what to do with it."""
+    from hkvprof.report.certainty import doubts
     from hkvprof.report.summary import human, sentence
 
     typer.echo(f"{sentence(profile, 32768)}.")
+    if doubted := doubts(profile):
+        typer.echo(f"{doubted}.")
     typer.echo(f"Profile: {path} ({human(path.stat().st_size)})")
     typer.echo(f"Next:    hkvprof inspect {path}")
     typer.echo(f'         in Python: hkvprof.runtime.apply(model, "{path}")')

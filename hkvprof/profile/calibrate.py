@@ -23,11 +23,14 @@ from hkvprof.heads import KeepRule
 from hkvprof.models.adapter import view_model
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.processing import ChatProcessor
+from hkvprof.policy.planning import DEFAULT, Rules
 from hkvprof.profile import classify
 from hkvprof.profile.conditions import Conditions, current_versions
+from hkvprof.profile.evidence import CONSERVATIVE, MEAN
 from hkvprof.profile.fit import Moments
 from hkvprof.profile.merge import Decision, build_profile
 from hkvprof.profile.probe import KAPPAS, RATIOS, Bench, Probe
+from hkvprof.profile.risk import Risk
 from hkvprof.profile.rows import RowFolder, SampleRow
 from hkvprof.profile.samples import Sample
 
@@ -56,6 +59,9 @@ def calibrate(
     track: Track | None = None,
     keep: KeepRule | None = None,
     rows: str | Path | None = None,
+    rules: Rules = DEFAULT,
+    risk: Risk = MEAN,
+    conservative: bool = CONSERVATIVE,
 ) -> Profile:
     """Measure every KV head of `model` on `samples` and decide types and budgets.
 
@@ -70,10 +76,13 @@ def calibrate(
     keeps. `track(iterable, description, total)` may wrap the loops to show progress. With `rows`, a
     folder, every measured sample is kept there at once, and a run that was stopped goes on from it.
 
+    `rules`, `risk` and `conservative` are those of evidence.Decision, for `measured`.
+
     Raises ModelError for unsupported models, SampleError for bad samples, UsageError for options
     out of range and for a folder of other conditions.
     """
-    decision = Decision(theta, budget, seed)
+    decision = Decision(theta, budget, seed, rules=rules, risk=risk, conservative=conservative)
+    decision.check(recipe)
     bench = _bench(model, processor, recipe, replies, keep)
     run = _Run(bench, recipe, on_error, track or _untracked, rows)
     found, tables = run.measure(samples, (1, 1))

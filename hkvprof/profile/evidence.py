@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import UsageError
+from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE, Allocation
 from hkvprof.policy.lengths import loss_between
 from hkvprof.policy.planning import DEFAULT, Menu, Rules, plan_anew
 from hkvprof.profile import classify
 from hkvprof.profile.anchors import Anchors, choose_anchors
+from hkvprof.profile.margin import Sampled, static_margin
+from hkvprof.profile.risk import Ranked, Risk
 
 if TYPE_CHECKING:
     from hkvprof.profile.conditions import Conditions
@@ -30,21 +33,31 @@ if TYPE_CHECKING:
 THETA_KAPPA = 0.10
 """The kappa whose sparsity HybridKV's rule looks at."""
 
+CONSERVATIVE = True
+"""Whether types in doubt become dynamic (docs/experiments.md, "Types in doubt")."""
+MEAN = Risk()
+
 Counts = NDArray[np.int64]
 """[samples]: how often each sample counts."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided after measuring: theta of the recipe `paper`, the default budget, the rules
-    of `measured`; `seed` and `skipped` samples are only recorded. Raises UsageError for numbers out
-    of range."""
+    """What is decided after measuring.
+
+    `theta` of the recipe `paper`, the default budget, and for `measured`: the `rules` of planning,
+    the `risk` over samples, and whether a head whose type is in doubt becomes dynamic
+    (`conservative`). `seed` and `skipped` samples are only recorded. Raises UsageError for numbers
+    out of range.
+    """
 
     theta: float = 0.9
     budget: float = 0.10
     seed: int = 0
     skipped: tuple[str, ...] = ()
     rules: Rules = DEFAULT
+    risk: Risk = MEAN
+    conservative: bool = CONSERVATIVE
 
     def __post_init__(self) -> None:
         if not 0 < self.theta <= 1:
@@ -52,20 +65,36 @@ class Decision:
         if not 0 < self.budget <= 1:
             raise UsageError(f"the default budget must be a share in (0, 1], found {self.budget}")
 
+    def check(self, recipe: str) -> None:
+        """Raise UsageError where something is decided that the recipe does not ask about."""
+        asked = {
+            "rules of planning": self.rules != DEFAULT,
+            "a risk other than the mean": not self.risk.is_mean,
+            "conservative types": self.conservative != CONSERVATIVE,
+        }
+        given = [name for name, differs in asked.items() if differs]
+        if recipe != "measured" and given:
+            raise UsageError(
+                f"{', '.join(given)} belong to the recipe 'measured', and these samples were "
+                f"measured for {recipe!r}: leave them out, or calibrate with --recipe measured"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What a part of the samples decides.
 
     Mean curves and what planning minimises, both [anchors, strategies, layers, kv_heads, ratios];
-    the `scales` of the latter; `loss_here`, at the menu's prompt length; strategy and ratio per
-    head, and types [layers, kv_heads].
+    the `scales` of the latter; `loss_here`, at the menu's prompt length; `margin`
+    [anchors, layers, kv_heads, ratios] of static strategies (planning.plan_anew), if there is one;
+    strategy and ratio per head, and types [layers, kv_heads].
     """
 
     curves: classify.Curves
     loss: NDArray[np.float32]
     scales: tuple[float, float]
     loss_here: NDArray[np.float32]
+    margin: NDArray[np.float32] | None
     chosen: Allocation
     types: NDArray[np.uint8]
 
@@ -142,14 +171,22 @@ class Evidence:
     def _kappa(self) -> int:
         return self.conditions.kappas.index(THETA_KAPPA)
 
-    def plan(self, counts: Counts, scales: tuple[float, float] | None = None) -> Plan:
+    def plan(
+        self, counts: Counts, scales: tuple[float, float] | None = None, in_doubt: bool = True
+    ) -> Plan:
         """Types and budgets at the default share, for the menu's prompt length whatever the counts.
 
-        `scales` of the planning loss: those of these very samples unless given.
+        `scales` of the planning loss: those of these very samples unless given. Without `in_doubt`
+        no type is in doubt.
         """
         decision, grid = self.decision, self.conditions.grid
         scales = scales or classify.loss_scales(self.pooled(counts), self.ratios)
-        curves = self.curves(counts)
+        parts = [self._sampled(weights) for weights in self.anchors.of(counts)]
+        curves = _stacked(parts)
+        margin = None
+        if in_doubt and self._doubts:
+            found = [static_margin(part, self.ratios, scales, self._static) for part in parts]
+            margin = np.stack(found)
         loss = classify.planning_loss(curves, self.ratios, scales)
         here = loss_between(loss, self.anchors.lengths, self.menu.tokens)
         if self.conditions.recipe == "paper":
@@ -161,31 +198,71 @@ class Evidence:
                 types, mean, decision.budget, self.menu.floor, grid
             )
         else:
-            chosen = plan_anew(self.menu, here, self.ratios, decision.budget, decision.rules)
-        kinds = np.array([s.head_type for s in self.conditions.strategies], dtype=np.uint8)
-        return Plan(curves, loss, scales, here, chosen, kinds[chosen.strategy])
+            chosen = self.chosen(here, margin)
+        types = np.where(self._static, HeadType.STATIC, HeadType.DYNAMIC)[chosen.strategy]
+        return Plan(curves, loss, scales, here, margin, chosen, types.astype(np.uint8))
+
+    def chosen(self, loss: NDArray[np.float32], margin: NDArray[np.float32] | None) -> Allocation:
+        """Curves at the menu's prompt length, planned; `margin` is one of every anchor."""
+        here = None
+        if margin is not None:
+            here = loss_between(margin, self.anchors.lengths, self.menu.tokens)
+        decision = self.decision
+        return plan_anew(self.menu, loss, self.ratios, decision.budget, decision.rules, here)
+
+    @cached_property
+    def _static(self) -> NDArray[np.bool_]:
+        return np.array([s.head_type is HeadType.STATIC for s in self.conditions.strategies])
+
+    @property
+    def _doubts(self) -> bool:
+        """Whether types may be in doubt: measured ones of a menu with both."""
+        both = bool(self._static.any()) and not bool(self._static.all())
+        return self.decision.conservative and self.conditions.recipe == "measured" and both
 
     def types_of_sample(self, sample: int, scales: tuple[float, float]) -> NDArray[np.uint8]:
         """[layers, kv_heads]: what this sample alone would say.
 
-        By its own sparsity (`paper`; no interval, there is but one), or planned on its own curves
-        with the `scales` of all samples (`measured`).
+        By its own sparsity (`paper`), or planned on its own curves with the `scales` of all samples
+        (`measured`); without an interval, there is but one.
         """
         if self.conditions.recipe == "paper":
             sparsity = self.sparsity[sample, self._kappa]
             return classify.types_by_sparsity(sparsity, self.decision.theta, self.conditions.grid)
         alone = np.zeros(self.samples, dtype=np.int64)
         alone[sample] = 1
-        return self.plan(alone, scales).types
+        return self.plan(alone, scales, in_doubt=False).types
 
     def curves(self, counts: Counts) -> classify.Curves:
         """Means at every anchor, [anchors, strategies, layers, kv_heads, ratios]."""
-        means = [self._mean(weights) for weights in self.anchors.of(counts)]
-        return classify.Curves(*np.stack(means, axis=1))
+        return _stacked([self._sampled(weights) for weights in self.anchors.of(counts)])
 
     def pooled(self, counts: Counts) -> classify.Curves:
         """Means over samples of all lengths, [strategies, layers, kv_heads, ratios]."""
-        return classify.Curves(*self._mean(counts.astype(np.float64)))
+        return self._sampled(counts.astype(np.float64)).curves
+
+    def _sampled(self, weights: NDArray[np.float64]) -> Sampled:
+        """Curves of samples of these weights, by the decision's risk; the output error is always
+        its mean."""
+        mean = self._mean(weights)
+        risk, edges = self.decision.risk, None
+        if not risk.is_mean:
+            edges = np.zeros_like(mean[1:])
+            there = mean[0] < INFEASIBLE
+            for (term, number), ranked in self._ranked.items():
+                worst, edges[term, number] = ranked.tail(weights, risk.level)
+                mean[term + 1, number] = np.where(there[number], worst, float(INFEASIBLE))
+        curves = classify.Curves(*mean)
+        tail = 1.0 if risk.is_mean else 1 - risk.level
+        return Sampled(self.losses, self.fits, weights, curves, edges, tail)
+
+    @cached_property
+    def _ranked(self) -> dict[tuple[int, int], Ranked]:
+        """By term (0: output, 1: reply) and strategy."""
+        return {
+            (term, number): Ranked(self.losses[:, term + 1, number], self.fits[:, 0, number])
+            for term, number in np.ndindex(2, len(self._static))
+        }
 
     def _mean(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """[3 terms, strategies, ...]: over the samples where a point fits, in float64.
@@ -204,6 +281,12 @@ class Evidence:
         mean = _weighted_sum(sparsity, counts) / total
         std = np.sqrt(_weighted_sum((sparsity - mean) ** 2, counts) / total)
         return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _stacked(parts: Sequence[Sampled]) -> classify.Curves:
+    """The curves of every anchor."""
+    terms = ("output", "square", "reply")
+    return classify.Curves(*(np.stack([getattr(p.curves, t) for p in parts]) for t in terms))
 
 
 def _weighted_sum(

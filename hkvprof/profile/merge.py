@@ -10,11 +10,11 @@ import numpy as np
 
 from hkvprof.artifact import Profile
 from hkvprof.errors import UsageError
-from hkvprof.policy.tables import ProjectedIndexTables
+from hkvprof.index_tables import ProjectedIndexTables
 from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.confidence import assess
 from hkvprof.profile.confidence_record import KEY
-from hkvprof.profile.evidence import THETA_KAPPA, Decision, Evidence
+from hkvprof.profile.evidence import THETA_KAPPA, Decision, Evidence, Plan
 from hkvprof.profile.rows import SampleRow, gather
 
 
@@ -41,6 +41,7 @@ def build_profile(
     The default decision is made for the mean prompt length, or for the shortest at which the share
     holds sinks and recent tokens; other lengths and budgets are planned when they are met.
     """
+    decision.check(conditions.recipe)
     evidence = Evidence.of(conditions, rows, decision)
     sparsity = evidence.sparsity.astype(np.float64)
     plan = evidence.plan(evidence.everything)
@@ -61,8 +62,10 @@ def build_profile(
         output_error=plan.curves.output.astype(np.float32),
         index=tables,
         rules=decision.rules,
+        static_margin=plan.margin,
         provenance={
             **_provenance(conditions, rows, decision),
+            **_in_doubt(evidence, plan),
             KEY: assess(evidence, plan).to_json(),
         },
     )
@@ -85,8 +88,17 @@ def _provenance(
         **({"skipped_ids": list(decision.skipped)} if decision.skipped else {}),
         "theta": decision.theta,
         "theta_kappa": THETA_KAPPA,
+        "risk": str(decision.risk),
         "seed": decision.seed,
         "replies": conditions.replies,
         "dtype": conditions.dtype,
         "versions": dict(conditions.versions),
     }
+
+
+def _in_doubt(evidence: Evidence, plan: Plan) -> dict[str, int]:
+    """How many heads are dynamic at the default share because static was not proven better."""
+    if plan.margin is None:
+        return {}
+    freely = evidence.chosen(plan.loss_here, None)
+    return {"conservative": int((freely.strategy != plan.chosen.strategy).sum())}
