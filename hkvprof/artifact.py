@@ -278,6 +278,7 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
 
 
 def _rules(planning: dict[str, Any]) -> Rules:
+    require(planning.keys() == asdict(Rules()).keys(), f"unknown planning {planning}")
     try:
         return Rules(**planning)
     except UsageError as error:

@@ -79,6 +79,7 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
         sparsity_std=_ramp(2, grid.layers, grid.query_heads, low=0.0, high=0.25),
         loss=loss,
         output_error=(loss.clip(max=1) / 2).astype(np.float32),
+        static_margin=_ramp(2, *heads, len(RATIOS), high=0.0625),
         index=index_tables(grid),
         provenance={
             "samples": 16,
@@ -150,6 +151,7 @@ def one_length(profile: Profile) -> Profile:
         lengths=np.array([profile.usual_tokens]),
         loss=profile.loss[:1].copy(),
         output_error=profile.output_error[:1].copy(),
+        static_margin=None,
     )
 
 

@@ -74,6 +74,7 @@ def measured(model: Any, menu: tuple[Strategy, ...], seed: int = 0) -> Profile:
         lengths=np.array([1000]),
         loss=loss[None],
         output_error=loss[None].copy(),
+        static_margin=None,
         index=index_tables(view.grid),
     )
 
