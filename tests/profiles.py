@@ -16,6 +16,7 @@ import numpy as np
 from hkvprof.artifact import Profile, ProjectedIndexTables
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.policy.planning import Rules
 from hkvprof.profile.confidence_record import KEY, MEASURES, Comparison, Confidence, Interval
 
 FOLDER = Path(__file__).parent / "golden"
@@ -81,6 +82,7 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
         output_error=(loss.clip(max=1) / 2).astype(np.float32),
         static_margin=_ramp(2, *heads, len(RATIOS), high=0.0625),
         index=index_tables(grid),
+        rules=Rules(even=0.5, transfer_weight=0.0),
         provenance={
             "samples": 16,
             "tasks": {"ocr": 8, "count": 8},
@@ -152,6 +154,7 @@ def one_length(profile: Profile) -> Profile:
         loss=profile.loss[:1].copy(),
         output_error=profile.output_error[:1].copy(),
         static_margin=None,
+        rules=Rules(),
     )
 
 

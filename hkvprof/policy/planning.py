@@ -21,7 +21,7 @@ from hkvprof.policy.transfer import fetched_share
 
 __all__ = ["Menu", "Rules", "plan_anew", "plan_scaled", "poorest_loss"]
 
-EVEN = 0.5
+EVEN = 0.75
 """Part of the budget that all heads get alike (docs/experiments.md, "Budgets dealt evenly")."""
 
 

@@ -89,7 +89,9 @@ def test_every_head_takes_the_cheapest_strategy_at_its_ratio(
 @settings(max_examples=50, deadline=None)
 def test_without_weight_nothing_changes(seed: int, share: float) -> None:
     loss = curves(seed)
-    plain, weighed = (plan_anew(MENU, loss, RATIOS, share, r) for r in (Rules(), Rules(0.5, 0.0)))
+    plain, weighed = (
+        plan_anew(MENU, loss, RATIOS, share, r) for r in (Rules(0.5), Rules(0.5, 0.0))
+    )
     np.testing.assert_array_equal(plain.strategy, weighed.strategy)
     np.testing.assert_array_equal(plain.ratio, weighed.ratio)
 
