@@ -23,7 +23,7 @@ from hkvprof.policy.lengths import loss_between
 from hkvprof.policy.planning import DEFAULT, Menu, Rules, plan_anew
 from hkvprof.profile import classify
 from hkvprof.profile.anchors import Anchors, choose_anchors
-from hkvprof.profile.margin import Sampled, static_margin
+from hkvprof.profile.margin import NO_PROOF, Sampled, static_margin
 from hkvprof.profile.risk import Ranked, Risk
 
 if TYPE_CHECKING:
@@ -172,21 +172,22 @@ class Evidence:
         return self.conditions.kappas.index(THETA_KAPPA)
 
     def plan(
-        self, counts: Counts, scales: tuple[float, float] | None = None, in_doubt: bool = True
+        self, counts: Counts, scales: tuple[float, float] | None = None, whole: bool = True
     ) -> Plan:
         """Types and budgets at the default share, for the menu's prompt length whatever the counts.
 
-        `scales` of the planning loss: those of these very samples unless given. Without `in_doubt`
-        no type is in doubt.
+        `scales` of the planning loss: those of these very samples unless given. A part
+        of the samples (not `whole`) doubts no type where it has but one of them.
         """
         decision, grid = self.decision, self.conditions.grid
         scales = scales or classify.loss_scales(self.pooled(counts), self.ratios)
         parts = [self._sampled(weights) for weights in self.anchors.of(counts)]
         curves = _stacked(parts)
         margin = None
-        if in_doubt and self._doubts:
+        if self._doubts:
             found = [static_margin(part, self.ratios, scales, self._static) for part in parts]
             margin = np.stack(found)
+            margin = margin if whole else np.where(margin < NO_PROOF, margin, np.float32(0))
         loss = classify.planning_loss(curves, self.ratios, scales)
         here = loss_between(loss, self.anchors.lengths, self.menu.tokens)
         if self.conditions.recipe == "paper":
@@ -231,7 +232,7 @@ class Evidence:
             return classify.types_by_sparsity(sparsity, self.decision.theta, self.conditions.grid)
         alone = np.zeros(self.samples, dtype=np.int64)
         alone[sample] = 1
-        return self.plan(alone, scales, in_doubt=False).types
+        return self.plan(alone, scales, whole=False).types
 
     def curves(self, counts: Counts) -> classify.Curves:
         """Means at every anchor, [anchors, strategies, layers, kv_heads, ratios]."""
@@ -252,8 +253,7 @@ class Evidence:
             for (term, number), ranked in self._ranked.items():
                 worst, edges[term, number] = ranked.tail(weights, risk.level)
                 mean[term + 1, number] = np.where(there[number], worst, float(INFEASIBLE))
-        curves = classify.Curves(*mean)
-        tail = 1.0 if risk.is_mean else 1 - risk.level
+        curves, tail = classify.Curves(*mean), 1.0 if risk.is_mean else 1 - risk.level
         return Sampled(self.losses, self.fits, weights, curves, edges, tail)
 
     @cached_property
@@ -285,8 +285,8 @@ class Evidence:
 
 def _stacked(parts: Sequence[Sampled]) -> classify.Curves:
     """The curves of every anchor."""
-    terms = ("output", "square", "reply")
-    return classify.Curves(*(np.stack([getattr(p.curves, t) for p in parts]) for t in terms))
+    names = ("output", "square", "reply")
+    return classify.Curves(*(np.stack([getattr(p.curves, n) for p in parts]) for n in names))
 
 
 def _weighted_sum(
