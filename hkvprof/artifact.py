@@ -1,6 +1,6 @@
 """The profile file: a versioned safetensors artefact that needs numpy and safetensors alone.
 
-The only module that knows tensor keys, with policy.tables for those of the index.
+The only module that knows tensor keys, with index_tables for those of the index.
 docs/profile-format.md describes the bytes for readers in other languages. A profile is data from
 strangers: everything is checked before it is used.
 """
@@ -8,7 +8,6 @@ strangers: everything is checked before it is used.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,17 +19,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as to_bytes
 
 from hkvprof import strict_json
-from hkvprof.checks import MOST_TOKENS, check_profile, require
+from hkvprof.checks import check_profile, require
 from hkvprof.container import read_container
-from hkvprof.errors import ProfileError
+from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import write_atomically
 from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
+from hkvprof.index_tables import ProjectedIndexTables
 from hkvprof.policy.budget import Allocation, Budget
 from hkvprof.policy.forecast import Plan, forecast
 from hkvprof.policy.lengths import loss_between
-from hkvprof.policy.planning import Menu, plan_anew, plan_scaled
-from hkvprof.policy.tables import ProjectedIndexTables
+from hkvprof.policy.planning import Menu, Rules, plan_anew, plan_scaled
+from hkvprof.upgrade import mean_tokens, upgrade
 
 __all__ = ["SCHEMA_VERSION", "Profile", "ProjectedIndexTables", "load_profile"]
 
@@ -38,13 +38,9 @@ SCHEMA_VERSION = 3
 METADATA_KEY = "hkvprof"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_METADATA_BYTES = 4 * 2**20
-_OLD_INDEX = (
-    "its index was quantised in a way that this hkvprof no longer reads (schema version 1): "
-    "make the profile again with `hkvprof calibrate`"
-)
 _METADATA_KEYS = {
     "schema", "fingerprint", "recipe", "default_budget", "keep", "strategies", "kappas",
-    "index_sizes", "provenance",
+    "index_sizes", "planning", "provenance",
 }  # fmt: skip
 
 
@@ -64,6 +60,9 @@ class Profile:
       (INFEASIBLE, 1e30, where the strategy's fixed bytes exceed the ratio), on one scale at all
       lengths; `output_error` float32, same shape: || (o - o') W_O || / || y ||, the relative change
       of the layer's output.
+    - `static_margin` float32 [A, L, Hkv, R]: by how much the best static strategy must lose less
+      than the best dynamic one to be chosen; None: by nothing.
+    - `rules`: how a `measured` profile is planned with (policy.planning).
     - `statistics`: what query heads attend to; None in older profiles and in uniform ones.
     - `provenance`: recipe, counts of samples by task, skipped samples, library versions.
     """
@@ -82,9 +81,11 @@ class Profile:
     sparsity_std: NDArray[np.float32]
     loss: NDArray[np.float32]
     output_error: NDArray[np.float32]
+    static_margin: NDArray[np.float32] | None = None
     index: ProjectedIndexTables | None = None
     statistics: HeadStatistics | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
         check_profile(self)
@@ -113,7 +114,7 @@ class Profile:
     @property
     def usual_tokens(self) -> int:
         """Mean length of the prompts that it was calibrated on, else its middle length."""
-        return _mean_tokens(self.provenance) or int(self.lengths[len(self.lengths) // 2])
+        return mean_tokens(self.provenance) or int(self.lengths[len(self.lengths) // 2])
 
     def loss_at(self, tokens: int) -> NDArray[np.float32]:
         """Loss curves [S, L, Hkv, R] for prompts of `tokens` tokens (policy.lengths)."""
@@ -130,7 +131,10 @@ class Profile:
         menu, share = self._question(budget, tokens, itemsize, rows)
         loss = self.loss_at(tokens)
         if self.recipe == "measured":
-            return plan_anew(menu, loss, self.ratios, share)
+            margin = self.static_margin
+            if margin is not None:
+                margin = loss_between(margin, self.lengths, tokens)
+            return plan_anew(menu, loss, self.ratios, share, self.rules, margin)
         kept = plan_scaled(menu, self.strategy, self.budget, loss, self.ratios, share)
         if self.has_curves or self.recipe == "uniform":
             return kept
@@ -186,6 +190,8 @@ class Profile:
             "loss": self.loss,
             "output_error": self.output_error,
         }
+        if self.static_margin is not None:
+            tensors["static_margin"] = self.static_margin
         if self.index is not None:
             tensors |= self.index.tensors()
         if self.statistics is not None:
@@ -199,6 +205,7 @@ class Profile:
             "recipe": self.recipe,
             "default_budget": self.default_budget,
             "keep": asdict(self.keep),
+            "planning": asdict(self.rules),
             "strategies": [s.to_json() for s in self.strategies],
             "kappas": list(self.kappas),
             "index_sizes": list(self.index.sizes) if self.index else [],
@@ -262,22 +269,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profile:
     unknown = metadata.keys() - _METADATA_KEYS
     require(not unknown, f"unknown metadata {sorted(unknown)}")
+    upgrade(metadata, tensors)
     tables = None
     if any(key.startswith("index.") for key in tensors):
-        require(metadata["schema"] >= 2, _OLD_INDEX)
         tables = ProjectedIndexTables.take(tuple(metadata["index_sizes"]), tensors)
     else:
         require(metadata["index_sizes"] == [], "index_sizes without index tensors")
-    if metadata["schema"] < 3:
-        _one_length(metadata, tensors)
     statistics = HeadStatistics.take(tensors)
-    new = statistics is None or metadata["schema"] >= 3
-    require(new, "statistics.* tensors in a file of a schema version that has none")
     return Profile(
         fingerprint=ModelFingerprint.from_json(metadata["fingerprint"]),
         recipe=metadata["recipe"],
         default_budget=metadata["default_budget"],
         keep=KeepRule(**metadata["keep"]),
+        rules=_rules(metadata["planning"]),
         strategies=tuple(Strategy.from_json(entry) for entry in metadata["strategies"]),
         kappas=tuple(metadata["kappas"]),
         provenance=metadata["provenance"],
@@ -287,18 +291,9 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
     )
 
 
-def _one_length(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
-    """Curves of an older file, of all prompts together, as those of their mean length."""
-    require("lengths" not in tensors, "lengths in a file of an older schema")
-    tensors["lengths"] = np.array([_mean_tokens(metadata["provenance"]) or 1], dtype=np.int64)
-    for name in ("loss", "output_error"):
-        tensors[name] = tensors[name][None]
-
-
-def _mean_tokens(provenance: Mapping[str, Any]) -> int | None:
-    """Mean prompt length in a provenance, which anyone may have written; None if it has none."""
-    tokens = provenance.get("tokens")
-    mean = tokens.get("mean") if isinstance(tokens, Mapping) else None
-    if isinstance(mean, bool) or not isinstance(mean, int | float):
-        return None
-    return math.ceil(mean) if 1 <= mean <= MOST_TOKENS else None
+def _rules(planning: dict[str, Any]) -> Rules:
+    require(planning.keys() == asdict(Rules()).keys(), f"unknown planning {planning}")
+    try:
+        return Rules(**planning)
+    except UsageError as error:
+        raise ProfileError(f"planning: {error}") from None

@@ -244,6 +244,8 @@ class Content(Header, Protocol):
     @property
     def sparsity_std(self) -> NDArray[np.float32]: ...
     @property
+    def static_margin(self) -> NDArray[np.float32] | None: ...
+    @property
     def index(self) -> IndexTables | None: ...
 
 
@@ -265,6 +267,9 @@ def check_profile(profile: Content) -> None:
     for name in ("loss", "output_error"):
         expect(name, getattr(profile, name), (lengths, menu, *heads, ratios), np.float32)
         require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
+    if profile.static_margin is not None:
+        expect("static_margin", profile.static_margin, (lengths, *heads, ratios), np.float32)
+        require(bool((profile.static_margin >= 0).all()), "static_margin holds negative values")
     check_ratios(profile.ratios)
     _check_lengths(profile.lengths)
     require(

@@ -19,6 +19,7 @@ from hkvprof.certificate import Certificate, Level, content_digest
 from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.policy.planning import Rules
 from hkvprof.profile.confidence_record import KEY, MEASURES, Comparison, Confidence, Interval
 
 FOLDER = Path(__file__).parent / "golden"
@@ -82,8 +83,10 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
         sparsity_std=_ramp(2, grid.layers, grid.query_heads, low=0.0, high=0.25),
         loss=loss,
         output_error=(loss.clip(max=1) / 2).astype(np.float32),
+        static_margin=_ramp(2, *heads, len(RATIOS), high=0.0625),
         index=index_tables(grid),
         statistics=None if recipe == "uniform" else head_statistics(grid),
+        rules=Rules(even=0.5, transfer_weight=0.0),
         provenance={
             "samples": 16,
             "tasks": {"ocr": 8, "count": 8},
@@ -199,6 +202,8 @@ def one_length(profile: Profile) -> Profile:
         lengths=np.array([profile.usual_tokens]),
         loss=profile.loss[:1].copy(),
         output_error=profile.output_error[:1].copy(),
+        static_margin=None,
+        rules=Rules(),
     )
 
 

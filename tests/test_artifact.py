@@ -22,6 +22,7 @@ from hkvprof.artifact import (
 from hkvprof.errors import BudgetError, ProfileError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.policy.costs import dynamic_layout
+from hkvprof.policy.planning import Rules
 from tests.profiles import GOLDEN, make_profile, plain_profile
 
 SEARCH = settings(
@@ -194,6 +195,9 @@ def test_tensors_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
         refused(write(path, metadata, tensors))
     metadata, tensors = parts()
     del tensors[name]
+    if name == "static_margin":  # may be left out
+        assert load_profile(write(path, metadata, tensors)).static_margin is None
+        return
     refused(write(path, metadata, tensors))
 
 
@@ -212,6 +216,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     ("name", "value"),
     [("strategy", 4), ("budget", 0), ("budget", 1.5), ("loss", -1), ("ratios", 0.9),
      ("output_error", -0.5), ("lengths", 0), ("lengths", 1024), ("lengths", 2**41),
+     ("static_margin", -0.5),
      ("index.deviation", -1), ("index.subspace_16", 2),
      ("index.subspace_32", 4), ("index.subspace_32", 255)],
 )  # fmt: skip
@@ -421,3 +426,29 @@ def test_a_dynamic_head_always_has_room_for_its_index() -> None:
                 assert strategy.head_type is HeadType.STATIC or dynamic_layout(
                     strategy, float(ratio), tokens, profile.keep, 128, 2
                 )
+
+
+@pytest.mark.parametrize(
+    "planning",
+    [None, [], {}, {"even": 0.5, "transfer_weight": 0.0, "more": 1}, {"even": 0.5},
+     {"even": "0.5", "transfer_weight": 0.0}, {"even": 1.5, "transfer_weight": 0.0},
+     {"even": 0.5, "transfer_weight": -1}],
+)  # fmt: skip
+def test_planning_rules_out_of_bounds_are_refused(tmp_path: Path, planning: object) -> None:
+    metadata, tensors = parts()
+    refused(write(tmp_path / "p.safetensors", {**metadata, "planning": planning}, tensors))
+
+
+def test_planning_rules_are_kept(tmp_path: Path) -> None:
+    profile = replace(make_profile(), rules=Rules(0.25, 2.0))
+    assert load_profile(profile.save(tmp_path / "p.safetensors")).rules == Rules(0.25, 2.0)
+
+
+@pytest.mark.parametrize("name", ["lengths", "planning"])
+def test_older_files_hold_nothing_newer(tmp_path: Path, name: str) -> None:
+    metadata, tensors = parts()
+    other = {"lengths": "planning", "planning": "lengths"}[name]
+    older = {key: value for key, value in metadata.items() if key != other}
+    tensors.pop(other, None)
+    path = write(tmp_path / "p.safetensors", {**older, "schema": 2}, tensors)
+    assert name in refused(path)

@@ -12,7 +12,9 @@ ERRORS = {"errors"}
 CORE = ERRORS | {"heads", "files", "lazy", "strict_json"}
 POLICY = CORE | {"policy"}
 MODELS = POLICY | {"models"}
-ARTIFACT = POLICY | {"artifact", "checks", "certificate", "container", "head_statistics"}
+ARTIFACT = POLICY | {
+    "artifact", "certificate", "checks", "container", "head_statistics", "index_tables",
+}  # fmt: skip
 ALLOWED = {
     "errors": set(),
     "heads": ERRORS,
@@ -24,8 +26,10 @@ ALLOWED = {
     "checks": CORE | {"certificate"},
     "policy": CORE,
     "models": POLICY,
+    "index_tables": POLICY,
     "head_statistics": CORE | {"checks", "certificate"},
-    "artifact": POLICY | {"checks", "certificate", "container", "head_statistics"},
+    "artifact": (ARTIFACT - {"artifact"}) | {"upgrade"},
+    "upgrade": POLICY | {"checks", "certificate"},
     "profile": ARTIFACT | MODELS,
     "runtime": ARTIFACT | MODELS,
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hkvprof.cli import options
+from hkvprof.cli import options, planning
 from hkvprof.cli.runs import Place, check_kind, kept
 from hkvprof.cli.together import own_device, processes
 from hkvprof.errors import BudgetError, UsageError
@@ -91,6 +91,11 @@ def calibrate(
     budget: Annotated[
         str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
     ] = "0.10",
+    even: planning.Even = None,
+    risk: planning.RiskOption = None,
+    risk_level: planning.Level = None,
+    conservative: planning.Conservative = None,
+    transfer_weight: planning.TransferWeight = None,
     replies: Annotated[
         Replies, typer.Option("--replies", help="Judge the given replies, or the model's own.")
     ] = Replies.GIVEN,
@@ -129,19 +134,26 @@ def calibrate(
     from hkvprof.profile.merge import Decision
 
     measured = {"kappa": kappa, "chunk": chunk, "text_prior": text_prior}
-    decided = {"theta": theta, "coefficient": coefficient}
+    decided: dict[str, Any] = {"theta": theta, "coefficient": coefficient}
     how: dict[str, Any] = {
         "recipe": recipe.value, "on_error": on_error.value, "replies": replies.value, **measured,
     }  # fmt: skip
     with processes(in_step=fsdp) as group:
         share = parse_share(budget)
         refuse_paper_constants(recipe.value, {**measured, **decided})
-        Decision(theta=theta, budget=share, kappa=kappa, coefficient=coefficient)
+        planned = planning.planning(even, risk, risk_level, conservative, transfer_weight)
+        decision = Decision(budget=share, kappa=kappa, **decided, **planned)
+        decision.check(recipe.value)
         paper_menu(chunk, text_prior)
         if recipe is Recipe.PAPER and replies is Replies.OWN:
             raise UsageError("--replies own is for --recipe measured: paper judges no replies")
         place = Place(output or default_profile_path(model), rows, options.parse_shard(shard))
         check_kind(place, device, device_map, resume, fsdp=fsdp, dry_run=dry_run, as_json=as_json)
+        if place.is_shard and decision != Decision(kappa=kappa):
+            raise UsageError(
+                "a shard only measures: give --budget, --theta, --coefficient and the options of "
+                "planning to `hkvprof merge`"
+            )
         if not (place.is_shard or dry_run):
             check_output(place.output, force)
         samples = _samples(data, max_samples, seed, on_error)
@@ -159,7 +171,7 @@ def calibrate(
                 return
             profile = _calibrated(
                 loaded, processor, samples, budget=share, seed=seed, rows=place.folder,
-                group=group, **decided, **how,
+                group=group, **decided, **planned, **how,
             )  # fmt: skip
             if group.leads:
                 _finish(profile, data, samples, place, force)
@@ -240,9 +252,12 @@ def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
 
 def announce(profile: Profile, path: Path) -> None:
     """Say what was made and what to do with it."""
+    from hkvprof.report.certainty import doubts
     from hkvprof.report.summary import human, sentence
 
     typer.echo(f"{sentence(profile, 32768)}.")
+    if doubted := doubts(profile):
+        typer.echo(f"{doubted}.")
     typer.echo(f"Profile: {path} ({human(path.stat().st_size)})")
     typer.echo(f"Next:    hkvprof inspect {path}")
     typer.echo(f'         in Python: hkvprof.runtime.apply(model, "{path}")')

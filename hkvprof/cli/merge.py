@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from hkvprof.cli import planning
 from hkvprof.cli.calibrate import announce, parse_share
 
 EXAMPLES = """\b
 Examples:
   hkvprof merge rows -o mine.profile.safetensors
-  hkvprof merge rows-of-machine-1 rows-of-machine-2 --budget 0.05 -o mine.profile.safetensors"""
+  hkvprof merge rows-of-machine-1 rows-of-machine-2 --budget 0.05 -o mine.profile.safetensors
+  hkvprof merge rows --risk cvar --risk-level 0.9 -o careful.profile.safetensors"""
 
 
 def merge(
@@ -26,6 +28,18 @@ def merge(
     theta: Annotated[
         float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
     ] = 0.9,
+    kappa: Annotated[
+        float, typer.Option("--kappa", help="Share of keys whose attention is sparsity (paper).")
+    ] = 0.10,
+    coefficient: Annotated[
+        float,
+        typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
+    ] = 1.0,
+    even: planning.Even = None,
+    risk: planning.RiskOption = None,
+    risk_level: planning.Level = None,
+    conservative: planning.Conservative = None,
+    transfer_weight: planning.TransferWeight = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Make a profile of what shards have measured. The same rows give the same profile."""
@@ -33,7 +47,10 @@ def merge(
     from hkvprof.profile.merge import Decision
     from hkvprof.profile.merge import merge as merged
 
-    decision = Decision(theta=theta, budget=parse_share(budget))
+    how = planning.planning(even, risk, risk_level, conservative, transfer_weight)
+    decision = Decision(
+        theta=theta, budget=parse_share(budget), kappa=kappa, coefficient=coefficient, **how
+    )
     check_output(output, force)
     profile = merged(rows, decision)
     profile.save(output)

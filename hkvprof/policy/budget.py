@@ -11,6 +11,7 @@ the Lagrangian optimum of the convexified problem.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -91,6 +92,10 @@ def _expected(value: object) -> str:
     )
 
 
+Extra = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""From the ratios of all heads, layer by layer, to costs [heads, strategies] beside the loss."""
+
+
 @dataclass(frozen=True)
 class Allocation:
     """Decisions for every head; arrays are [layers, kv_heads].
@@ -105,13 +110,20 @@ class Allocation:
 
 
 def allocate(
-    loss: NDArray[np.float32], ratios: NDArray[np.float32], share: float, floor: float
+    loss: NDArray[np.float32],
+    ratios: NDArray[np.float32],
+    share: float,
+    floor: float,
+    even: float = 0.0,
+    extra: Extra | None = None,
 ) -> Allocation:
     """Choose strategy and ratio per head within a mean ratio of `share`.
 
     `loss` is [strategies, layers, kv_heads, ratios] (INFEASIBLE where a strategy does not fit),
-    `ratios` ascending and ending at 1, `floor` the least ratio any head may get. Raises
-    BudgetError when `share` is below `floor`. Never exceeds `share`; monotone in it.
+    `ratios` ascending and ending at 1, `floor` the least ratio any head may get; the part `even` of
+    the budget, in [0, 1], is dealt evenly, and only the rest by loss. What `extra` says of a ratio
+    is added where a head chooses its strategy, not to the losses. Raises BudgetError when `share`
+    is below `floor`. Never exceeds `share`; ratios are monotone in it.
     """
     strategies, layers, kv_heads, _ = loss.shape
     _check_share(share, floor)
@@ -119,9 +131,11 @@ def allocate(
     flat = loss.transpose(1, 2, 0, 3).reshape(heads, strategies, -1).astype(np.float64)
     grid = np.concatenate([[floor], ratios[ratios > floor]]).astype(np.float64)
     curves = _interpolate(np.log(ratios.astype(np.float64)), flat, np.log(grid))
-    ratio = _spend(curves.min(axis=1), grid, share, floor)
+    ratio = _spend(curves.min(axis=1), grid, share, max(floor, even * share))
     at_ratio = _losses_at(flat, ratios, ratio)
-    choice, least = at_ratio.argmin(axis=1), at_ratio.min(axis=1)
+    judged = at_ratio if extra is None else at_ratio + extra(ratio)
+    choice = np.where(at_ratio < INFEASIBLE, judged, np.inf).argmin(axis=1)
+    least = np.take_along_axis(at_ratio, choice[:, None], axis=1)[:, 0]
     if float(least.max()) >= INFEASIBLE:
         raise BudgetError(
             f"budget {share:.4g} is too small: no strategy of some heads fits their share; raise "
@@ -213,12 +227,17 @@ def _interpolate(
 def _spend(
     best: NDArray[np.float64], grid: NDArray[np.float64], share: float, floor: float
 ) -> NDArray[np.float64]:
-    """Kept ratio per head: buy the steepest hull segments first. best is [heads, grid]."""
+    """Kept ratio per head: buy the steepest hull segments first. best is [heads, grid].
+
+    Hulls begin at the first point of the grid, whatever the `floor`, so that a larger floor never
+    changes the order in which segments are bought.
+    """
     heads = len(best)
     segments = [
-        (-(curve[j] - curve[i]) / (grid[j] - grid[i]), head, grid[j] - grid[i], grid[j])
+        (-(curve[j] - curve[i]) / (grid[j] - grid[i]), head, grid[j] - max(grid[i], floor), grid[j])
         for head, curve in enumerate(best)
         for i, j in _hull(grid, curve)
+        if grid[j] > floor
     ]
     segments.sort(key=lambda item: (-item[0], item[1]))
     if share >= 1:

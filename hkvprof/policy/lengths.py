@@ -13,7 +13,7 @@ from hkvprof.policy.budget import INFEASIBLE
 def loss_between(
     loss: NDArray[np.float32], lengths: NDArray[np.int64], tokens: int
 ) -> NDArray[np.float32]:
-    """Curves [S, L, Hkv, R] for prompts of `tokens`; `loss` [A, S, L, Hkv, R] at `lengths` [A].
+    """Curves [...] for prompts of `tokens`, from those at `lengths` [A]; `loss` [A, ...].
 
     Linear in the logarithm of the length; beyond the first and the last length theirs. A point that
     was measured at one of the two neighbours only has the loss of that one: whether a strategy fits

@@ -20,10 +20,13 @@ from hkvprof.heads import KeepRule
 from hkvprof.models.adapter import view_model
 from hkvprof.models.approval import require_approval
 from hkvprof.models.processing import ChatProcessor
+from hkvprof.policy.planning import DEFAULT, Rules
 from hkvprof.profile import classify
+from hkvprof.profile.evidence import CONSERVATIVE, MEAN
 from hkvprof.profile.group import ALONE, Group
 from hkvprof.profile.merge import Decision, build_profile
 from hkvprof.profile.probe import KAPPAS, RATIOS, Bench
+from hkvprof.profile.risk import Risk
 from hkvprof.profile.rows import SampleRow
 from hkvprof.profile.run import Run, Track, nothing_usable
 from hkvprof.profile.samples import Sample
@@ -52,6 +55,9 @@ def calibrate(
     keep: KeepRule | None = None,
     rows: str | Path | None = None,
     group: Group = ALONE,
+    rules: Rules = DEFAULT,
+    risk: Risk = MEAN,
+    conservative: bool = CONSERVATIVE,
 ) -> Profile:
     """Measure every KV head of `model` on `samples` and decide types and budgets.
 
@@ -71,10 +77,16 @@ def calibrate(
     With a `group` of processes (`distributed.together`), each of which calls this with the same
     samples, they share the work and all return the same profile, that of one process alone.
 
+    `rules`, `risk` and `conservative` are those of evidence.Decision, for `measured`.
+
     Raises ModelError for unsupported models, SampleError for bad samples, UsageError for options
     out of range and for a folder of other conditions.
     """
-    decision = Decision(theta, budget, kappa=kappa, coefficient=coefficient, seed=seed)
+    decision = Decision(
+        theta, budget, kappa=kappa, coefficient=coefficient, seed=seed, rules=rules, risk=risk,
+        conservative=conservative,
+    )  # fmt: skip
+    decision.check(recipe)
     constants = {"theta": theta, "coefficient": coefficient}
     classify.refuse_paper_constants(recipe, constants)
     bench = prepare_bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)

@@ -64,7 +64,7 @@ def assess(evidence: Evidence, whole: Plan) -> Confidence:
 
 def compare(evidence: Evidence, first: Counts, second: Counts) -> Figures:
     """MEASURES between the profiles of two parts of the samples."""
-    ours, theirs = evidence.plan(first), evidence.plan(second)
+    ours, theirs = (evidence.plan(part, whole=False) for part in (first, second))
     return np.array([
         same_share(ours.types, theirs.types),
         cohen_kappa(ours.types, theirs.types),

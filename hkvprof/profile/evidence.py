@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import UsageError
+from hkvprof.heads import HeadType
 from hkvprof.policy.budget import INFEASIBLE, Allocation
 from hkvprof.policy.lengths import loss_between
-from hkvprof.policy.planning import Menu, plan_anew
+from hkvprof.policy.planning import DEFAULT, Menu, Rules, plan_anew
 from hkvprof.profile import classify
 from hkvprof.profile.anchors import Anchors, choose_anchors
+from hkvprof.profile.margin import NO_PROOF, Sampled, static_margin
+from hkvprof.profile.risk import Ranked, Risk
 
 if TYPE_CHECKING:
     from hkvprof.profile.conditions import Conditions
@@ -30,15 +33,24 @@ if TYPE_CHECKING:
 THETA_KAPPA = 0.10
 """The kappa whose sparsity HybridKV's rule looks at by default."""
 
+CONSERVATIVE = True
+"""Whether types in doubt become dynamic (docs/experiments.md, "Types in doubt")."""
+MEAN = Risk()
+
 Counts = NDArray[np.int64]
 """[samples]: how often each sample counts."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided after measuring: the default budget; of the recipe `paper` theta, the kappa
-    whose sparsity is held against it, and the coefficient r of allocate_by_sparsity; `seed` and
-    `skipped` samples are only recorded. Raises UsageError for numbers out of range."""
+    """What is decided after measuring.
+
+    The default budget. Of the recipe `paper`: `theta`, the `kappa` whose sparsity is held against
+    it, and the `coefficient` r of allocate_by_sparsity. For `measured`: the `rules` of planning,
+    the `risk` over samples, and whether a head whose type is in doubt becomes dynamic
+    (`conservative`). `seed` and `skipped` samples are only recorded. Raises UsageError for numbers
+    out of range.
+    """
 
     theta: float = 0.9
     budget: float = 0.10
@@ -46,6 +58,9 @@ class Decision:
     coefficient: float = 1.0
     seed: int = 0
     skipped: tuple[str, ...] = ()
+    rules: Rules = DEFAULT
+    risk: Risk = MEAN
+    conservative: bool = CONSERVATIVE
 
     def __post_init__(self) -> None:
         if not 0 < self.theta <= 1:
@@ -57,20 +72,36 @@ class Decision:
         if not 0.01 <= self.coefficient <= 100:
             raise UsageError(f"coefficient must lie in [0.01, 100], found {self.coefficient}")
 
+    def check(self, recipe: str) -> None:
+        """Raise UsageError where something is decided that the recipe does not ask about."""
+        asked = {
+            "rules of planning": self.rules != DEFAULT,
+            "a risk other than the mean": not self.risk.is_mean,
+            "conservative types": self.conservative != CONSERVATIVE,
+        }
+        given = [name for name, differs in asked.items() if differs]
+        if recipe != "measured" and given:
+            raise UsageError(
+                f"{', '.join(given)} belong to the recipe 'measured', and these samples were "
+                f"measured for {recipe!r}: leave them out, or calibrate with --recipe measured"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What a part of the samples decides.
 
     Mean curves and what planning minimises, both [anchors, strategies, layers, kv_heads, ratios];
-    the `scales` of the latter; `loss_here`, at the menu's prompt length; strategy and ratio per
-    head, and types [layers, kv_heads].
+    the `scales` of the latter; `loss_here`, at the menu's prompt length; `margin`
+    [anchors, layers, kv_heads, ratios] of static strategies (planning.plan_anew), if there is one;
+    strategy and ratio per head, and types [layers, kv_heads].
     """
 
     curves: classify.Curves
     loss: NDArray[np.float32]
     scales: tuple[float, float]
     loss_here: NDArray[np.float32]
+    margin: NDArray[np.float32] | None
     chosen: Allocation
     types: NDArray[np.uint8]
 
@@ -153,14 +184,23 @@ class Evidence:
             )
         return known.index(self.decision.kappa)
 
-    def plan(self, counts: Counts, scales: tuple[float, float] | None = None) -> Plan:
+    def plan(
+        self, counts: Counts, scales: tuple[float, float] | None = None, whole: bool = True
+    ) -> Plan:
         """Types and budgets at the default share, for the menu's prompt length whatever the counts.
 
-        `scales` of the planning loss: those of these very samples unless given.
+        `scales` of the planning loss: those of these very samples unless given. A part
+        of the samples (not `whole`) doubts no type where it has but one of them.
         """
         decision, grid = self.decision, self.conditions.grid
         scales = scales or classify.loss_scales(self.pooled(counts), self.ratios)
-        curves = self.curves(counts)
+        parts = [self._sampled(weights) for weights in self.anchors.of(counts)]
+        curves = _stacked(parts)
+        margin = None
+        if self._doubts:
+            found = [static_margin(part, self.ratios, scales, self._static) for part in parts]
+            margin = np.stack(found)
+            margin = margin if whole else np.where(margin < NO_PROOF, margin, np.float32(0))
         loss = classify.planning_loss(curves, self.ratios, scales)
         here = loss_between(loss, self.anchors.lengths, self.menu.tokens)
         if self.conditions.recipe == "paper":
@@ -172,31 +212,70 @@ class Evidence:
                 types, mean, decision.budget, self.menu.floor, grid, decision.coefficient
             )
         else:
-            chosen = plan_anew(self.menu, here, self.ratios, decision.budget)
-        kinds = np.array([s.head_type for s in self.conditions.strategies], dtype=np.uint8)
-        return Plan(curves, loss, scales, here, chosen, kinds[chosen.strategy])
+            chosen = self.chosen(here, margin)
+        types = np.where(self._static, HeadType.STATIC, HeadType.DYNAMIC)[chosen.strategy]
+        return Plan(curves, loss, scales, here, margin, chosen, types.astype(np.uint8))
+
+    def chosen(self, loss: NDArray[np.float32], margin: NDArray[np.float32] | None) -> Allocation:
+        """Curves at the menu's prompt length, planned; `margin` is one of every anchor."""
+        here = None
+        if margin is not None:
+            here = loss_between(margin, self.anchors.lengths, self.menu.tokens)
+        decision = self.decision
+        return plan_anew(self.menu, loss, self.ratios, decision.budget, decision.rules, here)
+
+    @cached_property
+    def _static(self) -> NDArray[np.bool_]:
+        return np.array([s.head_type is HeadType.STATIC for s in self.conditions.strategies])
+
+    @property
+    def _doubts(self) -> bool:
+        """Whether types may be in doubt: measured ones of a menu with both."""
+        both = bool(self._static.any()) and not bool(self._static.all())
+        return self.decision.conservative and self.conditions.recipe == "measured" and both
 
     def types_of_sample(self, sample: int, scales: tuple[float, float]) -> NDArray[np.uint8]:
         """[layers, kv_heads]: what this sample alone would say.
 
-        By its own sparsity (`paper`; no interval, there is but one), or planned on its own curves
-        with the `scales` of all samples (`measured`).
+        By its own sparsity (`paper`), or planned on its own curves with the `scales` of all samples
+        (`measured`); without an interval, there is but one.
         """
         if self.conditions.recipe == "paper":
             sparsity = self.sparsity[sample, self._kappa]
             return classify.types_by_sparsity(sparsity, self.decision.theta, self.conditions.grid)
         alone = np.zeros(self.samples, dtype=np.int64)
         alone[sample] = 1
-        return self.plan(alone, scales).types
+        return self.plan(alone, scales, whole=False).types
 
     def curves(self, counts: Counts) -> classify.Curves:
         """Means at every anchor, [anchors, strategies, layers, kv_heads, ratios]."""
-        means = [self._mean(weights) for weights in self.anchors.of(counts)]
-        return classify.Curves(*np.stack(means, axis=1))
+        return _stacked([self._sampled(weights) for weights in self.anchors.of(counts)])
 
     def pooled(self, counts: Counts) -> classify.Curves:
         """Means over samples of all lengths, [strategies, layers, kv_heads, ratios]."""
-        return classify.Curves(*self._mean(counts.astype(np.float64)))
+        return self._sampled(counts.astype(np.float64)).curves
+
+    def _sampled(self, weights: NDArray[np.float64]) -> Sampled:
+        """Curves of samples of these weights, by the decision's risk; the output error is always
+        its mean."""
+        mean = self._mean(weights)
+        risk, edges = self.decision.risk, None
+        if not risk.is_mean:
+            edges = np.zeros_like(mean[1:])
+            there = mean[0] < INFEASIBLE
+            for (term, number), ranked in self._ranked.items():
+                worst, edges[term, number] = ranked.tail(weights, risk.level)
+                mean[term + 1, number] = np.where(there[number], worst, float(INFEASIBLE))
+        curves, tail = classify.Curves(*mean), 1.0 if risk.is_mean else 1 - risk.level
+        return Sampled(self.losses, self.fits, weights, curves, edges, tail)
+
+    @cached_property
+    def _ranked(self) -> dict[tuple[int, int], Ranked]:
+        """By term (0: output, 1: reply) and strategy."""
+        return {
+            (term, number): Ranked(self.losses[:, term + 1, number], self.fits[:, 0, number])
+            for term, number in np.ndindex(2, len(self._static))
+        }
 
     def _mean(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """[3 terms, strategies, ...]: over the samples where a point fits, in float64.
@@ -215,6 +294,12 @@ class Evidence:
         mean = _weighted_sum(sparsity, counts) / total
         std = np.sqrt(_weighted_sum((sparsity - mean) ** 2, counts) / total)
         return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _stacked(parts: Sequence[Sampled]) -> classify.Curves:
+    """The curves of every anchor."""
+    names = ("output", "square", "reply")
+    return classify.Curves(*(np.stack([getattr(p.curves, n) for p in parts]) for n in names))
 
 
 def _weighted_sum(

@@ -10,13 +10,13 @@ import numpy as np
 
 from hkvprof.artifact import Profile
 from hkvprof.errors import UsageError
+from hkvprof.index_tables import ProjectedIndexTables
 from hkvprof.policy.domain import KEY as DOMAIN
 from hkvprof.policy.domain import Domain
-from hkvprof.policy.tables import ProjectedIndexTables
 from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.confidence import assess
 from hkvprof.profile.confidence_record import KEY
-from hkvprof.profile.evidence import Decision, Evidence
+from hkvprof.profile.evidence import Decision, Evidence, Plan
 from hkvprof.profile.gather import gather
 from hkvprof.profile.rows import SampleRow
 from hkvprof.profile.sample_record import SAMPLES_KEY, short_digest
@@ -46,6 +46,7 @@ def build_profile(
     The default decision is made for the mean prompt length, or for the shortest at which the share
     holds sinks and recent tokens; other lengths and budgets are planned when they are met.
     """
+    decision.check(conditions.recipe)
     evidence = Evidence.of(conditions, rows, decision)
     sparsity = evidence.sparsity.astype(np.float64)
     plan = evidence.plan(evidence.everything)
@@ -66,8 +67,11 @@ def build_profile(
         output_error=plan.curves.output.astype(np.float32),
         index=tables,
         statistics=mean_statistics(row.statistics for row in sorted(rows, key=lambda row: row.id)),
+        rules=decision.rules,
+        static_margin=plan.margin,
         provenance={
             **_provenance(conditions, rows, decision),
+            **_in_doubt(evidence, plan),
             KEY: assess(evidence, plan).to_json(),
             DOMAIN: Domain.of(sparsity, any(row.context_tokens for row in rows)).to_json(),
         },
@@ -93,8 +97,17 @@ def _provenance(
         "theta": decision.theta,
         "theta_kappa": decision.kappa,
         "coefficient": decision.coefficient,
+        "risk": str(decision.risk),
         "seed": decision.seed,
         "replies": conditions.replies,
         "dtype": conditions.dtype,
         "versions": dict(conditions.versions),
     }
+
+
+def _in_doubt(evidence: Evidence, plan: Plan) -> dict[str, int]:
+    """How many heads are dynamic at the default share because static was not proven better."""
+    if plan.margin is None:
+        return {}
+    freely = evidence.chosen(plan.loss_here, None)
+    return {"conservative": int((freely.strategy != plan.chosen.strategy).sum())}

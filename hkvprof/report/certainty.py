@@ -99,6 +99,17 @@ def _share(found: Confidence, layer: int, head: int) -> str:
     return _interval(Interval(found.agree[layer][head], low, high))
 
 
+def doubts(profile: Profile) -> str:
+    """How many heads became dynamic because static was not proven better; "" where none is."""
+    count = profile.provenance.get("conservative")
+    if type(count) is not int or count < 1:
+        return ""
+    return (
+        f"{count} of {profile.grid.total} heads are dynamic because samples do not tell (95%) that "
+        "static loses less"
+    )
+
+
 def type_agreements(profile: Profile, layer: int) -> list[list[float]]:
     """[share, low, high] of every KV head of a layer; empty where nothing is recorded."""
     try:

@@ -13,7 +13,7 @@ from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.profile.confidence_record import KEY
 from hkvprof.profile.sample_record import SAMPLES_KEY
 from hkvprof.report.attention import attention
-from hkvprof.report.certainty import agreement_text, certainty, plain, type_agreements
+from hkvprof.report.certainty import agreement_text, certainty, doubts, plain, type_agreements
 from hkvprof.report.certificate import section
 from hkvprof.report.glyphs import ASCII, UNICODE, Glyphs
 from hkvprof.report.pictures import heads_picture, shares_picture
@@ -99,6 +99,8 @@ def _borderline(profile: Profile) -> list[Text]:
     if profile.recipe == "paper":
         rule = "sparsity within one standard error of theta"
     lines = [Text(f"Borderline heads ({rule}): {len(found)} of {profile.grid.total}")]
+    if doubted := doubts(profile):
+        lines.append(Text(f"  {doubted}"))
     for head in found[:_MOST_BORDERLINE]:
         lines.append(Text(f"  layer {head.layer:>3} head {head.head:>2}  {head.reason}"))
     if len(found) > _MOST_BORDERLINE:

@@ -168,6 +168,12 @@ class Receipt:
         return self.resident_bytes / self.dense_bytes if self.dense_bytes else 0.0
 
     @property
+    def share_with_tables(self) -> float:
+        """The same with the model's index tables, which all requests share, counted once."""
+        kept = self.resident_bytes + self.shared_bytes
+        return kept / self.dense_bytes if self.dense_bytes else 0.0
+
+    @property
     def compressed_layers(self) -> int:
         """Number of layers that hold ragged, compressed storage."""
         return sum(layer.state == "compressed" for layer in self.layers)
@@ -203,11 +209,17 @@ class Receipt:
     def _heads(self) -> Iterator[HeadAccount]:
         return (head for layer in self.layers for head in layer.heads)
 
+    @property
+    def _shares(self) -> str:
+        if not self.shared_bytes:
+            return f"{self.resident_share:.1%}"
+        return f"{self.resident_share:.1%}; with index tables {self.share_with_tables:.1%}"
+
     def __str__(self) -> str:
         mib = 2**20
         text = (
             f"{self.resident_bytes / mib:.2f} MiB resident of {self.dense_bytes / mib:.2f} MiB "
-            f"dense ({self.resident_share:.1%}), {self.host_bytes / mib:.2f} MiB on the host"
+            f"dense ({self._shares}), {self.host_bytes / mib:.2f} MiB on the host"
         )
         if self.same_memory:
             text += (
@@ -223,6 +235,7 @@ class Receipt:
         return {
             **{k: v for k, v in asdict(self).items() if k != "layers"},
             "resident_share": self.resident_share,
+            "share_with_tables": self.share_with_tables,
             "total_bytes": self.total_bytes,
             "hit_rate": self.hit_rate,
             "bytes_moved": self.bytes_moved,

@@ -137,9 +137,13 @@ def test_watching_changes_nothing_and_ends() -> None:
         seen.append(call)
         return call.base()
 
-    with pytest.raises(KeyError, match="mine"), watched_attention(view, watch):
-        assert torch.equal(model(ids).logits, expected)
-        raise KeyError("mine")
+    def work() -> None:
+        with watched_attention(view, watch):
+            assert torch.equal(model(ids).logits, expected)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        work()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert [(call.number, call.scaling) for call in seen] == [(0, 0.25), (1, 0.25)]
     assert [tuple(x.shape) for x in (seen[0].query, seen[0].key)] == [

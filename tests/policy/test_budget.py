@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.policy.budget import (
@@ -143,6 +144,57 @@ def test_equals_brute_force_on_convex_curves(seed: int, heads: int) -> None:
     assert plan.expected_loss == pytest.approx(best, rel=1e-5, abs=1e-6)
 
 
+def hull_at(curve: np.ndarray, grid: np.ndarray, at: float) -> float:
+    """The lower convex hull at an abscissa: the least of all chords that span it."""
+    spans = [(i, j) for i, j in product(range(len(grid)), repeat=2) if grid[i] <= at <= grid[j]]
+    return min(np.interp(at, grid[[i, j]], curve[[i, j]]) for i, j in spans)
+
+
+@given(curves(), st.floats(0.03, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_what_is_not_dealt_evenly_is_spent_best(
+    loss: np.ndarray, share: float, even: float
+) -> None:
+    """Against linear programming over mixtures of grid points: no other ratios of which none lies
+    below the even part have a lower convexified loss within the budget."""
+    ratios = RATIOS.astype(np.float64)
+    plan = allocate(loss, RATIOS, share, float(ratios[0]), even)
+    ratio = plan.ratio.astype(np.float64).ravel()
+    floor = max(ratios[0], even * share)
+    assert ratio.mean() <= share + 1e-12
+    assert ratio.min() >= floor * (1 - 1e-6)
+    best = np.minimum.accumulate(loss.min(axis=0).reshape(len(ratio), -1), axis=1).astype(float)
+    heads, points = best.shape
+    kept = np.kron(np.eye(heads), ratios)
+    found = linprog(
+        best.ravel(),
+        A_ub=np.vstack([-kept, kept.sum(axis=0)]),
+        b_ub=np.append(np.full(heads, -floor), share * heads),
+        A_eq=np.kron(np.eye(heads), np.ones(points)),
+        b_eq=np.ones(heads),
+    )
+    assert found.success
+    ours = sum(hull_at(c, ratios, max(r, ratios[0])) for c, r in zip(best, ratio, strict=True))
+    assert ours == pytest.approx(found.fun, rel=1e-5, abs=1e-5)
+
+
+@given(curves(), shares, shares, st.floats(0, 1))
+@SEARCH
+def test_with_an_even_part_more_budget_never_takes_from_a_head(
+    loss: np.ndarray, a: float, b: float, even: float
+) -> None:
+    less, more = (allocate(loss, RATIOS, share, 0.01, even) for share in sorted((a, b)))
+    assert (more.ratio >= less.ratio - 1e-7).all()
+    assert more.expected_loss <= less.expected_loss + 1e-5 * (1 + abs(less.expected_loss))
+
+
+@given(st.integers(0, 2**32), shares)
+@settings(max_examples=40, deadline=None)
+def test_all_evenly_is_the_same_for_every_head(seed: int, share: float) -> None:
+    loss = np.random.default_rng(seed).gamma(0.5, size=(2, 1, 3, 6)).astype(np.float32)
+    assert np.allclose(allocate(loss, RATIOS, share, 0.01, 1.0).ratio, share)
+
+
 def is_vertex(curve: np.ndarray, at: int) -> bool:
     """Whether a point lies strictly below every chord that spans it."""
     spans = product(range(at), range(at + 1, len(curve)))
@@ -179,15 +231,15 @@ def test_equals_brute_force_wherever_no_segment_is_cut() -> None:
     assert checked >= 40
 
 
-@given(st.integers(0, 2**32), shares)
+@given(st.integers(0, 2**32), shares, st.sampled_from([0.0, 0.5]))
 @SEARCH
-def test_the_order_of_heads_does_not_matter(seed: int, share: float) -> None:
+def test_the_order_of_heads_does_not_matter(seed: int, share: float, even: float) -> None:
     rng = np.random.default_rng(seed)
     loss = np.sort(rng.gamma(0.5, size=(3, 2, 4, 6)), axis=-1)[..., ::-1].astype(np.float32)
     loss[1:, ..., : rng.integers(0, 3)] = INFEASIBLE
     order = rng.permutation(8)
     moved = loss.reshape(3, 8, 6)[:, order].reshape(loss.shape)
-    plain, permuted = (allocate(curves, RATIOS, share, 0.01) for curves in (loss, moved))
+    plain, permuted = (allocate(curves, RATIOS, share, 0.01, even) for curves in (loss, moved))
     np.testing.assert_array_equal(permuted.ratio.ravel(), plain.ratio.ravel()[order])
     np.testing.assert_array_equal(permuted.strategy.ravel(), plain.strategy.ravel()[order])
     assert permuted.expected_loss == pytest.approx(plain.expected_loss, rel=1e-12)

@@ -17,7 +17,7 @@ from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.policy.budget import INFEASIBLE, Allocation
 from hkvprof.policy.forecast import Plan, forecast
-from hkvprof.policy.planning import Menu, poorest_loss
+from hkvprof.policy.planning import Menu, Rules, poorest_loss
 from tests.profiles import STRATEGIES, make_profile
 
 SEVEN_B = HeadGrid(layers=28, query_heads=28, kv_heads=4, head_dim=128)
@@ -48,6 +48,7 @@ def many_curves(seed: int, grid: HeadGrid = SEVEN_B, points: int = 14) -> Profil
         lengths=np.array([1000]),
         loss=loss[None],
         output_error=loss[None].copy(),
+        static_margin=None,
     )
 
 
@@ -198,6 +199,8 @@ def test_plans_for_nothing_are_refused() -> None:
 def test_planning_takes_milliseconds() -> None:
     """28 x 4 heads, 6 strategies, 14 ratios: at most 20 ms of this thread's own time."""
     profile = many_curves(3)
+    margin = np.full_like(profile.loss[:, 0], 0.01)
+    profile = replace(profile, static_margin=margin, rules=Rules(0.5, 0.1))
     seconds = []
     for budget in (0.05, 0.1, 0.2, 0.5) * 5:
         began = time.thread_time()

@@ -68,7 +68,7 @@ def test_what_does_not_fit_says_which_budget_does() -> None:
     assert first.endswith("that is 1.6 MiB of 1.37 MiB: it does not fit.")
     assert shown.fit is not None
     assert shown.fit.best is not None
-    share = f"{shown.fit.best.share:.2%}"
+    share = f"{100 * shown.fit.best.share:.4g}%"
     assert best.startswith(f"The largest budget that fits is {share}: ")
     assert f"{shown.fit.best.peak_bytes / 2**20:.3g} MiB at the peak" in best
 
@@ -96,11 +96,13 @@ def test_the_table_holds_the_plans_figures() -> None:
     lines = text(shown).splitlines()
     row = next(line for line in lines if line.startswith("0.2 ")).split("  ")
     cells = [cell.strip() for cell in row if cell.strip()]
-    sizes = (plan.resident_bytes, plan.table_bytes, plan.device_bytes, plan.peak_bytes)
-    assert cells[1:5] == [human(size) for size in sizes]
+    sizes = (plan.resident_bytes, plan.table_bytes, plan.device_bytes)
+    assert cells[1:4] == [human(size) for size in sizes]
+    held = (plan.resident_bytes + plan.table_bytes) / plan.dense_bytes
+    assert cells[4:6] == [f"{100 * held:.3g}%", human(plan.peak_bytes)]
     assert plan.relative_loss is not None
-    assert cells[6] == f"{plan.expected_loss:.3g} ({100 * plan.relative_loss:.3g}%)"
-    assert cells[7] == "yes"
+    assert cells[7] == f"{plan.expected_loss:.3g} ({100 * plan.relative_loss:.3g}%)"
+    assert cells[8] == "yes"
     low = next(line for line in lines if line.startswith("0.03 "))
     assert ">= " in low
     assert any("less than 6.25%, the least share measured" in line for line in lines)
@@ -110,7 +112,7 @@ def test_a_budget_without_a_plan_says_why() -> None:
     shown = replace(outlook(make_profile()), budgets=(("0.001", "0.001: too small"),), drawn=None)
     lines = text(shown).splitlines()
     assert lines[-1] == "0.001: too small"
-    assert next(line for line in lines if line.startswith("0.001 ")).split()[1:] == ["-"] * 6
+    assert next(line for line in lines if line.startswith("0.001 ")).split()[1:] == ["-"] * 7
     assert to_json(shown)["budgets"] == [{"budget": "0.001", "error": "0.001: too small"}]
     assert to_json(shown)["plan"] is None
 

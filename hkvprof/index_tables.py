@@ -1,4 +1,4 @@
-"""The projected index's constants, and their names in a profile file (numpy only)."""
+"""Constants of the projected index: a part of a profile. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hkvprof.policy.costs import table_bytes
 
-_INDEX_KEYS = ("key_projection", "query_projection", "key_mean", "deviation")
+_KEYS = ("key_projection", "query_projection", "key_mean", "deviation")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ProjectedIndexTables:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The arrays by their names in the file."""
-        named: dict[str, NDArray[Any]] = {f"index.{key}": getattr(self, key) for key in _INDEX_KEYS}
+        named: dict[str, NDArray[Any]] = {f"index.{key}": getattr(self, key) for key in _KEYS}
         per_size = zip(self.sizes, self.codebooks, self.subspaces, strict=True)
         for size, codebook, owner in per_size:
             named |= {f"index.codebook_{size}": codebook, f"index.subspace_{size}": owner}
@@ -54,5 +54,5 @@ class ProjectedIndexTables:
             sizes=sizes,
             codebooks=tuple(named.pop(f"index.codebook_{size}") for size in sizes),
             subspaces=tuple(named.pop(f"index.subspace_{size}") for size in sizes),
-            **{key: named.pop(f"index.{key}") for key in _INDEX_KEYS},
+            **{key: named.pop(f"index.{key}") for key in _KEYS},
         )

@@ -1,0 +1,102 @@
+"""`hkvprof merge`: options of planning reach the profile, are shown, and refused where idle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hkvprof import load_profile
+from hkvprof.cli import run
+from hkvprof.policy.planning import Rules
+from hkvprof.profile.rows import RowFolder
+from tests.profile.made_rows import CONDITIONS, GRID
+from tests.profile.test_margin import noisy_rows
+from tests.profiles import index_tables
+
+Merge = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Static is a little better in 12 noisy samples."""
+    path = tmp_path_factory.mktemp("merge") / "rows"
+    folder = RowFolder(path, CONDITIONS)
+    folder.keep_tables(index_tables(GRID), "these")
+    for row in noisy_rows(12, 0.5, 0.9):
+        folder.add(row)
+    return path
+
+
+@pytest.fixture
+def merge(capsys: pytest.CaptureFixture[str]) -> Merge:
+    """Exit code and all output of `hkvprof merge`."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        code = run(["merge", *map(str, arguments)])
+        shown = capsys.readouterr()
+        return code, " ".join((shown.out + shown.err).split())
+
+    return call
+
+
+def test_options_reach_the_profile_and_doubts_are_shown(
+    measured: Path, tmp_path: Path, merge: Merge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.safetensors"
+    code, text = merge(
+        measured, "-o", path, "--even", 0.25, "--risk", "cvar", "--risk-level", 0.75,
+        "--transfer-weight", 2, "--conservative",
+    )  # fmt: skip
+    assert code == 0
+    profile = load_profile(path)
+    assert profile.rules == Rules(0.25, 2.0)
+    assert profile.provenance["risk"] == "cvar 0.75"
+    count = profile.provenance["conservative"]
+    assert count > 0
+    line = f"{count} of {GRID.total} heads are dynamic because samples do not tell (95%)"
+    assert line in text
+    assert run(["inspect", str(path)]) == 0
+    assert line in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_doubts_none_are_counted(measured: Path, tmp_path: Path, merge: Merge) -> None:
+    path = tmp_path / "p.safetensors"
+    code, text = merge(measured, "-o", path, "--no-conservative")
+    assert code == 0
+    profile = load_profile(path)
+    assert profile.static_margin is None
+    assert profile.rules == Rules()
+    assert "conservative" not in profile.provenance
+    assert "do not tell" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--risk-level", "0.5"], "--risk-level belongs to --risk cvar"),
+        (["--risk", "cvar", "--risk-level", "1"], "level of a risk"),
+        (["--even", "2"], "dealt evenly must lie in"),
+        (["--transfer-weight", "-1"], "weight of transfers must lie in"),
+    ],
+)
+def test_numbers_out_of_range_write_nothing(
+    measured: Path, tmp_path: Path, merge: Merge, options: list[str], words: str
+) -> None:
+    path = tmp_path / "p.safetensors"
+    code, text = merge(measured, "-o", path, *options)
+    assert code == 2
+    assert words in text
+    assert not path.exists()
+
+
+def test_rows_of_the_paper_refuse_what_they_do_not_ask(tmp_path: Path, merge: Merge) -> None:
+    folder = RowFolder(tmp_path / "rows", replace(CONDITIONS, recipe="paper"))
+    for row in noisy_rows(4, 0.5, 0.9):
+        folder.add(row)
+    code, text = merge(tmp_path / "rows", "-o", tmp_path / "p", "--risk", "cvar")
+    assert code == 2
+    assert "belong to the recipe 'measured'" in text
+    assert not (tmp_path / "p").exists()
