@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -100,7 +99,7 @@ def layer_losses(
         mine = slice(head * group, (head + 1) * group)
         fixed = _Head.of(rows, head, mine)
         attention = window_attention(window_query[mine], rows.key[head : head + 1], rows.scaling)
-        ways: list[_Way] = []
+        ways: list[_Static | _Dynamic] = []
         for strategy in strategies:
             if strategy.head_type is HeadType.STATIC:
                 ways.append(_Static.of(attention, strategy, ratios, keep, text))
@@ -193,12 +192,6 @@ class _Judge:
         """What attending to some prompt tokens costs; from `logits()` if weights are too small."""
         out = self._attend_to(weight, value)
         return self._loss(self._attend(logits(), value) if out is None else out)
-
-
-class _Way(Protocol):
-    """A strategy for one head."""
-
-    def losses(self, judge: _Judge) -> Float[Tensor, "ratios 3"]: ...
 
 
 @dataclass(frozen=True)
