@@ -272,10 +272,8 @@ class Evidence:
     @cached_property
     def _ranked(self) -> dict[tuple[int, int], Ranked]:
         """By term (0: output, 1: reply) and strategy."""
-        return {
-            (term, number): Ranked(self.losses[:, term + 1, number], self.fits[:, 0, number])
-            for term, number in np.ndindex(2, len(self._static))
-        }
+        places = np.ndindex(2, len(self._static))
+        return {(t, s): Ranked(self.losses[:, t + 1, s], self.fits[:, 0, s]) for t, s in places}
 
     def _mean(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """[3 terms, strategies, ...]: over the samples where a point fits, in float64.
