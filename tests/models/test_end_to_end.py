@@ -27,9 +27,10 @@ from tests.models.tiny import COVERED, build_covered
 from tests.models_for_tests import apply
 from tests.runtime.reference import MaskedLayer, kept_positions, masked_cache, masked_step
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"  # PaliGemmaProcessor
-)
+pytestmark = [  # transformers' own: PaliGemma's processor; InternVL's in older releases
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
 STEPS = 3
 BUDGET = 0.2
 
