@@ -137,19 +137,11 @@ def test_watching_changes_nothing_and_ends() -> None:
         seen.append(call)
         return call.base()
 
-    def work() -> None:
-        with watched_attention(view, watch):
-            assert torch.equal(model(ids).logits, expected)
-            raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        work()
+    with watched_attention(view, watch):
+        assert torch.equal(model(ids).logits, expected)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert [(call.number, call.scaling) for call in seen] == [(0, 0.25), (1, 0.25)]
-    assert [tuple(x.shape) for x in (seen[0].query, seen[0].key)] == [
-        (1, 4, 17, 16),
-        (1, 2, 17, 16),
-    ]
+    assert (seen[0].query.shape, seen[0].key.shape) == ((1, 4, 17, 16), (1, 2, 17, 16))
 
 
 @pytest.mark.parametrize("pool", [1, 7, 31])

@@ -13,6 +13,7 @@ from hkvprof.doctor.examine import CHECKS, examine
 from hkvprof.doctor.records import Status
 from tests.doctor import faults
 from tests.doctor.faults import Fault, seeded
+from tests.models.tiny import build_covered
 from tests.models_for_tests import random_llama
 
 torch.set_num_threads(1)
@@ -112,6 +113,13 @@ def test_a_healthy_model_passes(dtype: torch.dtype) -> None:
     assert [*found] == [check.name for check in CHECKS]
     images = {"image", "images", "video", "masked-images"}
     assert {name for name, s in found.items() if s is Status.NOT_APPLICABLE} == images
+
+
+def test_layers_that_are_not_covered_are_left_alone() -> None:
+    model = build_covered("gemma3")
+    report = examine(model, only=["text", "masked-batch", "masked-requests", "memory"])
+    assert not report.failures
+    assert "2 layers, 9 passes" in report.outcomes[1].detail, "of 4, two have sliding windows"
 
 
 def test_a_healthy_model_passes_with_images() -> None:
