@@ -185,7 +185,8 @@ def test_offline_types_of_this_very_prompt_select_as_types_per_request_do(subjec
     for share in (0.2, 0.1):
         offline = find("hybridkv_offline").select(Prompt(model, prefill, share, known))
         assert same(offline, find("hybridkv").select(Prompt(model, prefill, share)))
-    assert not same(offline, find("hybridkv_offline").select(Prompt(model, prefill, 0.1, profile)))
+    spread = replace(profile, sparsity_mean=np.zeros_like(mean))  # no head is static by that
+    assert not same(offline, find("hybridkv_offline").select(Prompt(model, prefill, 0.1, spread)))
     none = replace(profile, kappas=(0.5, *profile.kappas[1:]))
-    with pytest.raises(UsageError, match="sparsity at kappa 0.02"):
+    with pytest.raises(UsageError, match="sparsity at kappa"):
         find("hybridkv_offline").select(Prompt(model, prefill, SHARE, none))
