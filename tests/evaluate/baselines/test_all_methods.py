@@ -25,7 +25,8 @@ from tests.evaluate.baselines.synthetic import counts, random_prompt
 torch.set_num_threads(1)
 
 ALL = sorted(baselines())
-PLANNING = {"quest", "hybridkv", "all_static", "all_dynamic", "no_head_level", "no_type_level"}
+PLANNING = {"quest", "hybridkv", "hybridkv_offline", "all_static", "all_dynamic", "no_head_level",
+            "no_type_level"}  # fmt: skip
 """Methods that (also) answer with strategies of the runtime."""
 SELECTING = (
     "streaming_llm", "snapkv", "snapkv_max", "pyramidkv", "adakv", "chunkkv", "keydiff",

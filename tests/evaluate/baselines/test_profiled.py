@@ -15,6 +15,7 @@ from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.baselines import Prompt, find, session
 from hkvprof.evaluate.baselines import sparsemm as sparsemm_file
 from hkvprof.evaluate.baselines.base import Kept, Selection
+from hkvprof.evaluate.baselines.hybridkv import KAPPA, request_sparsity
 from hkvprof.evaluate.baselines.offline import static_loss
 from hkvprof.evaluate.baselines.planned import even, loss_at, only
 from hkvprof.evaluate.prefill import Prefill, capture
@@ -23,6 +24,7 @@ from hkvprof.runtime.options import SMOOTHING
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.testbed.generator import make_sample
 from tests.evaluate.baselines.synthetic import counts
+from tests.evaluate.baselines.test_all_methods import same
 
 torch.set_num_threads(1)
 
@@ -176,3 +178,19 @@ def test_ablations_need_measured_curves(subject: Subject, name: str) -> None:
     other = replace(profile, recipe="paper")
     with pytest.raises(UsageError, match="recipe 'measured'"):
         find(name).select(Prompt(model, prefill, SHARE, other))
+
+
+def test_offline_types_of_this_very_prompt_select_as_types_per_request_do(subject: Subject) -> None:
+    model, prefill, profile = subject
+    kappa = profile.kappas.index(KAPPA)
+    mean = profile.sparsity_mean.copy()
+    mean[kappa] = request_sparsity(Prompt(model, prefill, SHARE))
+    known = replace(profile, sparsity_mean=mean, sparsity_std=np.zeros_like(mean))
+    for share in (0.2, 0.1):
+        offline = find("hybridkv_offline").select(Prompt(model, prefill, share, known))
+        assert same(offline, find("hybridkv").select(Prompt(model, prefill, share)))
+    spread = replace(profile, sparsity_mean=np.zeros_like(mean))  # no head is static by that
+    assert not same(offline, find("hybridkv_offline").select(Prompt(model, prefill, 0.1, spread)))
+    none = replace(profile, kappas=(0.5, *profile.kappas[1:]))
+    with pytest.raises(UsageError, match="sparsity at kappa"):
+        find("hybridkv_offline").select(Prompt(model, prefill, SHARE, none))
