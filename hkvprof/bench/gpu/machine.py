@@ -17,6 +17,8 @@ from hkvprof.runtime.graph import CudaGraphs, Recorder
 
 USABLE = 0.9
 """Share of free memory that caches may take."""
+CPU = "CPU"
+"""How a machine's name begins that is no GPU."""
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -155,7 +157,7 @@ class CpuMachine:
     @property
     def name(self) -> str:
         """The architecture's."""
-        return f"CPU ({platform.processor() or platform.machine()})"
+        return f"{CPU} ({platform.processor() or platform.machine()})"
 
     def wait(self) -> None:
         """There is nothing to wait for."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hkvprof.bench.gpu.links import Links
+from hkvprof.bench.gpu.machine import CPU
 from hkvprof.errors import UsageError
 from hkvprof.files import write_atomically
 
@@ -42,7 +43,7 @@ class Regime:
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"{self.shape}, {self.layers} layers, {self.dtype}, random weights "
+            f"{self.shape}, layers: {self.layers}, {self.dtype}, random weights "
             f"({self.weight_bytes / 1e9:.2f} GB read per step), {self.token_bytes:,} bytes of K/V "
             f"per token, on {self.device}; median of {self.steps} steps in {self.rounds} rounds, "
             f"methods in turn; {versions}"
@@ -132,6 +133,11 @@ class Result:
     links: Links
     prefill: tuple[Prefill, ...] = ()
     cells: tuple[Cell, ...] = field(default=())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether times mean anything."""
+        return not self.regime.device.startswith(CPU)
 
     @property
     def left(self) -> tuple[tuple[int, int], ...]:

@@ -24,6 +24,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("exposed", "exposed_share", lambda v: f"{v:.1%}"),
     ("corrected", "corrected_share", lambda v: f"{v:.0%}"),
 )
+NO_GPU = "Not on a GPU: times mean nothing here, nor do ratios and verdicts made of them."
 LEGEND = (
     "held: on the device, by the allocator (on a CPU: by tensors), without index tables, which a "
     "model needs once. x stock: DynamicCache's ms/token "
@@ -37,7 +38,8 @@ LEGEND = (
 def render(result: Result) -> str:
     """Regime, links, prefill, a table per cell, targets, and what is left to do."""
     links = result.links
-    lines = [
+    lines = [] if result.on_gpu else [NO_GPU]
+    lines += [
         str(result.regime),
         f"copy {links.copy:,.0f} GB/s on the card (read and written), host link "
         f"{links.from_host:.1f} GB/s to the card, {links.to_host:.1f} GB/s back; "

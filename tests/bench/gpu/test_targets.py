@@ -68,6 +68,9 @@ def test_the_text_holds_every_row_and_reason() -> None:
     for row in made.cells[0].rows:
         assert row.method in text
     assert "not run: whole, graph: made up" in text
+    assert "Not on a GPU" not in text
+    elsewhere = replace(made, regime=replace(made.regime, device="CPU (x86_64)"))
+    assert render(elsewhere).startswith("Not on a GPU: times mean nothing here")
     assert "not run yet: 131,072 x 32" in text
     assert "copy 1,000 GB/s on the card" in text
     line = next(line for line in text.splitlines() if line.startswith("hybrid 0.10, graph  "))
