@@ -24,7 +24,12 @@ def check_output(path: Path, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder: give a file name with -o")
     refuse_overwrite(path, force)
-    folder = path.absolute().parent
+    check_folder(path.absolute().parent)
+
+
+def check_folder(path: Path) -> None:
+    """Raise UsageError unless files can be written into `path`, or it can be made."""
+    folder = path.absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
