@@ -262,8 +262,7 @@ def check_profile(profile: Content) -> None:
     expect("budget", profile.budget, heads, np.float32)
     for name in ("sparsity_mean", "sparsity_std"):
         expect(name, getattr(profile, name), (kappas, *queries), np.float32)
-    expect_shares("sparsity_mean", profile.sparsity_mean)
-    expect_shares("sparsity_std", profile.sparsity_std)
+        expect_shares(name, getattr(profile, name))
     for name in ("loss", "output_error"):
         expect(name, getattr(profile, name), (lengths, menu, *heads, ratios), np.float32)
         require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")

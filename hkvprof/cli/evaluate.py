@@ -97,7 +97,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Compare the full cache with a profile, and with other methods, at several budgets."""
     from hkvprof.artifact import load_profile
-    from hkvprof.cli.output import say
+    from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
     from hkvprof.evaluate.journal import Journal
@@ -107,6 +107,8 @@ def evaluate(
     from hkvprof.models.adapter import view_model
 
     part, parts = options.parse_shard(shard)
+    if output is not None:
+        check_folder(output)
     plan = Plan(_budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed)
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)

@@ -23,10 +23,13 @@ def check_output(path: Path, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"{path} is a folder: give a file name with -o")
     refuse_overwrite(path, force)
-    if not writable(path.parent):
-        raise UsageError(
-            f"cannot write into {path.absolute().parent}: choose another place with -o"
-        )
+    check_folder(path.absolute().parent)
+
+
+def check_folder(path: Path) -> None:
+    """Raise UsageError unless files can be written into `path`, or it can be made."""
+    if not writable(path):
+        raise UsageError(f"cannot write into {path.absolute()}: choose another place with -o")
 
 
 def stdout(ascii_only: bool = False) -> Console:

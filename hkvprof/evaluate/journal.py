@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any
 
 from hkvprof import strict_json
-from hkvprof.errors import UsageError
+from hkvprof.errors import HkvError, UsageError
 from hkvprof.evaluate.records import Answer
 from hkvprof.files import write_atomically
 
@@ -55,7 +55,7 @@ class Journal:
         return {_unit(answer) for answer in self.answers}
 
     def add(self, answers: Iterable[Answer]) -> None:
-        """Keep all answers of a unit: on disk before this returns."""
+        """Keep all answers of a unit: on disk before this returns. Raises HkvError."""
         new = list(answers)
         self.answers += new
         if self._path is None:
@@ -64,10 +64,16 @@ class Journal:
             text = json.dumps(self._unwritten, indent=2, sort_keys=True) + "\n"
             write_atomically(self._path.parent / CONDITIONS, text.encode())
             self._unwritten = None
-        with self._path.open("ab") as file:
-            file.write(_lines(new))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("ab") as file:
+                file.write(_lines(new))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise HkvError(
+                f"cannot write {self._path}: {error.strerror or error}. Free some space and run "
+                "the same command again: it goes on from the answers that are there"
+            ) from error
 
 
 def forget(folder: Path) -> None:

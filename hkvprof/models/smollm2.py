@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -98,7 +99,7 @@ def ensure_checkpoint(cache_dir: Path | None = None) -> Path:
             _publish(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(
             f"expected a writable cache folder with 600 MB free at {root}, found: {error}. "
             f"Set HKVPROF_CACHE to another folder."
