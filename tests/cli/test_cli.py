@@ -205,7 +205,7 @@ def test_skipped_samples_are_counted(
         (["--recipe", "paper", "--chunk", "0"], 2, "chunk is 0"),
         (["--recipe", "paper", "--text-prior", "2"], 2, "text_prior is 2"),
         (["--recipe", "paper", "--replies", "own"], 2, "paper judges no replies"),
-        (["--theta", "0.8", "--chunk", "32"], 2, "theta, chunk belong to recipe 'paper'"),
+        (["--theta", "0.8", "--chunk", "32"], 2, "chunk, theta belong to recipe 'paper'"),
         (["--device", "cpu", "--device-map", "auto"], 2, "exclude each other"),
         (["-o", "folder"], 2, "is a folder"),
         (["-o", "file/p"], 2, "cannot write into"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface
 
 from hkvprof.models import adapter, attention
+from hkvprof.models.architectures import Adapter
 from hkvprof.runtime import packing, prompt, ragged
 from hkvprof.runtime.cache import CompressedCache
 from hkvprof.runtime.handle import Handle
@@ -23,6 +24,7 @@ from hkvprof.runtime.parked import ParkedPrompt
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
+from hkvprof.runtime.retrieving import Retriever
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 LEAKED: list[Tensor] = []
@@ -81,8 +83,8 @@ def scores_of_another_group(patch: pytest.MonkeyPatch) -> None:
 
 
 def layers_reversed(patch: pytest.MonkeyPatch) -> None:
-    own = adapter._full_attention_layers
-    patch.setattr(adapter, "_full_attention_layers", lambda config: own(config)[::-1])
+    own = Adapter.full_attention_layers
+    patch.setattr(Adapter, "full_attention_layers", lambda self, config: own(self, config)[::-1])
 
 
 def plans_of_the_next_layer(patch: pytest.MonkeyPatch) -> None:
@@ -147,15 +149,7 @@ def reset_leaves_the_prompt_complete(patch: pytest.MonkeyPatch) -> None:
 
 
 def retrieval_bound_to_old_storage(patch: pytest.MonkeyPatch) -> None:
-    own = RaggedLayer.append
-
-    def append(self: RaggedLayer, key: Tensor, value: Tensor) -> bool:
-        bound = self._retrieval
-        grown = own(self, key, value)
-        self._retrieval = bound
-        return grown
-
-    patch.setattr(RaggedLayer, "append", append)
+    patch.setattr(Retriever, "unbind", Retriever.join)
 
 
 def beams_share_a_slot_map(patch: pytest.MonkeyPatch) -> None:
@@ -268,7 +262,7 @@ def detach_leaves_the_attention(patch: pytest.MonkeyPatch) -> None:
 
         def partly() -> None:
             restore()
-            weight = adapter.output_projection(adapter.view_model(model).attention[0])
+            weight = adapter.view_model(model).output_projection(0)
             weight.data *= 0.5
 
         return partly

@@ -44,7 +44,7 @@ def test_a_file_taken_apart_and_put_together_is_the_same_profile(tmp_path: Path)
             loaded = target.load(tmp_path)
         except Exception as error:
             assert "schema version 1" in str(error)  # noqa: PT017
-        if loaded is not None and file.about["schema"] > 1:
+        if loaded is not None and file.about["schema"] > 2:  # older ones are upgraded
             assert sorted(loaded.tensors()) == sorted(tensor.name for tensor in file.tensors)
 
 

@@ -89,7 +89,7 @@ def test_parts_are_counted_before_an_image_is_opened(
 ) -> None:
     monkeypatch.setattr(images, "find_image", lambda *_: pytest.fail("an image was opened"))
     message = refused(write(folder, *["a.png"] * MAX_PARTS))
-    assert f"at most {MAX_PARTS} parts in all, found {MAX_PARTS + 1} parts" in message
+    assert f"at most {MAX_PARTS} parts and frames in all, found {MAX_PARTS + 1}" in message
 
 
 # Pictures

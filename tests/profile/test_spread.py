@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import hkvprof
-from hkvprof.models.adapter import output_projection, view_model
+from hkvprof.models.adapter import view_model
 from hkvprof.profile.calibrate import calibrate
 from hkvprof.profile.samples import Sample
 from tests.plugins.checkpoints import CHAT, save_checkpoint, words
@@ -46,8 +46,9 @@ def test_a_device_map_changes_no_byte(
     spread, _ = hkvprof.load_model(checkpoint, device_map=MAPS[name])
     last = view_model(spread).attention[-1]
     assert last.o_proj.weight.is_meta == (name == "two layers on disk")
-    projection = output_projection(view_model(plain).attention[-1])
-    assert bool((output_projection(last) == projection).all())
+    view = view_model(plain)
+    projection = view.output_projection(len(view.attention) - 1)
+    assert bool((view.adapter.output_projection(last) == projection).all())
     assert last.o_proj.weight.is_meta == (name == "two layers on disk")
     profiles = [calibrate(model, processor, samples, budget=0.3) for model in (plain, spread)]
     assert profiles[0].to_bytes() == profiles[1].to_bytes()

@@ -17,7 +17,8 @@ from hkvprof.artifact import Profile
 from hkvprof.errors import HkvWarning, ProfileError, UsageError
 from hkvprof.models.processing import Encoded
 from hkvprof.policy.domain import KEY, Domain, DomainCheck
-from hkvprof.profile.rows import SampleRow, gather
+from hkvprof.profile.gather import gather
+from hkvprof.profile.rows import SampleRow
 from hkvprof.profile.samples import Sample
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import monitor

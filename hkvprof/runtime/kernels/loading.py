@@ -117,7 +117,7 @@ def library(dtype: torch.dtype, group: int) -> ctypes.CDLL | None:
 
 def opened(dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
     """Any library, or any for this element type, that this process has opened already."""
-    for (kind, _), found in list(STATE.libraries.items()):  # another thread may open one now
+    for (kind, _), found in STATE.libraries.copy().items():  # other threads may open one now
         if found is not None and (dtype is None or kind == DTYPES[dtype]):
             return found
     return None
