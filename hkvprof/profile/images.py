@@ -104,7 +104,7 @@ def _open(stream: BinaryIO, name: str) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit below replaces PIL's warning
             Image.init()
-            known = [name for name in FORMATS if name in Image.OPEN]  # older PIL has no AVIF
+            known = [name for name in FORMATS if name in Image.OPEN]  # not every build has AVIF
             image = Image.open(stream, formats=known)
     except MemoryError:
         raise
