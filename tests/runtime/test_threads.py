@@ -47,8 +47,8 @@ def answers(model: Any, processor: Any, number: int, calls: int) -> list[Any]:
     """Tokens and bytes of some requests of thread `number`: prompts, budgets, lengths differ."""
     said = []
     for call in range(calls):
-        seed = 10 * number + call
-        sample = make_sample("ocr", seed, images=2 + seed % 5)
+        seed = 101 * number + call
+        sample = make_sample("ocr", seed, images=5 + seed % 5)
         inputs = processor.encode([sample.messages]).to(model.device, model.dtype)
         with apply(model, PROFILE, budget=BUDGETS[seed % len(BUDGETS)]) as handle:
             out = model.generate(**inputs, max_new_tokens=3 + seed % 4, do_sample=False)
