@@ -69,6 +69,7 @@ class CompressedCache(DynamicCache):
             for number in range(len(layer_ids))
         )
         self._watch = watch
+        self._text_config = text_config
         replaced: dict[int, CacheLayerMixin] = dict(zip(layer_ids, self.covered, strict=True))
         count = max(len(self.layers), max(layer_ids) + 1)
         self.layers = [replaced.get(i) or self.layers[i] for i in range(count)]
@@ -125,6 +126,16 @@ class CompressedCache(DynamicCache):
         super().batch_select_indices(indices)
 
     def reset(self) -> None:
-        """Forget everything, ready for a new prompt."""
+        """Forget everything, ready for a new prompt.
+
+        Layers that are not covered are made anew: some releases of transformers zero their tensors
+        in place, and a sliding layer would go on from as many zeros.
+        """
         self.conversation.reset()
-        super().reset()
+        for layer in self.covered:
+            layer.reset()
+        fresh = DynamicCache(config=self._text_config).layers
+        self.layers = [
+            layer if isinstance(layer, CompressedLayer) else fresh[number]
+            for number, layer in enumerate(self.layers)
+        ]
