@@ -24,6 +24,15 @@ def user_cache() -> Path:
     return (Path(own) if own else Path(shared or "~/.cache") / "hkvprof").expanduser()
 
 
+def read_limited(path: Path, most: int) -> bytes:
+    """The bytes of a file. Raises ValueError for more than `most`, OSError."""
+    with path.open("rb") as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    return data
+
+
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Raise UsageError if `path` exists and `force` is not set."""
     if (path.exists() or path.is_symlink()) and not force:

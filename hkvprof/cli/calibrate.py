@@ -71,16 +71,9 @@ def calibrate(
     recipe: Annotated[
         Recipe, typer.Option("--recipe", help="Types by sparsity (paper) or by measured loss.")
     ] = Recipe.MEASURED,
-    theta: Annotated[
-        float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
-    ] = 0.9,
-    kappa: Annotated[
-        float, typer.Option("--kappa", help="Share of keys whose attention is sparsity (paper).")
-    ] = 0.10,
-    coefficient: Annotated[
-        float,
-        typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
-    ] = 1.0,
+    theta: planning.Theta = 0.9,
+    kappa: planning.Kappa = 0.10,
+    coefficient: planning.Coefficient = 1.0,
     chunk: Annotated[
         int, typer.Option("--chunk", help="Tokens that dynamic heads fetch at once (paper).")
     ] = 16,
@@ -88,9 +81,7 @@ def calibrate(
         float,
         typer.Option("--text-prior", help="Share of static heads that text may claim (paper)."),
     ] = 0.5,
-    budget: Annotated[
-        str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
-    ] = "0.10",
+    budget: planning.Budget = "0.10",
     even: planning.Even = None,
     risk: planning.RiskOption = None,
     risk_level: planning.Level = None,

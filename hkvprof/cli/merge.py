@@ -22,19 +22,10 @@ def merge(
         list[Path], typer.Argument(metavar="ROWS...", help="Folders of `hkvprof calibrate --rows`.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile.")],
-    budget: Annotated[
-        str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
-    ] = "0.10",
-    theta: Annotated[
-        float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
-    ] = 0.9,
-    kappa: Annotated[
-        float, typer.Option("--kappa", help="Share of keys whose attention is sparsity (paper).")
-    ] = 0.10,
-    coefficient: Annotated[
-        float,
-        typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
-    ] = 1.0,
+    budget: planning.Budget = "0.10",
+    theta: planning.Theta = 0.9,
+    kappa: planning.Kappa = 0.10,
+    coefficient: planning.Coefficient = 1.0,
     even: planning.Even = None,
     risk: planning.RiskOption = None,
     risk_level: planning.Level = None,

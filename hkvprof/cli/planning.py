@@ -1,4 +1,4 @@
-"""Options of how measured curves become types and budgets, for `calibrate` and `merge`."""
+"""Options of how what was measured becomes types and budgets, for `calibrate` and `merge`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ class RiskKind(StrEnum):
     CVAR = "cvar"
 
 
+Budget = Annotated[
+    str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
+]
+Theta = Annotated[
+    float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
+]
+Kappa = Annotated[
+    float, typer.Option("--kappa", help="Share of keys whose attention is sparsity (paper).")
+]
+Coefficient = Annotated[
+    float,
+    typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
+]
 Even = Annotated[
     float | None,
     typer.Option("--even", help="Part of every budget dealt evenly, 0 to 1 (measured)."),

@@ -14,7 +14,7 @@ from typing import Any
 from hkvprof import strict_json
 from hkvprof.errors import HkvError, UsageError
 from hkvprof.evaluate.records import Answer
-from hkvprof.files import write_atomically
+from hkvprof.files import read_limited, write_atomically
 
 CONDITIONS = "conditions.json"
 MAX_BYTES = 512 * 2**20
@@ -92,7 +92,7 @@ def _agree(folder: Path, conditions: Mapping[str, Any]) -> bool:
             raise UsageError(f"{folder} holds answers but no {CONDITIONS}: use another folder")
         return False
     try:
-        theirs = strict_json.loads(_limited(path).decode("utf-8"), _MAX_MARKS)
+        theirs = strict_json.loads(read_limited(path, MAX_BYTES).decode("utf-8"), _MAX_MARKS)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): use another folder") from None
     if not isinstance(theirs, dict):
@@ -115,7 +115,7 @@ def _lines(answers: Iterable[Answer]) -> bytes:
 def _read(path: Path) -> tuple[list[Answer], bool]:
     """The answers of complete units, and whether something was cut off by a crash."""
     try:
-        data = _limited(path)
+        data = read_limited(path, MAX_BYTES)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): use another folder") from None
     whole = data.rfind(b"\n") + 1
@@ -130,15 +130,6 @@ def _read(path: Path) -> tuple[list[Answer], bool]:
     counts = Counter(_unit(a) for a in answers)
     complete = [a for a in answers if counts[_unit(a)] == a.questions]
     return complete, whole < len(data) or len(complete) < len(answers)
-
-
-def _limited(path: Path) -> bytes:
-    """The bytes of a file. Raises ValueError for too many, OSError."""
-    with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes")
-    return data
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from hkvprof import files
 from hkvprof.errors import SampleError
 
 if TYPE_CHECKING:
@@ -49,11 +50,10 @@ def inside(root: Path, written: str | Path) -> Path:
 
 def read_limited(path: Path) -> bytes:
     """The bytes of an image file. Raises SampleError for too many, OSError."""
-    with path.open("rb") as stream:
-        data = stream.read(MAX_IMAGE_BYTES + 1)
-    if len(data) > MAX_IMAGE_BYTES:
-        raise SampleError(f"{path} has more than {MAX_IMAGE_BYTES:,} bytes")
-    return data
+    try:
+        return files.read_limited(path, MAX_IMAGE_BYTES)
+    except ValueError as error:
+        raise SampleError(f"{path} has {error}") from None
 
 
 def check_header(stream: BinaryIO, name: str) -> None:

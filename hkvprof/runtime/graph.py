@@ -51,6 +51,15 @@ class CudaGraphs:
         return replay
 
 
+def take_step(
+    model: Any, ids: Int[Tensor, "rows 1"], positions: Int[Tensor, ...], cache: Any
+) -> Float[Tensor, "rows vocabulary"]:
+    """A pass over a token per row at `positions`, which go on by one; its logits."""
+    out = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    positions += 1
+    return out.logits[:, -1]
+
+
 class GraphDecoder:
     """`decoder(input_ids)` is `model(input_ids, past_key_values=cache)` for one token per row.
 
@@ -114,14 +123,7 @@ class GraphDecoder:
 
     def _step(self) -> Tensor:
         """What is recorded: a pass over the tokens in `_ids`."""
-        out = self._model(
-            input_ids=self._ids,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._positions += 1
-        return out.logits[:, -1]
+        return take_step(self._model, self._ids, self._positions, self._cache)
 
     def _next_positions(self) -> Int[Tensor, "rows 1"]:
         """Of the next token: how many its row has seen, and M-RoPE's offset where there is one."""

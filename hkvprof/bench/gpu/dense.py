@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from hkvprof.runtime.graph import Recorder
+from hkvprof.runtime.graph import Recorder, take_step
 
 
 class FullLayer(DynamicLayer):
@@ -80,11 +80,4 @@ class DenseSteps:
         return out
 
     def _step(self) -> Tensor:
-        out = self._model(
-            input_ids=self._ids,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._positions += 1
-        return out.logits[:, -1]
+        return take_step(self._model, self._ids, self._positions, self._cache)
