@@ -15,6 +15,7 @@ from hkvprof.errors import ModelError
 from hkvprof.heads import HeadGrid, ModelFingerprint
 from hkvprof.models.architectures import Adapter, adapter_for, is_registered
 from hkvprof.models.fingerprint import fingerprint_of
+from hkvprof.models.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,11 @@ class ModelView:
 
 
 def view_model(model: Any) -> ModelView:
-    """Translate a transformers model. Raises ModelError, with the reason, for unsupported ones."""
+    """Translate a transformers model, or what wraps one (wrappers.unwrap).
+
+    Raises ModelError, with the reason, for unsupported ones.
+    """
+    model = unwrap(model)
     if not hasattr(model, "config") or not hasattr(model, "generate"):
         raise ModelError(
             f"expected a transformers generation model, found {type(model).__name__}: load it with "

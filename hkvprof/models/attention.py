@@ -8,14 +8,16 @@ adds names to transformers' tables when a model is first hooked; importing chang
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hkvprof.errors import ModelError, UsageError
+from hkvprof.models.wrappers import unwrap
 
 _HOOK = "_hkvprof_hook"
 _PREFIX = "hkvprof_"
@@ -52,6 +54,27 @@ class AttentionHook(Protocol):
         ...
 
 
+Guard = Callable[[nn.Module], None]
+_GUARDS: weakref.WeakKeyDictionary[nn.Module, Guard] = weakref.WeakKeyDictionary()
+"""Attention modules of applied models, and whom to ask before one computes without our cache."""
+
+
+@contextmanager
+def guarded(modules: Iterable[nn.Module], guard: Guard) -> Iterator[None]:
+    """Within: `guard` is called with any of `modules` that attends to keys that are not marked.
+
+    The attention function is reached on every path into a model, so that nothing goes round it.
+    """
+    modules = tuple(modules)
+    for module in modules:
+        _GUARDS[module] = guard
+    try:
+        yield
+    finally:
+        for module in modules:
+            _GUARDS.pop(module, None)
+
+
 def mark(key: Tensor, hook: AttentionHook) -> Tensor:
     """Attach `hook` to the keys that a cache layer returns.
 
@@ -78,6 +101,7 @@ def hook_attention(model: Any) -> Callable[[], None]:
     Raises ModelError for other implementations than SDPA (flash attention looks its kernel up under
     the implementation's name), UsageError for a model that is hooked already.
     """
+    model = unwrap(model)
     text_config = model.config.get_text_config(decoder=True)
     current = text_config._attn_implementation
     if str(current).startswith(_PREFIX):
@@ -102,6 +126,20 @@ def hook_attention(model: Any) -> Callable[[], None]:
         _set_decoder_attention(model, text_config, current)
 
     return restore
+
+
+def is_hooked(model: Any) -> bool:
+    """Whether the decoder's attention of `model` goes through the function registered here."""
+    text_config = model.config.get_text_config(decoder=True)
+    return str(text_config._attn_implementation).startswith(_PREFIX)
+
+
+def unhook_copy(model: Any) -> None:
+    """Give a copy of a hooked model the attention that the original had before."""
+    text_config = model.config.get_text_config(decoder=True)
+    current = str(text_config._attn_implementation)
+    if current.startswith(_PREFIX):
+        _set_decoder_attention(model, text_config, current.removeprefix(_PREFIX))
 
 
 def _set_decoder_attention(model: Any, text_config: Any, name: str) -> None:
@@ -146,12 +184,15 @@ def _dispatcher(base: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[
             return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
         if hook is None:
+            if (guard := _GUARDS.get(module)) is not None:
+                guard(module)
             return dense()
         refuse_features(kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return hook.attend(AttentionCall(module, query, key, value, attention_mask, scale, dense))
 
-    return attention
+    # torch.compile does not trace into caches: what it compiles around this call stays compiled.
+    return torch.compiler.disable(attention)
 
 
 def refuse_features(kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Names of transformers' arguments and results that releases have changed, asked of the code itself.
+"""Names of transformers' arguments and results that releases have changed, asked of the code.
 
 Since 5.24 `forward` and `generate` call the cache `cache`; before, `past_key_values`. Which one a
-model takes is read from its signature, not from the release: a class of a user's own may lag behind.
+model takes is read from its signature, not from the release: a class of one's own may lag behind.
 """
 
 from __future__ import annotations

@@ -1,15 +1,21 @@
-"""Options of a model's forward pass that not every architecture has."""
+"""Calls of a model's `forward` and `generate`: arguments by name, however they were given."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from hkvprof.errors import UsageError
+from hkvprof.models.calls import NAMES, cache_keyword
+from hkvprof.models.wrappers import unwrap
 
 
 def rope_holder(model: Any) -> Any:
     """The module on which Qwen-VL models keep a conversation's M-RoPE offset (`rope_deltas`);
     None for other models."""
-    inner = getattr(model, "model", None)
+    inner = getattr(unwrap(model), "model", None)
     return inner if hasattr(inner, "rope_deltas") else None
 
 
@@ -18,5 +24,75 @@ def last_row_only(model: Any) -> dict[str, Any]:
 
     At 3,000 tokens and a vocabulary of 49,152 the other rows are 590 MB of float32 for nothing.
     """
-    supported = "logits_to_keep" in inspect.signature(model.forward).parameters
+    supported = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
     return {"logits_to_keep": 1} if supported else {}
+
+
+class Signature:
+    """The parameters of a `forward` or `generate`, read once.
+
+    `keyword` is the cache's name; `generate` takes it among its keywords, under the name that the
+    model's `forward` has for it.
+    """
+
+    def __init__(self, call: Callable[..., Any], keyword: str | None = None) -> None:
+        parameters = inspect.signature(call).parameters.values()
+        simple = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.positional = tuple(p.name for p in parameters if p.kind in simple)
+        self.named = frozenset(self.positional) | {
+            p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        self.keyword = keyword or cache_keyword(call)
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call with these arguments."""
+        return Call(self, list(args), dict(kwargs))
+
+
+@dataclass
+class Call:
+    """Arguments of one call, given by position or by keyword."""
+
+    signature: Signature
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """An argument; None where it was not given."""
+        place = self._place(name)
+        return self.kwargs.get(name) if place is None else self.args[place]
+
+    def set(self, name: str, value: Any) -> None:
+        """Give an argument, where it was given before if it was."""
+        place = self._place(name)
+        if place is None:
+            self.kwargs[name] = value
+        else:
+            self.args[place] = value
+
+    @property
+    def cache(self) -> Any:
+        """The cache, under either of its names. Raises UsageError for two different ones."""
+        given = [c for c in (self.get(name) for name in NAMES) if c is not None]
+        if len(given) == 2 and given[0] is not given[1]:
+            raise UsageError(
+                f"two caches were given, as {NAMES[0]} and as {NAMES[1]}: give the one that is "
+                f"meant, as {self.signature.keyword}"
+            )
+        return given[0] if given else None
+
+    def set_cache(self, cache: Any) -> None:
+        """Give a cache where there was none: under the name that this release takes."""
+        for name in NAMES:
+            if name != self.signature.keyword and self.kwargs.get(name, self) is None:
+                del self.kwargs[name]
+        self.set(self.signature.keyword, cache)
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Keywords that the signature does not name."""
+        return {k: v for k, v in self.kwargs.items() if k not in self.signature.named}
+
+    def _place(self, name: str) -> int | None:
+        names = self.signature.positional[: len(self.args)]
+        return names.index(name) if name in names else None

@@ -14,6 +14,7 @@ from hkvprof.heads import HeadGrid
 from hkvprof.runtime import kernels
 from hkvprof.runtime.layer import CompressedLayer, row_list
 from hkvprof.runtime.monitor import Watch, WatchedLayer
+from hkvprof.runtime.passes import Owner, require_pass
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.receipt import LayerAccount, Meter, Receipt
@@ -57,8 +58,10 @@ class CompressedCache(DynamicCache):
         text_config: Any,
         prompt_tokens: int | None = None,
         watch: Watch | None = None,
+        owner: Owner | None = None,
     ) -> None:
         super().__init__(config=text_config)
+        self.owner = owner
         self.conversation = Conversation(
             planner, grid, layer_ids, prompt_tokens, watched=watch is not None
         )
@@ -73,6 +76,17 @@ class CompressedCache(DynamicCache):
         replaced: dict[int, CacheLayerMixin] = dict(zip(layer_ids, self.covered, strict=True))
         count = max(len(self.layers), max(layer_ids) + 1)
         self.layers = [replaced.get(i) or self.layers[i] for i in range(count)]
+
+    @torch.compiler.disable  # keeps books in Python: what is compiled around it stays compiled
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take a layer's new tokens, [rows, kv_heads, new, dim].
+
+        Raises CompressionError outside of a pass of the model that this cache was made for.
+        """
+        require_pass(self.owner, self.conversation)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def books(self) -> Books:

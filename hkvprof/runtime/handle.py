@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import nn
-
 from hkvprof.artifact import Profile, load_profile
-from hkvprof.errors import BudgetError, CompressionError, ModelError, ProfileError, UsageError
+from hkvprof.errors import BudgetError, CompressionError, ProfileError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.approval import require_approval
-from hkvprof.models.attention import hook_attention, refuse_features
-from hkvprof.models.forward import rope_holder
+from hkvprof.models.wrappers import unwrap
 from hkvprof.policy.budget import Budget
-from hkvprof.runtime.cache import Books, CompressedCache
-from hkvprof.runtime.monitor import Monitor
+from hkvprof.runtime.binding import HANDLE, Binding
+from hkvprof.runtime.cache import CompressedCache
 from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prefetch import queues_for
 from hkvprof.runtime.receipt import Receipt
-
-_HANDLE = "_hkvprof_handle"
 
 
 def apply(
@@ -43,6 +36,9 @@ def apply(
     monitor: float = 0.0,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
+
+    `model` may be wrapped: by torch.compile, peft, DDP or a pipeline; the transformers model inside
+    is what the profile is applied to.
 
     `budget` is the all-in share of dense K/V bytes to keep (0.10), a number of tokens per head
     (4096), or bytes ("2GiB"); default: the profile's own. Prompts shorter than `min_tokens` stay
@@ -67,10 +63,11 @@ def apply(
     """
     if isinstance(profile, (str, Path)):
         profile = load_profile(profile)
+    model = unwrap(model)
     view = view_model(model)
     require_approval(view)
     check_fingerprint(profile, view)
-    if getattr(model, _HANDLE, None) is not None:
+    if vars(model).get(HANDLE) is not None:
         raise UsageError("this model already has a profile applied: call handle.detach() first")
     if decode_compression and compress_every == 0:
         raise UsageError(
@@ -123,54 +120,43 @@ def check_fingerprint(profile: Profile, view: ModelView) -> None:
 
 
 class Handle:
-    """An applied profile. Use as a context manager, or call `detach()` when done."""
+    """An applied profile. Use as a context manager, or call `detach()` when done.
+
+    `model` is the transformers model inside of what `apply` was given.
+    """
 
     def __init__(self, model: Any, view: ModelView, planner: Planner) -> None:
         self.model = model
         self.profile = planner.profile
         self.strict = planner.options.strict
-        self._view = view
-        self._planner = planner
-        self._books: Books | None = None
-        self._monitor = Monitor.of(planner, view.layer_ids)
-        self._restore = hook_attention(model)
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
-        model.generate = _generate_with_cache(model.generate, self)
-        setattr(model, _HANDLE, self)
+        self._binding = Binding(self, view, planner)
 
     def new_cache(self, prompt_tokens: int | None = None) -> CompressedCache:
-        """A cache for one's own forward loop: `model(input_ids=..., past_key_values=cache)`.
+        """A cache for one's own forward loop: `model(input_ids=..., past_key_values=cache)`, or
+        `cache=cache` from transformers 5.24 on.
 
         The prompt is compressed when `prompt_tokens` positions (padding included) have been seen,
         in however many passes; without that number, at the end of the first pass of several tokens.
         """
-        self._require_attached()
-        view = self._view
-        cache = CompressedCache(
-            self._planner, view.grid, view.layer_ids, view.text_config, prompt_tokens,
-            None if self._monitor is None else self._monitor.watch(),
-        )  # fmt: skip
-        self._books = cache.books
+        cache = self._binding.new_cache(prompt_tokens)
+        self._binding.books = cache.books
         return cache
 
     def receipt(self) -> Receipt:
-        """The account of the latest cache that this handle made; it outlives the cache."""
-        if self._books is None:
+        """The account of the latest request; it outlives the request's cache.
+
+        Where a request ran without a compressed cache, its receipt says why.
+        """
+        if self._binding.books is None:
             raise CompressionError("nothing has been generated yet: there is no receipt")
-        return self._books.receipt()
+        return self._binding.books.receipt()
 
     def detach(self) -> None:
-        """Give the model back as it was; harmless when called twice."""
-        if getattr(self.model, _HANDLE, None) is not self:
-            return
-        for hook in self._hooks:
-            hook.remove()
-        del self.model.generate
-        delattr(self.model, _HANDLE)
-        self._restore()
+        """Give the model back as it was, when no pass is running; harmless when called twice.
+
+        Caches made under this handle can be used no more. Raises UsageError within a pass.
+        """
+        self._binding.release()
 
     def __enter__(self) -> Handle:
         return self
@@ -183,81 +169,9 @@ class Handle:
     ) -> None:
         self.detach()
 
-    def _require_attached(self) -> None:
-        if getattr(self.model, _HANDLE, None) is not self:
-            raise UsageError("this handle is detached: call hkvprof.runtime.apply again")
-
-    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        refuse_features({"output_attentions": kwargs.get("output_attentions")})
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            if module.training or kwargs.get("use_cache") is False:
-                return None
-            cache = kwargs["past_key_values"] = self.new_cache()
-        if not isinstance(cache, CompressedCache):
-            self._foreign_cache(cache)
-            return None
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        cache.conversation.see_ids(ids, cache.get_seq_length())
-        self._exchange_rope_deltas(cache)
-        return args, kwargs
-
-    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, CompressedCache):
-            holder = rope_holder(self.model)
-            if holder is not None:
-                cache.conversation.rope_deltas = holder.rope_deltas
-            if self.strict:
-                cache.check_compressed()
-
-    def _foreign_cache(self, cache: Any) -> None:
-        if self.strict:
-            raise CompressionError(
-                f"expected a cache made by hkvprof, found {type(cache).__name__}, which would "
-                "not be compressed: leave past_key_values out, pass handle.new_cache(), or apply "
-                "with strict=False"
-            )
-
-    def _exchange_rope_deltas(self, cache: CompressedCache) -> None:
-        """Qwen-VL keeps a conversation's M-RoPE offset on the model: put this cache's own there."""
-        holder = rope_holder(self.model)
-        if holder is not None and cache.get_seq_length() > 0:
-            holder.rope_deltas = cache.conversation.rope_deltas
-
-
-def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Positions of the prompt that `generate` was given, where it was given one."""
-    for name in ("inputs_embeds", "input_ids", "inputs"):
-        if kwargs.get(name) is not None:
-            return int(kwargs[name].shape[1])
-    return int(args[0].shape[1]) if args and args[0] is not None else None
-
-
-def _generate_with_cache(generate: Callable[..., Any], handle: Handle) -> Callable[..., Any]:
-    """`generate` that brings its own compressed cache unless it was given one."""
-
-    @functools.wraps(generate)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config")
-        kind = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
-        if kind not in (None, "dynamic"):
-            raise ModelError(
-                f"cache_implementation={kind!r} cannot be combined with hkvprof, which brings its "
-                "own cache: leave it out, or detach first"
-            )
-        cache = kwargs.get("past_key_values")
-        if (
-            cache is None
-            and kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
-        ):
-            kwargs["past_key_values"] = handle.new_cache(_prompt_length(args, kwargs))
-        elif isinstance(cache, CompressedCache):
-            if cache.get_seq_length() == 0:
-                cache.conversation.goal = _prompt_length(args, kwargs)
-            handle._exchange_rope_deltas(cache)
-        elif cache is not None:
-            handle._foreign_cache(cache)
-        return generate(*args, **kwargs)
-
-    return wrapped
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise UsageError: neither copies nor files hold an applied profile."""
+        raise UsageError(
+            "a handle cannot be copied or saved: copies of its model come without the profile; "
+            "apply it to them"
+        )
