@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import hkvprof
 import hkvprof.runtime
+from hkvprof.testbed.generator import make_sample
 
 
 def random_llama(layers: int = 3, seed: int = 0, **options: Any) -> LlamaForCausalLM:
@@ -51,3 +53,11 @@ def left_padded(lengths: list[int], seed: int = 1) -> tuple[Tensor, Tensor]:
 
 apply = functools.partial(hkvprof.runtime.apply, min_tokens=64)
 """Most tests work on prompts that are shorter than what pays in practice."""
+
+
+def tiny_prompts(images: tuple[int, ...]) -> tuple[Any, list[dict[str, Tensor]]]:
+    """tinyvl in float32, and a look-up prompt for each number of images."""
+    model, processor = hkvprof.load_model("tinyvl", dtype="float32")
+    samples = [make_sample("list", i, images=n, split="calibration") for i, n in enumerate(images)]
+    encoded = [processor.encode([sample.messages]) for sample in samples]
+    return model, [one.to(model.device, model.dtype) for one in encoded]

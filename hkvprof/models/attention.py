@@ -134,12 +134,12 @@ def is_hooked(model: Any) -> bool:
     return str(text_config._attn_implementation).startswith(_PREFIX)
 
 
-def unhook_copy(model: Any) -> None:
-    """Give a copy of a hooked model the attention that the original had before."""
-    text_config = model.config.get_text_config(decoder=True)
+def unhook_config(config: Any) -> None:
+    """Give the config of a copy of a hooked model the attention that the original had before."""
+    text_config = config.get_text_config(decoder=True)
     current = str(text_config._attn_implementation)
     if current.startswith(_PREFIX):
-        _set_decoder_attention(model, text_config, current.removeprefix(_PREFIX))
+        text_config._attn_implementation = current.removeprefix(_PREFIX)
 
 
 def _set_decoder_attention(model: Any, text_config: Any, name: str) -> None:

@@ -29,7 +29,7 @@ def unwrap(model: Any) -> Any:
 
     A model without a wrapper is returned as it is. Wrappers are known by the names of their
     classes, so that none of their packages is needed. Raises ModelError for wrappers under which
-    compression would be wrong: DataParallel, and prompt learning of peft, which fills a cache itself.
+    compression would be wrong: DataParallel, and peft's prompt learning, which fills caches itself.
     """
     for _ in range(_DEEPEST):
         name = _inner_name(model)

@@ -12,15 +12,9 @@ from torch import nn
 
 from hkvprof.errors import CompressionError, HkvWarning, ModelError, UsageError
 from hkvprof.models.adapter import ModelView
-from hkvprof.models.attention import (
-    guarded,
-    hook_attention,
-    is_hooked,
-    refuse_features,
-    unhook_copy,
-)
+from hkvprof.models.attention import guarded, hook_attention, is_hooked, refuse_features
 from hkvprof.models.forward import Call, Signature, rope_holder
-from hkvprof.models.overrides import Overrides, copy_plain
+from hkvprof.models.overrides import Overrides
 from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.monitor import Monitor
 from hkvprof.runtime.passes import Owner, current_pass
@@ -69,11 +63,7 @@ class Binding:
         self._hooks.enter_context(guarded(self._view.attention, self._unmarked))
         methods = {"forward": self._on_forward, "generate": self._on_generate}
         methods |= {name: _refuse_batching for name in _BATCHING if hasattr(self.model, name)}
-        overrides = Overrides(self.model, methods)
-        self._hooks.callback(overrides.restore)
-        own = {HANDLE: handle, **_copying(self.model, overrides)}
-        vars(self.model).update(own)
-        self._hooks.callback(lambda: [vars(self.model).pop(name) for name in own])
+        self._hooks.callback(Overrides(self.model, methods, {HANDLE: handle}).restore)
 
     def release(self) -> None:
         """Give the model back as it was, when no pass runs."""
@@ -254,7 +244,8 @@ class Binding:
             self._has_warned = True
             warnings.warn(
                 "use_cache is false (in the call, the generation_config or the checkpoint's "
-                "config): generate() uses no cache at all, and nothing is compressed; pass use_cache=True",
+                "config): generate() uses no cache at all, and nothing is compressed; pass "
+                "use_cache=True",
                 HkvWarning,
                 stacklevel=5,
             )
@@ -265,36 +256,6 @@ class Binding:
                 "the model's attention implementation was changed while a profile is applied: "
                 "detach, change it, and apply again"
             )
-
-
-def _copying(model: Any, overrides: Overrides) -> dict[str, Any]:
-    """How a hooked model is copied: without its hooks and without the profile."""
-
-    def plain() -> dict[str, Any]:
-        state = overrides.without(vars(model))
-        return {k: v for k, v in state.items() if k not in (HANDLE, *own)}
-
-    def deepcopy(memo: dict[int, Any]) -> Any:
-        clone = copy_plain(model, plain(), memo)
-        unhook_copy(clone)
-        return clone
-
-    def reduce_ex(protocol: int) -> tuple[Any, ...]:
-        return _empty, (type(model),), plain(), None, None, _fill
-
-    own = {"__deepcopy__": deepcopy, "__reduce_ex__": reduce_ex}
-    return own
-
-
-def _empty(kind: type[Any]) -> Any:
-    """A model that a file holds, before its attributes are read."""
-    return kind.__new__(kind)
-
-
-def _fill(model: Any, state: dict[str, Any]) -> None:
-    """Its attributes; the attention is that of a model without a profile."""
-    model.__setstate__(state)
-    unhook_copy(model)
 
 
 def _refuse_batching(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

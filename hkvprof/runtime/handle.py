@@ -14,7 +14,7 @@ from hkvprof.models.approval import require_approval
 from hkvprof.models.wrappers import unwrap
 from hkvprof.policy.budget import Budget
 from hkvprof.runtime.binding import HANDLE, Binding
-from hkvprof.runtime.cache import CompressedCache
+from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prefetch import queues_for
@@ -147,9 +147,13 @@ class Handle:
 
         Where a request ran without a compressed cache, its receipt says why.
         """
-        if self._binding.books is None:
+        if self._books is None:
             raise CompressionError("nothing has been generated yet: there is no receipt")
-        return self._binding.books.receipt()
+        return self._books.receipt()
+
+    @property
+    def _books(self) -> Books | None:
+        return self._binding.books
 
     def detach(self) -> None:
         """Give the model back as it was, when no pass is running; harmless when called twice.
