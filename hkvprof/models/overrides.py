@@ -112,4 +112,4 @@ class _State:
 
 def _empty(kind: type[Any]) -> Any:
     """A model without attributes."""
-    return kind.__new__(kind)
+    return object.__new__(kind)
