@@ -24,6 +24,14 @@ from hkvprof.policy.sizes import UNITS, number_and_unit
 INFEASIBLE = np.float32(1e30)
 """Loss of a strategy whose fixed bytes alone exceed the ratio."""
 
+NEAR = 1e-4
+"""A ratio this little below a measured one, relatively, is taken for it.
+
+Measured ratios are float32: 0.2 among them is 0.2 + 3e-9, so that a budget of 0.2 buys it for all
+heads but the last, whose ratio is short by what the others are over. What fits at a measured ratio
+must therefore fit at this little less (planning.plan_anew).
+"""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -122,8 +130,9 @@ def allocate(
     `loss` is [strategies, layers, kv_heads, ratios] (INFEASIBLE where a strategy does not fit),
     `ratios` ascending and ending at 1, `floor` the least ratio any head may get; the part `even` of
     the budget, in [0, 1], is dealt evenly, and only the rest by loss. What `extra` says of a ratio
-    is added where a head chooses its strategy, not to the losses. Raises BudgetError when `share`
-    is below `floor`. Never exceeds `share`; ratios are monotone in it.
+    is added where a head chooses its strategy, not to the losses. Heads are judged at the very
+    ratios that they get. Raises BudgetError when `share` is below `floor`. Never exceeds `share`;
+    ratios are monotone in it.
     """
     strategies, layers, kv_heads, _ = loss.shape
     _check_share(share, floor)
@@ -131,9 +140,9 @@ def allocate(
     flat = loss.transpose(1, 2, 0, 3).reshape(heads, strategies, -1).astype(np.float64)
     grid = np.concatenate([[floor], ratios[ratios > floor]]).astype(np.float64)
     curves = _interpolate(np.log(ratios.astype(np.float64)), flat, np.log(grid))
-    ratio = _spend(curves.min(axis=1), grid, share, max(floor, even * share))
-    at_ratio = _losses_at(flat, ratios, ratio)
-    judged = at_ratio if extra is None else at_ratio + extra(ratio)
+    ratio = _round_down(_spend(curves.min(axis=1), grid, share, max(floor, even * share)))
+    at_ratio = _losses_at(flat, ratios, ratio.astype(np.float64))
+    judged = at_ratio if extra is None else at_ratio + extra(ratio.astype(np.float64))
     choice = np.where(at_ratio < INFEASIBLE, judged, np.inf).argmin(axis=1)
     least = np.take_along_axis(at_ratio, choice[:, None], axis=1)[:, 0]
     if float(least.max()) >= INFEASIBLE:
@@ -143,7 +152,7 @@ def allocate(
         )
     return Allocation(
         strategy=choice.astype(np.uint8).reshape(layers, kv_heads),
-        ratio=_round_down(ratio).reshape(layers, kv_heads),
+        ratio=ratio.reshape(layers, kv_heads),
         expected_loss=float(least.sum()),
         head_loss=least.reshape(layers, kv_heads),
     )
@@ -207,7 +216,8 @@ def _interpolate(
 ) -> NDArray[np.float64]:
     """Monotone curves at `wanted` abscissae; values [heads, strategies, known].
 
-    A point whose left neighbour is infeasible is infeasible too (never promise what may not fit).
+    A point whose left neighbour is infeasible is infeasible too (never promise what may not fit),
+    unless the right one is NEAR.
     """
     values = np.minimum.accumulate(values, axis=-1)
     right = np.clip(np.searchsorted(known, wanted, side="left"), 0, len(known) - 1)
@@ -218,10 +228,8 @@ def _interpolate(
     low, high = values[..., left], values[..., right]
     # Where part is 1 the left value must not enter at all: 1e30 + (x - 1e30) is 0, not x.
     blend = np.where(part >= 1, high, low + part * (high - low))
-    blocked = ~exact & (low >= INFEASIBLE)
-    below = wanted < known[0] - 1e-12
-    blend = np.where(blocked | (below & (high >= INFEASIBLE)), float(INFEASIBLE), blend)
-    return np.asarray(blend)
+    near = exact | (known[right] - wanted <= NEAR)
+    return np.where(low >= INFEASIBLE, np.where(near, high, float(INFEASIBLE)), blend)
 
 
 def _spend(

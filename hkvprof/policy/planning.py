@@ -11,6 +11,7 @@ from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.policy.budget import (
     INFEASIBLE,
+    NEAR,
     Allocation,
     allocate,
     losses_of,
@@ -72,7 +73,8 @@ def plan_anew(
     if floor < ratios[0]:
         ratios = np.concatenate([[np.float32(floor)], ratios])
         loss = np.concatenate([loss[..., :1], loss], axis=-1)
-    fits = np.array([[menu.fits(s, float(ratio)) for ratio in ratios] for s in menu.strategies])
+    least = ratios.astype(np.float64) * (1 - NEAR)
+    fits = np.array([[menu.fits(s, float(ratio)) for ratio in least] for s in menu.strategies])
     possible = np.where(fits[:, None, None, :], loss, INFEASIBLE)
     return allocate(possible, ratios, share, floor, rules.even, extra if extra.matters else None)
 

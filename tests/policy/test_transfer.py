@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hkvprof.errors import UsageError
@@ -63,7 +63,21 @@ def test_a_larger_weight_never_fetches_more(seed: int, share: float, a: float, b
     assert (more.head_loss >= less.head_loss - 1e-6).all()
 
 
+def own_loss(strategy: Strategy, curve: np.ndarray, ratio: float) -> float:
+    """Linear in log ratio from the first measured ratio at which the strategy fits; else infinite.
+
+    A ratio a ten-thousandth below a measured one counts as it, if only from there on it fits.
+    """
+    fits = np.array([strategy.index is None or MENU.fits(strategy, float(r)) for r in RATIOS])
+    if not fits.any() or ratio < RATIOS[fits][0] * (1 - 1e-4):
+        return np.inf
+    return float(np.interp(np.log(ratio), np.log(RATIOS[fits]), curve[fits]))
+
+
 @given(st.integers(0, 2**32), st.floats(0.05, 0.99), weights)
+@example(2**32, 0.2, 0.001)
+@example(2**32, float(np.float32(0.1)), 0.001)
+@example(0, 0.1, 100.0)
 @settings(max_examples=100, deadline=None)
 def test_every_head_takes_the_cheapest_strategy_at_its_ratio(
     seed: int, share: float, weight: float
@@ -73,16 +87,30 @@ def test_every_head_takes_the_cheapest_strategy_at_its_ratio(
     plan = plan_anew(MENU, loss, RATIOS, share, Rules(0.5, weight))
     for layer, head in np.ndindex(2, 3):
         ratio = float(plan.ratio[layer, head])
-        below = int(np.searchsorted(RATIOS, ratio * (1 + 1e-6), "right")) - 1
-        costs = []
-        for number, strategy in enumerate(STRATEGIES):
-            fits = strategy.head_type is HeadType.STATIC or (
-                below >= 0 and MENU.fits(strategy, float(RATIOS[below]))
-            )
-            own = np.interp(np.log(ratio), np.log(RATIOS), loss[number, layer, head])
-            cost = own + weight * fetched_share(MENU, strategy, ratio)
-            costs.append(cost if fits else np.inf)
+        costs = [
+            own_loss(strategy, loss[number, layer, head], ratio)
+            + weight * fetched_share(MENU, strategy, ratio)
+            for number, strategy in enumerate(STRATEGIES)
+        ]
         assert costs[plan.strategy[layer, head]] == pytest.approx(min(costs), rel=1e-4, abs=1e-5)
+
+
+@given(
+    st.integers(0, 2**32), st.sampled_from([0.1, 0.2, 0.5]), st.floats(0, 1), st.integers(1, 40)
+)
+@example(0, 0.2, 1.0, 1)
+@settings(max_examples=60, deadline=None)
+def test_a_budget_at_a_measured_ratio_loses_no_more_than_a_millionth_above(
+    seed: int, share: float, even: float, layers: int
+) -> None:
+    """0.2 is less than float32(0.2), and the sum over heads less by more; yet what fits at the
+    measured ratio fits there."""
+    loss = np.concatenate([curves(seed + i) for i in range(layers)], axis=1)
+    at, above = (plan_anew(MENU, loss, RATIOS, s, Rules(even)) for s in (share, share * (1 + 1e-6)))
+    assert at.expected_loss <= above.expected_loss * (1 + 1e-3)
+    assert at.ratio.astype(np.float64).mean() <= share + 1e-12
+    for number, ratio in zip(at.strategy.flat, at.ratio.flat, strict=True):
+        assert MENU.fits(STRATEGIES[number], float(ratio))
 
 
 @given(st.integers(0, 2**32), st.floats(0.05, 1))
