@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 JOBS ?= 2
+TESTS ?= tests
+EXAMPLES ?= 20000
 GPU_JSON ?= out/bench-gpu.json
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ PYTEST := -m pytest -n $(JOBS) --dist loadfile
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 bench-gpu test test-newest test-oldest style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 bench-gpu test test-newest test-oldest test-random test-order style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
@@ -26,6 +28,8 @@ help:
 	@echo "make test           style, types, and tests on the newest and the oldest transformers: what CI runs"
 	@echo "make test-newest    tests on the newest supported transformers (constraints.txt)"
 	@echo "make test-oldest    tests on the oldest one (constraints-oldest.txt)"
+	@echo "make test-random    properties on random examples, EXAMPLES=20000 of each of TESTS (hours); prints the seed"
+	@echo "make test-order     TESTS twice in random order, in one and in two processes; prints the seed"
 	@echo "make style          ruff check, ruff format --check"
 	@echo "make types          mypy"
 	@echo "make format         ruff format and ruff check --fix"
@@ -78,6 +82,18 @@ test-newest: $(STAMP)
 
 test-oldest: $(OLDEST_STAMP)
 	$(TEST_ENV) $(OLDEST)/bin/python $(PYTEST)
+
+# By hand: `make test-random TESTS=tests/policy EXAMPLES=1000`, and the same again with SEED=...
+test-random: $(STAMP)
+	seed=$${SEED:-$$(date +%s)}; echo "SEED=$$seed"; \
+	$(TEST_ENV) $(BIN)/python $(PYTEST) -m 'hypothesis and not slow and not gpu' --hypothesis-profile random \
+		--hypothesis-seed $$seed --examples $(EXAMPLES) $(TESTS) || { echo "failed with SEED=$$seed"; exit 1; }
+
+test-order: $(STAMP)
+	seed=$${SEED:-$$(date +%s)}; echo "SEED=$$seed"; \
+	{ $(TEST_ENV) $(BIN)/python -m pytest --shuffle $$seed $(TESTS) && \
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist load --shuffle $$((seed + 1)) $(TESTS); } \
+		|| { echo "failed with SEED=$$seed"; exit 1; }
 
 style: $(STAMP)
 	$(BIN)/ruff check .
