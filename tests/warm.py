@@ -63,7 +63,7 @@ class Warm:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.close()
-        self._server.wait(timeout=60)
+        self._server.wait(timeout=600)
         self._server.stdout.close()
 
 

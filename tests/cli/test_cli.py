@@ -298,7 +298,7 @@ def program(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     script = shutil.which("hkvprof", path=str(Path(sys.executable).parent))
     assert script, "hkvprof is not installed beside this Python"
     return subprocess.run(
-        [script, *arguments], capture_output=True, text=True, timeout=120, check=False, **options
+        [script, *arguments], capture_output=True, text=True, timeout=600, check=False, **options
     )
 
 
@@ -326,7 +326,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     try:
         script = shutil.which("hkvprof", path=str(Path(sys.executable).parent))
         result = subprocess.run(
-            [str(script), "models"], stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
+            [str(script), "models"], stdout=writer, stderr=subprocess.PIPE, timeout=600, check=False
         )
     finally:
         os.close(writer)

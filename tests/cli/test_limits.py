@@ -29,7 +29,7 @@ def limited(limit: str, folder: Path, *prefix: str) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*prefix, sys.executable, "-m", "tests.cli.limited", limit, str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))

@@ -169,7 +169,7 @@ def test_torchrun_itself(bed: Bed, whole: bytes, tmp_path: Path) -> None:
 
     def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*program, *arguments], capture_output=True, text=True, timeout=300, check=False,
+            [*program, *arguments], capture_output=True, text=True, timeout=600, check=False,
             cwd=ROOT, env=environment,
         )  # fmt: skip
 

@@ -255,7 +255,7 @@ def test_the_command_line_knows_the_model(folder: Path, task_folder: Path) -> No
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert run.returncode
     assert "UsageError: --model hkvprof knows no argument 'buget'" in run.stderr

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
+import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -196,14 +198,23 @@ def test_plans_for_nothing_are_refused() -> None:
         profile.plan(0.2, 3)
 
 
-def test_planning_takes_milliseconds() -> None:
-    """28 x 4 heads, 6 strategies, 14 ratios: at most 20 ms of this thread's own time."""
+def calls(action: Callable[[], object]) -> int:
+    """How many functions are called: what takes time, whatever the machine."""
+    counts = Counter[str]()
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: counts.update((event,)))
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return counts["call"] + counts["c_call"]
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.2, 0.5])
+def test_planning_takes_milliseconds(budget: float) -> None:
+    """28 x 4 heads, 6 strategies, 14 ratios, at any length of the prompt."""
     profile = many_curves(3)
     margin = np.full_like(profile.loss[:, 0], 0.01)
     profile = replace(profile, static_margin=margin, rules=Rules(0.5, 0.1))
-    seconds = []
-    for budget in (0.05, 0.1, 0.2, 0.5) * 5:
-        began = time.thread_time()
-        profile.plan(budget, 32768)
-        seconds.append(time.thread_time() - began)
-    assert min(seconds) <= 0.020
+    assert 10_000 < calls(lambda: profile.plan(budget, 32768)) < 30_000
+    assert calls(lambda: profile.plan(budget, 10**7)) < 30_000

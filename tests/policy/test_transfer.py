@@ -95,9 +95,7 @@ def test_every_head_takes_the_cheapest_strategy_at_its_ratio(
         assert costs[plan.strategy[layer, head]] == pytest.approx(min(costs), rel=1e-4, abs=1e-5)
 
 
-@given(
-    st.integers(0, 2**32), st.sampled_from([0.1, 0.2, 0.5]), st.floats(0, 1), st.integers(1, 40)
-)
+@given(st.integers(0, 2**32), st.sampled_from([0.1, 0.2, 0.5]), st.floats(0, 1), st.integers(1, 40))
 @example(0, 0.2, 1.0, 1)
 @settings(max_examples=60, deadline=None)
 def test_a_budget_at_a_measured_ratio_loses_no_more_than_a_millionth_above(

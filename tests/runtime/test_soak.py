@@ -16,7 +16,7 @@ CALLS = 30
 
 
 def alive() -> tuple[int, int, int]:
-    """Live tensors, caches, handles."""
+    """Live tensors, caches, handles; other tests may have left some."""
     gc.collect()
     kinds = [type(one) for one in gc.get_objects()]
     return (
@@ -27,6 +27,7 @@ def alive() -> tuple[int, int, int]:
 
 
 def test_thirty_mixed_requests_leave_nothing_behind() -> None:
+    first = alive()
     model = random_llama()
     profiles = [uniform_profile(model, kind, chunk=4) for kind in ("static", "dynamic")]
 
@@ -46,6 +47,6 @@ def test_thirty_mixed_requests_leave_nothing_behind() -> None:
     before = alive()
     said += [request(number) for number in range(6, CALLS)]
     assert alive() == before
-    assert before[1:] == (0, 0), "caches and handles outlive their requests"
+    assert before[1:] == first[1:], "caches and handles outlive their requests"
     assert 0 < said.count("refused") < CALLS / 2
     assert said[:6] == [request(number) for number in range(6)]

@@ -36,7 +36,7 @@ def together(action: Callable[[int], Any], count: int = THREADS) -> list[Any]:
     ready = threading.Barrier(count)
 
     def begin(number: int) -> Any:
-        ready.wait(timeout=60)
+        ready.wait(timeout=600)
         return action(number)
 
     with ThreadPoolExecutor(count) as pool:

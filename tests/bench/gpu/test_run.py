@@ -259,7 +259,7 @@ def test_a_bare_machine_can_run_it(tmp_path: Path) -> None:
         "--prefill 64 --steps 2 --rounds 1 --dtype float32 --json"  # fmt: skip
     made = subprocess.run(
         [sys.executable, "-S", "-I", "-c", code, *arguments.split(), str(tmp_path / "made.json")],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False,
+        capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr[-2000:]
     cells = json.loads((tmp_path / "made.json").read_text())["cells"]
