@@ -117,8 +117,8 @@ def _weights_digest(model: Any, layers: tuple[nn.Module, ...]) -> str:
             digest.update(_asked(layer))
             continue
         for name, parameter in layer.named_parameters(recurse=False):
-            if parameter.ndim != 2:
-                continue
+            if parameter.ndim != 2 or (name != "weight" and hasattr(layer, "in_features")):
+                continue  # quantised layers keep their scales beside the weight they unpacked
             weight = whole_weight(layer, name)
             if weight.device.type == "meta":
                 return ""
