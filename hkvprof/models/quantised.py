@@ -73,7 +73,7 @@ def is_converted(config: Any, name: str) -> bool:
 def _settings(config: Any) -> dict[str, Any]:
     """The quantisation settings of a model's config as a dict; empty without."""
     said = getattr(config, "quantization_config", None)
-    if said is None:
+    if not said:
         return {}
     data = dict(said) if isinstance(said, Mapping) else dict(vars(said))
     inner = data.get("quantization_config")  # compressed-tensors keeps what the file says inside
@@ -87,7 +87,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _name(said: dict[str, Any]) -> str:
-    method = said["quant_method"] or "an unnamed method"
+    method = said["quant_method"] or "unnamed"
     if method.startswith("bitsandbytes"):
         return f"bitsandbytes-{4 if said.get('load_in_4bit') else 8}bit"
     detail: Any = ""
