@@ -1,7 +1,8 @@
 """Architectures that no adapter lists, and quantised weights of kinds that were not tested, must
 have passed the doctor before they are used.
 
-A record is a small JSON file per architecture, quantisation, config and versions in the user's cache folder.
+A record is a small JSON file per architecture, quantisation, config and versions in the user's
+cache folder.
 """
 
 from __future__ import annotations

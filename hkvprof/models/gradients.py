@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hkvprof.errors import ModelError
 from hkvprof.models.tuners import base_layer, is_tuner
-from hkvprof.models.weights import effective_weight, is_opaque, passes_gradients
+from hkvprof.models.weights import effective_weight, is_opaque, passes_gradients, rounds_inputs
 
 _OWN = ("torch", "transformers")
 
@@ -54,10 +54,15 @@ def require_gradients(model: nn.Module) -> None:
         pass
 
 
+def rounds_activations(model: nn.Module) -> bool:
+    """Whether a kind of linear layer of `model` computes with rounded activations (int8, FP8)."""
+    return any(rounds_inputs(layers[0]) for layers in _kinds(model))
+
+
 def _pass(layer: nn.Module, given: tuple[Any, ...], answer: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or not given or not given[0].requires_grad:
         return answer
-    return _OfWeights.apply(given[0], answer.detach(), layer)  # type: ignore[no-untyped-call]
+    return _OfWeights.apply(given[0], answer.detach(), layer)
 
 
 class _OfWeights(torch.autograd.Function):
@@ -69,7 +74,7 @@ class _OfWeights(torch.autograd.Function):
         return answer.view_as(answer)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         return (slope @ effective_weight(ctx.layer).to(slope.dtype)).to(ctx.dtype), None, None
 
 

@@ -53,7 +53,7 @@ def outline(model: Any, dtype: str = "auto") -> Outline:
 
 
 def _weight_bytes(model: Any, itemsize: int) -> int:
-    """Bytes of all weights, the linear layers as packed as the checkpoint's config says; the head is
+    """Bytes of all weights, linear layers as packed as the checkpoint's config says; the head is
     never packed."""
     head = model.get_output_embeddings()
     sizes: dict[int, float] = {}

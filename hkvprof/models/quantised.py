@@ -31,7 +31,8 @@ def quantisation_of(model: Any, layers: Iterable[nn.Module]) -> str:
 
 
 def untested(quantisation: str, layers: Iterable[nn.Module]) -> str:
-    """The name of a method that no test has run on these linear layers of the attention; else ""."""
+    """The name of a method that no test has run, if these layers of the attention are packed by it;
+    else ""."""
     packed = [layer for layer in map(base_layer, layers) if is_opaque(layer)]
     if not packed:
         return ""

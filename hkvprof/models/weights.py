@@ -32,7 +32,7 @@ def is_opaque(layer: nn.Module) -> bool:
     packed, in a tensor class of a library, or in eight bits."""
     if not hasattr(layer, "in_features"):
         return False
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
     return not (plain and weight.ndim == 2 and weight.dtype in _FLOATS)
 
@@ -102,6 +102,20 @@ def passes_gradients(layer: nn.Module) -> bool:
     expected = moved[:-1] - moved[-1]
     found = steps[:-1].to(device) @ slope[0].float()
     return bool((found - expected).norm() <= 0.2 * expected.norm())
+
+
+def rounds_inputs(layer: nn.Module) -> bool:
+    """Whether a linear layer rounds what it is given, beyond its own dtype: then its answers jump."""
+    base = base_layer(layer)
+    dtype, device = _computes_in(base)
+    given = torch.randn(16, int(base.in_features), generator=torch.Generator().manual_seed(0))
+    given = given.to(device, dtype)
+    expected = given.double() @ effective_weight(layer).double().T
+    with torch.no_grad(), _answering(layer) as ready:
+        found = ready(given).double()
+    return bool(
+        (found - expected).norm() > max(1.5 * torch.finfo(dtype).eps, 1e-4) * expected.norm()
+    )
 
 
 def _computes_in(base: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -17,7 +17,7 @@ from hkvprof.artifact import Profile
 from hkvprof.doctor.examine import examine
 from hkvprof.errors import ModelError, ProfileError
 from hkvprof.models.adapter import view_model
-from hkvprof.models.gradients import passing_gradients, require_gradients
+from hkvprof.models.gradients import passing_gradients, require_gradients, rounds_activations
 from hkvprof.models.load import _empty_model
 from hkvprof.models.outline import outline
 from hkvprof.models.quantised import quantisation_of, untested
@@ -70,7 +70,10 @@ def measured(model: Any, recipe: str = "measured") -> Profile:
         ({"quant_method": "awq", "bits": 4}, "awq-4bit"),
         ({"quant_method": "quanto", "weights": "int8"}, "quanto-int8"),
         (
-            {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+            {
+                "quant_method": "torchao",
+                "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}},
+            },
             "torchao-Int8WeightOnly",
         ),
         (
@@ -168,6 +171,16 @@ def test_layers_that_are_not_linear_are_refused_by_name() -> None:
     assert measured(model, recipe="paper").recipe == "paper", "it reads prompts alone"
 
 
+def test_rounded_activations_are_found_and_their_logits_not_compared() -> None:
+    assert not rounds_activations(packed())
+    assert not rounds_activations(packed().to(torch.bfloat16))
+    assert not rounds_activations(build_covered("qwen2"))
+    model = packed(RoundingLinear)
+    assert rounds_activations(model)
+    (outcome,) = examine(model, only=["masked-logits"]).outcomes
+    assert (outcome.status.value, "not compared" in outcome.detail) == ("passed", True)
+
+
 def test_plain_models_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hkvprof.models.gradients.passes_gradients", None)
     require_gradients(build_covered("qwen2"))
@@ -242,7 +255,10 @@ def test_quantised_caches_are_refused() -> None:
         ({"quant_method": "fp8", "dequantize": True}, 16),
         ({"quant_method": "torchao", "quant_type": "Int4WeightOnlyConfig"}, 4),
         (
-            {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 4}}}},
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {"num_bits": 4}}},
+            },
             4,
         ),
         ({"quant_method": "something"}, 16),

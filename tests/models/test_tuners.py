@@ -79,7 +79,7 @@ def test_merged_adapters_are_told_from_unmerged_ones() -> None:
     merged = fingerprint(model)
     assert merged.adapters == ("default (merged)",)
     assert merged.weights_digest != running.weights_digest
-    plain = fingerprint(model.merge_and_unload())
+    plain = fingerprint(adapted().merge_and_unload())
     assert plain.adapters == ()
     assert plain.weights_digest == merged.weights_digest, "the same weights"
     assert merged.remarks(plain) == []
