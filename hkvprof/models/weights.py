@@ -105,7 +105,7 @@ def passes_gradients(layer: nn.Module) -> bool:
 
 
 def rounds_inputs(layer: nn.Module) -> bool:
-    """Whether a linear layer rounds what it is given, beyond its own dtype: then its answers jump."""
+    """Whether a linear layer rounds what it is given, beyond its own dtype: its answers jump."""
     base = base_layer(layer)
     dtype, device = _computes_in(base)
     given = torch.randn(16, int(base.in_features), generator=torch.Generator().manual_seed(0))
