@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 
 from hkvprof.certificate import recorded
 from hkvprof.errors import ProfileError
-from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.heads import MOST_ADAPTERS, HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 
 MAX_RATIOS = 1024
 _LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
 MOST_LENGTHS, MOST_TOKENS = 16, 2**40
+_FINGERPRINT_TEXTS = (
+    "architecture", "config_hash", "weights_digest", "hub_id", "commit", "quantisation",
+)  # fmt: skip
 _RECIPES = ("paper", "measured", "uniform")
 _INDEXES = ("mean", "minmax", "projected")
 
@@ -101,10 +104,14 @@ def _check_grid(grid: HeadGrid) -> None:
 
 def _check_fingerprint(fingerprint: ModelFingerprint) -> None:
     """Raise ProfileError unless every field has its kind."""
-    for name in ("architecture", "config_hash", "weights_digest", "hub_id", "commit"):
-        value = getattr(fingerprint, name)
+    for name in _FINGERPRINT_TEXTS:
         message = f"fingerprint.{name} must be a string of at most 1024 printable characters"
-        require(isinstance(value, str) and len(value) <= 1024 and value.isprintable(), message)
+        require(_is_text(getattr(fingerprint, name)), message)
+    require(
+        len(fingerprint.adapters) <= MOST_ADAPTERS and all(map(_is_text, fingerprint.adapters)),
+        f"fingerprint.adapters must be at most {MOST_ADAPTERS} strings of at most 1024 printable "
+        "characters",
+    )
     for name in ("rope", "vision"):
         message = f"fingerprint.{name} must be an object"
         require(isinstance(getattr(fingerprint, name), dict), message)
@@ -295,6 +302,10 @@ def _last(array: NDArray[Any], dimensions: int) -> int:
 
 def _is_int(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 1024 and value.isprintable()
 
 
 def _is_number(value: object) -> bool:

@@ -49,13 +49,21 @@ class HeadGrid:
         return 2 * self.total * self.head_dim * itemsize
 
 
+MOST_ADAPTERS = 64
+"""Names of adapters that a fingerprint holds."""
+_OTHER_WEIGHTS = (
+    "calibrated on other weights of this architecture (a fine-tune, or another checkpoint)"
+)
+
+
 @dataclass(frozen=True)
 class ModelFingerprint:
     """Identity of a model in three tiers.
 
     `grid`, `architecture`, `rope` and `vision` must match; a differing `config_hash` only warns;
     the rest is provenance. `weights_digest` is a sampled digest of the query, key and value
-    projections that tells a fine-tune from its base.
+    projections that tells a fine-tune from its base. `quantisation` names how the weights are
+    stored ("bitsandbytes-4bit"), `adapters` those that shape the model's answers, by name.
     """
 
     architecture: str
@@ -66,15 +74,25 @@ class ModelFingerprint:
     weights_digest: str = ""
     hub_id: str = ""
     commit: str = ""
+    quantisation: str = ""
+    adapters: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict; the inverse of `from_json`."""
-        return asdict(self)
+        """A JSON-ready dict; the inverse of `from_json`. `quantisation` and `adapters` are left out
+        where there are none."""
+        data = asdict(self)
+        for name in ("quantisation", "adapters"):
+            if not data[name]:
+                del data[name]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelFingerprint:
         """Build from the dict that `to_json` made. Raises KeyError or TypeError on wrong data."""
-        return cls(**{**data, "grid": HeadGrid(**data["grid"])})
+        adapters = data.get("adapters", ())
+        if not isinstance(adapters, list | tuple):
+            raise TypeError(f"adapters must be a list, found {type(adapters).__name__}")
+        return cls(**{**data, "grid": HeadGrid(**data["grid"]), "adapters": tuple(adapters)})
 
     def mismatches(self, other: ModelFingerprint) -> list[str]:
         """The fields that must match and do not, each as `name: mine != theirs`."""
@@ -90,6 +108,34 @@ class ModelFingerprint:
                 for key in sorted(mine.keys() | theirs.keys())
             ]
         return [f"{name}: {a!r} != {b!r}" for name, a, b in pairs if a != b]
+
+    def remarks(self, other: ModelFingerprint) -> list[str]:
+        """How the weights of `other`, a model, differ from those calibrated; empty where they are
+        the same, or one of the two is not known."""
+        if "" in (self.weights_digest, other.weights_digest):
+            return []
+        if self.weights_digest == other.weights_digest:
+            return []
+        found = []
+        if self.quantisation != other.quantisation:
+            mine, theirs = (_stored(each) for each in (self, other))
+            found.append(f"calibrated on {mine}, the model has {theirs}")
+        if self.adapters != other.adapters:
+            mine, theirs = (_adapted(each) for each in (self, other))
+            found.append(f"calibrated {mine}, the model runs {theirs}")
+        return found or [_OTHER_WEIGHTS]
+
+
+def _stored(fingerprint: ModelFingerprint) -> str:
+    kind = fingerprint.quantisation
+    return f"quantised weights ({kind})" if kind else "unquantised weights"
+
+
+def _adapted(fingerprint: ModelFingerprint) -> str:
+    names = fingerprint.adapters
+    if not names:
+        return "without adapters"
+    return f"with the adapter{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 @dataclass(frozen=True)

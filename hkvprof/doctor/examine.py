@@ -92,7 +92,7 @@ def examine(
     outcomes = tuple(_outcomes(patient, track(checks)))
     fingerprint = {**asdict(view.fingerprint), "generic": view.generic}
     report = Report(outcomes, fingerprint, environment(model), verdict)
-    if not view.generic:
+    if not view.unproven:
         return report
     if report.failures:
         withdraw(view)
@@ -107,8 +107,7 @@ def judge(profile: Profile, view: ModelView) -> Verdict:
     notes = []
     if mine.config_hash != theirs.config_hash:
         notes.append("its config differs in fields that do not change attention")
-    if mine.weights_digest and theirs.weights_digest not in ("", mine.weights_digest):
-        notes.append("its weights are others of the same geometry (a fine-tune?)")
+    notes += mine.remarks(theirs)
     return Verdict(tuple(mine.mismatches(theirs)), tuple(notes))
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hkvprof.errors import ModelError
 from hkvprof.heads import HeadGrid, ModelFingerprint
 from hkvprof.models.architectures import Adapter, adapter_for, is_registered
-from hkvprof.models.fingerprint import fingerprint_of
+from hkvprof.models.fingerprint import attention_layers, fingerprint_of
+from hkvprof.models.quantised import untested
 from hkvprof.models.wrappers import unwrap
 
 
@@ -25,7 +26,7 @@ class ModelView:
     `attention[i]` is the attention module of covered layer i, `layer_ids[i]` its number in the
     model's cache. Sliding-window and linear layers are not covered: they stay as they are.
     `generic`: no adapter lists the architecture, it was read by rules that fit most models; nobody
-    has tested it.
+    has tested it. `untested` names a kind of quantised weights that nobody has tested; else "".
     """
 
     fingerprint: ModelFingerprint
@@ -34,6 +35,16 @@ class ModelView:
     text_config: Any
     adapter: Adapter
     generic: bool
+    untested: str = ""
+
+    @property
+    def unproven(self) -> str:
+        """What of this model the tests have not run; empty for a model like those tested."""
+        if self.generic:
+            return "this architecture is not among those hkvprof was tested on"
+        if self.untested:
+            return f"quantised weights of this kind ({self.untested}) were not tested with hkvprof"
+        return ""
 
     @property
     def grid(self) -> HeadGrid:
@@ -77,11 +88,13 @@ def view_model(model: Any) -> ModelView:
         )
     attention = tuple(modules[index] for index in layer_ids)
     grid = adapter.head_grid(text_config, attention)
+    fingerprint = fingerprint_of(model, adapter, grid, attention)
     return ModelView(
-        fingerprint=fingerprint_of(model, adapter, grid, attention),
+        fingerprint=fingerprint,
         layer_ids=tuple(layer_ids),
         attention=attention,
         text_config=text_config,
         adapter=adapter,
         generic=not is_registered(model.config),
+        untested=untested(fingerprint.quantisation, attention_layers(adapter, attention)),
     )

@@ -1,6 +1,8 @@
-"""Architectures that no adapter lists must have passed the doctor before they are used.
+"""Architectures that no adapter lists, and quantised weights of kinds that were not tested, must
+have passed the doctor before they are used.
 
-A record is a small JSON file per architecture, config and versions in the user's cache folder.
+A record is a small JSON file per architecture, quantisation, config and versions in the user's
+cache folder.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ _EXAMINED: ContextVar[bool] = ContextVar("examined", default=False)
 
 
 def require_approval(view: ModelView) -> None:
-    """Raise ModelError for a generic view whose model has not passed the doctor here."""
-    if not view.generic or _EXAMINED.get():
+    """Raise ModelError for a view that is unproven and has not passed the doctor here."""
+    if not view.unproven or _EXAMINED.get():
         return
     problem = _problem(view)
     if problem:
         raise ModelError(
-            f"{view.fingerprint.architecture}: this architecture is not among those hkvprof was "
-            f"tested on, and {problem}; run `hkvprof doctor MODEL` first"
+            f"{view.fingerprint.architecture}: {view.unproven}, and {problem}; run "
+            "`hkvprof doctor MODEL` first"
         )
 
 
@@ -79,8 +81,10 @@ def _problem(view: ModelView) -> str:
 
 def _key(view: ModelView) -> dict[str, Any]:
     """What an approval is bound to."""
+    quantisation = {"quantisation": view.untested} if view.untested else {}
     return {
         "architecture": view.fingerprint.architecture,
+        **quantisation,
         "config_hash": view.fingerprint.config_hash,
         "hkvprof": hkvprof.__version__,
         "torch": str(torch.__version__),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hkvprof.heads import HeadGrid, ModelFingerprint
+from hkvprof.heads import MOST_ADAPTERS, HeadGrid, ModelFingerprint
 from hkvprof.models.architectures.base import Adapter
-from hkvprof.models.weights import whole_weight
+from hkvprof.models.quantised import quantisation_of
+from hkvprof.models.tuners import adapter_names, is_tuner, running_weights
+from hkvprof.models.weights import columns_of, is_opaque, whole_weight
 
 _VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id")
 _VISION_GEOMETRY = ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size")
@@ -39,6 +42,7 @@ def fingerprint_of(
     model: Any, adapter: Adapter, grid: HeadGrid, attention: tuple[nn.Module, ...]
 ) -> ModelFingerprint:
     """The identity of a model whose covered layers have these attention modules."""
+    layers = tuple(attention_layers(adapter, attention))
     config, text = model.config, model.config.get_text_config(decoder=True)
     vision: dict[str, Any] = {k: getattr(config, k) for k in _VISION_TOKENS if _known(config, k)}
     if (tower := getattr(config, "vision_config", None)) is not None:
@@ -50,9 +54,11 @@ def fingerprint_of(
         rope=_rope(getattr(text, "rope_parameters", None) or {}),
         vision=vision,
         config_hash=_config_hash(text, tower),
-        weights_digest=_weights_digest(adapter, attention),
+        weights_digest=_weights_digest(model, layers),
         hub_id=hub_id,
         commit=commit,
+        quantisation=quantisation_of(model, layers),
+        adapters=adapter_names(model)[:MOST_ADAPTERS],
     )
 
 
@@ -94,32 +100,85 @@ def _config_hash(text: Any, tower: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _weights_digest(adapter: Adapter, attention: tuple[nn.Module, ...]) -> str:
+def _weights_digest(model: Any, layers: tuple[nn.Module, ...]) -> str:
     """Digest of weights sampled from the query, key and value projections (or the fused one) of
     every layer, equal whether a checkpoint is loaded in float32, bfloat16 or float16, and wherever
-    its weights lie.
+    its weights lie; and of the adapters that run on them.
 
-    Empty for a model without weights (meta device).
+    Of quantised weights it is that of the dequantised ones. Empty for a model without weights (meta
+    device).
     """
     digest = hashlib.sha256()
-    for module in attention:
-        output = f"{adapter.output_name(module)}."
-        for name, parameter in module.named_parameters():
-            if parameter.ndim != 2 or name.startswith(output):
-                continue
-            owner, _, key = name.rpartition(".")
-            weight = whole_weight(module.get_submodule(owner), key)
+    for layer in layers:
+        opaque = is_opaque(layer)
+        if opaque and _is_missing(layer):
+            return ""
+        if opaque:
+            digest.update(_asked(layer))
+            continue
+        for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.ndim != 2 or (name != "weight" and hasattr(layer, "in_features")):
+                continue  # quantised layers keep their scales beside the weight they unpacked
+            weight = whole_weight(layer, name)
             if weight.device.type == "meta":
                 return ""
             digest.update(_sampled(weight))
+    for owner, name in running_weights(model):
+        weight = whole_weight(owner, name)
+        if weight.device.type == "meta":
+            return ""
+        digest.update(_sampled(weight.reshape(-1, weight.shape[-1] if weight.ndim else 1)))
     return digest.hexdigest()[:16]
 
 
-def _sampled(weight: Tensor, count: int = 64) -> bytes:
-    """`count` scattered elements of a matrix, rounded to bfloat16, tiny ones to zero."""
+def attention_layers(adapter: Adapter, attention: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
+    """Attention modules and what is in them but for the output projection, adapters left out."""
+    for module in attention:
+        yield module
+        output = adapter.output_name(module)
+        for name, child in module.named_children():
+            if name != output:
+                yield from _bare(child)
+
+
+def _bare(module: nn.Module) -> Iterator[nn.Module]:
+    if is_tuner(module):
+        yield from _bare(module.base_layer)  # type: ignore[arg-type]
+        return
+    yield module
+    for child in module.children():
+        yield from _bare(child)
+
+
+def _is_missing(layer: nn.Module) -> bool:
+    """Whether a packed layer has no weights: accelerate's hook brings those that are offloaded."""
+    held = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    return any(t.device.type == "meta" for t in held) and not hasattr(layer, "_hf_hook")
+
+
+def _places(elements: int, count: int = 64) -> Tensor:
+    """`count` scattered numbers below `elements`."""
+    return torch.arange(count) * _SCATTER % elements
+
+
+def _sampled(weight: Tensor) -> bytes:
+    """Scattered elements of a matrix."""
     columns = weight.shape[1]
-    places = torch.arange(count) * _SCATTER % weight.numel()
-    places = places.to(weight.device)
-    picked = weight.detach()[places // columns, places % columns].to(torch.bfloat16).float()
+    places = _places(weight.numel()).to(weight.device)
+    return _rounded(weight.detach()[places // columns, places % columns])
+
+
+def _asked(layer: Any) -> bytes:
+    """The same elements of a matrix that only its layer can read."""
+    columns = int(layer.in_features)
+    places = _places(columns * int(layer.out_features))
+    answers = columns_of(layer, places % columns)
+    rows = (places // columns).to(answers.device)
+    return _rounded(answers.gather(1, rows[:, None])[:, 0])
+
+
+def _rounded(picked: Tensor) -> bytes:
+    """Elements rounded to bfloat16, tiny ones to zero."""
+    picked = picked.to(torch.bfloat16).float()
     picked = torch.where(picked.abs() < _TINY, 0.0, picked)
     return bytes(picked.cpu().numpy().tobytes())

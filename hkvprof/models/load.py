@@ -63,6 +63,9 @@ def load_model(
         config, model_class = _model_class(source, local)
         if getattr(config, "vision_config", None) is not None:
             hide_broken_torchvision()
+        if getattr(config, "quantization_config", None) is not None and target is not None:
+            # Packed weights are put where they run: some cannot be moved afterwards.
+            options["device_map"], target = {"": target}, None
         model = model_class.from_pretrained(source, local_files_only=local, **options)
         processor = load_processor(source, model.config, local)
     except HkvError:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from hkvprof.errors import UsageError
 from hkvprof.heads import HeadGrid
 from hkvprof.models.adapter import view_model
 from hkvprof.models.load import DTYPES
+from hkvprof.models.quantised import bits_per_weight, is_converted
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,28 @@ def outline(model: Any, dtype: str = "auto") -> Outline:
     itemsize = torch.empty(0, dtype=kind).element_size()
     return Outline(
         grid=view_model(model).grid,
-        weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * itemsize,
+        weight_bytes=_weight_bytes(model, itemsize),
         itemsize=itemsize,
         layers=int(text.num_hidden_layers),
         hidden=int(text.hidden_size),
         intermediate=_intermediate(text),
         vocabulary=int(text.vocab_size),
     )
+
+
+def _weight_bytes(model: Any, itemsize: int) -> int:
+    """Bytes of all weights, linear layers as packed as the checkpoint's config says; the head is
+    never packed."""
+    head = model.get_output_embeddings()
+    sizes: dict[int, float] = {}
+    for name, module in model.named_modules():
+        packed = isinstance(module, nn.Linear) and module is not head
+        packed = packed and is_converted(model.config, name)
+        bits = bits_per_weight(model.config, 8 * itemsize) if packed else 8 * itemsize
+        for key, parameter in module.named_parameters(recurse=False):
+            each = bits if key == "weight" else 8 * itemsize
+            sizes.setdefault(id(parameter), parameter.numel() * each / 8)  # tied ones count once
+    return round(sum(sizes.values()))
 
 
 def _intermediate(text: Any) -> int:

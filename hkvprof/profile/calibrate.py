@@ -19,7 +19,9 @@ from hkvprof.errors import SampleError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models.adapter import view_model
 from hkvprof.models.approval import require_approval
+from hkvprof.models.gradients import require_gradients
 from hkvprof.models.processing import ChatProcessor
+from hkvprof.models.wrappers import unwrap
 from hkvprof.policy.planning import DEFAULT, Rules
 from hkvprof.profile import classify
 from hkvprof.profile.evidence import CONSERVATIVE, MEAN
@@ -162,6 +164,8 @@ def prepare_bench(
         raise UsageError(f"kappa must be a share in (0, 1], found {kappa}")
     view = view_model(model)
     require_approval(view)
+    if not paper:
+        require_gradients(unwrap(model))
     return Bench(
         model=model,
         processor=processor,

@@ -21,7 +21,9 @@ from hkvprof.heads import KeepRule, Modality, Strategy
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.forward import last_row_only
+from hkvprof.models.gradients import passing_gradients
 from hkvprof.models.processing import ChatProcessor, Encoded
+from hkvprof.models.wrappers import unwrap
 from hkvprof.policy.text_rows import sample_text_rows
 from hkvprof.profile.continuation import Continuation, build_continuation
 from hkvprof.profile.drift import Phase, compared, layer_drift
@@ -159,7 +161,7 @@ class Probe:
                 np.zeros(len(PAIRS), np.uint8),
             )
         continuation = self._continuation()
-        with torch.enable_grad():
+        with torch.enable_grad(), passing_gradients(unwrap(bench.model)):
             logits = self._continue(continuation)
             margins = _margins(logits, continuation)
             # Gradients for the traced outputs alone: none are left on the model's parameters.

@@ -119,6 +119,10 @@ def _origin(profile: Profile) -> list[Text]:
     ]
     if model.hub_id:
         lines.append(Text(f"  source: {plain(model.hub_id)} {plain(model.commit)}".rstrip()))
+    if model.quantisation:
+        lines.append(Text(f"  weights: {plain(model.quantisation)}"))
+    if model.adapters:
+        lines.append(Text(f"  adapters: {plain(', '.join(model.adapters))}"))
     lines.append(
         Text(f"  recipe: {profile.recipe}, default budget {percent(profile.default_budget)}")
     )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hkvprof.artifact import Profile, load_profile
-from hkvprof.errors import BudgetError, CompressionError, ProfileError, UsageError
+from hkvprof.errors import BudgetError, CompressionError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.approval import require_approval
 from hkvprof.models.wrappers import unwrap
 from hkvprof.policy.budget import Budget
 from hkvprof.runtime.binding import HANDLE, Binding
 from hkvprof.runtime.cache import Books, CompressedCache
+from hkvprof.runtime.fingerprints import check_fingerprint
 from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prefetch import queues_for
@@ -88,35 +88,6 @@ def apply(
             f"need {floor}; raise the budget"
         )
     return Handle(model, view, Planner(profile, parsed, options))
-
-
-def check_fingerprint(profile: Profile, view: ModelView) -> None:
-    """Raise ProfileError naming the fields in which the profile's model differs; warn on others."""
-    mismatches = profile.fingerprint.mismatches(view.fingerprint)
-    if mismatches:
-        more = f" and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
-        raise ProfileError(
-            "this profile was made for another model (profile != model): "
-            + "; ".join(mismatches[:4])
-            + f"{more}. Calibrate this model with `hkvprof calibrate`"
-        )
-    mine, theirs = profile.fingerprint, view.fingerprint
-    if (
-        mine.weights_digest
-        and theirs.weights_digest
-        and mine.weights_digest != theirs.weights_digest
-    ):
-        warnings.warn(
-            "the profile was calibrated on other weights of this architecture (a fine-tune, or "
-            "another checkpoint): head types may not carry over; calibrate this model to be sure",
-            stacklevel=3,
-        )
-    elif mine.config_hash != theirs.config_hash:
-        warnings.warn(
-            "the model's config differs from the one calibrated in fields that do not change "
-            "attention; compression works, its measured quality may not carry over",
-            stacklevel=3,
-        )
 
 
 class Handle:

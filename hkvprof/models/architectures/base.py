@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hkvprof.errors import ModelError
 from hkvprof.heads import HeadGrid, Modality
-from hkvprof.models.weights import whole_weight
+from hkvprof.models import quantised, tuners
+from hkvprof.models.weights import effective_weight, is_projection
 
 _WRONG = "which the compressed attention would compute wrongly"
 
@@ -52,7 +53,7 @@ class Adapter:
             return "it has no attention, and so no KV cache to compress"
         if not _uses_attention_interface(model, text):
             return "its attention does not go through transformers' AttentionInterface"
-        return ""
+        return tuners.refusal(model) or quantised.refusal(model)
 
     def attention_modules(self, model: nn.Module) -> dict[int, nn.Module]:
         """Self-attention modules of the decoder by layer number."""
@@ -88,11 +89,12 @@ class Adapter:
     def output_name(self, attention: nn.Module) -> str | None:
         """Name of the output projection; None for a module that has none."""
         return next(
-            (n for n in self.output_names if hasattr(getattr(attention, n, None), "weight")), None
+            (n for n in self.output_names if is_projection(getattr(attention, n, None))), None
         )
 
     def output_projection(self, attention: nn.Module) -> Tensor:
-        """W_O of an attention module, [hidden, query_heads * head_dim]. Raises ModelError."""
+        """W_O of an attention module, [hidden, query_heads * head_dim], dequantised and with the
+        adapters that run. Raises ModelError."""
         name = self.output_name(attention)
         if name is None:
             raise ModelError(
@@ -100,7 +102,7 @@ class Adapter:
                 f"{', '.join(self.output_names)}: this architecture needs an adapter "
                 "(docs/adding-a-model.md)"
             )
-        return whole_weight(getattr(attention, name))
+        return effective_weight(getattr(attention, name))
 
     def modality(self, ids: Int[Tensor, "*shape"], config: Any) -> Int[Tensor, "*shape"]:
         """What every position of a prompt holds (Modality values), from its token ids."""
