@@ -14,7 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.policy.costs import TOO_SHORT, DynamicLayout, dynamic_layout, static_tokens
+from hkvprof.policy.costs import (
+    TOO_SHORT,
+    DynamicLayout,
+    dynamic_layout,
+    least_layout,
+    static_tokens,
+)
 from hkvprof.policy.index import HeadTables, KeyIndex, build_index
 from hkvprof.policy.static import rank_tokens, select_tokens
 from hkvprof.runtime.host import DynamicHead, HostChunks
@@ -120,8 +126,7 @@ def repack_dynamic(
     old = head.layout
     layout = rule.layout(tokens, key)
     if layout is None:  # a budget in tokens or bytes that the growing index has used up
-        layout = replace(old, items=old.items, recent=tokens - old.sinks - old.items * old.chunk)
-        layout = _least(rule, layout)
+        layout = least_layout(rule.strategy, tokens, rule.keep)
     begin, end = old.sinks, head.hot_start + old.hot * old.chunk
     newer_key = torch.cat([key[begin : head.hot_start], key[end:]])
     newer_value = torch.cat([value[begin : head.hot_start], value[end:]])
@@ -135,17 +140,6 @@ def repack_dynamic(
     ends_key = torch.cat([key[: layout.sinks], newer_key[moved:]])
     ends_value = torch.cat([value[: layout.sinks], newer_value[moved:]])
     return _pack_dynamic(rule, layout, index, host, query, ends_key, ends_value)
-
-
-def _least(rule: Rule, layout: DynamicLayout) -> DynamicLayout:
-    """The layout that moves all full chunks and keeps one hot item."""
-    added = max(0, layout.recent - rule.keep.recent) // layout.chunk
-    return replace(
-        layout,
-        items=layout.items + added,
-        recent=layout.recent - added * layout.chunk,
-        hot=1,
-    )
 
 
 def _pack_dynamic(
