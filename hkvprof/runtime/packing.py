@@ -76,7 +76,7 @@ def pack(
     """Pack a head whose tokens are all there; `query` is that of the last row."""
     tokens = len(key)
     if rule.ratio * tokens >= tokens:
-        return Packed(key, value, "whole", kept=torch.arange(tokens))
+        return whole(key, value)
     if rule.strategy.head_type is HeadType.DYNAMIC:
         layout = rule.layout(tokens, key)
         if layout is not None:
@@ -92,6 +92,11 @@ def pack(
         packed = repack_static(replace(rule, strategy=short), attention, key, value, tokens, text)
         return replace(packed, name=TOO_SHORT)
     return repack_static(rule, attention, key, value, tokens, text)
+
+
+def whole(key: Float[Tensor, "tokens dim"], value: Float[Tensor, "tokens dim"]) -> Packed:
+    """A head that keeps every token."""
+    return Packed(key, value, "whole", kept=torch.arange(len(key)))
 
 
 def repack_static(

@@ -179,9 +179,9 @@ class Planner:
     ) -> Schedule:
         every = self.options.compress_every
         factor = 1.0 if first else min(1.0, worth.now / tokens) / plan.share
-        held = self._held(plan, tokens, factor, itemsize)
         if not every:
             return Schedule(factor, QUIET, worth)
+        held = self._held(plan, tokens, factor, itemsize)
         if not first:
             target = worth.target(every)
             for _ in range(4):  # heads that are at their least give nothing: the others do
