@@ -16,6 +16,8 @@ LEAST = 128
 """Where the budget is worth fewer tokens per head, the same share of this many: 6.4 tokens."""
 RESERVE = 1 / 8
 """Most of the budget that a later compression leaves free for tokens to come."""
+LEAST_ROOM = 4
+"""Tokens between two compressions at least, also where indexes alone exceed the budget."""
 QUIET = 1 << 30
 """Tokens without an end."""
 
@@ -36,13 +38,18 @@ class Worth:
         return self.at(tokens) + OVER * max(self.at(tokens), LEAST)
 
     def room(self, held: float, every: int) -> int:
-        """Tokens that may come, at most `every`, where `held` are held now; never none.
+        """Tokens that may come, at most `every`, where `held` are held now.
 
-        After n of them held + n <= limit(n).
+        After n of them held + n <= limit(n), unless so much is held that not even LEAST_ROOM fits.
         """
         relative = _steps((1 + OVER) * self.now - held, 1 - (1 + OVER) * self.slope)
         absolute = _steps(self.now + OVER * LEAST - held, 1 - self.slope)
-        return max(1, min(every, max(relative, absolute)))
+        return min(every, max(LEAST_ROOM, relative, absolute))
+
+    def spare(self, held: float, tokens: int) -> int:
+        """Tokens for which there may be memory after so many, without waiting for the budget to
+        grow."""
+        return max(0, math.floor(self.limit(tokens) - held - tokens + 1e-9))
 
     def target(self, every: int) -> float:
         """What a later compression should leave held: the budget, less what makes room for `every`

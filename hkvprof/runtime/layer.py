@@ -168,7 +168,8 @@ class CompressedLayer(DynamicLayer):
             return QUIET
         keep = self._shared.planner.profile.keep.window
         full = self._window is not None and self._window.shape[2] == keep
-        return self._left if full else self._left - NEAR * keep
+        left = self._left if self.ragged is None else min(self._left, self.ragged.spare)
+        return left if full else min(left, self._left - NEAR * keep)
 
     @property
     def _left(self) -> int:

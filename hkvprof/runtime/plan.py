@@ -43,11 +43,23 @@ class RowPlan:
 @dataclass(frozen=True)
 class Schedule:
     """What comes of a plan at some length: ratios times `factor`, and `room` for so many tokens
-    until the row joins the budget again, which is then `worth` something else."""
+    until the row joins the budget again. `held` tokens per head are held, where the budget is
+    `worth` so many."""
 
     factor: float
     room: int
     worth: Worth
+    held: float = 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is held is within the budget and its allowance."""
+        return self.held <= self.worth.limit(0)
+
+    def spare(self, tail: int) -> int:
+        """Tokens for which the storage may have room after `tail` tokens."""
+        left = max(0, self.room - tail)
+        return left if self.room >= QUIET else min(left, self.worth.spare(self.held, tail))
 
 
 def head_plans(menu: Sequence[Strategy], allocation: Allocation) -> list[tuple[HeadPlan, ...]]:
@@ -123,7 +135,7 @@ class Planner:
             room = min(every, self.options.min_tokens - tokens)
         elif worth.now >= tokens:
             room = worth.room(tokens, every)
-        return Schedule(1.0, room, Worth(tokens, 1.0))
+        return Schedule(1.0, room, Worth(tokens, 1.0), tokens)
 
     def _row(self, row: int, lengths: Sequence[int], itemsize: int) -> RowPlan:
         tokens = lengths[row]
@@ -189,7 +201,7 @@ class Planner:
                     break
                 factor = max(0.0, factor * (1 - (held - target) / held))
                 held = self._held(plan, tokens, factor, itemsize)
-        return Schedule(factor, worth.room(held, every), worth)
+        return Schedule(factor, worth.room(held, every), worth, held)
 
     def _held(self, plan: RowPlan, tokens: int, factor: float, itemsize: int) -> float:
         """Tokens per head that the row holds once it is compressed, all bytes counted."""

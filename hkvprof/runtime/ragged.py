@@ -32,6 +32,7 @@ from hkvprof.runtime.rows import Row
 from hkvprof.runtime.storage import RaggedStorage
 
 KEPT_WHOLE = "generated tokens are kept whole (decode_compression=False)"
+TOO_MUCH = "indexes, recent tokens and the floor of a row need more than its budget at this length"
 LONG_PASS = (
     "a pass was longer than the room left: its tokens join the budget at the start of the next one"
 )
@@ -126,6 +127,11 @@ class RaggedLayer:
         """Logical length up to which tokens may come before a row must join the budget."""
         return min(row.until for row in self.rows)
 
+    @property
+    def spare(self) -> int:
+        """Tokens for which the storage may have room now."""
+        return min(row.schedule.spare(self.seen - row.base) for row in self.rows)
+
     def compress_tail(
         self, query: Float[Tensor, "rows query_heads window dim"], new: int = 1
     ) -> None:
@@ -203,8 +209,8 @@ class RaggedLayer:
         before = self.storage.key
         if key.shape[2] > self.storage.room:
             self.retriever.unbind()  # it is bound to tensors that will be replaced
-        spare = max(0, self.until - self.seen - key.shape[2])
-        self.storage.append(key.flatten(0, 1), value.flatten(0, 1), spare)
+        self.seen += key.shape[2]
+        self.storage.append(key.flatten(0, 1), value.flatten(0, 1), self.spare)
         self._count(key.shape[2])
         return self.storage.key is not before
 
@@ -218,13 +224,13 @@ class RaggedLayer:
     def advance(self, count: int) -> None:
         """Book decoding steps that the device took by itself (or, below 0, did not take)."""
         self.storage.advance(count)
+        self.seen += count
         self._count(count)
         self.account.steps += count
         if self.dynamic:
             self.retriever.advance(count)
 
     def _count(self, tokens: int) -> None:
-        self.seen += tokens
         self.account.tail += tokens
         self.account.dense_bytes += self.storage.segments * tokens * self.storage.token_bytes
         self._book_budget()
@@ -380,6 +386,8 @@ class RaggedLayer:
             self.account.excess = KEPT_WHOLE
         elif self.seen > self.until:
             self.account.excess = LONG_PASS
+        elif not all(row.schedule.fits for row in self.rows):
+            self.account.excess = TOO_MUCH
 
 
 def _of_head(attention: Attention, head: int) -> Tensor:
