@@ -52,9 +52,9 @@ class Worth:
         return max(0, math.floor(self.limit(tokens) - held - tokens + 1e-9))
 
     def target(self, every: int) -> float:
-        """What a later compression should leave held: the budget, less what makes room for `every`
-        tokens, of which RESERVE bounds the most."""
-        return max((1 - RESERVE) * self.now, min(self.now, self.limit(every) - every))
+        """What a later compression should leave held at most, so that `every` tokens have room; it
+        takes no more than RESERVE of the budget for them."""
+        return max((1 - RESERVE) * self.now, self.limit(every) - every)
 
 
 def _steps(left: float, each: float) -> int:
