@@ -44,8 +44,13 @@ def upgrade(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
 
 def mean_tokens(provenance: Mapping[str, Any]) -> int | None:
     """Mean prompt length in a provenance, which anyone may have written; None if it has none."""
+    return tokens_told(provenance, "mean")
+
+
+def tokens_told(provenance: Mapping[str, Any], name: str) -> int | None:
+    """The `min`, `mean` or `max` of prompt lengths in a provenance; None if it has none."""
     tokens = provenance.get("tokens")
-    mean = tokens.get("mean") if isinstance(tokens, Mapping) else None
-    if isinstance(mean, bool) or not isinstance(mean, int | float):
+    told = tokens.get(name) if isinstance(tokens, Mapping) else None
+    if isinstance(told, bool) or not isinstance(told, int | float):
         return None
-    return math.ceil(mean) if 1 <= mean <= MOST_TOKENS else None
+    return math.ceil(told) if 1 <= told <= MOST_TOKENS else None

@@ -244,11 +244,14 @@ def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
 def announce(profile: Profile, path: Path) -> None:
     """Say what was made and what to do with it."""
     from hkvprof.report.certainty import doubts
+    from hkvprof.report.reach import unserved
     from hkvprof.report.summary import human, sentence
 
     typer.echo(f"{sentence(profile, 32768)}.")
     if doubted := doubts(profile):
         typer.echo(f"{doubted}.")
+    if short := unserved(profile):
+        typer.echo(f"Note: {short}.")
     typer.echo(f"Profile: {path} ({human(path.stat().st_size)})")
     typer.echo(f"Next:    hkvprof inspect {path}")
     typer.echo(f'         in Python: hkvprof.runtime.apply(model, "{path}")')

@@ -39,10 +39,12 @@ class HeadJudge:
         self._recording = recording
         self._keep = recording.profile.keep
         self._ranks = {number: i for i, number in enumerate(sorted(recording.calls))}
-        script = recording.script
-        longest = script.tokens - min(script.starts)
-        size = patient.model.dtype.itemsize
-        self._plan = recording.profile.allocation(recording.budget, longest, size, script.rows)
+        script, size = recording.script, patient.model.dtype.itemsize
+        self._plans = [
+            recording.profile.allocation(recording.budget, script.tokens - start, size)
+            for start in script.starts
+        ]
+        """One per row, by its own length."""
         self._queries: dict[int, list[Tensor]] = defaultdict(list)
         self._compressed_at: dict[int, int] = {}
         self._places: dict[int, Places] = {}
@@ -54,7 +56,7 @@ class HeadJudge:
     def after_prompt(self, seen: Seen, call: Call) -> None:
         """The layer was just compressed. Raises FaultError."""
         self._compressed_at[seen.number] = seen.key.shape[2]
-        self._judge(seen, call, self._take_window(seen.number), first=True)
+        self._judge(seen, call, self._window(seen.number), first=True)
 
     def at_step(self, seen: Seen, call: Call) -> Places:
         """The layer attended compressed: what to. Raises FaultError."""
@@ -65,12 +67,14 @@ class HeadJudge:
         window = None
         if due:
             self._compressed_at[seen.number] = before
-            window = self._take_window(seen.number)
+            window = self._window(seen.number)
         return self._judge(seen, call, window, first=False)
 
-    def _take_window(self, number: int) -> Tensor:
-        """Queries since the last compression [rows, query_heads, window, dim], then forgotten."""
-        return torch.cat(self._queries.pop(number), dim=2)[:, :, -self._keep.window :]
+    def _window(self, number: int) -> Tensor:
+        """The last queries [rows, query_heads, window, dim]."""
+        last = torch.cat(self._queries[number], dim=2)[:, :, -self._keep.window :]
+        self._queries[number] = [last]
+        return last
 
     def _judge(self, seen: Seen, call: Call, window: Tensor | None, first: bool) -> Places:
         assert call.segments is not None
@@ -110,8 +114,9 @@ class HeadJudge:
         self, seen: Seen, segment: Segment, row: int, head: int, start: int, window: Tensor
     ) -> _Head:
         rank = self._ranks[seen.number]
-        strategy = self._recording.profile.strategies[self._plan.strategy[rank, head]]
-        ratio = float(self._plan.ratio[rank, head])
+        plan = self._plans[row]
+        strategy = self._recording.profile.strategies[plan.strategy[rank, head]]
+        ratio = float(plan.ratio[rank, head])
         return _Head(segment, seen.key[row, head, start:], window, seen.scaling, strategy, ratio)
 
     def _after_prompt(self, head: _Head, kept: set[int]) -> None:

@@ -53,7 +53,7 @@ def _compare(patient: Patient, profile: Profile, script: Script, dense: int, oth
     _expect(abs(receipt.dense_bytes - dense) <= slack, "dense bytes by receipt",
             receipt.dense_bytes, dense, _COUNT)  # fmt: skip
     _expect(counted == claimed, "resident and host bytes by receipt", claimed, counted, _COUNT)
-    expected = sum(claimed) + others
+    expected = sum(claimed) + receipt.query_bytes + others
     _expect(abs(held - expected) <= slack, "bytes of live tensors", held, expected, _LEAK)
     _expect(share <= budget, "resident share of dense bytes", share, budget, _OVER)
     _expect(left <= slack, "bytes of live tensors once the cache is gone", left, 0, _LEAK)

@@ -88,3 +88,31 @@ def dynamic_layout(
     if items < 1 or hot < 1:
         return None
     return DynamicLayout(keep.sinks, recent, items, strategy.chunk, min(hot, items))
+
+
+def least_layout(strategy: Strategy, tokens: int, keep: KeepRule) -> DynamicLayout:
+    """All full chunks on the host and one hot item: what a dynamic head needs, whatever its share."""
+    items = max(0, tokens - keep.sinks - keep.recent) // strategy.chunk
+    recent = tokens - keep.sinks - items * strategy.chunk
+    return DynamicLayout(keep.sinks, recent, items, strategy.chunk, 1)
+
+
+def held_bytes(
+    strategy: Strategy,
+    ratio: float,
+    tokens: int,
+    keep: KeepRule,
+    head_dim: int,
+    itemsize: int,
+    slot_bytes: int,
+) -> int:
+    """Device bytes of a head that was compressed again at `tokens` tokens (runtime.packing)."""
+    unit = 2 * head_dim * itemsize
+    if ratio >= 1:
+        return tokens * unit + END_BYTES
+    if strategy.head_type is HeadType.STATIC:
+        return static_tokens(ratio, tokens, keep) * unit + END_BYTES
+    layout = dynamic_layout(strategy, ratio, tokens, keep, head_dim, itemsize, slot_bytes)
+    layout = layout or least_layout(strategy, tokens, keep)
+    index = layout.items * index_item_bytes(strategy, head_dim, itemsize)
+    return layout.resident_tokens * unit + index + layout.hot * slot_bytes + END_BYTES

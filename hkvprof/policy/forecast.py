@@ -122,12 +122,6 @@ class Plan:
         return self.resident_bytes + self.table_bytes
 
     @property
-    def share_with_tables(self) -> float:
-        """`device_bytes` over dense bytes: the all-in share were the tables this request's alone
-        (Receipt.share_with_tables)."""
-        return self.device_bytes / self.dense_bytes
-
-    @property
     def peak_bytes(self) -> int:
         """Most device bytes at once, tables included (Receipt.peak_bytes and shared_bytes).
 
@@ -169,7 +163,7 @@ class Plan:
             name: getattr(self, name)
             for name in (
                 "share", "tokens", "rows", "itemsize", "dense_bytes", *sums, "device_bytes",
-                "peak_bytes", "resident_share", "share_with_tables", "is_dense", "expected_loss",
+                "peak_bytes", "resident_share", "is_dense", "expected_loss",
                 "relative_loss", "reference_loss", "least_share", "below_measured",
             )
         }  # fmt: skip

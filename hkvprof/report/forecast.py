@@ -174,18 +174,17 @@ def _loss(plan: Plan) -> str:
 def _table(outlook: Outlook) -> Table:
     fits = [] if outlook.fit is None else ["fits"]
     table = plain_table(
-        "budget", "resident", "tables", "device", "share", "peak", "host", "expected loss", *fits
+        "budget", "resident", "share", "tables", "device", "peak", "host", "expected loss", *fits
     )
     for asked, plan in outlook.budgets:
         if isinstance(plan, str):
             table.add_row(asked, *["-"] * (7 + len(fits)))
             continue
-        held = (plan.resident_bytes, plan.table_bytes, plan.device_bytes)
-        share = percent(plan.share_with_tables)
-        others = (plan.peak_bytes, plan.host_bytes)
+        once = (plan.table_bytes, plan.device_bytes, plan.peak_bytes, plan.host_bytes)
         answer = _fits(plan, outlook.fit)
         last = [] if answer is None else ["yes" if answer else "no"]
-        table.add_row(asked, *map(human, held), share, *map(human, others), _loss(plan), *last)
+        mine = (human(plan.resident_bytes), percent(plan.resident_share))
+        table.add_row(asked, *mine, *map(human, once), _loss(plan), *last)
     return table
 
 
@@ -193,8 +192,8 @@ def _notes(outlook: Outlook) -> list[str]:
     """What the columns mean, and why rows are empty."""
     dense = outlook.dense
     lines = [
-        "tables: index constants, once per model; device: resident and tables; share: of that, in "
-        "dense bytes; peak: and one dense layer, while the prompt comes in"
+        "share: resident over dense bytes; tables: index constants, once per model and no part of "
+        "it; device: resident and tables; peak: and one dense layer, while the prompt comes in"
     ]
     if dense.reference_loss is None:
         lines.append("loss: unknown, this profile measured nothing to compare with")

@@ -17,6 +17,7 @@ from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.report import attention
 from hkvprof.report.certainty import recorded, type_agreements
 from hkvprof.report.certificate import certificate_json
+from hkvprof.report.reach import reach
 
 CLOSE = 0.10
 """Relative difference in loss below which the two types of a measured head are borderline."""
@@ -175,6 +176,7 @@ def summarise(profile: Profile, tokens: int) -> dict[str, Any]:
         "recipe": profile.recipe,
         "lengths": profile.lengths.tolist(),
         "default_budget": profile.default_budget,
+        "shortest_prompt": reach(profile).shortest,
         "static_share": static_share(profile),
         "memory": vars(kept) if kept else None,
         "fingerprint": profile.fingerprint.to_json(),

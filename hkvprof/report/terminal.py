@@ -17,6 +17,7 @@ from hkvprof.report.certainty import agreement_text, certainty, doubts, plain, t
 from hkvprof.report.certificate import section
 from hkvprof.report.glyphs import ASCII, UNICODE, Glyphs
 from hkvprof.report.pictures import heads_picture, shares_picture
+from hkvprof.report.reach import unserved
 from hkvprof.report.summary import (
     borderline,
     kappa_index,
@@ -126,6 +127,8 @@ def _origin(profile: Profile) -> list[Text]:
     lines.append(
         Text(f"  recipe: {profile.recipe}, default budget {percent(profile.default_budget)}")
     )
+    if short := unserved(profile):
+        lines.append(Text(f"  {short}"))
     for key, value in sorted(profile.provenance.items(), key=lambda item: str(item[0])):
         if key in (KEY, CERTIFICATE, SAMPLES_KEY):  # shown above; or digests, for `certify`
             continue

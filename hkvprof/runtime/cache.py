@@ -17,7 +17,7 @@ from hkvprof.runtime.monitor import Watch, WatchedLayer
 from hkvprof.runtime.passes import Owner, require_pass
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
-from hkvprof.runtime.receipt import LayerAccount, Meter, Receipt
+from hkvprof.runtime.receipt import ONE_MEMORY, LayerAccount, Meter, Receipt
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Books:
         layers = tuple(account.snapshot() for account in self.accounts)
         return Receipt(
             resident_bytes=sum(a.resident_bytes for a in layers),
+            budget_bytes=int(sum(a.budget_bytes for a in layers)),
+            query_bytes=sum(a.query_bytes for a in layers),
             host_bytes=sum(a.host_bytes for a in layers),
             dense_bytes=sum(a.dense_bytes for a in layers),
             peak_bytes=self.meter.peak,
             shared_bytes=self.planner.shared_bytes,
-            same_memory=not torch.cuda.is_available(),
+            same_memory=all(a.device in ONE_MEMORY for a in layers),
             kernels=kernels.status(),
             layers=layers,
             domain=None if self.watch is None else self.watch.verdict,

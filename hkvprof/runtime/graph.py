@@ -18,7 +18,7 @@ from torch import Tensor
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.runtime.cache import CompressedCache
 
-AHEAD = 112
+AHEAD = 96
 """Steps per graph at most: what `compress_every` leaves of 128 where windows are of 16."""
 WORTH = 8
 """Fewer steps than these are taken one by one: recording takes as long as a few of them."""

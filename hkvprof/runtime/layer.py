@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,18 @@ from transformers.cache_utils import DynamicLayer
 
 from hkvprof.errors import CompressionError, ModelError
 from hkvprof.models.attention import AttentionCall, mark
+from hkvprof.policy.tail import QUIET
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.parked import ParkedPrompt
-from hkvprof.runtime.plan import HeadPlan
+from hkvprof.runtime.plan import HeadPlan, RowPlan
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
 from hkvprof.runtime.receipt import LayerAccount
+from hkvprof.runtime.rows import Row, reasons
 
-QUIET = 1 << 30
-"""Steps without an end."""
+NEAR = 2
+"""Windows of tokens before a compression from which on queries are kept for it: one to fill the
+window, one for steps that may be replayed (runtime.graph)."""
 
 
 class CompressedLayer(DynamicLayer):
@@ -35,6 +38,8 @@ class CompressedLayer(DynamicLayer):
 
     shared_attributes = ("_shared", "account")
     """Not this layer's own memory (see receipt.measure_storage)."""
+    query_attributes = ("_window",)
+    """Queries for the next compression, which are counted by themselves."""
 
     def __init__(self, number: int, shared: Conversation) -> None:
         super().__init__()
@@ -48,8 +53,8 @@ class CompressedLayer(DynamicLayer):
     def _clear(self) -> None:
         self.keys = self.values = self.ragged = self.parked = None
         self._seen = 0
-        self._checked = 0
-        """Logical length when the layer last compressed, or decided to stay dense."""
+        self._until = self._shared.planner.options.compress_every
+        """Logical length up to which a layer that stays dense need not decide again."""
         self._complete = False
         self._window: Tensor | None = None
         self._scaling = 1.0
@@ -59,6 +64,7 @@ class CompressedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.account.device = self.device.type
         self.is_initialized = True
 
     def update(
@@ -67,7 +73,7 @@ class CompressedLayer(DynamicLayer):
         """Store new tokens; the keys returned lead the attention function back to this layer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._compress_again()
+        self._compress_again(key_states.shape[-2])
         self._seen += key_states.shape[-2]
         if self.ragged is not None:
             if self.ragged.append(key_states.detach(), value_states.detach()):
@@ -143,6 +149,7 @@ class CompressedLayer(DynamicLayer):
         """Reorder, drop or repeat batch rows; `Conversation.take_rows` comes first."""
         if self.ragged is not None:
             self.ragged.take_rows(rows)
+            self.account.reason = reasons([row.plan for row in self.ragged.rows])
         elif self.parked is not None:
             raise CompressionError("batch rows cannot change between the chunks of a prefill")
         elif self.keys is not None and self.values is not None:
@@ -155,12 +162,27 @@ class CompressedLayer(DynamicLayer):
 
     @property
     def quiet_steps(self) -> int:
-        """Steps until queries are kept for the next compression."""
-        options = self._shared.planner.options
-        if not options.compress_every:
+        """Steps that change tensors alone: until the next compression, or until queries are kept
+        for it. Queries that are kept in full move up in place."""
+        if not self._shared.planner.options.compress_every:
             return QUIET
         keep = self._shared.planner.profile.keep.window
-        return options.compress_every - keep - (self._seen - self._checked)
+        full = self._window is not None and self._window.shape[2] == keep
+        left = self._left if self.ragged is None else min(self._left, self.ragged.spare)
+        return left if full else min(left, self._left - NEAR * keep)
+
+    @property
+    def _left(self) -> int:
+        """Tokens that may come before the next compression or decision."""
+        until = self._until if self.ragged is None else self.ragged.until
+        return until - self._seen
+
+    @property
+    def _is_near(self) -> bool:
+        """Whether the next compression will look at queries from now on."""
+        options = self._shared.planner.options
+        near = self._left < NEAR * self._shared.planner.profile.keep.window
+        return bool(options.compress_every) and near
 
     def reserve(self, tokens: int) -> None:
         """Make room in compressed storage."""
@@ -203,18 +225,20 @@ class CompressedLayer(DynamicLayer):
     def adopt(
         self, call: AttentionCall, plans: tuple[HeadPlan, ...], given: Mapping[int, Packed]
     ) -> None:
-        """Compress a whole prompt (a batch of one) by these plans, whatever the planner says.
+        """Compress a whole prompt (a batch of one) by these plans, whatever the planner says, as if
+        all layers had them.
 
         Heads in `given` hold what they are given. For comparisons of methods.
         """
         assert self.keys is not None
         assert self.values is not None
         assert call.query.shape[0] == 1
-        self._scaling, self._complete, self._checked = call.scaling, True, self._seen
+        self._scaling, self._complete = call.scaling, True
         if self.number == 0:
             self._shared.observe_rows(None, 1, self._seen)
+        plan = RowPlan(self._seen, 1.0, (plans,) * self._shared.grid.layers)
         self.ragged = RaggedLayer.compress(
-            self._shared, self.number, self.account, plans, call.query.detach(),
+            self._shared, self.number, self.account, [plan], call.query.detach(),
             self.keys.detach(), self.values.detach(), self._seen, self._scaling, given,
         )  # fmt: skip
         self.keys = self.values = None
@@ -236,62 +260,85 @@ class CompressedLayer(DynamicLayer):
         self.keys = self.values = None
         self._measure()
 
-    def _compress_again(self) -> None:
-        """At the start of a pass: is there enough new since the last compression?"""
-        every = self._shared.planner.options.compress_every
-        due = every and self._seen - self._checked >= every and self._window is not None
-        if not due or (self._shared.goal is not None and not self._complete):
+    def _compress_again(self, new: int) -> None:
+        """At the start of a pass of `new` tokens: is it time for those before it?"""
+        if self._window is None or not self._shared.planner.options.compress_every:
+            return
+        if self._shared.goal is not None and not self._complete:
             return
         if self.ragged is None:
-            self._complete = True
-            self._compress(self._seen, strict=False)
+            if self._seen >= self._until:
+                self._complete = True
+                self._compress(self._seen, strict=False)
             return
-        assert self._window is not None
+        if not any(row.is_due(self._seen, new) for row in self.ragged.rows):
+            return
         held = self.account.resident_bytes
-        self.ragged.compress_tail(self._window)
+        self.ragged.compress_tail(self._window, new)
+        self.account.reason = reasons([row.plan for row in self.ragged.rows])
         self._shared.meter.set(self.number, held + self.account.resident_bytes)
-        self._window, self._checked = None, self._seen
+        self._forget()
         self._measure()
 
     def _compress(self, tokens: int, strict: bool) -> None:
-        """Compress the first `tokens` positions, unless the plan says to stay dense."""
+        """Compress the first `tokens` positions, unless the plans say to stay dense."""
         assert self.keys is not None
         assert self.values is not None
         assert self._window is not None
-        plan = self._shared.plans(tokens, self.keys.element_size(), strict)[self.number]
-        self._checked = tokens
-        if plan.dense_reason:
-            self.account.state, self.account.reason = "dense", plan.dense_reason
-            if self.parked is not None:  # views of the room for the prompt
-                self.keys, self.values = self.keys.clone(), self.values.clone()
-            self.parked = self._window = None
-            self._measure()
+        size = self.keys.element_size()
+        plans = self._shared.plans(tokens, size, strict)
+        self.account.reason = reasons(plans)
+        if all(plan.dense_reason for plan in plans):
+            self._stay_dense(plans, tokens, size)
             return
         beyond = self._seen - tokens  # guesses of assisted decoding are no part of the prompt
         window = self._window[:, :, : self._window.shape[2] - beyond]
         dense = self.account.resident_bytes
         self.ragged = RaggedLayer.compress(
-            self._shared, self.number, self.account, plan.heads, window,
+            self._shared, self.number, self.account, plans, window,
             self.keys.detach(), self.values.detach(), tokens, self._scaling,
         )  # fmt: skip
         self._shared.meter.set(self.number, dense + self.account.resident_bytes)
-        self.keys = self.values = self.parked = self._window = None
-        self.account.state, self.account.reason = "compressed", ""
+        self.keys = self.values = self.parked = None
+        self.account.state = "compressed"
+        self._forget()
         self._measure()
+
+    def _stay_dense(self, plans: Sequence[RowPlan], tokens: int, size: int) -> None:
+        """All rows do; note when to decide again."""
+        lengths, planner = self._shared.lengths(tokens), self._shared.planner
+        rows = [
+            Row.first(planner, plan, row, lengths, size, tokens) for row, plan in enumerate(plans)
+        ]
+        self.account.state, self._until = "dense", min(row.until for row in rows)
+        if self.parked is not None:  # views of the room for the prompt
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self.parked = None
+        self._forget()
+        self._measure()
+
+    def _forget(self) -> None:
+        """Drop the queries kept, unless the next compression is so near that it needs them, too."""
+        if not self._is_near:
+            self._window = None
 
     def _remember(self, query: Tensor) -> None:
         """Keep the queries of the last rows that the next compression will look at."""
         keep = self._shared.planner.profile.keep.window
-        options = self._shared.planner.options
         if self._complete:
-            near = self._seen - self._checked > options.compress_every - keep
-            if not (options.compress_every and near):
+            if not self._is_near:
                 return
         else:
             # A pass may go beyond the prompt, by what assisted decoding guesses.
             keep += max(0, self._seen - (self._shared.goal or self._seen))
         rows = query.detach()[:, :, -keep:]
         if self._window is not None and rows.shape[2] < keep:
+            if self._window.shape[2] == keep:  # in place, so that a graph may do it
+                moved = torch.cat([self._window[:, :, rows.shape[2] :], rows], dim=2)
+                self._window.copy_(moved)
+                return
             rows = torch.cat([self._window, rows], dim=2)[:, :, -keep:]
         self._window = rows.clone()
         if self._complete:
@@ -317,18 +364,18 @@ class CompressedLayer(DynamicLayer):
     def _measure(self) -> None:
         """Bytes of this layer, from shapes and from what the ragged layer accounted for."""
         window = 0 if self._window is None else self._window.untyped_storage().nbytes()
+        self.account.query_bytes = window
         if self.ragged is not None:
             self.ragged.measure()
-            self.account.resident_bytes += window
             self.account.parked_bytes = 0
         elif self.keys is not None and self.values is not None:
             if self.account.state == "empty":
                 self.account.state = "pending"
             held = self.keys.nbytes + self.values.nbytes
-            self.account.dense_bytes = held
-            self.account.resident_bytes = held + window
+            self.account.dense_bytes = self.account.resident_bytes = held
+            self.account.budget_bytes = held
         elif self.parked is not None:
-            self.account.resident_bytes = window
+            self.account.resident_bytes = 0
             self.account.parked_bytes = self.parked.nbytes
         self._shared.meter.set(self.number, self.account.resident_bytes)
 

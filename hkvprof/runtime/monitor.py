@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,11 @@ class Watch:
         self._monitor = monitor
         self.verdict = _NOT_YET
 
-    def see(self, number: int, call: AttentionCall, shared: Conversation, dense: str) -> None:
-        """Covered layer `number` has attended over a whole prompt; `dense` tells why it is kept."""
+    def see(
+        self, number: int, call: AttentionCall, shared: Conversation, dense: Mapping[int, str]
+    ) -> None:
+        """Covered layer `number` has attended over a whole prompt; `dense` tells of rows that are
+        kept whole why they are."""
         if number == 0:
             self.verdict = DomainCheck(reason=self._reason(call, shared, dense))
         if self.verdict.reason:
@@ -106,17 +109,18 @@ class Watch:
         text = shared.known_text(tokens)
         assert text is not None
         for row, start in enumerate(shared.starts):
-            self._compare(number, call, row, start, text[row, start:])
+            if row not in dense:
+                self._compare(number, call, row, start, text[row, start:])
         if number == len(self._monitor.layer_ids) - 1:
             self._monitor.report(self.verdict)
 
-    def _reason(self, call: AttentionCall, shared: Conversation, dense: str) -> str:
+    def _reason(self, call: AttentionCall, shared: Conversation, dense: Mapping[int, str]) -> str:
         """Why there is nothing to compare, else an empty text."""
         seen = call.key.shape[2]
         if (shared.goal or seen) > seen:
             return "the prompt came in several passes"
-        if dense:
-            return f"not compressed: {dense}"
+        if len(dense) == len(shared.starts):
+            return f"not compressed: {dense[0]}"
         if shared.known_text(seen) is None:
             return "the tokens' ids are not known: pass input_ids to the model"
         return ""
@@ -171,5 +175,12 @@ class WatchedLayer(CompressedLayer):
         first = self._seen == call.query.shape[2] > 1
         result = super().attend(call)
         if first:
-            self._watch.see(self.number, call, self._shared, self.account.reason)
+            self._watch.see(self.number, call, self._shared, self._whole_rows())
         return result
+
+    def _whole_rows(self) -> dict[int, str]:
+        """Rows that are not compressed, and why."""
+        if self.ragged is None:
+            return dict.fromkeys(range(len(self._shared.starts)), self.account.reason)
+        rows = enumerate(self.ragged.rows)
+        return {number: row.plan.dense_reason for number, row in rows if row.is_whole}

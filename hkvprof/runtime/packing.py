@@ -14,7 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.policy.costs import TOO_SHORT, DynamicLayout, dynamic_layout, static_tokens
+from hkvprof.policy.costs import (
+    TOO_SHORT,
+    DynamicLayout,
+    dynamic_layout,
+    least_layout,
+    static_tokens,
+)
 from hkvprof.policy.index import HeadTables, KeyIndex, build_index
 from hkvprof.policy.static import rank_tokens, select_tokens
 from hkvprof.runtime.host import DynamicHead, HostChunks
@@ -70,7 +76,7 @@ def pack(
     """Pack a head whose tokens are all there; `query` is that of the last row."""
     tokens = len(key)
     if rule.ratio * tokens >= tokens:
-        return Packed(key, value, "whole", kept=torch.arange(tokens))
+        return whole(key, value)
     if rule.strategy.head_type is HeadType.DYNAMIC:
         layout = rule.layout(tokens, key)
         if layout is not None:
@@ -86,6 +92,11 @@ def pack(
         packed = repack_static(replace(rule, strategy=short), attention, key, value, tokens, text)
         return replace(packed, name=TOO_SHORT)
     return repack_static(rule, attention, key, value, tokens, text)
+
+
+def whole(key: Float[Tensor, "tokens dim"], value: Float[Tensor, "tokens dim"]) -> Packed:
+    """A head that keeps every token."""
+    return Packed(key, value, "whole", kept=torch.arange(len(key)))
 
 
 def repack_static(
@@ -120,8 +131,7 @@ def repack_dynamic(
     old = head.layout
     layout = rule.layout(tokens, key)
     if layout is None:  # a budget in tokens or bytes that the growing index has used up
-        layout = replace(old, items=old.items, recent=tokens - old.sinks - old.items * old.chunk)
-        layout = _least(rule, layout)
+        layout = least_layout(rule.strategy, tokens, rule.keep)
     begin, end = old.sinks, head.hot_start + old.hot * old.chunk
     newer_key = torch.cat([key[begin : head.hot_start], key[end:]])
     newer_value = torch.cat([value[begin : head.hot_start], value[end:]])
@@ -135,17 +145,6 @@ def repack_dynamic(
     ends_key = torch.cat([key[: layout.sinks], newer_key[moved:]])
     ends_value = torch.cat([value[: layout.sinks], newer_value[moved:]])
     return _pack_dynamic(rule, layout, index, host, query, ends_key, ends_value)
-
-
-def _least(rule: Rule, layout: DynamicLayout) -> DynamicLayout:
-    """The layout that moves all full chunks and keeps one hot item."""
-    added = max(0, layout.recent - rule.keep.recent) // layout.chunk
-    return replace(
-        layout,
-        items=layout.items + added,
-        recent=layout.recent - added * layout.chunk,
-        hot=1,
-    )
 
 
 def _pack_dynamic(

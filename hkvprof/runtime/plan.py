@@ -1,9 +1,9 @@
-"""From a profile and a budget to what every layer does with a prompt of a given length."""
+"""From a profile and a budget to what every layer does with each row of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -12,7 +12,9 @@ from hkvprof.artifact import Profile
 from hkvprof.errors import BudgetError
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.policy.budget import Allocation, Budget
+from hkvprof.policy.costs import dynamic_layout, held_bytes
 from hkvprof.policy.index import HeadTables
+from hkvprof.policy.tail import QUIET, Worth
 from hkvprof.runtime.kernels import for_device
 from hkvprof.runtime.options import Options
 
@@ -25,12 +27,39 @@ class HeadPlan:
     ratio: float
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """Plans of a layer's KV heads, or the reason why the layer stays dense."""
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """What the KV heads of every layer do with one batch row, or the reason why it stays dense.
 
-    heads: tuple[HeadPlan, ...] = ()
+    Planned for `tokens` tokens, of whose dense bytes the row may keep `share`.
+    """
+
+    tokens: int
+    share: float
+    layers: tuple[tuple[HeadPlan, ...], ...] = ()
     dense_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What comes of a plan at some length: ratios times `factor`, and `room` for so many tokens
+    until the row joins the budget again. `held` tokens per head are held, where the budget is
+    `worth` so many."""
+
+    factor: float
+    room: int
+    worth: Worth
+    held: float = 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is held is within the budget and its allowance."""
+        return self.held <= self.worth.limit(0)
+
+    def spare(self, tail: int) -> int:
+        """Tokens for which the storage may have room after `tail` tokens."""
+        left = max(0, self.room - tail)
+        return left if self.room >= QUIET else min(left, self.worth.spare(self.held, tail))
 
 
 def head_plans(menu: Sequence[Strategy], allocation: Allocation) -> list[tuple[HeadPlan, ...]]:
@@ -45,9 +74,11 @@ def head_plans(menu: Sequence[Strategy], allocation: Allocation) -> list[tuple[H
 
 
 class Planner:
-    """Answers, for every prompt, what each layer does; and holds the index tables on the device.
+    """Answers, for every row, what each layer does; and holds the index tables on the device.
 
-    `budget` is a share, tokens or bytes; prompts shorter than `options.min_tokens` stay dense.
+    `budget` is a share or tokens, of every row by its own length, or bytes of all rows together:
+    those that stay dense have theirs, and the others get one share of their dense bytes. Rows
+    shorter than `options.min_tokens` stay dense.
     """
 
     def __init__(self, profile: Profile, budget: Budget, options: Options) -> None:
@@ -55,7 +86,8 @@ class Planner:
         self.budget = budget
         self.options = options
         self._tables: dict[tuple[torch.device, int, int, int], HeadTables] = {}
-        self._allocate = lru_cache(maxsize=256)(self._allocation)
+        self._plan = lru_cache(maxsize=256)(self._planned)
+        self._scheduled = lru_cache(maxsize=64)(self._schedule)
 
     @property
     def keeps_everything(self) -> bool:
@@ -67,39 +99,122 @@ class Planner:
         """Whether a strategy wants to know which prompt tokens are text."""
         return any(strategy.text_prior for strategy in self.profile.strategies)
 
-    def growth(self, planned: int, tokens: int) -> float:
-        """What a ratio planned for `planned` tokens becomes at `tokens` tokens.
+    def rows(self, lengths: Sequence[int], itemsize: int, strict: bool) -> tuple[RowPlan, ...]:
+        """One plan per row of a batch, whose rows are `lengths` tokens long.
 
-        A share is a share of any length; tokens and bytes stay what they are.
+        Where the budget cannot hold a row's sinks, recent tokens and floor, `strict` raises
+        BudgetError, which names the row; else the row stays dense with that reason.
         """
-        return 1.0 if self.budget.share is not None else planned / tokens
+        plans = []
+        for row, tokens in enumerate(lengths):
+            try:
+                plans.append(self._row(row, lengths, itemsize))
+            except BudgetError as error:
+                what = f"row {row}, a prompt of {tokens} tokens: {error}"
+                reason = str(error) if len(lengths) == 1 else what
+                if strict:
+                    raise BudgetError(reason) from None
+                plans.append(RowPlan(tokens, 1.0, dense_reason=reason))
+        return tuple(plans)
 
-    def layers(self, tokens: int, rows: int, itemsize: int, strict: bool) -> tuple[LayerPlan, ...]:
-        """One plan per covered layer for prompts of up to `tokens` tokens in `rows` rows.
+    def schedule(
+        self, plan: RowPlan, row: int, lengths: Sequence[int], itemsize: int, first: bool
+    ) -> Schedule:
+        """What comes of the plan of row number `row` when the rows are `lengths` tokens long.
 
-        Where the budget cannot hold sinks, recent tokens and the floor, `strict` raises
-        BudgetError; else the layers stay dense with that reason.
+        At the `first` compression it is as planned; later ones leave room for tokens to come.
         """
-        count = self.profile.grid.layers
+        tokens, every = lengths[row], self.options.compress_every or QUIET
+        worth = self._worth(row, lengths, itemsize)
+        if not plan.dense_reason:
+            return self._scheduled(plan, tokens, worth, itemsize, first)
+        room = every
         if self.keeps_everything:
-            return (LayerPlan(dense_reason="the budget is 1.0"),) * count
-        if tokens < self.options.min_tokens:
-            reason = (
-                f"prompt of {tokens} tokens is shorter than min_tokens={self.options.min_tokens}"
-            )
-            return (LayerPlan(dense_reason=reason),) * count
-        try:
-            allocation = self._allocate(tokens, rows, itemsize)
-        except BudgetError as error:
-            if strict:
-                raise
-            return (LayerPlan(dense_reason=str(error)),) * count
-        if bool((allocation.ratio >= 1).all()):
-            return (LayerPlan(dense_reason="the budget holds the whole prompt"),) * count
-        return tuple(LayerPlan(plans) for plans in head_plans(self.profile.strategies, allocation))
+            room = QUIET
+        elif tokens < self.options.min_tokens:
+            room = min(every, self.options.min_tokens - tokens)
+        elif worth.now >= tokens:
+            room = worth.room(tokens, every)
+        return Schedule(1.0, room, Worth(tokens, 1.0), tokens)
 
-    def _allocation(self, tokens: int, rows: int, itemsize: int) -> Allocation:
-        return self.profile.allocation(self.budget, tokens, itemsize, rows)
+    def _row(self, row: int, lengths: Sequence[int], itemsize: int) -> RowPlan:
+        tokens = lengths[row]
+        if self.keeps_everything:
+            return RowPlan(tokens, 1.0, dense_reason="the budget is 1.0")
+        if tokens < self.options.min_tokens:
+            least = self.options.min_tokens
+            reason = f"prompt of {tokens} tokens is shorter than min_tokens={least}"
+            return RowPlan(tokens, 1.0, dense_reason=reason)
+        share = min(1.0, self._share(row, lengths, itemsize))
+        if share <= 0:
+            raise BudgetError(
+                f"the rows that stay dense (shorter than min_tokens={self.options.min_tokens}) "
+                f"alone take the whole budget of {self.budget}: raise it, or run them by themselves"
+            )
+        return self._plan(tokens, share, itemsize)
+
+    def _planned(self, tokens: int, share: float, itemsize: int) -> RowPlan:
+        allocation = self.profile.allocation(Budget(share=share), tokens, itemsize)
+        if bool((allocation.ratio >= 1).all()):
+            return RowPlan(tokens, share, dense_reason="the budget holds the whole prompt")
+        return RowPlan(tokens, share, tuple(head_plans(self.profile.strategies, allocation)))
+
+    def _share(self, row: int, lengths: Sequence[int], itemsize: int, more: int = 0) -> float:
+        """Of a row's dense bytes after `more` tokens in every row; above 1 where all fits."""
+        if self.budget.share is not None:
+            return self.budget.share
+        if self.budget.tokens is not None:
+            return self.budget.tokens / (lengths[row] + more)
+        assert self.budget.bytes is not None
+        unit = self.profile.grid.token_bytes(itemsize)
+        short = [n + more for n in lengths if n < self.options.min_tokens]
+        others = [n + more for n in lengths if n >= self.options.min_tokens]
+        return (self.budget.bytes - unit * sum(short)) / max(unit * sum(others), 1)
+
+    def _worth(self, row: int, lengths: Sequence[int], itemsize: int) -> Worth:
+        """In tokens per head. Bytes of rows of unequal length move from row to row as all grow: by
+        the least of what they do at once and over a while."""
+        tokens = lengths[row]
+        if self.budget.share is not None:
+            return Worth(self.budget.share * tokens, self.budget.share)
+        if self.budget.tokens is not None:
+            return Worth(float(self.budget.tokens))
+        now, soon, later = (
+            max(0.0, self._share(row, lengths, itemsize, more)) * (tokens + more)
+            for more in (0, 1, self.options.compress_every or 1)
+        )
+        slope = (later - now) / (self.options.compress_every or 1)
+        return Worth(now, min(soon - now, slope))
+
+    def _schedule(
+        self, plan: RowPlan, tokens: int, worth: Worth, itemsize: int, first: bool
+    ) -> Schedule:
+        every = self.options.compress_every
+        factor = 1.0 if first else min(1.0, worth.now / tokens) / plan.share
+        if not every:
+            return Schedule(factor, QUIET, worth)
+        held = self._held(plan, tokens, factor, itemsize)
+        if not first:
+            target = worth.target(every)
+            for _ in range(4):  # heads that are at their least give nothing: the others do
+                if held <= target:
+                    break
+                factor = max(0.0, factor * (1 - (held - target) / held))
+                held = self._held(plan, tokens, factor, itemsize)
+        return Schedule(factor, worth.room(held, every), worth, held)
+
+    def _held(self, plan: RowPlan, tokens: int, factor: float, itemsize: int) -> float:
+        """Tokens per head that the row holds once it is compressed, all bytes counted."""
+        dim, keep, slot = self.profile.grid.head_dim, self.profile.keep, self.options.slot_bytes
+        total = count = 0
+        for head in (head for layer in plan.layers for head in layer):
+            strategy, fixed = head.strategy, (keep, dim, itemsize, slot)
+            dynamic = strategy.head_type is HeadType.DYNAMIC and head.ratio < 1
+            if dynamic and dynamic_layout(strategy, head.ratio, plan.tokens, *fixed) is None:
+                strategy = replace(strategy, head_type=HeadType.STATIC)  # too short (packing)
+            total += held_bytes(strategy, head.ratio * factor, tokens, *fixed)
+            count += 1
+        return total / (count * 2 * dim * itemsize)
 
     def tables(
         self, layer: int, head: int, strategy: Strategy, device: torch.device

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hkvprof.errors import CompressionError, ModelError
 from hkvprof.heads import HeadGrid
-from hkvprof.runtime.plan import LayerPlan, Planner
+from hkvprof.runtime.plan import Planner, RowPlan
 from hkvprof.runtime.receipt import Meter
 
 
@@ -39,9 +39,13 @@ class Conversation:
         """Learn the rows' starts from the mask of a pass; the first covered layer does."""
         self.starts = _row_starts(mask, rows, tokens)
 
-    def plans(self, tokens: int, itemsize: int, strict: bool) -> tuple[LayerPlan, ...]:
-        """What every layer does with rows of `tokens` positions, padding included."""
-        return self.planner.layers(tokens - min(self.starts), len(self.starts), itemsize, strict)
+    def lengths(self, seen: int) -> tuple[int, ...]:
+        """Tokens of every row after `seen` positions, padding aside."""
+        return tuple(seen - start for start in self.starts)
+
+    def plans(self, tokens: int, itemsize: int, strict: bool) -> tuple[RowPlan, ...]:
+        """What happens to every row of `tokens` positions, padding included."""
+        return self.planner.rows(self.lengths(tokens), itemsize, strict)
 
     def see_ids(self, ids: Tensor | None, seen: int) -> None:
         """Token ids of a pass that follows `seen` tokens."""

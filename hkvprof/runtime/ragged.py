@@ -15,19 +15,34 @@ from hkvprof.runtime.attention import attend
 from hkvprof.runtime.booking import measure, open_heads, take_heads
 from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import Kernels, for_device
-from hkvprof.runtime.packing import Attention, Packed, Rule, pack, repack_dynamic, repack_static
-from hkvprof.runtime.plan import HeadPlan
+from hkvprof.runtime.packing import (
+    Attention,
+    Packed,
+    Rule,
+    pack,
+    repack_dynamic,
+    repack_static,
+    whole,
+)
+from hkvprof.runtime.plan import HeadPlan, RowPlan
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.receipt import LayerAccount
 from hkvprof.runtime.retrieving import Retriever
+from hkvprof.runtime.rows import Row
 from hkvprof.runtime.storage import RaggedStorage
+
+KEPT_WHOLE = "generated tokens are kept whole (decode_compression=False)"
+TOO_MUCH = "indexes, recent tokens and the floor of a row need more than its budget at this length"
+LONG_PASS = (
+    "a pass was longer than the room left: its tokens join the budget at the start of the next one"
+)
 
 
 class RaggedLayer:
     """Segments (row * kv_heads + head) of a layer, each static, dynamic or whole.
 
-    `base` is the logical length at the last compression; later tokens are the tail, which every
-    segment holds whole at its end.
+    `seen` is the logical length. What came since a row last joined the budget is its tail, which
+    its segments hold whole at their ends.
     """
 
     shared_attributes = ("_shared", "account", "retriever")
@@ -37,19 +52,21 @@ class RaggedLayer:
         shared: Conversation,
         number: int,
         account: LayerAccount,
-        plans: tuple[HeadPlan, ...],
+        rows: Sequence[Row],
         scaling: float,
+        seen: int,
     ) -> None:
         self.account = account
-        self.base = 0
-        self.tail = 0
+        self.rows = list(rows)
+        self.seen = seen
+        self.kv_heads = shared.grid.kv_heads
         self.dynamic: dict[int, DynamicHead] = {}
         self._shared = shared
         self._number = number
-        self._plans = plans
-        self._planned = 0
         self.scaling = scaling
         self._positions: list[Tensor] | None = None
+        self._known = seen
+        """Logical length up to which `_positions` go."""
         self.storage: RaggedStorage
         self.retriever = self._new_retriever(0)
 
@@ -59,7 +76,7 @@ class RaggedLayer:
         shared: Conversation,
         number: int,
         account: LayerAccount,
-        plans: tuple[HeadPlan, ...],
+        plans: Sequence[RowPlan],
         query: Float[Tensor, "rows query_heads window dim"],
         key: Float[Tensor, "rows kv_heads tokens dim"],
         value: Float[Tensor, "rows kv_heads tokens dim"],
@@ -69,60 +86,117 @@ class RaggedLayer:
     ) -> RaggedLayer:
         """Compress the first `tokens` dense positions; later ones become the tail.
 
-        `query` holds the last rows up to position `tokens`. Heads in `given` hold what they are
-        given there (batches of one).
+        One plan per row. `query` holds the last rows up to position `tokens`. Heads in `given` hold
+        what they are given there (batches of one).
         """
         began = time.perf_counter()
-        layer = cls(shared, number, account, plans, scaling)
-        layer.base, layer._planned = tokens, tokens - min(shared.starts)
+        lengths, size = shared.lengths(tokens), key.element_size()
+        rows = [
+            Row.first(shared.planner, plan, row, lengths, size, tokens)
+            for row, plan in enumerate(plans)
+        ]
+        layer = cls(shared, number, account, rows, scaling, tokens)
         text = shared.text(tokens)
         packed = []
         for row, start in enumerate(shared.starts):
             flags = None if text is None else text[row, start:].to(key.device)
             own_key, own_value = key[row, :, start:tokens], value[row, :, start:tokens]
             seen = layer._lazy_attention(query[row], own_key)  # once for all heads
-            for head in range(len(plans)):
+            for head in range(layer.kv_heads):
                 if given and head in given:
                     packed.append(given[head])
                     continue
-                rule = layer._rule(head, key.device)
                 last = query[row, layer._group(head), -1]
                 attention = partial(_of_head, seen, head)
-                packed.append(pack(rule, last, attention, own_key[head], own_value[head], flags))
-        starts = [start for start in shared.starts for _ in plans]
+                one = (own_key[head], own_value[head])
+                packed.append(layer._pack(row, head, last, attention, *one, flags))
+        starts = [start for start in shared.starts for _ in range(layer.kv_heads)]
         layer._install(packed, [torch.arange(start, tokens) for start in starts])
         if key.shape[2] > tokens:
             layer.append(key[:, :, tokens:], value[:, :, tokens:])
         layer._finish(began)
         return layer
 
-    def compress_tail(self, query: Float[Tensor, "rows query_heads window dim"]) -> None:
-        """Let the tail join the budget: prune static segments, move full chunks to the host."""
+    @property
+    def tail(self) -> int:
+        """Tokens that can still be taken back: those since a row last joined the budget."""
+        return self.seen - max(row.base for row in self.rows)
+
+    @property
+    def until(self) -> int:
+        """Logical length up to which tokens may come before a row must join the budget."""
+        return min(row.until for row in self.rows)
+
+    @property
+    def spare(self) -> int:
+        """Tokens for which the storage may have room now."""
+        return min(row.schedule.spare(self.seen - row.base) for row in self.rows)
+
+    def compress_tail(
+        self, query: Float[Tensor, "rows query_heads window dim"], new: int = 1
+    ) -> None:
+        """Let the tails of rows for which it is time join the budget, before `new` tokens come:
+        prune static segments, move full chunks to the host."""
         began = time.perf_counter()
         self.retriever.join()
-        base = self.base + self.tail
-        text = self._shared.text(base)
+        text = self._shared.text(self.seen)
+        lengths, size = self._shared.lengths(self.seen), self.storage.key.element_size()
+        due = [row.is_due(self.seen, new) for row in self.rows]
+        self.rows = [
+            row.again(self._shared.planner, number, lengths, size, self.seen)
+            if due[number]
+            else row
+            for number, row in enumerate(self.rows)
+        ]
         packed, known = [], []
         for segment in range(self.storage.segments):
-            row, head = divmod(segment, len(self._plans))
-            tokens = base - self._shared.starts[row]
-            rule = self._rule(head, self.storage.key.device)
-            key, value = self.storage.keys(segment), self.storage.values(segment)
-            mine = query[row, self._group(head)]
-            attention = self._lazy_attention(mine, key[None])
-            state = self.dynamic.get(segment)
+            row, head = divmod(segment, self.kv_heads)
             positions = self._positions_of(segment)
-            flags = None if text is None or positions is None else text[row, positions]
-            if state is not None:
-                packed.append(repack_dynamic(rule, mine[:, -1], key, value, tokens, state))
-            elif len(key) == tokens:
-                packed.append(pack(rule, mine[:, -1], attention, key, value, flags))
-            else:
-                packed.append(repack_static(rule, attention, key, value, tokens, flags))
             known.append(positions)
-        self.base, self.tail = base, 0
+            if not due[row]:
+                packed.append(self._as_it_is(segment))
+                continue
+            flags = None if text is None or positions is None else text[row, positions]
+            packed.append(self._join(segment, query[row, self._group(head)], lengths[row], flags))
         self._install(packed, known)
         self._finish(began)
+
+    def _join(
+        self, segment: int, query: Tensor, tokens: int, flags: Tensor | None
+    ) -> Packed:
+        """A segment whose tail joins; its row is `tokens` tokens long."""
+        row, head = divmod(segment, self.kv_heads)
+        key, value = self.storage.keys(segment), self.storage.values(segment)
+        attention = self._lazy_attention(query, key[None])
+        state = self.dynamic.get(segment)
+        if len(key) == tokens and state is None:
+            return self._pack(row, head, query[:, -1], attention, key, value, flags)
+        rule = self._rule(row, head, key.device)
+        if state is not None:
+            return repack_dynamic(rule, query[:, -1], key, value, tokens, state)
+        return repack_static(rule, attention, key, value, tokens, flags)
+
+    def _pack(
+        self,
+        row: int,
+        head: int,
+        query: Tensor,
+        attention: Attention,
+        key: Tensor,
+        value: Tensor,
+        flags: Tensor | None,
+    ) -> Packed:
+        """A head whose tokens are all there."""
+        if self.rows[row].is_whole:
+            return whole(key, value)
+        return pack(self._rule(row, head, key.device), query, attention, key, value, flags)
+
+    def _as_it_is(self, segment: int) -> Packed:
+        """A segment of a row for which it is not time."""
+        key, value = self.storage.keys(segment), self.storage.values(segment)
+        state = self.dynamic.get(segment)
+        kept = None if state is not None else torch.arange(len(key))
+        return Packed(key, value, self.account.heads[segment].strategy, state, kept)
 
     # -- tokens ---------------------------------------------------------------------------------
 
@@ -135,7 +209,8 @@ class RaggedLayer:
         before = self.storage.key
         if key.shape[2] > self.storage.room:
             self.retriever.unbind()  # it is bound to tensors that will be replaced
-        self.storage.append(key.flatten(0, 1), value.flatten(0, 1))
+        self.seen += key.shape[2]
+        self.storage.append(key.flatten(0, 1), value.flatten(0, 1), self.spare)
         self._count(key.shape[2])
         return self.storage.key is not before
 
@@ -149,27 +224,32 @@ class RaggedLayer:
     def advance(self, count: int) -> None:
         """Book decoding steps that the device took by itself (or, below 0, did not take)."""
         self.storage.advance(count)
+        self.seen += count
         self._count(count)
         self.account.steps += count
         if self.dynamic:
             self.retriever.advance(count)
 
     def _count(self, tokens: int) -> None:
-        self.tail += tokens
         self.account.tail += tokens
         self.account.dense_bytes += self.storage.segments * tokens * self.storage.token_bytes
+        self._book_budget()
 
     def drop_last(self, count: int) -> None:
-        """Forget the last `count` tokens, which must be of the tail."""
+        """Forget the last `count` tokens, which must be of every row's tail."""
         assert count <= self.tail
         self.storage.drop_last(count)
-        self.tail -= count
+        self.seen -= count
+        if self._positions is not None and self.seen < self._known:
+            self._known = self.seen
+            self._positions = [places[places < self.seen] for places in self._positions]
         self.measure()
 
     def take_rows(self, rows: Sequence[int]) -> None:
         """Reorder, drop or repeat batch rows; rows made of one share host items and index."""
-        heads = len(self._plans)
+        heads = self.kv_heads
         segments = [row * heads + head for row in rows for head in range(heads)]
+        self.rows = [self.rows[row] for row in rows]
         self.retriever.join()
         self.storage = self.storage.take(segments)
         old = self.dynamic
@@ -222,7 +302,7 @@ class RaggedLayer:
             head = self.dynamic.get(segment)
             if head is not None:
                 key, value = head.all_tokens(key, value)
-            block = visible[segment // len(self._plans)]
+            block = visible[segment // self.kv_heads]
             outputs.append(attend(grouped[segment], key, value, self.scaling, block))
         out = torch.stack(outputs).view(rows, query_heads, new, -1)
         return out.transpose(1, 2).contiguous()
@@ -248,11 +328,13 @@ class RaggedLayer:
         rows = query[:, query.shape[1] - window :]
         return cache(partial(window_attention, rows, key, self.scaling))
 
-    def _rule(self, head: int, device: torch.device) -> Rule:
-        planner, plan = self._shared.planner, self._plans[head]
+    def _plan(self, row: int, head: int) -> HeadPlan:
+        return self.rows[row].plan.layers[self._number][head]
+
+    def _rule(self, row: int, head: int, device: torch.device) -> Rule:
+        planner, plan = self._shared.planner, self._plan(row, head)
         tables = planner.tables(self._number, head, plan.strategy, device)
-        longest = self.base + self.tail - min(self._shared.starts)
-        ratio = plan.ratio * planner.growth(self._planned, longest)
+        ratio = plan.ratio * self.rows[row].schedule.factor
         keep = planner.profile.keep
         return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling)
 
@@ -260,25 +342,30 @@ class RaggedLayer:
         """Positions of a segment's tokens, tail included, where text is told from other tokens."""
         if self._positions is None:
             return None
-        tail = torch.arange(self.base, self.base + self.tail)
-        return torch.cat([self._positions[segment], tail])
+        later = torch.arange(self._known, self.seen)
+        return torch.cat([self._positions[segment], later])
 
     def _install(self, packed: list[Packed], positions: list[Tensor] | list[Tensor | None]) -> None:
         self.storage = RaggedStorage([p.key for p in packed], [p.value for p in packed])
         self.dynamic = {i: p.dynamic for i, p in enumerate(packed) if p.dynamic is not None}
         self.retriever = self._new_retriever(self.retriever.steps)
+        self._known = self.seen
         if self._shared.planner.needs_text:
             self._positions = [
                 torch.empty(0, dtype=torch.long) if p.kept is None or known is None
                 else known[p.kept.cpu()]
                 for p, known in zip(packed, positions, strict=True)
             ]  # fmt: skip
-        open_heads(self.account, [p.name for p in packed], len(self._plans))
+        open_heads(self.account, [p.name for p in packed], self.kv_heads)
         self.measure()
 
     def _new_retriever(self, steps: int) -> Retriever:
         options = self._shared.planner.options
-        return Retriever(self.dynamic, self._plans, self.account, options, self.scaling, steps)
+        rerank = {
+            segment: self._plan(*divmod(segment, self.kv_heads)).strategy.rerank
+            for segment in self.dynamic
+        }
+        return Retriever(self.dynamic, rerank, self.account, options, self.scaling, steps)
 
     def _finish(self, began: float) -> None:
         if not self.storage.key.is_cuda:
@@ -286,8 +373,21 @@ class RaggedLayer:
 
     def measure(self) -> None:
         """Account for every head's tokens and bytes."""
-        seen = self.base + self.tail
-        measure(self.account, self.storage, self.dynamic, self._shared.starts, seen)
+        measure(self.account, self.storage, self.dynamic, self._shared.starts, self.seen)
+        self._book_budget()
+
+    def _book_budget(self) -> None:
+        """What the budget is worth now, and whether there was no room for what came."""
+        options = self._shared.planner.options
+        tokens = sum(row.schedule.worth.at(self.seen - row.base) for row in self.rows)
+        self.account.budget_bytes = tokens * self.kv_heads * self.storage.token_bytes
+        self.account.excess = ""
+        if not options.compress_every:
+            self.account.excess = KEPT_WHOLE
+        elif self.seen > self.until:
+            self.account.excess = LONG_PASS
+        elif not all(row.schedule.fits for row in self.rows):
+            self.account.excess = TOO_MUCH
 
 
 def _of_head(attention: Attention, head: int) -> Tensor:

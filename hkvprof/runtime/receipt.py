@@ -15,6 +15,10 @@ import torch
 from hkvprof.policy.domain import DomainCheck
 
 
+ONE_MEMORY = ("", "cpu", "mps")
+"""Kinds of devices whose memory is the host's; "" before anything was seen."""
+
+
 @dataclass
 class Meter:
     """Resident K/V bytes of a conversation's layers now and at their highest."""
@@ -90,16 +94,23 @@ class LayerAccount:
     """A layer's state: `empty`, `pending`, `dense` (and why) or `compressed`.
 
     `tail` tokens came since the heads were last accounted for (every head keeps them whole until
-    the next compression). `parked_bytes` are dense keys and values that wait on the host between
-    the chunks of a prefill. Seconds are wall clock and measured on the CPU only; `retrieval` is
-    scoring, selecting and fetching.
+    the next compression). `budget_bytes` is what the budget is worth, an equal part of it for every
+    layer (rows that stay dense: all they have), and `excess` says why more may be held than that
+    and its allowance. `query_bytes` are queries kept for the next compression, no part of
+    `resident_bytes`. `parked_bytes` are dense keys and values that wait on the host between the
+    chunks of a prefill. Seconds are wall clock and measured on the CPU only; `retrieval` is scoring,
+    selecting and fetching.
     """
 
     layer: int
     state: str = "empty"
     reason: str = ""
+    device: str = ""
     dense_bytes: int = 0
     resident_bytes: int = 0
+    budget_bytes: float = 0.0
+    excess: str = ""
+    query_bytes: int = 0
     parked_bytes: int = 0
     compressions: int = 0
     tail: int = 0
@@ -140,14 +151,18 @@ class LayerAccount:
 class Receipt:
     """A request's account. `dense_bytes` is what an uncompressed cache of the covered layers holds.
 
-    `peak_bytes` is the most K/V that was resident at once, during prefill too. `shared_bytes` are
-    index tables held once per model, not per request. `same_memory` says that device and host are
-    one memory, so that only `resident_bytes + host_bytes` (`total_bytes`) is what a request really
-    takes. `kernels` names what computes decoding steps. `domain` is what the monitor found; None on
-    requests that it did not look at.
+    `resident_bytes` are K/V, indexes, slot maps and slack, which the budget is about; it is worth
+    `budget_bytes` at this length. `query_bytes` are beside them: the last queries, kept for the
+    next compression. `peak_bytes` is the most K/V that was resident at once, during prefill too.
+    `shared_bytes` are index tables held once per model: no part of any request. `same_memory` says
+    that device and host are one memory for this model, so that only `resident_bytes + host_bytes`
+    (`total_bytes`) is what a request really takes. `kernels` names what computes decoding steps.
+    `domain` is what the monitor found; None on requests that it did not look at.
     """
 
     resident_bytes: int
+    budget_bytes: int
+    query_bytes: int
     host_bytes: int
     dense_bytes: int
     peak_bytes: int
@@ -168,10 +183,20 @@ class Receipt:
         return self.resident_bytes / self.dense_bytes if self.dense_bytes else 0.0
 
     @property
-    def share_with_tables(self) -> float:
-        """The same with the model's index tables, which all requests share, counted once."""
-        kept = self.resident_bytes + self.shared_bytes
-        return kept / self.dense_bytes if self.dense_bytes else 0.0
+    def over_bytes(self) -> int:
+        """What is resident beyond the budget: tokens that came since the last compression."""
+        return max(0, self.resident_bytes - self.budget_bytes)
+
+    @property
+    def over_tokens(self) -> float:
+        """The same in tokens per head."""
+        tokens = sum(head.tokens_seen for head in self._heads())
+        return self.over_bytes / self.dense_bytes * tokens / self._segments if tokens else 0.0
+
+    @property
+    def excess(self) -> str:
+        """Why more may be held than the budget and its allowance; else an empty text."""
+        return "; ".join(sorted({layer.excess for layer in self.layers if layer.excess}))
 
     @property
     def compressed_layers(self) -> int:
@@ -210,32 +235,36 @@ class Receipt:
         return (head for layer in self.layers for head in layer.heads)
 
     @property
-    def _shares(self) -> str:
-        if not self.shared_bytes:
-            return f"{self.resident_share:.1%}"
-        return f"{self.resident_share:.1%}; with index tables {self.share_with_tables:.1%}"
+    def _segments(self) -> int:
+        return sum(len(layer.heads) for layer in self.layers)
 
     def __str__(self) -> str:
-        mib = 2**20
         text = (
-            f"{self.resident_bytes / mib:.2f} MiB resident of {self.dense_bytes / mib:.2f} MiB "
-            f"dense ({self._shares}), {self.host_bytes / mib:.2f} MiB on the host"
+            f"{_mib(self.resident_bytes)} resident of {_mib(self.dense_bytes)} dense "
+            f"({self.resident_share:.1%}), {_mib(self.host_bytes)} on the host"
         )
         if self.same_memory:
-            text += (
-                f" (device and host are the same memory here: {self.total_bytes / mib:.2f} MiB "
-                "together)"
-            )
+            together = _mib(self.total_bytes)
+            text += f" (device and host are the same memory here: {together} together)"
+        if self.over_bytes:
+            text += f", {_mib(self.over_bytes)} ({self.over_tokens:.1f} tokens a head) over the budget"
+            text += f" because {self.excess}" if self.excess else ""
+        if self.query_bytes:
+            text += f", {_mib(self.query_bytes)} of queries for the next compression"
         text += f", {self.compressed_layers} of {len(self.layers)} layers compressed"
         reasons = sorted({layer.reason for layer in self.layers if layer.reason})
-        return text + (f"; dense because {'; '.join(reasons)}" if reasons else "")
+        text += f"; dense because {'; '.join(reasons)}" if reasons else ""
+        tables = f"; index tables, once per model: {_mib(self.shared_bytes)}"
+        return text + (tables if self.shared_bytes else "")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
         return {
             **{k: v for k, v in asdict(self).items() if k != "layers"},
             "resident_share": self.resident_share,
-            "share_with_tables": self.share_with_tables,
+            "over_bytes": self.over_bytes,
+            "over_tokens": self.over_tokens,
+            "excess": self.excess,
             "total_bytes": self.total_bytes,
             "hit_rate": self.hit_rate,
             "bytes_moved": self.bytes_moved,
@@ -253,37 +282,55 @@ class Receipt:
         return {**asdict(head), "hit_rate": head.hit_rate}
 
 
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
 def measure_storage(cache: Any) -> tuple[int, int]:
-    """(resident, host) bytes by walking every tensor that the cache's layers reach.
+    """(resident, host) bytes by walking every tensor that the cache's layers reach, but for queries
+    (`measure_queries`).
 
     Independent of the accounts: storages are found through attributes and containers and counted
     once each. Tensors of objects with `on_host` are host bytes; lengths kept as integers do not
     count.
     """
-    resident: dict[int, int] = {}
-    host: dict[int, int] = {}
+    sizes = _measure(cache)
+    return sizes["resident"], sizes["host"]
+
+
+def measure_queries(cache: Any) -> int:
+    """Bytes of the queries that a cache keeps for its next compression, by walking its tensors."""
+    return _measure(cache)["queries"]
+
+
+def _measure(cache: Any) -> dict[str, int]:
+    found: dict[str, dict[int, int]] = {"resident": {}, "host": {}, "queries": {}}
     for layer in cache.layers:
-        for tensor, on_host in _tensors(layer, False, set()):
+        for tensor, place in _tensors(layer, "resident", set()):
             storage = tensor.untyped_storage()
-            (host if on_host else resident)[storage.data_ptr()] = storage.nbytes()
-    return sum(resident.values()), sum(host.values())
+            found[place][storage.data_ptr()] = storage.nbytes()
+    return {place: sum(sizes.values()) for place, sizes in found.items()}
 
 
-def _tensors(value: Any, on_host: bool, seen: set[int]) -> Iterator[tuple[torch.Tensor, bool]]:
+def _tensors(value: Any, place: str, seen: set[int]) -> Iterator[tuple[torch.Tensor, str]]:
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, torch.Tensor):
-        yield value, on_host
+        yield value, place
         return
+    place = "host" if getattr(value, "on_host", False) else place
     if isinstance(value, (list, tuple)):
         children: list[Any] = list(value)
     elif isinstance(value, dict):
         children = list(value.values())
     elif type(value).__module__.startswith("hkvprof.") and hasattr(value, "__dict__"):
         skip = getattr(value, "shared_attributes", ())
-        children = [child for name, child in vars(value).items() if name not in skip]
+        aside = getattr(value, "query_attributes", ())
+        for name in aside:
+            yield from _tensors(getattr(value, name), "queries", seen)
+        children = [child for name, child in vars(value).items() if name not in (*skip, *aside)]
     else:
         return
     for child in children:
-        yield from _tensors(child, on_host or getattr(value, "on_host", False), seen)
+        yield from _tensors(child, place, seen)

@@ -11,7 +11,6 @@ from torch import Tensor
 from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval
 from hkvprof.runtime.options import Options
-from hkvprof.runtime.plan import HeadPlan
 from hkvprof.runtime.prefetch import Prefetch, queues_for
 from hkvprof.runtime.receipt import Fetches, LayerAccount
 from hkvprof.runtime.storage import RaggedStorage
@@ -20,13 +19,14 @@ from hkvprof.runtime.storage import RaggedStorage
 class Retriever:
     """Bound to the dynamic heads of one compression: make a new one when they are replaced.
 
-    `steps` counts decoding steps: every `retrieve_every`-th of them selects.
+    `rerank` says of every dynamic segment how many items more its index names; `steps` counts
+    decoding steps: every `retrieve_every`-th of them selects.
     """
 
     def __init__(
         self,
         dynamic: Mapping[int, DynamicHead],
-        plans: tuple[HeadPlan, ...],
+        rerank: Mapping[int, int],
         account: LayerAccount,
         options: Options,
         scaling: float,
@@ -34,7 +34,7 @@ class Retriever:
     ) -> None:
         self.steps = steps
         self.prefetch: Prefetch | None = None
-        self._dynamic, self._plans, self._account = dynamic, plans, account
+        self._dynamic, self._rerank, self._account = dynamic, rerank, account
         self._options, self._scaling = options, scaling
         self._bound: Retrieval | None = None
 
@@ -82,7 +82,7 @@ class Retriever:
     def _key_bytes(self, segment: int) -> int:
         """Bytes of the exact keys that reranking reads from the host at every selection."""
         head = self._dynamic[segment]
-        more = self._plans[segment % len(self._plans)].strategy.rerank
+        more = self._rerank[segment]
         if not more or head.layout.hot == head.layout.items:
             return 0
         return min(head.layout.items, head.layout.hot + more) * head.host.item_bytes // 2
@@ -120,7 +120,7 @@ class Retriever:
             hot_start=storage.offsets[number] + head.hot_start,
             chunk=head.layout.chunk,
             items=head.layout.items,
-            rerank=self._plans[number % len(self._plans)].strategy.rerank,
+            rerank=self._rerank[number],
         )
 
     def _prepare_prefetch(

@@ -70,13 +70,19 @@ class RaggedStorage:
         return self.value[start : start + self.lengths[segment]]
 
     def append(
-        self, key: Float[Tensor, "segments tokens dim"], value: Float[Tensor, "segments tokens dim"]
+        self,
+        key: Float[Tensor, "segments tokens dim"],
+        value: Float[Tensor, "segments tokens dim"],
+        spare: int,
     ) -> None:
-        """Write the same number of new tokens to the end of every segment."""
+        """Write the same number of new tokens to the end of every segment.
+
+        Where there is no room for them, slack is made too, for at most `spare` tokens more.
+        """
         count = key.shape[1]
         if count > self.room:
             slack = max(MIN_SLACK, int(SLACK_SHARE * sum(self.lengths) / self.segments))
-            self._grow(count - 1 + slack)
+            self._grow(count + max(0, min(slack - 1, spare)))
         append_rows(self.key, self.value, self.ends, key, value)
         self.advance(count)
 

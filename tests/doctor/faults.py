@@ -68,7 +68,7 @@ def heads_grouped_by_remainder(patch: pytest.MonkeyPatch) -> None:
 
     def attend_one(self: RaggedLayer, query: Tensor) -> Tensor:
         heads = query.shape[1]
-        order = torch.arange(heads).view(-1, len(self._plans)).T.reshape(-1)
+        order = torch.arange(heads).view(-1, self.kv_heads).T.reshape(-1)
         found = own(self, query[:, order])
         return found[:, :, order.argsort()]
 
@@ -88,13 +88,14 @@ def layers_reversed(patch: pytest.MonkeyPatch) -> None:
 
 
 def plans_of_the_next_layer(patch: pytest.MonkeyPatch) -> None:
-    own = Planner.layers
+    own = Planner.rows
 
-    def layers(self: Planner, *args: Any) -> Any:
-        found = own(self, *args)
-        return (*found[1:], found[0])
+    def rows(self: Planner, *args: Any) -> Any:
+        return [
+            replace(plan, layers=(*plan.layers[1:], *plan.layers[:1])) for plan in own(self, *args)
+        ]
 
-    patch.setattr(Planner, "layers", layers)
+    patch.setattr(Planner, "rows", rows)
 
 
 def kept_tokens_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -206,7 +207,7 @@ def wrong_scaling(patch: pytest.MonkeyPatch) -> None:
 def tail_pruned_by_other_queries(patch: pytest.MonkeyPatch) -> None:
     """Generated tokens join the budget by queries of another row of the window."""
     own = RaggedLayer.compress_tail
-    patch.setattr(RaggedLayer, "compress_tail", lambda self, query: own(self, query.flip(1)))
+    patch.setattr(RaggedLayer, "compress_tail", lambda self, query, new: own(self, query.flip(1), new))
 
 
 def later_tokens_are_seen(patch: pytest.MonkeyPatch) -> None:

@@ -94,10 +94,7 @@ def check(plan: Plan, receipt: Receipt) -> None:
     assert plan.resident_bytes == receipt.resident_bytes
     assert plan.host_bytes == receipt.host_bytes
     assert plan.table_bytes == receipt.shared_bytes
-    assert plan.share_with_tables == receipt.share_with_tables
-    assert plan.share_with_tables * plan.dense_bytes == pytest.approx(
-        receipt.resident_bytes + receipt.shared_bytes
-    )
+    assert plan.resident_share == receipt.resident_share
     assert plan.peak_bytes == receipt.peak_bytes + receipt.shared_bytes
     assert plan.is_dense == (receipt.compressed_layers == 0)
     for layer, account in zip(plan.layers, receipt.layers, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import measure_storage
+from hkvprof.runtime.receipt import measure_queries
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
 from tests.runtime.test_handle import TYPES, logits_of, profile_of
@@ -31,39 +33,32 @@ def compare_with_masked_dense(
     model: Any, profile: Any, ids: Tensor, mask: Tensor, steps: int, **options: Any
 ) -> Any:
     """Step by step: logits equal dense attention under the mask of what is resident."""
-    reference = masked_cache(model)
+    plain = copy.deepcopy(model)
+    reference = masked_cache(plain)
     with apply(model, profile, **options) as handle:
         cache = handle.new_cache()
         out = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
         for step in range(steps):
             token = (out[:, -1:].argmax(-1) + step) % 60 + 1
-            before = mask
+            padding = mask
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
             out = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
-            handle.detach()
             if step == 0:
-                model(input_ids=ids, attention_mask=before, past_key_values=reference)
-            base = [layer.ragged.base for layer in cache.covered]
+                plain(input_ids=ids, attention_mask=padding, past_key_values=reference)
             kept = [
-                kept_positions(ours, theirs.keys[:, :, : base[0]])
+                kept_positions(ours, theirs.keys)
                 for ours, theirs in zip(cache.covered, reference.layers, strict=True)
             ]
+            before = reference.get_seq_length()
             expected = masked_step(
-                model, reference, kept, base[0], input_ids=token, attention_mask=mask
+                plain, reference, kept, before, input_ids=token, attention_mask=mask
             )
             assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
-            handle = _reattach(model, handle)
             resident, host = measure_storage(cache)
             receipt = cache.receipt()
             assert (receipt.resident_bytes, receipt.host_bytes) == (resident, host)
-        handle.detach()
+            assert receipt.query_bytes == measure_queries(cache)
     return cache
-
-
-def _reattach(model: Any, handle: Any) -> Any:
-    from hkvprof.runtime.handle import Handle
-
-    return Handle(model, handle._view, handle._planner)
 
 
 @pytest.mark.parametrize("types", TYPES)
@@ -71,8 +66,8 @@ def test_generation_equals_masked_dense_attention(llama: Any, types: str) -> Non
     ids, mask = left_padded([120, 97])
     options: dict[str, Any] = {"budget": 0.35, "compress_every": 24}
     cache = compare_with_masked_dense(llama, profile_of(llama, types), ids, mask, 80, **options)
-    assert all(layer.account.compressions == 4 for layer in cache.covered)
-    assert all(layer.ragged.tail <= 24 for layer in cache.covered)
+    assert all(layer.account.compressions > 4 for layer in cache.covered)
+    assert all(layer.ragged.seen <= layer.ragged.until for layer in cache.covered)
 
 
 @pytest.mark.parametrize("options", [{"smoothing": 0.7}, {"retrieve_every": 3}], ids=str)
@@ -93,11 +88,9 @@ def test_share_stays_at_the_budget_however_long_the_generation(llama: Any, types
         out = llama.generate(input_ids=ids, max_new_tokens=700, **GREEDY)
         receipt = handle.receipt()
         assert out.shape[1] == 1000
-        tail = 40 / 999  # up to compress_every tokens are whole, and slack
-        queries = 3 * 4 * 16 * 16 * 4 / receipt.dense_bytes  # for the next compression
-        assert receipt.resident_share <= 0.2 + tail + queries
+        assert receipt.resident_share <= 1.05 * 0.2
         assert handle.profile.keep == keep
-        assert min(layer.compressions for layer in receipt.layers) == 1 + (699 // 32)
+        assert 1 + 699 // 32 <= min(layer.compressions for layer in receipt.layers) < 2 * 699 / 32
     with apply(llama, profile_of(llama, types), budget=0.2, decode_compression=False) as handle:
         llama.generate(input_ids=ids, max_new_tokens=300, **GREEDY)
         assert handle.receipt().resident_share > 0.5
@@ -109,16 +102,17 @@ def test_sinks_and_recent_tokens_stay(llama: Any) -> None:
         cache = handle.new_cache()
         logits_of(llama, cache, ids, None, 0)
         first = [layer.ragged.storage.keys(0)[:4].clone() for layer in cache.covered]
-        last: list[Tensor] = []
+        layer = cache.covered[0]
         for step in range(61):
-            layer = cache.covered[0]
-            last = [layer.ragged.storage.keys(0)[-8:].clone()]
+            last = layer.ragged.storage.keys(0)[-8:].clone()
+            before = layer.account.compressions
             llama(input_ids=ids[:, step : step + 1], past_key_values=cache)
+            if layer.account.compressions > before:
+                assert layer.ragged.tail == 1
+                assert torch.equal(layer.ragged.storage.keys(0)[-9:-1], last)
+        assert layer.account.compressions > 61 // 20
         for layer, sinks in zip(cache.covered, first, strict=True):
             assert torch.equal(layer.ragged.storage.keys(0)[:4], sinks)
-        layer = cache.covered[0]
-        assert layer.ragged.tail == 1
-        assert torch.equal(layer.ragged.storage.keys(0)[-9:-1], last[0])
 
 
 @pytest.mark.parametrize("budget", [60, "24KiB"])
@@ -158,7 +152,7 @@ def test_a_long_later_turn_joins_the_budget(llama: Any, types: str) -> None:
 
 
 @pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("lengths", [[260], [260, 100, 201]])
+@pytest.mark.parametrize("lengths", [[260], [260, 150, 201]])
 def test_prefill_in_chunks_keeps_the_same_tokens(
     llama: Any, types: str, lengths: list[int]
 ) -> None:
@@ -219,7 +213,7 @@ def test_prompt_lookup_equals_plain_decoding(llama: Any) -> None:
         assert handle.receipt().compressed_layers == 3
         assert abs(handle.receipt().resident_share - share) < 0.15
     # Compression happens at other tokens when several come at once; up to there they agree.
-    assert torch.equal(got[:, :206], expected[:, :206])
+    assert torch.equal(got[:, :188], expected[:, :188])
     with apply(llama, profile_of(llama, "static"), budget=0.5, decode_compression=False):
         expected = llama.generate(input_ids=ids, max_new_tokens=60, **GREEDY)
         got = llama.generate(input_ids=ids, max_new_tokens=60, prompt_lookup_num_tokens=4, **GREEDY)

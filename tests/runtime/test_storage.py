@@ -38,7 +38,7 @@ def test_behaves_as_a_list_of_tensors(
     for name, number in steps:
         if name == "append":
             new = torch.randn(2, len(keys), number, DIM)
-            storage.append(new[0], new[1])
+            storage.append(new[0], new[1], 1000)
             keys = [torch.cat([k, n]) for k, n in zip(keys, new[0], strict=True)]
             values = [torch.cat([v, n]) for v, n in zip(values, new[1], strict=True)]
             generated += number
@@ -68,13 +68,13 @@ def test_slack_is_bounded_and_absent_before_growth() -> None:
     assert len(storage.key) == sum(lengths)
     for _ in range(200):
         new = torch.zeros(3, 1, DIM)
-        storage.append(new, new)
+        storage.append(new, new, 1000)
         slack = len(storage.key) - sum(storage.lengths)
         assert slack <= 3 * max(MIN_SLACK, SLACK_SHARE * sum(storage.lengths) / 3)
 
 
 def test_keys_and_values_may_differ_in_width() -> None:
     storage = RaggedStorage([torch.ones(4, 2)], [torch.ones(4, 5)])
-    storage.append(torch.zeros(1, 3, 2), torch.zeros(1, 3, 5))
+    storage.append(torch.zeros(1, 3, 2), torch.zeros(1, 3, 5), 0)
     assert storage.keys(0).shape == (7, 2)
     assert storage.values(0).shape == (7, 5)
