@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicLayer
 from hkvprof.errors import CompressionError, ModelError
 from hkvprof.models.attention import AttentionCall, mark
 from hkvprof.policy.tail import QUIET
+from hkvprof.runtime.copies import LiveState
+from hkvprof.runtime.dense_states import DenseStates
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.parked import ParkedPrompt
 from hkvprof.runtime.plan import HeadPlan, RowPlan
@@ -25,16 +27,13 @@ NEAR = 2
 window, one for steps that may be replayed (runtime.graph)."""
 
 
-class CompressedLayer(DynamicLayer):
+class CompressedLayer(LiveState, DenseStates, DynamicLayer):
     """Dense until the prompt is complete, compressed as soon as its attention is done then.
 
     A layer whose plan says so (budget 1.0, short prompt) stays dense and behaves bit for bit as
     the stock layer. Later compressions (`compress_every`) happen at the start of a pass, when all
     tokens in the cache are final.
     """
-
-    keys: Tensor | None
-    values: Tensor | None
 
     shared_attributes = ("_shared", "account")
     """Not this layer's own memory (see receipt.measure_storage)."""
@@ -367,7 +366,9 @@ class CompressedLayer(DynamicLayer):
         if self.ragged is not None:
             self.ragged.measure()
             self.account.parked_bytes = 0
-        elif self.keys is not None and self.values is not None:
+        elif self.is_whole:
+            assert self.keys is not None
+            assert self.values is not None
             if self.account.state == "empty":
                 self.account.state = "pending"
             held = self.keys.nbytes + self.values.nbytes
