@@ -31,7 +31,7 @@ def deep_copy(original: T, memo: dict[int, Any], shared: Iterable[Any] = (), **g
 
 
 class NeverCopied:
-    """Objects that do not change, or that belong to the model: a copy of their owner shares them."""
+    """Objects that do not change, or belong to the model: a copy of their owner shares them."""
 
     def __copy__(self: T) -> T:
         return self
@@ -58,7 +58,7 @@ class LiveState:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Raises CompressionError: pickle, torch.save and other processes are out of reach."""
         raise CompressionError(
-            f"{type(self).__name__} cannot be pickled or saved: it refers to storage, kernels and a "
-            "plan of this process. Save the token ids and prefill again, or branch it in this "
+            f"{type(self).__name__} cannot be pickled or saved: it refers to storage, kernels and "
+            "a plan of this process. Save the token ids and prefill again, or branch it in this "
             "process with copy.deepcopy(cache)"
         )

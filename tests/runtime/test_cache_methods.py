@@ -160,7 +160,7 @@ def test_fails_as_a_stock_cache_does(llama: Any, name: str) -> None:
 def test_is_refused_in_one_sentence_while_compressed(llama: Any, name: str) -> None:
     with apply(llama, profile_of(llama, "mixed"), budget=0.3) as handle:
         cache = filled(llama, handle.new_cache())
-        with pytest.raises(CompressionError, match="layer 0 is compressed.*receipt"):
+        with pytest.raises(CompressionError, match=r"layer 0 is compressed.*receipt"):
             REFUSED[name](cache)
         with pytest.raises(CompressionError, match="layer 0 is compressed"):
             DynamicCache(cache)  # would be empty
@@ -182,7 +182,7 @@ def test_a_layer_answers_as_a_stock_layer_does(llama: Any, name: str) -> None:
 def test_a_layer_refuses_in_one_sentence_while_compressed(llama: Any, name: str) -> None:
     with apply(llama, profile_of(llama, "mixed"), budget=0.3) as handle:
         cache = filled(llama, handle.new_cache())
-        with pytest.raises(CompressionError, match="layer 1 is compressed.*measure_storage"):
+        with pytest.raises(CompressionError, match=r"layer 1 is compressed.*measure_storage"):
             LAYER_REFUSED[name](cache.layers[1])
         assert measure_storage(cache)[0] == cache.receipt().resident_bytes
         waiting = handle.new_cache(2 * TOKENS)

@@ -78,7 +78,11 @@ def act(model: Any, branch: Branch, what: tuple[Any, ...]) -> Tensor | None:
 def account(cache: Any) -> Any:
     """A receipt without clocks."""
     layers = [asdict(layer) for layer in cache.receipt().layers]
-    totals = (cache.receipt().resident_bytes, cache.receipt().host_bytes, cache.receipt().peak_bytes)
+    totals = (
+        cache.receipt().resident_bytes,
+        cache.receipt().host_bytes,
+        cache.receipt().peak_bytes,
+    )
     return totals, [{k: v for k, v in layer.items() if k not in CLOCKS} for layer in layers]
 
 
