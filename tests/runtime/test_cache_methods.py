@@ -62,11 +62,12 @@ CHANGES: dict[str, Act] = {
     "reorder_cache": lambda c: c.reorder_cache(torch.tensor([1, 1])),
     "batch_repeat_interleave": lambda c: c.batch_repeat_interleave(2),
     "batch_select_indices": lambda c: c.batch_select_indices(torch.tensor([1])),
-    "update": lambda c: [
-        c.update(torch.ones(2, 2, 1, 16), torch.ones(2, 2, 1, 16), i) for i in range(3)
-    ],
 }
 """What changes a cache: afterwards it continues near a stock one that was changed likewise."""
+IN_A_PASS: dict[str, Act] = {
+    "update": lambda c: c.update(torch.ones(2, 2, 1, 16), torch.ones(2, 2, 1, 16), 0),
+}
+"""Refused but within a pass of the model that the cache was made for."""
 LAYER_SAME: dict[str, Act] = {
     "get_seq_length": lambda y: y.get_seq_length(),
     "get_mask_sizes": lambda y: y.get_mask_sizes(5),
@@ -120,7 +121,7 @@ def stock(llama: Any) -> Any:
 def test_the_tables_name_all_there_is(llama: Any) -> None:
     cache, layer = DynamicCache(config=llama.config), DynamicLayer()
     layer.lazy_initialization(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
-    told = {*SAME, *SAME_ERROR, *REFUSED, *CHANGES, *PLAIN}
+    told = {*SAME, *SAME_ERROR, *REFUSED, *CHANGES, *IN_A_PASS, *PLAIN}
     assert names(DynamicCache, cache) <= told
     told = {*LAYER_SAME, *LAYER_REFUSED, *LAYER_THROUGH_THE_CACHE, *PLAIN}
     assert names(DynamicLayer, layer) <= told
@@ -205,6 +206,16 @@ def test_dense_layers_answer_all_of_it(llama: Any, name: str) -> None:
             got, expected = (REFUSED[name](one) for one in (cache, dense))
         assert flat(got) == flat(expected)
         assert flat(list(DynamicCache(list(cache)))) == flat(list(dense))
+
+
+@pytest.mark.parametrize("name", IN_A_PASS)
+@torch.no_grad()
+def test_takes_tokens_from_its_model_alone(llama: Any, name: str) -> None:
+    with apply(llama, profile_of(llama, "mixed"), budget=0.3) as handle:
+        cache = filled(llama, handle.new_cache())
+        with pytest.raises(CompressionError, match="call that model itself"):
+            IN_A_PASS[name](cache)
+        assert cache.get_seq_length() == TOKENS + 4
 
 
 def flat(value: Any) -> Any:
