@@ -157,9 +157,7 @@ class RaggedLayer(LiveState):
         self._install(packed, known)
         self._finish(began)
 
-    def _join(
-        self, segment: int, query: Tensor, tokens: int, flags: Tensor | None
-    ) -> Packed:
+    def _join(self, segment: int, query: Tensor, tokens: int, flags: Tensor | None) -> Packed:
         """A segment whose tail joins; its row is `tokens` tokens long."""
         row, head = divmod(segment, self.kv_heads)
         key, value = self.storage.keys(segment), self.storage.values(segment)
