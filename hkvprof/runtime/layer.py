@@ -55,6 +55,10 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         self._until = self._shared.planner.options.compress_every
         """Logical length up to which a layer that stays dense need not decide again."""
         self._complete = False
+        self._reopened = False
+        """Whether the prompt was complete before, and went on while all was dense."""
+        self._owed = False
+        """Whether a turn came that rows which are still dense join with the budget."""
         self._window: Tensor | None = None
         self._scaling = 1.0
 
@@ -72,6 +76,7 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         """Store new tokens; the keys returned lead the attention function back to this layer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._reopen()
         self._compress_again(key_states.shape[-2])
         self._seen += key_states.shape[-2]
         if self.ragged is not None:
@@ -200,6 +205,7 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         """Dense attention and then, maybe, compression; or attention over what is resident."""
         self._scaling = call.scaling
         rows = call.query.shape[2]
+        self._note_turn(rows)
         if self.ragged is not None:
             self._remember(call.query)
             if rows == 1:
@@ -209,7 +215,8 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         self._remember(call.query)
         goal = self._shared.goal
         last = rows > 1 if goal is None else self._seen >= goal
-        if self.number == 0 and (not self._shared.starts or (last and not self._complete)):
+        first = last and not (self._complete or self._reopened)
+        if self.number == 0 and (first or not self._shared.starts):
             self._shared.observe_rows(call.mask, call.query.shape[0], self._seen)
         if not self._complete and last:
             self._complete = True
@@ -258,12 +265,33 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         self.keys = self.values = None
         self._measure()
 
+    def _reopen(self) -> None:
+        """A prompt that goes on while all is still dense is planned as a whole."""
+        goal = self._shared.goal
+        if self._complete and self.ragged is None and goal is not None and self._seen < goal:
+            self._complete, self._reopened = False, True
+
+    def _note_turn(self, new: int) -> None:
+        """Without compress_every what is generated stays whole; a turn of a conversation whose rows
+        are still dense is prompt, and joins at the start of the next pass (it may be guesses)."""
+        shared = self._shared
+        if not self._complete or shared.planner.options.compress_every:
+            return
+        asked = self._seen - new < (shared.goal or 0) if shared.generating else new > 1
+        dense = [self._until]
+        if self.ragged is not None:
+            dense = [row.until for row in self.ragged.rows if row.is_whole]
+        self._owed |= asked and self._seen >= min(dense, default=QUIET)
+
     def _compress_again(self, new: int) -> None:
         """At the start of a pass of `new` tokens: is it time for those before it?"""
-        if self._window is None or not self._shared.planner.options.compress_every:
+        if self._window is None:
+            return
+        if not (self._owed or self._shared.planner.options.compress_every):
             return
         if self._shared.goal is not None and not self._complete:
             return
+        self._owed = False
         if self.ragged is None:
             if self._seen >= self._until:
                 self._complete = True
@@ -326,7 +354,7 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         """Keep the queries of the last rows that the next compression will look at."""
         keep = self._shared.planner.profile.keep.window
         if self._complete:
-            if not self._is_near:
+            if not (self._is_near or self._owed):
                 return
         else:
             # A pass may go beyond the prompt, by what assisted decoding guesses.
