@@ -123,6 +123,10 @@ class KeyIndex(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The device tensors that this index holds per request."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyIndex:
+        """Itself: an index never changes."""
+        return self
+
     def score(
         self, query: Float[Tensor, "*rows group dim"], scaling: float
     ) -> Float[Tensor, "*rows items"]:

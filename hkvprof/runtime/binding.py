@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -147,7 +147,7 @@ class Binding:
         config = self._effective_config(call)
         cache = call.cache
         if isinstance(cache, CompressedCache):
-            if self._own(cache).get_seq_length() == 0:
+            if self._own(cache).get_seq_length() == 0 or _GENERATING.get() is None:
                 cache.conversation.goal = _prompt_length(call, config)
             self._place_rope_deltas(cache)
         elif cache is not None:
@@ -160,7 +160,8 @@ class Binding:
         own = cache if isinstance(cache, CompressedCache) else None
         token = _GENERATING.set(_GENERATING.get() or own)
         try:
-            return generate(*call.args, **call.kwargs)
+            with own.conversation.generation() if own is not None else nullcontext():
+                return generate(*call.args, **call.kwargs)
         finally:
             _GENERATING.reset(token)
 
@@ -272,10 +273,15 @@ def _from_embeddings(call: Call) -> bool:
 
 
 def _prompt_length(call: Call, config: Any) -> int | None:
-    """Positions of the prompt that `generate` was given, where it is known beforehand."""
+    """Positions of the prompt that `generate` was given, where it is known beforehand.
+
+    With a cache that holds some of them, tokens may be the new ones alone; the mask is of all.
+    """
     if getattr(config, "token_healing", False):
         return None  # takes tokens off the prompt
     for name in ("inputs_embeds", "input_ids", "inputs"):
         if (found := call.get(name)) is not None:
-            return int(found.shape[1])
+            mask = call.get("attention_mask")
+            whole = mask.shape[1] if mask is not None and mask.ndim == 2 else 0
+            return max(int(found.shape[1]), int(whole))
     return None

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from hkvprof.errors import CompressionError
 from hkvprof.heads import HeadGrid
 from hkvprof.runtime import kernels
+from hkvprof.runtime.copies import LiveState
 from hkvprof.runtime.layer import CompressedLayer, row_list
 from hkvprof.runtime.monitor import Watch, WatchedLayer
 from hkvprof.runtime.passes import Owner, require_pass
@@ -47,10 +48,14 @@ class Books:
         )
 
 
-class CompressedCache(DynamicCache):
-    """A cache for one conversation (or a batch of them). Make it with `Handle.new_cache()`."""
+class CompressedCache(LiveState, DynamicCache):
+    """A cache for one conversation (or a batch of them). Make it with `Handle.new_cache()`.
+
+    `copy.deepcopy(cache)` branches the conversation (runtime.copies).
+    """
 
     layers: list[Any]
+    shared_in_copies = ("_text_config",)
 
     def __init__(
         self,

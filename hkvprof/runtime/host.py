@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -186,6 +187,10 @@ class DynamicHead:
         self.host.shared = True
         score = None if self.hot_score is None else self.hot_score.clone()
         return replace(self, slots=self.slots.clone(), hot_score=score)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicHead:
+        """For a copy of the cache: as for another beam."""
+        return self.clone()
 
     @property
     def hot_start(self) -> int:

@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicLayer
 from hkvprof.errors import CompressionError, ModelError
 from hkvprof.models.attention import AttentionCall, mark
 from hkvprof.policy.tail import QUIET
+from hkvprof.runtime.copies import LiveState
+from hkvprof.runtime.dense_states import DenseStates
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.parked import ParkedPrompt
 from hkvprof.runtime.plan import HeadPlan, RowPlan
@@ -25,16 +27,13 @@ NEAR = 2
 window, one for steps that may be replayed (runtime.graph)."""
 
 
-class CompressedLayer(DynamicLayer):
+class CompressedLayer(LiveState, DenseStates, DynamicLayer):
     """Dense until the prompt is complete, compressed as soon as its attention is done then.
 
     A layer whose plan says so (budget 1.0, short prompt) stays dense and behaves bit for bit as
     the stock layer. Later compressions (`compress_every`) happen at the start of a pass, when all
     tokens in the cache are final.
     """
-
-    keys: Tensor | None
-    values: Tensor | None
 
     shared_attributes = ("_shared", "account")
     """Not this layer's own memory (see receipt.measure_storage)."""
@@ -56,6 +55,10 @@ class CompressedLayer(DynamicLayer):
         self._until = self._shared.planner.options.compress_every
         """Logical length up to which a layer that stays dense need not decide again."""
         self._complete = False
+        self._reopened = False
+        """Whether the prompt was complete before, and went on while all was dense."""
+        self._owed = False
+        """Whether a turn came that rows which are still dense join with the budget."""
         self._window: Tensor | None = None
         self._scaling = 1.0
 
@@ -73,6 +76,7 @@ class CompressedLayer(DynamicLayer):
         """Store new tokens; the keys returned lead the attention function back to this layer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._reopen()
         self._compress_again(key_states.shape[-2])
         self._seen += key_states.shape[-2]
         if self.ragged is not None:
@@ -202,6 +206,7 @@ class CompressedLayer(DynamicLayer):
         """Dense attention and then, maybe, compression; or attention over what is resident."""
         self._scaling = call.scaling
         rows = call.query.shape[2]
+        self._note_turn(rows)
         if self.ragged is not None:
             self._remember(call.query)
             if rows == 1:
@@ -211,7 +216,8 @@ class CompressedLayer(DynamicLayer):
         self._remember(call.query)
         goal = self._shared.goal
         last = rows > 1 if goal is None else self._seen >= goal
-        if self.number == 0 and (not self._shared.starts or (last and not self._complete)):
+        first = last and not (self._complete or self._reopened)
+        if self.number == 0 and (first or not self._shared.starts):
             self._shared.observe_rows(call.mask, call.query.shape[0], self._seen)
         if not self._complete and last:
             self._complete = True
@@ -260,12 +266,33 @@ class CompressedLayer(DynamicLayer):
         self.keys = self.values = None
         self._measure()
 
+    def _reopen(self) -> None:
+        """A prompt that goes on while all is still dense is planned as a whole."""
+        goal = self._shared.goal
+        if self._complete and self.ragged is None and goal is not None and self._seen < goal:
+            self._complete, self._reopened = False, True
+
+    def _note_turn(self, new: int) -> None:
+        """Without compress_every what is generated stays whole; a turn of a conversation whose rows
+        are still dense is prompt, and joins at the start of the next pass (it may be guesses)."""
+        shared = self._shared
+        if not self._complete or shared.planner.options.compress_every:
+            return
+        asked = self._seen - new < (shared.goal or 0) if shared.generating else new > 1
+        dense = [self._until]
+        if self.ragged is not None:
+            dense = [row.until for row in self.ragged.rows if row.is_whole]
+        self._owed |= asked and self._seen >= min(dense, default=QUIET)
+
     def _compress_again(self, new: int) -> None:
         """At the start of a pass of `new` tokens: is it time for those before it?"""
-        if self._window is None or not self._shared.planner.options.compress_every:
+        if self._window is None:
+            return
+        if not (self._owed or self._shared.planner.options.compress_every):
             return
         if self._shared.goal is not None and not self._complete:
             return
+        self._owed = False
         if self.ragged is None:
             if self._seen >= self._until:
                 self._complete = True
@@ -328,7 +355,7 @@ class CompressedLayer(DynamicLayer):
         """Keep the queries of the last rows that the next compression will look at."""
         keep = self._shared.planner.profile.keep.window
         if self._complete:
-            if not self._is_near:
+            if not (self._is_near or self._owed):
                 return
         else:
             # A pass may go beyond the prompt, by what assisted decoding guesses.
@@ -368,7 +395,9 @@ class CompressedLayer(DynamicLayer):
         if self.ragged is not None:
             self.ragged.measure()
             self.account.parked_bytes = 0
-        elif self.keys is not None and self.values is not None:
+        elif self.is_whole:
+            assert self.keys is not None
+            assert self.values is not None
             if self.account.state == "empty":
                 self.account.state = "pending"
             held = self.keys.nbytes + self.values.nbytes

@@ -20,6 +20,7 @@ from hkvprof.errors import HkvWarning, ProfileError
 from hkvprof.models.attention import AttentionCall
 from hkvprof.policy.domain import KEY, Domain, DomainCheck, deviations
 from hkvprof.policy.text_rows import sample_text_rows, text_sparsity
+from hkvprof.runtime.copies import NeverCopied
 from hkvprof.runtime.layer import CompressedLayer
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
@@ -28,7 +29,7 @@ SEED = 0
 _NOT_YET = DomainCheck(reason="no prompt of several tokens came in one pass")
 
 
-class Monitor:
+class Monitor(NeverCopied):
     """One per applied profile: chooses requests, and warns once.
 
     Requests are drawn by a generator with a fixed seed, one draw per cache in the order in which

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hkvprof.runtime.host import allocate
+
+_ADVICE = "or lower the batch"
 
 
 @dataclass
@@ -29,7 +32,7 @@ class ParkedPrompt:
         rows, heads, _, dim = key.shape
         room = (2, rows, heads, goal, dim)
         purpose = "one layer of a prompt in chunks"
-        data = allocate(room, key.dtype, key.is_cuda, purpose, "or lower the batch")
+        data = allocate(room, key.dtype, key.is_cuda, purpose, _ADVICE)
         return cls(data, 0)
 
     def take(self, key: Tensor, value: Tensor) -> None:
@@ -52,6 +55,12 @@ class ParkedPrompt:
             return self.data[0, :, :, :end], self.data[1, :, :, :end]
         before = self.data[:, :, :, : self.tokens].to(key.device, non_blocking=True)
         return torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParkedPrompt:
+        room, kind = tuple(self.data.shape), self.data.dtype
+        data = allocate(room, kind, self.data.is_pinned(), "a copy of a prompt in chunks", _ADVICE)
+        data[:, :, :, : self.tokens] = self.data[:, :, :, : self.tokens]
+        return ParkedPrompt(data, self.tokens)
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from hkvprof.policy.budget import Allocation, Budget
 from hkvprof.policy.costs import dynamic_layout, held_bytes
 from hkvprof.policy.index import HeadTables
 from hkvprof.policy.tail import QUIET, Worth
+from hkvprof.runtime.copies import NeverCopied
 from hkvprof.runtime.kernels import for_device
 from hkvprof.runtime.options import Options
 
@@ -73,7 +74,7 @@ def head_plans(menu: Sequence[Strategy], allocation: Allocation) -> list[tuple[H
     ]
 
 
-class Planner:
+class Planner(NeverCopied):
     """Answers, for every row, what each layer does; and holds the index tables on the device.
 
     `budget` is a share or tokens, of every row by its own length, or bytes of all rows together:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hkvprof.errors import UsageError
+from hkvprof.runtime.copies import deep_copy
 from hkvprof.runtime.kernels import Retrieval
 from hkvprof.runtime.kernels.interface import device_integers
 
@@ -139,6 +140,12 @@ class Prefetch:
         self._last.copy_(query)
         self.queues.aside(partial(retrieval.step_some, self._last, self._rest))
         return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prefetch:
+        made = deep_copy(self, memo, [self.queues])
+        if made._last is not None:
+            made.queues.uses((made._last, made._turned, made._rest))
+        return made
 
     def _close(self, query: Float[Tensor, "segments group dim"]) -> Bool[Tensor, " heads"]:
         assert self._last is not None

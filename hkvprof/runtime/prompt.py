@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +22,8 @@ class Conversation:
 
     `goal` is the number of tokens of the prompt where it is known (`generate` knows it): passes up
     to it are prefill, tokens of the same pass beyond it (guesses of assisted decoding) are not
-    prompt. `starts` is the first valid position of every batch row (left padding before it).
+    prompt. `generating` says that `generate` runs: passes of several tokens beyond the goal are
+    guesses then, and a turn's tokens otherwise. `starts` is the first valid position of every batch row (left padding before it).
     `token_ids` [rows, tokens] is filled where a strategy asks which tokens are text, or the monitor
     (`watched`).
     """
@@ -29,11 +32,21 @@ class Conversation:
     grid: HeadGrid
     layer_ids: tuple[int, ...]
     goal: int | None = None
+    generating: bool = False
     watched: bool = False
     starts: tuple[int, ...] = ()
     token_ids: Tensor | None = None
     rope_deltas: Tensor | None = None
     meter: Meter = field(default_factory=Meter)
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Within: `generate` runs on this conversation."""
+        self.generating = True
+        try:
+            yield
+        finally:
+            self.generating = False
 
     def observe_rows(self, mask: Tensor | None, rows: int, tokens: int) -> None:
         """Learn the rows' starts from the mask of a pass; the first covered layer does."""

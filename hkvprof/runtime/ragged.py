@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +14,7 @@ from torch import Tensor
 from hkvprof.policy.static import window_attention
 from hkvprof.runtime.attention import attend
 from hkvprof.runtime.booking import measure, open_heads, take_heads
+from hkvprof.runtime.copies import LiveState, deep_copy
 from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import Kernels, for_device
 from hkvprof.runtime.packing import (
@@ -38,7 +40,7 @@ LONG_PASS = (
 )
 
 
-class RaggedLayer:
+class RaggedLayer(LiveState):
     """Segments (row * kv_heads + head) of a layer, each static, dynamic or whole.
 
     `seen` is the logical length. What came since a row last joined the budget is its tail, which
@@ -161,9 +163,7 @@ class RaggedLayer:
         self._install(packed, known)
         self._finish(began)
 
-    def _join(
-        self, segment: int, query: Tensor, tokens: int, flags: Tensor | None
-    ) -> Packed:
+    def _join(self, segment: int, query: Tensor, tokens: int, flags: Tensor | None) -> Packed:
         """A segment whose tail joins; its row is `tokens` tokens long."""
         row, head = divmod(segment, self.kv_heads)
         key, value = self.storage.keys(segment), self.storage.values(segment)
@@ -197,6 +197,10 @@ class RaggedLayer:
         state = self.dynamic.get(segment)
         kept = None if state is not None else torch.arange(len(key))
         return Packed(key, value, self.account.heads[segment].strategy, state, kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedLayer:
+        self.retriever.join()  # nothing is written while it is read
+        return deep_copy(self, memo)
 
     # -- tokens ---------------------------------------------------------------------------------
 

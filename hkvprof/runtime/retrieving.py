@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from hkvprof.runtime.copies import deep_copy
 from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval
 from hkvprof.runtime.options import Options
@@ -68,6 +70,11 @@ class Retriever:
             account = self._account.heads[segment]
             account.chunks_requested += selections * head.layout.hot
             account.bytes_moved += selections * self._key_bytes(segment)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Retriever:
+        """Bound to the copies of its heads, at their next step."""
+        self.join()
+        return deep_copy(self, memo, _bound=None)
 
     def join(self) -> None:
         """Later work sees every selection that was begun."""
