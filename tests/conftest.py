@@ -2,12 +2,16 @@
 
 Without a CUDA device the Triton kernels are tested in Triton's interpreter, which must be chosen
 before triton is imported.
+
+What transformers only logs as deprecated fails a test, as a warning does.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import warnings
 
 import torch
 
@@ -29,6 +33,17 @@ except BuildError as error:
     REASON = str(error)
 else:
     REASON = ""
+
+
+class Deprecations(logging.Handler):
+    """Turns what is logged as deprecated into a warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            warnings.warn(record.getMessage(), FutureWarning, stacklevel=2)
+
+
+logging.getLogger("transformers").addHandler(Deprecations(logging.WARNING))
 
 
 def pytest_report_header() -> list[str]:
