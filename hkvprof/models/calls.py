@@ -41,7 +41,7 @@ def with_cache(model: Any, cache: Any) -> dict[str, Any]:
 def cache_of(output: Any) -> Any:
     """The cache in a model's or `generate`'s output; None where there is none."""
     fields = getattr(output, "__dataclass_fields__", {})
-    return getattr(output, NEW if NEW in fields else OLD, None)
+    return next((getattr(output, name) for name in NAMES if name in fields), None)
 
 
 def _asked(function: Callable[..., Any]) -> str:
