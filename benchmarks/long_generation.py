@@ -16,6 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import hkvprof
+from hkvprof.models.calls import with_cache
 from hkvprof.runtime import apply, measure_storage
 from hkvprof.testbed.generator import make_sample
 
@@ -64,7 +65,7 @@ def main() -> None:
             watch = Watch(cache)
             model.generate(
                 **encoded.to(model.device, model.dtype),
-                past_key_values=cache,
+                **with_cache(model, cache),
                 max_new_tokens=options.new_tokens,
                 do_sample=False,
                 eos_token_id=-1,

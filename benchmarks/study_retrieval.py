@@ -36,6 +36,7 @@ from hkvprof.errors import BudgetError
 from hkvprof.evaluate import longtext
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.heads import HeadType, Strategy
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.continuation import opening_of_turn
 from hkvprof.profile.samples import Sample, open_images
 from hkvprof.runtime import apply, kernels
@@ -160,13 +161,13 @@ def _script(model: Any, processor: Any, sample: Sample) -> Script:
         for _ in range(REPLY_TOKENS):
             token = logits[:, -1:].argmax(-1)
             passes.append(token)
-            logits = model(input_ids=token, past_key_values=cache).logits
+            logits = model(input_ids=token, **with_cache(model, cache)).logits
             expected.append(logits[0, -1].float().log_softmax(-1))
         if turn == 0 and sample.followups:
             # The reply has been fed token by token: only what comes after it is missing.
             ids = torch.tensor([opening_of_turn(processor, opened, [""])])
             passes.append(ids)
-            logits = model(input_ids=ids, past_key_values=cache).logits
+            logits = model(input_ids=ids, **with_cache(model, cache)).logits
             expected.append(logits[0, -1].float().log_softmax(-1))
         elif turn == 0:
             break
@@ -227,7 +228,9 @@ def _replay(model: Any, cache: Any, script: Script) -> Iterator[tuple[float, boo
     """KL, agreement and ms of every single-token pass."""
     for ids, expected in zip(script.passes, script.expected, strict=True):
         began = time.perf_counter()
-        logits = model(input_ids=ids, past_key_values=cache).logits[0, -1].float().log_softmax(-1)
+        logits = (
+            model(input_ids=ids, **with_cache(model, cache)).logits[0, -1].float().log_softmax(-1)
+        )
         ms = 1000 * (time.perf_counter() - began)
         if ids.shape[1] == 1:
             kl = float((expected.exp() * (expected - logits)).sum())

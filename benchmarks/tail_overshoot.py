@@ -23,31 +23,37 @@ from transformers.cache_utils import DynamicCache
 
 import hkvprof
 import hkvprof.runtime
+from hkvprof.models.calls import with_cache
 from hkvprof.testbed.generator import make_sample
 
-CASES = {"300 tokens": (13, 1), "600 tokens": (27, 1), "1600 tokens": (72, 1), "four turns": (72, 4)}
+CASES = {
+    "300 tokens": (13, 1),
+    "600 tokens": (27, 1),
+    "1600 tokens": (72, 1),
+    "four turns": (72, 4),
+}
 """Images, turns."""
 TURN = "and what about the other one of them?"
 
 
 def passes(model: Any, cache: Any, inputs: dict[str, Tensor], later: list[Tensor]) -> Iterator[Any]:
     """Logits of the last position after the prompt and after every later pass."""
-    yield model(**inputs, past_key_values=cache).logits[0, -1]
+    yield model(**inputs, **with_cache(model, cache)).logits[0, -1]
     for ids in later:
-        yield model(input_ids=ids, past_key_values=cache).logits[0, -1]
+        yield model(input_ids=ids, **with_cache(model, cache)).logits[0, -1]
 
 
 def script(model: Any, processor: Any, inputs: dict[str, Tensor], turns: int, steps: int) -> Any:
     """Dense logits, and the tokens to force: the dense model's own, with turns between."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    out = model(**inputs, past_key_values=cache).logits[0, -1]
+    out = model(**inputs, **with_cache(model, cache)).logits[0, -1]
     logits, later = [out], []
     question = processor.tokenizer(TURN, return_tensors="pt")["input_ids"].to(model.device)
     for turn in range(turns):
         for step in range(steps // turns):
             asks = turn > 0 and step == 0
             later.append(question if asks else logits[-1].argmax().view(1, 1))
-            logits.append(model(input_ids=later[-1], past_key_values=cache).logits[0, -1])
+            logits.append(model(input_ids=later[-1], **with_cache(model, cache)).logits[0, -1])
     return logits, later
 
 
@@ -94,9 +100,7 @@ def main() -> None:
             expected, later = script(model, processor, inputs, turns, options.steps)
             for budget in options.budgets:
                 holder = getattr(model.model, "rope_deltas", None)
-                rows[budget].append(
-                    follow(model, options.profile, budget, inputs, expected, later)
-                )
+                rows[budget].append(follow(model, options.profile, budget, inputs, expected, later))
                 model.model.rope_deltas = holder
         for budget, found in rows.items():
             share, over = (max(row[i] for row in found) for i in (0, 1))

@@ -6,12 +6,16 @@ Triton kernels are tested in Triton's interpreter, which must be chosen before t
 Properties are tried on the same examples every time; `make test-random` tries many others, and
 `make test-order` runs the tests in random order. A file of tests that changes the process for
 those after it fails.
+
+What transformers only logs as deprecated fails a test, as a warning does.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from random import Random
 from typing import Any
@@ -47,6 +51,17 @@ CLOCKLESS: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthC
 settings.register_profile("fixed", derandomize=True, database=None, **CLOCKLESS)
 settings.register_profile("random", print_blob=True, database=None, **CLOCKLESS)
 settings.load_profile("fixed")
+
+
+class Deprecations(logging.Handler):
+    """Turns what is logged as deprecated into a warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            warnings.warn(record.getMessage(), FutureWarning, stacklevel=2)
+
+
+logging.getLogger("transformers").addHandler(Deprecations(logging.WARNING))
 
 
 def pytest_report_header() -> list[str]:

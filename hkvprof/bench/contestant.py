@@ -15,6 +15,7 @@ from hkvprof.bench.methods import Kind, Method
 from hkvprof.bench.prompts import Prompt
 from hkvprof.bench.records import Sizes
 from hkvprof.models.adapter import ModelView
+from hkvprof.models.calls import with_cache
 from hkvprof.models.forward import last_row_only
 from hkvprof.runtime import apply, measure_storage
 
@@ -103,7 +104,7 @@ class Contestant:
         """Seconds of one pass."""
         _wait(self.model.device)
         start = time.perf_counter()
-        self.model(**inputs, past_key_values=self.cache, use_cache=True, **self._row_only)
+        self.model(**inputs, **with_cache(self.model, self.cache), use_cache=True, **self._row_only)
         _wait(self.model.device)
         return time.perf_counter() - start
 

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from hkvprof.models.calls import with_cache
 from hkvprof.models.limits import pad_token
 
 SHUFFLE_AFTER = 3
@@ -96,7 +97,7 @@ def _generate(
 ) -> list[Tensor]:
     steps = forced.shape[1]
     options = {} if script is None else script.options
-    own = {} if cache is None else {"past_key_values": cache}
+    own = {} if cache is None else with_cache(model, cache)
     shuffle = () if script is None else script.shuffle
     forcing = _Forced(forced, inputs["input_ids"].shape[1], cache, shuffle)
     output = model.generate(

@@ -20,6 +20,7 @@ from hkvprof.errors import ModelError
 from hkvprof.heads import Modality
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.attention import AttentionCall, hooked_attention
+from hkvprof.models.calls import with_cache
 from hkvprof.models.decoder_input import DecoderInput, watch_input
 from hkvprof.models.forward import last_row_only, rope_holder
 from hkvprof.models.processing import Encoded
@@ -123,7 +124,7 @@ def capture(model: Any, encoded: Encoded) -> Prefill:
         )
     with hooked_attention(model), watch_input(model, view) as seen:
         inputs = encoded.to(model.device, model.dtype)
-        output = model(**inputs, past_key_values=cache, **last_row_only(model))
+        output = model(**inputs, **with_cache(model, cache), **last_row_only(model))
     kept = [replace(calls[number], dense=_nothing) for number in range(len(cache.covered))]
     return Prefill(
         view,

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hkvprof.models.calls import with_cache
+
 STEPS = 64
 """Forced tokens per question."""
 
@@ -163,5 +165,5 @@ def _open(model: Any, cache: Any, first: Tensor | None, lead: tuple[int, ...]) -
 
 def _feed(model: Any, cache: Any, ids: list[int]) -> Float[Tensor, "tokens vocabulary"]:
     tokens = torch.tensor([ids], device=model.device)
-    logits: Tensor = model(input_ids=tokens, past_key_values=cache).logits[0]
+    logits: Tensor = model(input_ids=tokens, **with_cache(model, cache)).logits[0]
     return logits

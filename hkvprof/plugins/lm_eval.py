@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from hkvprof.errors import UsageError
+from hkvprof.models.calls import with_cache
 from hkvprof.plugins.arguments import Arguments
 from hkvprof.plugins.counting import Counts
 from hkvprof.plugins.scoring import Pair, batches, score
@@ -78,7 +79,8 @@ class HkvLM(HFLM):
     def _model_generate(self, context: Any, max_length: int, stop: Any, **kwargs: Any) -> Any:
         """One batch [rows, tokens] on a cache of its own, which tells what was compressed."""
         cache = self.session.handle.new_cache()
-        output = super()._model_generate(context, max_length, stop, past_key_values=cache, **kwargs)
+        kwargs.update(with_cache(self.model, cache))
+        output = super()._model_generate(context, max_length, stop, **kwargs)
         self.session.count(cache.receipt(), len(context))
         return output
 

@@ -20,6 +20,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from hkvprof.errors import SampleError, UsageError
+from hkvprof.models.calls import with_cache
 from hkvprof.plugins.arguments import Arguments
 from hkvprof.plugins.counting import Counts
 from hkvprof.plugins.generation import Generation
@@ -99,7 +100,7 @@ class HkvVLM(lmms):
         cache = session.handle.new_cache()
         output = model.generate(
             **inputs,
-            past_key_values=cache,
+            **with_cache(model, cache),
             pad_token_id=session.processor.tokenizer.pad_token_id,
             **generation.options,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hkvprof.errors import SampleError
+from hkvprof.models.calls import with_cache
 from hkvprof.runtime.receipt import Receipt
 
 
@@ -127,7 +128,7 @@ def _forward(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
+        **with_cache(model, cache),
         use_cache=True,
         **options,
     )

@@ -20,6 +20,7 @@ from hkvprof.head_statistics import PAIRS
 from hkvprof.heads import KeepRule, Modality, Strategy
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import AttentionCall
+from hkvprof.models.calls import with_cache
 from hkvprof.models.forward import last_row_only
 from hkvprof.models.gradients import passing_gradients
 from hkvprof.models.processing import ChatProcessor, Encoded
@@ -243,7 +244,7 @@ class Probe:
         self.observer.on_prefill = watch
         with self.observer.phase("prefill"):
             inputs = self.encoded.to(model.device, model.dtype)
-            output = model(**inputs, past_key_values=self.cache, **last_row_only(model))
+            output = model(**inputs, **with_cache(model, self.cache), **last_row_only(model))
         self.next_token = output.logits[:, -1:].argmax(-1)
 
     def _continuation(self) -> Continuation:
@@ -267,7 +268,7 @@ class Probe:
         model = self.bench.model
         with self.observer.phase("trace"):
             ids = continuation.ids[None].to(model.device)
-            output = model(input_ids=ids, past_key_values=self.cache)
+            output = model(input_ids=ids, **with_cache(model, self.cache))
         return output.logits[0]
 
 

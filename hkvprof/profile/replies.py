@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hkvprof.models.calls import with_cache
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.continuation import opening_of_turn
 from hkvprof.profile.samples import Sample, Turn
@@ -28,7 +29,7 @@ def answered(
         return replace(sample, reply=replies[0])
     for _ in sample.followups:
         ids = torch.tensor([opening_of_turn(processor, sample, replies)])
-        output = model(input_ids=ids.to(model.device), past_key_values=cache)
+        output = model(input_ids=ids.to(model.device), **with_cache(model, cache))
         replies.append(_greedy(model, processor, cache, output.logits[:, -1:].argmax(-1)))
         cache.crop(-ids.shape[1])
     turns = zip(sample.followups, replies[1:], strict=True)
@@ -42,7 +43,7 @@ def _greedy(model: Any, processor: ChatProcessor, cache: Any, token: Tensor) -> 
     reply: list[int] = []
     while len(reply) < MAX_REPLY_TOKENS and int(token) != end:
         reply.append(int(token))
-        output = model(input_ids=token, past_key_values=cache)
+        output = model(input_ids=token, **with_cache(model, cache))
         token = output.logits[:, -1:].argmax(-1)
     cache.crop(-len(reply))
     return processor.decode(reply)

@@ -21,7 +21,9 @@ def unserved(profile: Profile) -> str:
     if found.covers_calibration:
         return ""
     budget = f"The default budget of {100 * found.budget:.3g}%"
-    need = "no prompt" if found.shortest is None else f"prompts of {found.shortest:,} tokens and more"
+    need = (
+        "no prompt" if found.shortest is None else f"prompts of {found.shortest:,} tokens and more"
+    )
     advice = "" if found.needed is None else f"; those need a budget of {100 * found.needed:.3g}%"
     return (
         f"{budget} serves {need}, and the shortest calibrated one has {found.calibrated:,}{advice} "

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.errors import CompressionError, UsageError
+from hkvprof.models.calls import with_cache
 from hkvprof.runtime.cache import CompressedCache
 
 AHEAD = 96
@@ -55,13 +56,13 @@ def take_step(
     model: Any, ids: Int[Tensor, "rows 1"], positions: Int[Tensor, ...], cache: Any
 ) -> Float[Tensor, "rows vocabulary"]:
     """A pass over a token per row at `positions`, which go on by one; its logits."""
-    out = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = model(input_ids=ids, position_ids=positions, **with_cache(model, cache), use_cache=True)
     positions += 1
     return out.logits[:, -1]
 
 
 class GraphDecoder:
-    """`decoder(input_ids)` is `model(input_ids, past_key_values=cache)` for one token per row.
+    """`decoder(input_ids)` is the model's pass over one token per row and `cache`.
 
     `cache` (`Handle.new_cache()`) holds a compressed prompt, and the profile stays applied. Padding
     is on the left alone; positions go on from the prompt's. Raises UsageError where the device is

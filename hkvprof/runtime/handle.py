@@ -19,6 +19,7 @@ from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Optio
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prefetch import queues_for
 from hkvprof.runtime.receipt import Receipt
+from hkvprof.runtime.selfcheck import require_tested_seam
 
 
 def apply(
@@ -57,10 +58,12 @@ def apply(
     first one out of their domain warns (HkvWarning), all say so on their receipt (docs/method.md).
 
     Returns a handle that is also a context manager; `detach()` restores the model. Raises
-    ProfileError if the profile is for another model, ModelError for unsupported models (and for
-    unlisted architectures that `hkvprof doctor` has not passed here),
+    ProfileError if the profile is for another model, ModelError for unsupported models (for
+    unlisted architectures that `hkvprof doctor` has not passed here, and for untested releases of
+    transformers that fail a built-in check),
     BudgetError for budgets that cannot be met, UsageError if the model is already hooked.
     """
+    require_tested_seam(apply)
     if isinstance(profile, (str, Path)):
         profile = load_profile(profile)
     model = unwrap(model)

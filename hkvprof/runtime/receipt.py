@@ -14,7 +14,6 @@ import torch
 
 from hkvprof.policy.domain import DomainCheck
 
-
 ONE_MEMORY = ("", "cpu", "mps")
 """Kinds of devices whose memory is the host's; "" before anything was seen."""
 
@@ -247,7 +246,9 @@ class Receipt:
             together = _mib(self.total_bytes)
             text += f" (device and host are the same memory here: {together} together)"
         if self.over_bytes:
-            text += f", {_mib(self.over_bytes)} ({self.over_tokens:.1f} tokens a head) over the budget"
+            text += (
+                f", {_mib(self.over_bytes)} ({self.over_tokens:.1f} tokens a head) over the budget"
+            )
             text += f" because {self.excess}" if self.excess else ""
         if self.query_bytes:
             text += f", {_mib(self.query_bytes)} of queries for the next compression"

@@ -16,6 +16,7 @@ from hkvprof.bench.records import Context
 from hkvprof.bench.run import Setup, bench
 from hkvprof.errors import BudgetError, CompressionError, HkvError, UsageError
 from hkvprof.models.adapter import view_model
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from tests.models_for_tests import random_llama
 
@@ -124,7 +125,7 @@ def test_methods_continue_with_the_same_tokens_as_generation_would(llama: Any) -
         contestant.decode(5)
         contestant.decode(2)
         with torch.no_grad():
-            last = llama(input_ids=prompt.forced[:, 7:], past_key_values=contestant.cache)
+            last = llama(input_ids=prompt.forced[:, 7:], **with_cache(llama, contestant.cache))
         assert torch.allclose(last.logits[:, -1], expected, atol=1e-4)
         assert [len(block) for block in contestant.blocks] == [5, 2]
         assert len(contestant.step_seconds) == 5

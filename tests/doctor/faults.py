@@ -207,7 +207,9 @@ def wrong_scaling(patch: pytest.MonkeyPatch) -> None:
 def tail_pruned_by_other_queries(patch: pytest.MonkeyPatch) -> None:
     """Generated tokens join the budget by queries of another row of the window."""
     own = RaggedLayer.compress_tail
-    patch.setattr(RaggedLayer, "compress_tail", lambda self, query, new: own(self, query.flip(1), new))
+    patch.setattr(
+        RaggedLayer, "compress_tail", lambda self, query, new: own(self, query.flip(1), new)
+    )
 
 
 def later_tokens_are_seen(patch: pytest.MonkeyPatch) -> None:

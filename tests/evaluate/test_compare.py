@@ -28,6 +28,7 @@ from hkvprof.evaluate.records import FULL, Answer
 from hkvprof.evaluate.replay import answer as greedy
 from hkvprof.evaluate.replay import end_tokens, refer, replay
 from hkvprof.evaluate.tasks import TINYVL_UNJUDGED, TaskSet, default_tasks, load_tasks
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.samples import Sample
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.testbed.generator import make_sample
@@ -198,7 +199,7 @@ def test_distances_are_those_of_decoding_token_by_token(
         cache = handle.new_cache()
         prefill.fill(cache)
         for token in found.forced:
-            rows.append(model(input_ids=token.view(1, 1), past_key_values=cache).logits[0, -1])
+            rows.append(model(input_ids=token.view(1, 1), **with_cache(model, cache)).logits[0, -1])
         log_probs = torch.stack(rows).log_softmax(-1)
         for stepwise in (True, False) if types == "static" else (True,):
             cache = handle.new_cache()

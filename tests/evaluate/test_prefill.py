@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 import hkvprof
 from hkvprof.evaluate.prefill import capture
+from hkvprof.models.calls import with_cache
 from hkvprof.models.forward import last_row_only
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import measure_storage
@@ -38,7 +39,7 @@ def test_filled_cache_decodes_as_after_a_prefill_of_its_own(
     with apply(model, uniform_profile(model, types, chunk=4), budget=budget) as handle:
         own = handle.new_cache()
         inputs = encoded.to(model.device, model.dtype)
-        logits = model(**inputs, past_key_values=own, **last_row_only(model)).logits
+        logits = model(**inputs, **with_cache(model, own), **last_row_only(model)).logits
         assert torch.equal(logits[:, -1], shared.logits)
         for _ in range(2):  # what was captured can be used again
             filled = handle.new_cache()
@@ -50,10 +51,12 @@ def test_filled_cache_decodes_as_after_a_prefill_of_its_own(
             token = shared.logits.argmax(-1, keepdim=True)
             steps = []
             for cache in (filled, twin):
-                out = [model(input_ids=token, past_key_values=cache).logits for _ in range(3)]
+                out = [model(input_ids=token, **with_cache(model, cache)).logits for _ in range(3)]
                 steps.append(torch.cat(out))
             assert torch.equal(*steps)
-        real = torch.cat([model(input_ids=token, past_key_values=own).logits for _ in range(3)])
+        real = torch.cat(
+            [model(input_ids=token, **with_cache(model, own)).logits for _ in range(3)]
+        )
         assert torch.equal(real, steps[0])
 
 
@@ -64,8 +67,8 @@ def test_dense_cache_is_independent_of_what_was_captured(prompt: tuple[Any, Any,
     token = shared.logits.argmax(-1, keepdim=True)
     expected = DynamicCache(config=model.config.get_text_config(decoder=True))
     inputs = encoded.to(model.device, model.dtype)
-    model(**inputs, past_key_values=expected, **last_row_only(model))
-    want = model(input_ids=token, past_key_values=expected).logits
+    model(**inputs, **with_cache(model, expected), **last_row_only(model))
+    want = model(input_ids=token, **with_cache(model, expected)).logits
     for _ in range(2):
         cache = shared.dense_cache()
-        assert torch.equal(model(input_ids=token, past_key_values=cache).logits, want)
+        assert torch.equal(model(input_ids=token, **with_cache(model, cache)).logits, want)

@@ -19,6 +19,7 @@ from hkvprof.models.attention import (
     mark,
     refuse_features,
 )
+from hkvprof.models.calls import with_cache
 from hkvprof.models.load import load_model
 from tests.models.conversations import picture, user
 from tests.models.tiny import build_covered
@@ -149,7 +150,7 @@ def test_marked_keys_reach_their_layer(tinyvl: Any, inputs: dict[str, Tensor]) -
         expected = tinyvl(**inputs).logits
         cache = watched_cache(tinyvl)
         with hooked_attention(tinyvl):
-            assert torch.equal(tinyvl(**inputs, past_key_values=cache).logits, expected)
+            assert torch.equal(tinyvl(**inputs, **with_cache(tinyvl, cache)).logits, expected)
     rows, tokens = inputs["input_ids"].shape
     for number, layer in enumerate(cache.layers):
         (call,) = layer.calls
@@ -164,7 +165,7 @@ def test_marked_keys_reach_their_layer(tinyvl: Any, inputs: dict[str, Tensor]) -
 def test_marked_keys_do_nothing_without_the_hook(tinyvl: Any, inputs: dict[str, Tensor]) -> None:
     cache = watched_cache(tinyvl)
     with torch.no_grad():
-        tinyvl(**inputs, past_key_values=cache)
+        tinyvl(**inputs, **with_cache(tinyvl, cache))
     assert not any(layer.calls for layer in cache.layers)
 
 

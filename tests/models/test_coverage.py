@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hkvprof import load_model, uniform_profile
+from hkvprof.models.calls import cache_of, with_cache
 from hkvprof.runtime import Handle
 from hkvprof.runtime.layer import CompressedLayer
 from tests.models.conversations import picture, user
@@ -46,7 +47,7 @@ def logits(model: Any, inputs: dict[str, Tensor], handle: Handle | None) -> list
     """Of the prompt and of four steps; without a handle, on the cache that the model makes."""
 
     def fresh() -> dict[str, Any]:
-        return {} if handle is None else {"past_key_values": handle.new_cache()}
+        return {} if handle is None else with_cache(model, handle.new_cache())
 
     with torch.no_grad():
         output = model(**inputs, **fresh(), use_cache=True)
@@ -58,7 +59,7 @@ def logits(model: Any, inputs: dict[str, Tensor], handle: Handle | None) -> list
             output = model(
                 input_ids=torch.full((2, 1), 20 + step),
                 attention_mask=mask,
-                past_key_values=output.past_key_values,
+                **with_cache(model, cache_of(output)),
             )
             collected.append(output.logits)
     return collected
@@ -94,7 +95,7 @@ def test_every_covered_layer_is_compressed(name: str, types: str) -> None:
     with apply(model, profile, budget=0.3) as handle:
         cache = handle.new_cache()
         with torch.no_grad():
-            prefill = model(**inputs, past_key_values=cache).logits
+            prefill = model(**inputs, **with_cache(model, cache)).logits
         receipt = cache.receipt()
         found = logits(model, inputs, handle)
     covered = [i for i, layer in enumerate(cache.layers) if isinstance(layer, CompressedLayer)]
@@ -111,7 +112,7 @@ def test_sliding_layers_stay_stock() -> None:
     with apply(model, uniform_profile(model), budget=0.3) as handle:
         cache = handle.new_cache()
         with torch.no_grad():
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **with_cache(model, cache))
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert kinds == ["DynamicSlidingWindowLayer", "CompressedLayer"] * 2
     window = cache.layers[0]

@@ -17,6 +17,7 @@ import hkvprof
 from hkvprof.artifact import Profile
 from hkvprof.heads import Modality
 from hkvprof.models.adapter import view_model
+from hkvprof.models.calls import with_cache
 from hkvprof.models.forward import rope_holder
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.samples import Sample
@@ -126,19 +127,19 @@ def test_a_fifth_is_dense_attention_over_what_is_kept(name: str) -> None:
     tokens = [torch.tensor([[20 + i], [30 + i]]) for i in range(STEPS)]
     dense = masked_cache(model)
     with torch.no_grad():
-        expected = model(**inputs, past_key_values=dense).logits
+        expected = model(**inputs, **with_cache(model, dense)).logits
     masked = [layer for layer in dense.layers if isinstance(layer, MaskedLayer)]
     keys = [layer.keys for layer in masked]
     with apply(model, found.profile, budget=BUDGET) as handle:
         cache = handle.new_cache()
         with torch.no_grad():
-            assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+            assert torch.equal(model(**inputs, **with_cache(model, cache)).logits, expected)
         receipt = cache.receipt()
         ours, kept = [], []
         for step in range(STEPS):
             with torch.no_grad():
                 fed = pass_of(model, mask, tokens[: step + 1])
-                ours.append(model(**fed, past_key_values=cache).logits)
+                ours.append(model(**fed, **with_cache(model, cache)).logits)
             kept.append([kept_positions(a, b) for a, b in zip(cache.covered, keys, strict=True)])
     assert receipt.compressed_layers == found.profile.grid.layers
     assert receipt.resident_share <= BUDGET
@@ -162,11 +163,11 @@ def test_generate_takes_the_steps_that_forward_takes(name: str) -> None:
         )  # fmt: skip
         assert handle.receipt().compressed_layers == found.profile.grid.layers
         cache = handle.new_cache()
-        mine = [found.model(**inputs, past_key_values=cache).logits[:, -1]]
+        mine = [found.model(**inputs, **with_cache(found.model, cache)).logits[:, -1]]
         tokens = list(out.sequences[:, encoded.tokens :].split(1, dim=1))
         for step in range(STEPS):
             fed = pass_of(found.model, inputs["attention_mask"], tokens[: step + 1])
-            mine.append(found.model(**fed, past_key_values=cache).logits[:, -1])
+            mine.append(found.model(**fed, **with_cache(found.model, cache)).logits[:, -1])
     assert len(out.logits) == STEPS + 1
     for a, b in zip(out.logits, mine, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()

@@ -21,6 +21,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from hkvprof.models.adapter import view_model
+from hkvprof.models.calls import cache_keyword, cache_of, with_cache
 from tests.models.conversations import picture, user
 from tests.models.families import FAMILIES, processor_of, tokenizer_of
 from tests.models.tiny import REFUSED, TEXT, build, build_covered
@@ -272,7 +273,7 @@ def test_keys_reach_the_attention_function_as_the_layer_returned_them() -> None:
     try:
         model.set_attn_implementation({"text_config": "hkvprof_test"})
         with torch.no_grad():
-            model(input_ids=torch.arange(10, 16)[None], past_key_values=cache)
+            model(input_ids=torch.arange(10, 16)[None], **with_cache(model, cache))
     finally:
         del transformers.AttentionInterface._global_mapping["hkvprof_test"]
     assert seen == [(True, 0, 6), (True, 1, 6)], moved(f"attention received {seen}", SEAM, CACHE)
@@ -380,12 +381,12 @@ def test_rope_deltas_shift_the_positions_of_later_steps() -> None:
     model = build_covered("qwen2.5-vl")
     ids, step = torch.arange(10, 16)[None], torch.tensor([[20]])
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids, use_cache=True))
         model.model.rope_deltas = torch.tensor([[0]])
-        plain = model(input_ids=step, past_key_values=cache).logits
+        plain = model(input_ids=step, **with_cache(model, cache)).logits
         cache.crop(-1)
         model.model.rope_deltas = torch.tensor([[3]])
-        shifted = model(input_ids=step, past_key_values=cache).logits
+        shifted = model(input_ids=step, **with_cache(model, cache)).logits
     assert not torch.equal(plain, shifted), moved("rope_deltas are read elsewhere", HANDLE)
 
 
@@ -452,26 +453,26 @@ def test_generate_uses_the_cache_it_is_given() -> None:
     cache = DynamicCache(config=model.config)
     ids = torch.arange(10, 16)[None]
     model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+        input_ids=ids, attention_mask=torch.ones_like(ids), **with_cache(model, cache),
         max_new_tokens=3, min_new_tokens=3, do_sample=False,
     )  # fmt: skip
-    assert cache.get_seq_length() == 8, moved("generate(past_key_values=...)", HANDLE)
+    assert cache.get_seq_length() == 8, moved("generate(cache=...)", HANDLE)
 
 
 def test_a_forward_hook_sees_and_changes_the_cache() -> None:
-    """The runtime's hooks read and set `past_key_values` among the keyword arguments."""
+    """The runtime's hooks read and set the cache among the keyword arguments."""
     model = build_covered("llama")
     cache, seen = DynamicCache(config=model.config), []
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        seen.append(kwargs.get("past_key_values"))
-        return args, {**kwargs, "past_key_values": cache}
+        seen.append(kwargs.get(cache_keyword(module.forward)))
+        return args, {**kwargs, **with_cache(module, cache)}
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     with torch.no_grad():
         output = model(input_ids=torch.arange(10, 16)[None])
     assert seen == [None], moved("forward's keyword arguments", HANDLE)
-    assert output.past_key_values is cache, moved("forward(past_key_values=...)", HANDLE)
+    assert cache_of(output) is cache, moved("forward(cache=...)", HANDLE)
     assert "logits_to_keep" in parameters(model.forward), moved(
         "forward knows no logits_to_keep", "hkvprof/models/forward.py"
     )

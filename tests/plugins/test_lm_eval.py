@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hkvprof.errors import BudgetError, CompressionError, SampleError, UsageError
+from hkvprof.models.calls import with_cache
 from tests.plugins.checkpoints import save_checkpoint, words
 
 REASON = "lm-evaluation-harness is not installed: pip install 'hkvprof[lm-eval]'"
@@ -100,7 +101,7 @@ def test_loglikelihood_is_that_of_decoding_on_a_compressed_cache(folder: Path) -
             cache = lm.session.handle.new_cache(prompt_tokens=len(ids))
             total, fed = 0.0, torch.tensor([ids])
             for target in targets:
-                logits = lm.model(fed, past_key_values=cache).logits[0, -1]
+                logits = lm.model(fed, **with_cache(lm.model, cache)).logits[0, -1]
                 total += float(logits.log_softmax(-1)[target])
                 fed = torch.tensor([[target]])
             assert logprob == pytest.approx(total, abs=1e-3)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hkvprof.errors import SampleError
+from hkvprof.models.calls import with_cache
 from hkvprof.plugins.counting import compressed_rows
 from hkvprof.plugins.scoring import Pair, Score, batches, score
 from hkvprof.profile.uniform import uniform_profile
@@ -41,11 +42,11 @@ def in_one_pass(model: Any, wanted: Pair) -> Score:
 def by_hand(model: Any, new_cache: Callable[[int], Any], wanted: Pair, last: int = 1) -> float:
     """Prefill, then the continuation; `last` tokens in each pass."""
     cache = new_cache(len(wanted.context))
-    logits = model(torch.tensor([wanted.context]), past_key_values=cache).logits[:, -1:]
+    logits = model(torch.tensor([wanted.context]), **with_cache(model, cache)).logits[:, -1:]
     fed = torch.tensor([wanted.continuation[:-1]])
     for begin in range(0, fed.shape[1], last):
         piece = fed[:, begin : begin + last]
-        more = model(piece, past_key_values=cache).logits
+        more = model(piece, **with_cache(model, cache)).logits
         logits = torch.cat([logits, more], dim=1)
     chances = logits[0].log_softmax(-1)
     return float(chances.gather(-1, torch.tensor(wanted.continuation)[:, None]).sum())

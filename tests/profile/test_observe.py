@@ -13,6 +13,7 @@ import hkvprof
 from hkvprof.errors import ModelError
 from hkvprof.models.adapter import view_model
 from hkvprof.models.attention import AttentionCall, hooked_attention
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.continuation import Continuation, build_continuation
 from hkvprof.profile.observe import ObservedCache, Observer
 from hkvprof.testbed.generator import make_sample
@@ -46,8 +47,8 @@ def continuation(processor: Any, sample: Any) -> Continuation:
 
 
 def two_passes(model: Any, inputs: dict[str, Tensor], ids: Tensor, cache: Any) -> list[Tensor]:
-    prompt = model(**inputs, past_key_values=cache).logits
-    return [prompt, model(input_ids=ids[None], past_key_values=cache).logits]
+    prompt = model(**inputs, **with_cache(model, cache)).logits
+    return [prompt, model(input_ids=ids[None], **with_cache(model, cache)).logits]
 
 
 @pytest.mark.parametrize("phases", [("prefill", "trace"), ("off", "off")])
@@ -61,9 +62,9 @@ def test_observed_logits_are_bit_identical(
         cache = ObservedCache(view, observer)
         with hooked_attention(model):
             with observer.phase(phases[0]):
-                prompt = model(**inputs, past_key_values=cache).logits
+                prompt = model(**inputs, **with_cache(model, cache)).logits
             with observer.phase(phases[1]):
-                rest = model(input_ids=continuation.ids[None], past_key_values=cache).logits
+                rest = model(input_ids=continuation.ids[None], **with_cache(model, cache)).logits
     assert torch.equal(prompt, plain[0])
     assert torch.equal(rest, plain[1])
     assert bool(observer.traces) == (phases[1] == "trace")
@@ -95,9 +96,9 @@ def test_every_layer_is_seen_once_per_pass_with_what_it_computed(
     try:
         with torch.no_grad(), hooked_attention(model):
             with observer.phase("prefill"):
-                model(**inputs, past_key_values=cache)
+                model(**inputs, **with_cache(model, cache))
             with observer.phase("trace"):
-                model(input_ids=continuation.ids[None], past_key_values=cache)
+                model(input_ids=continuation.ids[None], **with_cache(model, cache))
     finally:
         for hook in hooks:
             hook.remove()
@@ -132,9 +133,9 @@ def test_gradients_reach_every_layer_and_are_right(
     cache = ObservedCache(view, observer)
     with hooked_attention(model):
         with torch.no_grad(), observer.phase("prefill"):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **with_cache(model, cache))
         with torch.enable_grad(), observer.phase("trace"):
-            value = objective(model(input_ids=ids, past_key_values=cache).logits)
+            value = objective(model(input_ids=ids, **with_cache(model, cache)).logits)
             value.backward()
         cache.crop(-ids.shape[1])
         row = int(continuation.rows[0])
@@ -156,7 +157,7 @@ def test_gradients_reach_every_layer_and_are_right(
                 hook = view.attention[layer].o_proj.register_forward_pre_hook(nudge)
                 with torch.no_grad():
                     slopes.append(
-                        float(objective(model(input_ids=ids, past_key_values=cache).logits))
+                        float(objective(model(input_ids=ids, **with_cache(model, cache)).logits))
                     )
                 hook.remove()
                 cache.crop(-ids.shape[1])
@@ -189,7 +190,7 @@ def test_attention_is_restored_after_an_exception(
 
     observer = Observer(WINDOW, on_prefill=fail)
     with pytest.raises(error), torch.no_grad(), hooked_attention(model), observer.phase("prefill"):
-        model(**inputs, past_key_values=ObservedCache(view_model(model), observer))
+        model(**inputs, **with_cache(model, ObservedCache(view_model(model), observer)))
     assert text._attn_implementation == before
     assert observer._phase == "off"
     with torch.no_grad():  # and the model still runs

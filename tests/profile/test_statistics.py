@@ -14,6 +14,7 @@ import hkvprof
 from hkvprof.heads import HeadType, KeepRule, Modality, Strategy
 from hkvprof.models.adapter import view_model
 from hkvprof.models.attention import hooked_attention
+from hkvprof.models.calls import cache_of, with_cache
 from hkvprof.policy.budget import INFEASIBLE
 from hkvprof.policy.costs import dynamic_layout, static_tokens
 from hkvprof.policy.index import HeadTables, build_index
@@ -311,9 +312,9 @@ def traced(tiny: tuple[Any, Any], sample: Any) -> Traced:
     cache = ObservedCache(view, observer)
     with torch.no_grad(), hooked_attention(model):
         with observer.phase("prefill"):
-            model(**encoded.to(model.device, model.dtype), past_key_values=cache)
+            model(**encoded.to(model.device, model.dtype), **with_cache(model, cache))
         with observer.phase("trace"):
-            model(input_ids=continuation.ids[None], past_key_values=cache)
+            model(input_ids=continuation.ids[None], **with_cache(model, cache))
     picked, prompt = continuation.rows, encoded.tokens
     rows = []
     for layer in range(view.grid.layers):
@@ -378,7 +379,7 @@ def test_static_tokens_judged_are_those_the_runtime_keeps(
     inputs = processor.encode([sample.messages]).to(model.device, model.dtype)
     with torch.no_grad(), apply(model, profile, budget=ratio) as handle:
         cache = handle.new_cache()
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **with_cache(model, cache))
     places = [(layer, head) for layer in range(6) for head in range(4)]
     assert len(judged) == len(places)
     for (layer, head), kept in zip(places, judged, strict=True):
@@ -442,10 +443,10 @@ def run_first_layer(
     )
     try:
         with torch.no_grad():
-            cache = model(**inputs, past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(model(**inputs, **with_cache(model, cache), use_cache=True))
             seen.clear()
             for start, end in passes:
-                model(input_ids=ids[None, start:end], past_key_values=cache)
+                model(input_ids=ids[None, start:end], **with_cache(model, cache))
     finally:
         hook.remove()
     return torch.cat(seen)

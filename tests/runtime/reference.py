@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hkvprof.models.attention import AttentionCall, hooked_attention, mark
+from hkvprof.models.calls import with_cache
 from hkvprof.runtime.layer import CompressedLayer
 
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -87,4 +88,4 @@ def masked_step(
     for layer, positions in zip(masked, kept, strict=True):
         layer.kept, layer.prompt = positions, prompt
     with hooked_attention(model):
-        return model(**inputs, past_key_values=cache).logits
+        return model(**inputs, **with_cache(model, cache)).logits

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 import hkvprof
 from hkvprof.errors import CompressionError, ModelError
 from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import measure_storage
 from hkvprof.testbed.generator import make_sample
@@ -43,12 +44,12 @@ def test_second_turn_sees_every_host_chunk(llama: Any) -> None:
     later = token_ids(2, 25, seed=7)
     both = torch.cat([mask, torch.ones_like(later)], dim=1)
     dense = DynamicCache(config=llama.config)
-    llama(input_ids=ids, attention_mask=mask, past_key_values=dense)
-    expected = llama(input_ids=later, attention_mask=both, past_key_values=dense).logits
+    llama(input_ids=ids, attention_mask=mask, **with_cache(llama, dense))
+    expected = llama(input_ids=later, attention_mask=both, **with_cache(llama, dense)).logits
     with apply(llama, profile_of(llama, "dynamic"), budget=0.3) as handle:
         cache = handle.new_cache()
-        llama(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        got = llama(input_ids=later, attention_mask=both, past_key_values=cache).logits
+        llama(input_ids=ids, attention_mask=mask, **with_cache(llama, cache))
+        got = llama(input_ids=later, attention_mask=both, **with_cache(llama, cache)).logits
         assert cache.receipt().resident_share < 0.4
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -61,9 +62,9 @@ def test_third_turn_sees_everything_that_dynamic_heads_moved(llama: Any, every: 
     options: dict[str, Any] = {"compress_every": every} if every else {"decode_compression": False}
     with apply(llama, profile_of(llama, "dynamic"), budget=0.3, **options) as handle:
         cache = handle.new_cache()
-        got = [llama(input_ids=ids, past_key_values=cache).logits for ids in turns]
+        got = [llama(input_ids=ids, **with_cache(llama, cache)).logits for ids in turns]
         assert {layer.account.compressions for layer in cache.covered} == {3 if every else 1}
-    expected = [llama(input_ids=ids, past_key_values=dense).logits for ids in turns]
+    expected = [llama(input_ids=ids, **with_cache(llama, dense)).logits for ids in turns]
     for mine, theirs in zip(got, expected, strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
@@ -73,11 +74,12 @@ def test_several_new_tokens_equal_one_by_one(llama: Any) -> None:
     ids, later = token_ids(2, 150), token_ids(2, 6, seed=9)
     with apply(llama, profile_of(llama, "static"), budget=0.3) as handle:
         together, single = handle.new_cache(), handle.new_cache()
-        llama(input_ids=ids, past_key_values=together)
-        llama(input_ids=ids, past_key_values=single)
-        got = llama(input_ids=later, past_key_values=together).logits
+        llama(input_ids=ids, **with_cache(llama, together))
+        llama(input_ids=ids, **with_cache(llama, single))
+        got = llama(input_ids=later, **with_cache(llama, together)).logits
         steps = [
-            llama(input_ids=later[:, i : i + 1], past_key_values=single).logits for i in range(6)
+            llama(input_ids=later[:, i : i + 1], **with_cache(llama, single)).logits
+            for i in range(6)
         ]
         assert together.receipt().compressed_layers == 3
     expected = torch.cat(steps, dim=1)
@@ -90,9 +92,9 @@ def test_padding_inside_a_later_turn_is_refused(llama: Any) -> None:
     mask[1, 155:] = 0
     with apply(llama, profile_of(llama, "static"), budget=0.3) as handle:
         cache = handle.new_cache()
-        llama(input_ids=ids, past_key_values=cache)
+        llama(input_ids=ids, **with_cache(llama, cache))
         with pytest.raises(ModelError, match="padding inside a later turn"):
-            llama(input_ids=later, attention_mask=mask, past_key_values=cache)
+            llama(input_ids=later, attention_mask=mask, **with_cache(llama, cache))
 
 
 @pytest.mark.parametrize("types", TYPES)
@@ -107,10 +109,10 @@ def test_crop_takes_back_generated_tokens(llama: Any, types: str) -> None:
         assert cache.receipt().resident_bytes == resident
         assert cache.receipt().host_bytes == host
         first = logits_of(llama, fresh, ids, None, 0)[0][:, -1:].argmax(-1)
-        llama(input_ids=first, past_key_values=fresh)
+        llama(input_ids=first, **with_cache(llama, fresh))
         other = torch.full_like(first, 11)
-        a = llama(input_ids=other, past_key_values=cache).logits
-        b = llama(input_ids=other, past_key_values=fresh).logits
+        a = llama(input_ids=other, **with_cache(llama, cache)).logits
+        b = llama(input_ids=other, **with_cache(llama, fresh)).logits
     assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
@@ -134,9 +136,9 @@ def test_reordered_rows_continue_as_their_sources(llama: Any, types: str) -> Non
         cache.reorder_cache(order)
         full = torch.cat([mask, mask.new_ones(3, 3)], dim=1)
         token = torch.tensor([[7], [8], [9]])
-        expected = llama(input_ids=token, attention_mask=full, past_key_values=plain).logits
+        expected = llama(input_ids=token, attention_mask=full, **with_cache(llama, plain)).logits
         got = llama(
-            input_ids=token[order], attention_mask=full[order], past_key_values=cache
+            input_ids=token[order], attention_mask=full[order], **with_cache(llama, cache)
         ).logits
         resident, host = measure_storage(cache)
         receipt = cache.receipt()
@@ -178,9 +180,9 @@ def test_nan_in_one_row_leaves_the_others_alone(llama: Any) -> None:
             results = []
             for embeds in (clean, broken):
                 cache = handle.new_cache()
-                llama(inputs_embeds=embeds, past_key_values=cache)
+                llama(inputs_embeds=embeds, **with_cache(llama, cache))
                 token = torch.full((2, 1), 5)
-                results.append(llama(input_ids=token, past_key_values=cache).logits[1])
+                results.append(llama(input_ids=token, **with_cache(llama, cache)).logits[1])
         assert torch.equal(*results)
 
 
@@ -218,11 +220,14 @@ def test_second_turn_through_generate_with_images(tinyvl: tuple[Any, Any]) -> No
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 
     def talk(cache: Any) -> torch.Tensor:
-        ids = model.generate(**inputs, past_key_values=cache, **options)
+        ids = model.generate(**inputs, **with_cache(model, cache), **options)
         more = torch.tensor([processor.encode_text("what is at A1 of image #2")])
         ids = torch.cat([ids, more], dim=1)
         return model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **with_cache(model, cache),
+            **options,
         )
 
     expected = talk(DynamicCache(config=model.config.get_text_config(decoder=True)))
@@ -249,10 +254,10 @@ def test_text_prior_keeps_text_first(tinyvl: tuple[Any, Any]) -> None:
     text = int((encoded.modality == 0).sum())
     with apply(model, prior, budget=text + 6) as handle:
         cache = handle.new_cache()
-        model(**encoded.to(model.device, model.dtype), past_key_values=cache)
+        model(**encoded.to(model.device, model.dtype), **with_cache(model, cache))
         dense = DynamicCache(config=model.config.get_text_config(decoder=True))
         handle.detach()
-        model(**encoded.to(model.device, model.dtype), past_key_values=dense)
+        model(**encoded.to(model.device, model.dtype), **with_cache(model, dense))
         stored = cache.covered[0].ragged.storage.keys(0)
         wanted = dense.layers[0].keys[0, 0][encoded.modality[0] == 0]
         found = (wanted[:, None] == stored[None]).all(-1).any(-1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime.compiled import StaticStep
 from tests.models_for_tests import apply, random_llama, token_ids
@@ -21,7 +22,7 @@ def compressed_layer(model: Any, types: str) -> Any:
     profile = uniform_profile(model, types)
     with apply(model, profile, budget=0.3) as handle, torch.no_grad():
         cache = handle.new_cache()
-        model(input_ids=token_ids(2, 150).to(model.device), past_key_values=cache)
+        model(input_ids=token_ids(2, 150).to(model.device), **with_cache(model, cache))
     return cache, cache.covered[1].ragged
 
 

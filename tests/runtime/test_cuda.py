@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hkvprof.bench.gpu.run import Setup, benchmark
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime.graph import GraphDecoder
 from hkvprof.runtime.host import HostChunks
@@ -58,10 +59,10 @@ def test_the_receipt_tells_what_the_allocator_does(types: str) -> None:
     model = random_llama().to("cuda")
     ids = token_ids(4, 3000).to("cuda")
     with apply(model, profile_of(model, types), budget=0.2) as handle:
-        model(input_ids=ids, past_key_values=handle.new_cache())  # workspaces
+        model(input_ids=ids, **with_cache(model, handle.new_cache()))  # workspaces
         before = torch.cuda.memory_allocated()
         cache = handle.new_cache()
-        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=ids, **with_cache(model, cache), logits_to_keep=1)
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated() - before
     receipt = cache.receipt()
@@ -80,15 +81,15 @@ def test_whole_steps_do_not_wait(types: str, prefetch: float | None) -> None:
     profile = profile_of(model, types)
     with apply(model, profile, budget=0.3, decode_compression=False, prefetch=prefetch) as handle:
         cache = handle.new_cache()
-        model(input_ids=token_ids(2, 300).to("cuda"), past_key_values=cache)
+        model(input_ids=token_ids(2, 300).to("cuda"), **with_cache(model, cache))
         for one in tokens[:3]:  # compiles
-            model(input_ids=one, past_key_values=cache)
+            model(input_ids=one, **with_cache(model, cache))
         before = cache.covered[0].ragged.storage.key
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for one in tokens[3:]:
-                model(input_ids=one, past_key_values=cache)
+                model(input_ids=one, **with_cache(model, cache))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert cache.covered[0].ragged.storage.key is not before
@@ -104,10 +105,10 @@ def test_graphs_say_what_steps_say(types: str) -> None:
     with apply(model, profile_of(model, types), budget=0.3, compress_every=48) as handle:
         plain, recorded = handle.new_cache(), handle.new_cache()
         for cache in (plain, recorded):
-            model(input_ids=token_ids(2, 200).to("cuda"), past_key_values=cache)
+            model(input_ids=token_ids(2, 200).to("cuda"), **with_cache(model, cache))
         decoder = GraphDecoder(model, recorded)
         for one in tokens:
-            expected = model(input_ids=one, past_key_values=plain).logits[:, -1]
+            expected = model(input_ids=one, **with_cache(model, plain)).logits[:, -1]
             torch.testing.assert_close(decoder(one), expected, rtol=0.05, atol=0.05)
         assert decoder.replays > 40
 

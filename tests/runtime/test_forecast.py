@@ -14,6 +14,7 @@ import hkvprof
 from hkvprof.artifact import Profile
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.adapter import view_model
+from hkvprof.models.calls import with_cache
 from hkvprof.policy.costs import TOO_SHORT
 from hkvprof.policy.forecast import Plan
 from hkvprof.profile.uniform import uniform_profile
@@ -84,7 +85,7 @@ def receipt_of(model: Any, profile: Profile, budget: Any, inputs: Any) -> Receip
     """What a cache holds after the prompt."""
     with apply(model, profile, budget=budget, min_tokens=1) as handle:
         cache = handle.new_cache()
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **with_cache(model, cache))
         return cache.receipt()
 
 

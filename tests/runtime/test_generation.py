@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import KeepRule
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import measure_storage
 from hkvprof.runtime.receipt import measure_queries
@@ -37,14 +38,14 @@ def compare_with_masked_dense(
     reference = masked_cache(plain)
     with apply(model, profile, **options) as handle:
         cache = handle.new_cache()
-        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        out = model(input_ids=ids, attention_mask=mask, **with_cache(model, cache)).logits
         for step in range(steps):
             token = (out[:, -1:].argmax(-1) + step) % 60 + 1
             padding = mask
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-            out = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+            out = model(input_ids=token, attention_mask=mask, **with_cache(model, cache)).logits
             if step == 0:
-                plain(input_ids=ids, attention_mask=padding, past_key_values=reference)
+                plain(input_ids=ids, attention_mask=padding, **with_cache(model, reference))
             kept = [
                 kept_positions(ours, theirs.keys)
                 for ours, theirs in zip(cache.covered, reference.layers, strict=True)
@@ -106,7 +107,7 @@ def test_sinks_and_recent_tokens_stay(llama: Any) -> None:
         for step in range(61):
             last = layer.ragged.storage.keys(0)[-8:].clone()
             before = layer.account.compressions
-            llama(input_ids=ids[:, step : step + 1], past_key_values=cache)
+            llama(input_ids=ids[:, step : step + 1], **with_cache(llama, cache))
             if layer.account.compressions > before:
                 assert layer.ragged.tail == 1
                 assert torch.equal(layer.ragged.storage.keys(0)[-9:-1], last)
@@ -159,14 +160,18 @@ def test_prefill_in_chunks_keeps_the_same_tokens(
     ids, mask = left_padded(lengths)
     prompt = ids.shape[1]
     dense = DynamicCache(config=llama.config)
-    llama(input_ids=ids, attention_mask=mask, past_key_values=dense)
+    llama(input_ids=ids, attention_mask=mask, **with_cache(llama, dense))
     keys = [layer.keys for layer in dense.layers]
     with apply(llama, profile_of(llama, types), budget=0.25) as handle:
         whole, parts = handle.new_cache(), handle.new_cache(prompt_tokens=prompt)
-        llama(input_ids=ids, attention_mask=mask, past_key_values=whole)
+        llama(input_ids=ids, attention_mask=mask, **with_cache(llama, whole))
         for begin in range(0, prompt, 64):
             end = min(prompt, begin + 64)
-            llama(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=parts)
+            llama(
+                input_ids=ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                **with_cache(llama, parts),
+            )
             if end < prompt:
                 receipt = parts.receipt()
                 assert receipt.host_bytes == 3 * 2 * 4 * keys[0].numel()
@@ -242,18 +247,21 @@ def test_beams_over_several_compressions_equal_rows_of_their_own(llama: Any, typ
     tails = token_ids(3, 40, seed=5)
     with apply(llama, profile_of(llama, types), budget=0.4, compress_every=16) as handle:
         beams = handle.new_cache()
-        llama(input_ids=ids, past_key_values=beams)
+        llama(input_ids=ids, **with_cache(llama, beams))
         beams.batch_repeat_interleave(3)
         together = [
-            llama(input_ids=tails[:, i : i + 1], past_key_values=beams).logits for i in range(40)
+            llama(input_ids=tails[:, i : i + 1], **with_cache(llama, beams)).logits
+            for i in range(40)
         ]
         receipt = beams.receipt()
         assert (receipt.resident_bytes, receipt.host_bytes) == measure_storage(beams)
         for row in range(3):
             alone = handle.new_cache()
-            llama(input_ids=ids, past_key_values=alone)
+            llama(input_ids=ids, **with_cache(llama, alone))
             for i in range(40):
-                got = llama(input_ids=tails[row, i : i + 1][None], past_key_values=alone).logits
+                got = llama(
+                    input_ids=tails[row, i : i + 1][None], **with_cache(llama, alone)
+                ).logits
                 error = (together[i][row] - got[0]).abs().max()
                 assert error <= 1e-4 * got.abs().max()
 
@@ -282,7 +290,7 @@ def test_int8_host_memory_is_near_and_small(llama: Any) -> None:
             cache = handle.new_cache()
             out = logits_of(llama, cache, ids, None, 0)
             for i in range(40):
-                out.append(llama(input_ids=ids[:, i : i + 1], past_key_values=cache).logits)
+                out.append(llama(input_ids=ids[:, i : i + 1], **with_cache(llama, cache)).logits)
             receipt = cache.receipt()
             assert (receipt.resident_bytes, receipt.host_bytes) == measure_storage(cache)
             results[kind] = (out, receipt)
@@ -339,9 +347,9 @@ def test_a_broken_row_leaves_the_others_alone(llama: Any, types: str, value: flo
     with apply(llama, profile_of(llama, types), budget=0.4, compress_every=8) as handle:
         for embeds in (clean, broken):
             cache = handle.new_cache()
-            llama(inputs_embeds=embeds, past_key_values=cache)
+            llama(inputs_embeds=embeds, **with_cache(llama, cache))
             steps = [
-                llama(input_ids=ids[:, i : i + 1], past_key_values=cache).logits[1]
+                llama(input_ids=ids[:, i : i + 1], **with_cache(llama, cache)).logits[1]
                 for i in range(20)
             ]
             results.append(torch.stack(steps))

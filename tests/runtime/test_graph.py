@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hkvprof.errors import CompressionError, UsageError
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import ragged
 from hkvprof.runtime.graph import GraphDecoder
@@ -119,13 +120,13 @@ def test_replays_are_steps(
     with apply(model, profile_of(model, types), **options) as handle:
         plain, replayed = handle.new_cache(), handle.new_cache()
         for cache in (plain, replayed):
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            model(input_ids=ids, attention_mask=mask, **with_cache(model, cache))
         recorder = HostTurnedBack(replayed) if device == "cpu" else None
         decoder = GraphDecoder(model, replayed, ahead=10, recorder=recorder)
         starts = torch.tensor([0, rows[0] - rows[1]], device=device)
         for step, one in enumerate(forced.split(1, dim=1)):
             positions = rows[0] + step - starts[:, None]
-            expected = model(input_ids=one, position_ids=positions, past_key_values=plain)
+            expected = model(input_ids=one, position_ids=positions, **with_cache(model, plain))
             got = decoder(one)
             torch.testing.assert_close(got, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
         assert decoder.replays >= steps / 3
@@ -157,11 +158,11 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         recorder = HostTurnedBack(cache)
         with pytest.raises(CompressionError, match=r"layer 0 is not compressed.*no prompt yet"):
             GraphDecoder(model, cache, recorder=recorder)
-        model(input_ids=token_ids(1, 30), past_key_values=cache)
+        model(input_ids=token_ids(1, 30), **with_cache(model, cache))
         with pytest.raises(CompressionError, match="shorter than min_tokens"):
             GraphDecoder(model, cache, recorder=recorder)
         cache.reset()
-        model(input_ids=token_ids(1, 90), past_key_values=cache)
+        model(input_ids=token_ids(1, 90), **with_cache(model, cache))
         monkeypatch.setattr(ragged, "for_device", lambda device, dtype: TorchKernels())
         with pytest.raises(CompressionError, match="plain torch make the host wait"):
             GraphDecoder(model, cache, recorder=recorder)

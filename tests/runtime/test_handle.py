@@ -20,6 +20,7 @@ from hkvprof.errors import (
     ProfileError,
     UsageError,
 )
+from hkvprof.models.calls import cache_keyword, cache_of, with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import CompressedCache, measure_storage
 from hkvprof.testbed.generator import make_sample
@@ -53,11 +54,11 @@ def profile_of(model: Any, types: str) -> Any:
 @torch.no_grad()
 def logits_of(model: Any, cache: Any, ids: Tensor, mask: Tensor | None, steps: int) -> list[Tensor]:
     """Logits of a prefill and of `steps` greedy decoding steps."""
-    out = [model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits]
+    out = [model(input_ids=ids, attention_mask=mask, **with_cache(model, cache)).logits]
     for _ in range(steps):
         token = out[-1][:, -1:].argmax(-1)
         mask = None if mask is None else torch.cat([mask, torch.ones_like(token)], dim=1)
-        out.append(model(input_ids=token, attention_mask=mask, past_key_values=cache).logits)
+        out.append(model(input_ids=token, attention_mask=mask, **with_cache(model, cache)).logits)
     return out
 
 
@@ -91,18 +92,18 @@ def test_full_budget_is_bit_identical_with_images(tinyvl: tuple[Any, Any], types
 def test_equals_dense_attention_over_kept_tokens(llama: Any, types: str, budget: float) -> None:
     ids, mask = left_padded([200, 171])
     reference = masked_cache(llama)
-    dense = llama(input_ids=ids, attention_mask=mask, past_key_values=reference).logits
+    dense = llama(input_ids=ids, attention_mask=mask, **with_cache(llama, reference)).logits
     prompt = ids.shape[1]
     with apply(llama, profile_of(llama, types), budget=budget) as handle:
         cache = handle.new_cache()
-        out = llama(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        out = llama(input_ids=ids, attention_mask=mask, **with_cache(llama, cache)).logits
         assert torch.equal(out, dense)
         steps = []
         token = out[:, -1:].argmax(-1)
         for _ in range(6):
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
             with torch.no_grad():
-                out = llama(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+                out = llama(input_ids=token, attention_mask=mask, **with_cache(llama, cache)).logits
             kept = [
                 kept_positions(ours, theirs.keys[:, :, :prompt])
                 for ours, theirs in zip(cache.covered, reference.layers, strict=True)
@@ -139,7 +140,7 @@ def test_share_and_tensors_agree_with_the_receipt(llama: Any, types: str) -> Non
             assert receipt.resident_share <= budget + 0.001
             assert receipt.resident_share > 0.8 * budget
             for _ in range(9):
-                llama(input_ids=ids[:, :1], past_key_values=cache)
+                llama(input_ids=ids[:, :1], **with_cache(llama, cache))
             receipt = cache.receipt()
             resident, host = measure_storage(cache)
         assert (receipt.resident_bytes, receipt.host_bytes) == (resident, host)
@@ -153,7 +154,7 @@ def test_memory_goes_with_the_cache_without_garbage_collection(llama: Any) -> No
     try:
         with apply(llama, profile_of(llama, "mixed"), budget=0.2) as handle:
             cache = handle.new_cache()
-            llama(input_ids=token_ids(1, 200), past_key_values=cache)
+            llama(input_ids=token_ids(1, 200), **with_cache(llama, cache))
             storages = [weakref.ref(layer.ragged.storage) for layer in cache.covered]
             hosts = [
                 weakref.ref(d.host)
@@ -163,7 +164,7 @@ def test_memory_goes_with_the_cache_without_garbage_collection(llama: Any) -> No
             del cache
             assert all(reference() is None for reference in storages + hosts)
             short = handle.new_cache()
-            llama(input_ids=token_ids(1, 20), past_key_values=short)
+            llama(input_ids=token_ids(1, 20), **with_cache(llama, short))
             keys = weakref.ref(short.covered[0].keys)
             del short
             assert keys() is None
@@ -176,7 +177,7 @@ def test_dense_keys_are_gone_after_prefill(llama: Any) -> None:
     seen: list[int] = []
 
     def count(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        layers = kwargs["past_key_values"].covered
+        layers = kwargs[cache_keyword(module.forward)].covered
         seen.append(sum(layer.keys is not None for layer in layers))
 
     hooks = [
@@ -194,7 +195,7 @@ def test_plain_forward_and_generate_compress(llama: Any) -> None:
     ids = token_ids(1, 200)
     with apply(llama, profile_of(llama, "static"), budget=0.2) as handle:
         output = llama(input_ids=ids)
-        assert isinstance(output.past_key_values, CompressedCache)
+        assert isinstance(cache_of(output), CompressedCache)
         assert handle.receipt().compressed_layers == 3
         llama.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
         receipt = handle.receipt()
@@ -251,10 +252,10 @@ def test_interleaved_conversations_keep_their_positions(tinyvl: tuple[Any, Any])
                 logits = seen[which]
                 with torch.no_grad():
                     if not logits:
-                        output = model(**inputs[which], past_key_values=caches[which])
+                        output = model(**inputs[which], **with_cache(model, caches[which]))
                     else:
                         token = logits[-1][:, -1:].argmax(-1)
-                        output = model(input_ids=token, past_key_values=caches[which])
+                        output = model(input_ids=token, **with_cache(model, caches[which]))
                 logits.append(output.logits)
             return seen
 
@@ -324,10 +325,10 @@ def test_foreign_cache_is_refused_unless_told(llama: Any) -> None:
         apply(llama, uniform_profile(llama)),
         pytest.raises(CompressionError, match="DynamicCache"),
     ):
-        llama(input_ids=ids, past_key_values=DynamicCache(config=llama.config))
+        llama(input_ids=ids, **with_cache(llama, DynamicCache(config=llama.config)))
     with apply(llama, uniform_profile(llama), strict=False):
         cache = DynamicCache(config=llama.config)
-        assert torch.equal(llama(input_ids=ids, past_key_values=cache).logits, expected)
+        assert torch.equal(llama(input_ids=ids, **with_cache(llama, cache)).logits, expected)
 
 
 def test_static_cache_implementation_is_refused(llama: Any) -> None:

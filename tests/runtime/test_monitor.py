@@ -15,6 +15,7 @@ from torch import Tensor
 import hkvprof
 from hkvprof.artifact import Profile
 from hkvprof.errors import HkvWarning, ProfileError, UsageError
+from hkvprof.models.calls import with_cache
 from hkvprof.models.processing import Encoded
 from hkvprof.policy.domain import KEY, Domain, DomainCheck
 from hkvprof.profile.gather import gather
@@ -62,9 +63,9 @@ def look(
     with apply(model, profile, budget=0.6, monitor=share) as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore", HkvWarning)
         cache = handle.new_cache(encoded.tokens)
-        model(**encoded.to(model.device, model.dtype), past_key_values=cache)
+        model(**encoded.to(model.device, model.dtype), **with_cache(model, cache))
         token = torch.full((len(encoded.inputs["input_ids"]), 1), 7)
-        logits = model(input_ids=token, past_key_values=cache).logits
+        logits = model(input_ids=token, **with_cache(model, cache)).logits
         return logits, handle.receipt().domain
 
 
@@ -265,11 +266,11 @@ def test_a_cache_that_is_used_again_is_looked_at_again() -> None:
     ids, _ = left_padded([300])
     with apply(model, llama_profile(model), monitor=1.0) as handle:
         cache = handle.new_cache()
-        model(input_ids=ids[:, :40], past_key_values=cache)
+        model(input_ids=ids[:, :40], **with_cache(model, cache))
         assert reason(handle)
         cache.reset()
         with pytest.warns(HkvWarning):  # the uniform profile expects no sparsity at all
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **with_cache(model, cache))
         assert not reason(handle)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hkvprof.errors import UsageError
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import handle as handles
 from hkvprof.runtime import prefetch, retrieving
@@ -129,11 +130,11 @@ def decode(
     profile = uniform_profile(model, "dynamic", index="mean", chunk=4)
     with apply(model, profile, budget=0.3, compress_every=12, **options) as handle, torch.no_grad():
         cache = handle.new_cache()
-        out = [model(input_ids=token_ids(2, 120), past_key_values=cache).logits[:, -1]]
+        out = [model(input_ids=token_ids(2, 120), **with_cache(model, cache)).logits[:, -1]]
         for one in token_ids(2, steps, seed=4).split(1, dim=1):
-            out.append(model(input_ids=one, past_key_values=cache).logits[:, -1])
+            out.append(model(input_ids=one, **with_cache(model, cache)).logits[:, -1])
         cache.batch_select_indices(torch.tensor([1, 0]))
-        several = model(input_ids=token_ids(2, 3, seed=6), past_key_values=cache)
+        several = model(input_ids=token_ids(2, 3, seed=6), **with_cache(model, cache))
         return [*out, several.logits[:, -1]], cache
 
 

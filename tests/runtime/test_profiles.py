@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 import hkvprof
 from hkvprof.models.adapter import view_model
+from hkvprof.models.calls import with_cache
 from hkvprof.runtime import apply, measure_storage
 from hkvprof.testbed.generator import make_sample
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
@@ -53,12 +54,12 @@ def test_projected_index_equals_dense_attention_over_what_it_fetched(
     encoded = processor.encode([sample.messages])
     inputs = encoded.to(model.device, model.dtype)
     reference = masked_cache(model)
-    dense = model(**inputs, past_key_values=reference).logits
+    dense = model(**inputs, **with_cache(model, reference)).logits
     deltas = model.model.rope_deltas
     prompt = encoded.tokens
     with apply(model, FOLDER / "tinyvl.hkv.safetensors", budget=0.2) as handle:
         cache = handle.new_cache()
-        out = model(**inputs, past_key_values=cache).logits
+        out = model(**inputs, **with_cache(model, cache)).logits
         assert torch.equal(out, dense)
         receipt = cache.receipt()
         assert receipt.resident_share <= 0.2
@@ -67,7 +68,7 @@ def test_projected_index_equals_dense_attention_over_what_it_fetched(
         steps = []
         for _ in range(6):
             token = out[:, -1:].argmax(-1)
-            out = model(input_ids=token, past_key_values=cache).logits
+            out = model(input_ids=token, **with_cache(model, cache)).logits
             kept = [
                 kept_positions(ours, theirs.keys[:, :, :prompt])
                 for ours, theirs in zip(cache.covered, reference.layers, strict=True)
@@ -100,6 +101,6 @@ def test_three_steps_of_the_readme(tinyvl: tuple[Any, Any], tmp_path: Path) -> N
         **inputs,
         max_new_tokens=6,
         do_sample=False,
-        past_key_values=DynamicCache(config=model.config.get_text_config(decoder=True)),
+        **with_cache(model, DynamicCache(config=model.config.get_text_config(decoder=True))),
     )
     assert torch.equal(plain, expected)

@@ -12,6 +12,7 @@ import hkvprof
 import hkvprof.runtime
 from hkvprof.artifact import Profile
 from hkvprof.errors import BudgetError
+from hkvprof.models.calls import with_cache
 from hkvprof.runtime import measure_storage
 from hkvprof.runtime.receipt import HeadAccount, Receipt
 from hkvprof.testbed.generator import make_sample
@@ -46,11 +47,11 @@ def places(mask: Tensor) -> Tensor:
 def passes(model: Any, cache: Any, ids: Tensor, mask: Tensor, forced: Tensor) -> Tensor:
     """Logits [rows, steps + 1, vocabulary] of a prompt and of forced tokens."""
     first = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
-    out = [model(**first, past_key_values=cache).logits[:, -1]]
+    out = [model(**first, **with_cache(model, cache)).logits[:, -1]]
     for one in forced.split(1, dim=1):
         mask = torch.cat([mask, torch.ones_like(one)], dim=1)
         step = {"input_ids": one, "attention_mask": mask, "position_ids": places(mask)[:, -1:]}
-        out.append(model(**step, past_key_values=cache).logits[:, -1])
+        out.append(model(**step, **with_cache(model, cache)).logits[:, -1])
     return torch.stack(out, dim=1)
 
 
@@ -78,7 +79,7 @@ def test_a_row_is_its_prompt_alone(llama: Any, name: str, budget: Any) -> None:
     dense = passes(llama, hkvprof_free(llama), ids, mask, forced)
     with apply(llama, profile, **options) as handle:
         batch = handle.new_cache()
-        llama(input_ids=ids, attention_mask=mask, past_key_values=batch)
+        llama(input_ids=ids, attention_mask=mask, **with_cache(llama, batch))
         after_prompt = batch.receipt()
         assert measure_storage(batch) == (after_prompt.resident_bytes, after_prompt.host_bytes)
         batch = handle.new_cache()
@@ -91,7 +92,7 @@ def test_a_row_is_its_prompt_alone(llama: Any, name: str, budget: Any) -> None:
         for row, length in enumerate(LENGTHS):
             one, alone = ids[row : row + 1, -length:], handle.new_cache()
             whole = torch.ones_like(one)
-            llama(input_ids=one, past_key_values=alone)
+            llama(input_ids=one, **with_cache(llama, alone))
             receipt = alone.receipt()
             if length >= 64:
                 mine = heads_of(after_prompt, row)
@@ -153,7 +154,7 @@ def test_rows_in_chunks_and_reordered(llama: Any, name: str) -> None:
         for begin in range(0, 400, 96):
             end = min(400, begin + 96)
             some = {"attention_mask": mask[:, :end], "position_ids": places(mask)[:, begin:end]}
-            llama(input_ids=ids[:, begin:end], **some, past_key_values=parts)
+            llama(input_ids=ids[:, begin:end], **some, **with_cache(llama, parts))
         parts.reorder_cache(torch.tensor(order))
         assert measure_storage(parts)[0] == parts.receipt().resident_bytes
         for step in range(30):
@@ -162,7 +163,7 @@ def test_rows_in_chunks_and_reordered(llama: Any, name: str) -> None:
                 input_ids=forced[order, step : step + 1],
                 attention_mask=full[order],
                 position_ids=places(full[order])[:, -1:],
-                past_key_values=parts,
+                **with_cache(llama, parts),
             ).logits[:, -1]
             close = expected[order, step + 1]
             assert (out - close).abs().max() <= 1e-4 * close.abs().max()
@@ -178,22 +179,26 @@ def test_bytes_are_for_the_whole_batch(llama: Any) -> None:
     budget = 200 * 1024
     with apply(llama, profile_of(llama, "static"), budget=f"{budget}B") as handle:
         cache = handle.new_cache()
-        llama(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        llama(input_ids=ids, attention_mask=mask, **with_cache(llama, cache))
         receipt = cache.receipt()
         ends = 8 * 3 * 2 * 4
         assert budget - 4 * unit <= receipt.resident_bytes <= budget + ends
-        bytes_of = [sum(h.resident_bytes for x in heads_of(receipt, r) for h in x) for r in range(4)]
+        bytes_of = [
+            sum(h.resident_bytes for x in heads_of(receipt, r) for h in x) for r in range(4)
+        ]
         assert bytes_of[1] == 40 * unit + ends // 4
         shares = [bytes_of[row] / (LENGTHS[row] * unit) for row in (0, 2, 3)]
         assert max(shares) - min(shares) < 2 / 150
         passes_of_one = token_ids(4, 60, seed=2)
         for one in passes_of_one.split(1, dim=1):
             mask = torch.cat([mask, torch.ones_like(one)], dim=1)
-            llama(input_ids=one, attention_mask=mask, past_key_values=cache)
+            llama(input_ids=one, attention_mask=mask, **with_cache(llama, cache))
             assert cache.receipt().resident_bytes <= 1.05 * budget + 4 * 6.4 * unit
     with (
         apply(llama, profile_of(llama, "static"), budget=f"{39 * unit}B") as handle,
-        pytest.raises(BudgetError, match=r"row 0, a prompt of 400 tokens: the rows that stay dense"),
+        pytest.raises(
+            BudgetError, match=r"row 0, a prompt of 400 tokens: the rows that stay dense"
+        ),
     ):
         llama(input_ids=ids, attention_mask=left_padded(LENGTHS)[1])
 
@@ -232,6 +237,7 @@ def test_prompts_of_tinyvl_in_a_batch_answer_as_alone() -> None:
             found = together[row, encoded.tokens :][: alone.shape[1] - one.tokens]
             assert torch.equal(found, alone[0, one.tokens :])
             if one.tokens >= 256:
-                assert kept(heads_of(receipt, row))[0][:2] == kept(
-                    heads_of(handle.receipt(), 0)
-                )[0][:2]
+                assert (
+                    kept(heads_of(receipt, row))[0][:2]
+                    == kept(heads_of(handle.receipt(), 0))[0][:2]
+                )

@@ -15,6 +15,7 @@ import torch
 
 import hkvprof
 from hkvprof.errors import BudgetError
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import CompressedCache
 from hkvprof.runtime.kernels import loading
@@ -90,7 +91,7 @@ def test_two_handles_taking_turns_do_not_disturb_each_other() -> None:
         nxt = list(ids)
         for turn in turns:
             with torch.no_grad():
-                out = models[turn](input_ids=nxt[turn], past_key_values=caches[turn])
+                out = models[turn](input_ids=nxt[turn], **with_cache(models[turn], caches[turn]))
             logits[turn].append(out.logits[:, -1])
             nxt[turn] = out.logits[:, -1:].argmax(-1)
         for handle in handles:
@@ -192,7 +193,7 @@ def test_a_cache_belongs_to_the_thread_that_asked_for_it() -> None:
             cache = handle.new_cache()
             assert isinstance(cache, CompressedCache)
             model.generate(
-                token_ids(1, 80 + 10 * number), past_key_values=cache, max_new_tokens=4,
+                token_ids(1, 80 + 10 * number), **with_cache(model, cache), max_new_tokens=4,
                 do_sample=False, attention_mask=torch.ones(1, 80 + 10 * number),
             )  # fmt: skip
             receipt = handle.receipt()

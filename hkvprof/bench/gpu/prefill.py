@@ -13,6 +13,7 @@ from hkvprof.artifact import Profile
 from hkvprof.bench.gpu.machine import Machine
 from hkvprof.bench.gpu.records import Prefill
 from hkvprof.models.adapter import ModelView
+from hkvprof.models.calls import with_cache
 from hkvprof.models.forward import last_row_only
 from hkvprof.models.limits import vocabulary
 from hkvprof.runtime import apply
@@ -37,7 +38,7 @@ def measure_prefill(
     def read(cache: Any) -> float:
         machine.wait()
         lap = machine.lap(
-            lambda: model(input_ids=ids, past_key_values=cache, **last_row_only(model))
+            lambda: model(input_ids=ids, **with_cache(model, cache), **last_row_only(model))
         )
         return lap.milliseconds() / 1e3
 

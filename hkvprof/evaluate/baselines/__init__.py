@@ -4,7 +4,7 @@
     from hkvprof.evaluate.prefill import capture
     prefill = capture(model, processor.encode([messages]))
     with baselines.compress(model, prefill, "snapkv", share=0.10) as cache:
-        model(input_ids=next_token, past_key_values=cache)
+        model(input_ids=next_token, cache=cache)  # past_key_values before transformers 5.24
 
 One file per method, one function in it: `select(prompt)` says what every head keeps.
 """

@@ -14,6 +14,7 @@ from hkvprof.evaluate.baselines.budgets import best_of_all, keep_marked
 from hkvprof.evaluate.baselines.passes import watched
 from hkvprof.evaluate.baselines.scores import SINKS, with_recent, with_sinks
 from hkvprof.models.attention import AttentionCall
+from hkvprof.models.calls import with_cache
 from hkvprof.models.forward import last_row_only
 
 CHUNK = 1024
@@ -65,7 +66,7 @@ def repeat_scores(prompt: Prompt) -> list[Float[Tensor, "kv_heads tokens"]]:
             words = [embed(later if begin else first), lead, embed(end)]
             fed = torch.cat([*(w.to(context) for w in words), context[:, begin:stop]], dim=1)
             prefill.restore(model)
-            model(inputs_embeds=fed, past_key_values=cache, **last_row_only(model))
+            model(inputs_embeds=fed, **with_cache(model, cache), **last_row_only(model))
             cache.crop(-fed.shape[1])
     return scores
 

@@ -17,6 +17,7 @@ from hkvprof.evaluate.baselines.base import Prompt
 from hkvprof.evaluate.baselines.passes import watched
 from hkvprof.heads import HeadType
 from hkvprof.models.attention import AttentionCall
+from hkvprof.models.calls import with_cache
 from hkvprof.models.forward import last_row_only
 
 DISTINCT, REPEATS = 256, 4
@@ -54,7 +55,7 @@ def _watch(prompt: Prompt) -> Habits:
         seen[number] = _layer(call, once.shape[1])
 
     with watched(model, view, watch) as cache:
-        model(input_ids=ids, past_key_values=cache, **last_row_only(model))
+        model(input_ids=ids, **with_cache(model, cache), **last_row_only(model))
     found = torch.stack([seen[number] for number in sorted(seen)], dim=1).cpu()
     return Habits(*found)
 

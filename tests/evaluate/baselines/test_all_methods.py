@@ -17,6 +17,7 @@ from hkvprof.evaluate.baselines import Prompt, baselines, compress, find
 from hkvprof.evaluate.baselines.base import Kept, Selection
 from hkvprof.evaluate.baselines.session import decide
 from hkvprof.evaluate.prefill import Prefill, capture
+from hkvprof.models.calls import with_cache
 from hkvprof.runtime import measure_storage
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.testbed.generator import make_sample
@@ -68,7 +69,7 @@ def test_bytes_stay_within_the_share_and_decoding_works(
         receipt = cache.receipt()
         resident, _ = measure_storage(cache)
         token = prefill.logits.argmax(-1, keepdim=True)
-        logits = [model(input_ids=token, past_key_values=cache).logits for _ in range(2)]
+        logits = [model(input_ids=token, **with_cache(model, cache)).logits for _ in range(2)]
     assert resident <= share * receipt.dense_bytes + 16 * prefill.view.grid.total
     assert receipt.resident_bytes > 0.5 * share * receipt.dense_bytes
     assert bool(torch.isfinite(torch.cat(logits)).all())

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hkvprof.bench.gpu.material import Keys, profiles
 from hkvprof.models.adapter import view_model
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import handle as handles
 from hkvprof.runtime import plan, ragged, retrieving
@@ -95,7 +96,7 @@ def prefilled(model: Any, monkeypatch: pytest.MonkeyPatch, types: str, **options
     profile = uniform_profile(model, "static" if types == "static" else "dynamic", **index)
     handle = apply(model, profile, budget=0.3, decode_compression=False, **options)
     cache = handle.new_cache()
-    model(input_ids=token_ids(2, 150), past_key_values=cache)
+    model(input_ids=token_ids(2, 150), **with_cache(model, cache))
     return cache
 
 
@@ -122,7 +123,7 @@ def test_steps_ask_for_nothing(
     before = [layer.ragged.storage.key for layer in cache.covered]
     with nobody_asks():
         for one in tokens:
-            model(input_ids=one, past_key_values=cache)
+            model(input_ids=one, **with_cache(model, cache))
     for layer, storage in zip(cache.covered, before, strict=True):
         assert layer.ragged.storage.key is not storage, "nothing grew"
     assert launches.count("_split_kernel") == launches.count("_merge_kernel") == 24
@@ -149,7 +150,7 @@ def test_compressing_a_prompt_asks_for_nothing(types: str, monkeypatch: pytest.M
     with apply(model, made[types], budget=0.3) as handle:
         cache = handle.new_cache(300)
         with nobody_asks():
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **with_cache(model, cache))
         assert cache.receipt().compressed_layers == 2
 
 
@@ -187,7 +188,7 @@ def test_the_watch_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_llama(2)
     cache = prefilled(model, monkeypatch, "mean")
     with nobody_asks(), pytest.raises(AskedError, match=r"nonzero|tolist|item"):
-        model(input_ids=token_ids(2, 1), past_key_values=cache)
+        model(input_ids=token_ids(2, 1), **with_cache(model, cache))
     numbers = torch.arange(3)
     for ask in (
         lambda: numbers.tolist(),

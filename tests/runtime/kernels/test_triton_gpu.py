@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime.kernels import Extents
 from hkvprof.runtime.kernels.reference import TorchKernels
@@ -43,9 +44,9 @@ def test_decoding_steps_do_not_wait(types: str) -> None:
     profile = uniform_profile(model, types, index="mean", chunk=8)
     with apply(model, profile, budget=0.3, decode_compression=False) as handle:
         cache = handle.new_cache()
-        model(input_ids=token_ids(2, 300).to("cuda"), past_key_values=cache)
+        model(input_ids=token_ids(2, 300).to("cuda"), **with_cache(model, cache))
         for _ in range(3):  # compiles
-            model(input_ids=token_ids(2, 1).to("cuda"), past_key_values=cache)
+            model(input_ids=token_ids(2, 1).to("cuda"), **with_cache(model, cache))
         layer = cache.covered[0].ragged
         before = layer.storage.key
         key, value = torch.randn(2, 2, 2, 1, 16, device="cuda")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hkvprof
 from hkvprof.lazy import no_triton
+from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import kernels, ragged
 from hkvprof.runtime.kernels import Kernels
@@ -47,10 +48,10 @@ def decode(
         patch.setattr(ragged, "for_device", lambda device, dtype: kernels)
         with apply(model, profile, budget=0.3, **options) as handle:
             cache = handle.new_cache()
-            out = [model(**inputs, past_key_values=cache).logits[:, -1]]
+            out = [model(**inputs, **with_cache(model, cache)).logits[:, -1]]
             for token in tokens:
                 ids = torch.tensor([[token]], device=model.device)
-                out.append(model(input_ids=ids, past_key_values=cache).logits[:, -1])
+                out.append(model(input_ids=ids, **with_cache(model, cache)).logits[:, -1])
             return out, cache.receipt()
 
 
