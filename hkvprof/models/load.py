@@ -15,6 +15,7 @@ from hkvprof.errors import HkvError, ModelError, UsageError, out_of_memory
 from hkvprof.heads import ModelFingerprint
 from hkvprof.models.adapter import view_model
 from hkvprof.models.aliases import ALIASES, TINYVL_FOLDER
+from hkvprof.models.own_code import needs_own_code, own_code_refused
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.models.processors import load_processor
 from hkvprof.models.vision_backend import hide_broken_torchvision
@@ -63,7 +64,9 @@ def load_model(
         config, model_class = _model_class(source, local)
         if getattr(config, "vision_config", None) is not None:
             hide_broken_torchvision()
-        model = model_class.from_pretrained(source, local_files_only=local, **options)
+        model = model_class.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False, **options
+        )
         processor = load_processor(source, model.config, local)
     except HkvError:
         raise
@@ -106,7 +109,7 @@ def load_empty(name_or_path: str | Path) -> tuple[Any, ChatProcessor]:
 def _empty_model(source: str, local: bool) -> Any:
     config, model_class = _model_class(source, local)
     with torch.device("meta"):
-        return model_class.from_config(config, attn_implementation="sdpa")
+        return model_class.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
 
 
 def resolve_source(name: str) -> str:
@@ -156,7 +159,7 @@ def _model_class(source: str, local: bool) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return config, AutoModelForImageTextToText
     return config, AutoModelForCausalLM
@@ -182,6 +185,8 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _unavailable(name: str, source: str, error: Exception) -> ModelError:
+    if needs_own_code(error):
+        return own_code_refused(name)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     if Path(source).is_dir():
         missing = not (Path(source) / "config.json").is_file()

@@ -60,7 +60,9 @@ def open_hub(source: HubSource) -> Any:
     from datasets import load_dataset
 
     try:
-        return _one_split(load_dataset(source.name, source.config), source.split)
+        return _one_split(
+            load_dataset(source.name, source.config, trust_remote_code=False), source.split
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SampleError(
             f"the dataset {source.name!r} cannot be had ({_line(error)}): expected a folder with "
