@@ -113,7 +113,11 @@ def _empty_model(source: str, local: bool) -> Any:
 
 
 def resolve_source(name: str) -> str:
-    """The folder or hub id behind `name`. Raises ModelError for a path that does not exist."""
+    """The folder or hub id behind `name`.
+
+    Raises ModelError for a path that does not exist, such as `out/mine` where there is a folder
+    `out`: the hub is not asked for it.
+    """
     if name == "tinyvl":
         return str(TINYVL_FOLDER)
     if name == "smollm2":
@@ -124,7 +128,8 @@ def resolve_source(name: str) -> str:
         return ALIASES[name].hub_id
     if name and Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    owner, _, rest = name.partition("/")
+    if name.startswith((".", "/", "~")) or "/" in rest or not rest or Path(owner).is_dir():
         close = difflib.get_close_matches(name, ALIASES, n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else "`hkvprof models` lists aliases."
         raise ModelError(
