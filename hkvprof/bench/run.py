@@ -73,9 +73,7 @@ def bench(
     Raises UsageError and BudgetError for what cannot be measured, before anything runs, and
     CompressionError for a row that does not do what it claims.
     """
-    _check_contexts(model, setup.contexts)
-    rows = methods(profiles, setup.budgets, setup.preallocated)
-    reasons = _reasons(rows, setup, model.dtype.itemsize)
+    rows, reasons = foresee(model, profiles, setup, model.dtype.itemsize)
     if profiles:  # a foreign profile is refused before anything is timed
         apply(model, next(iter(profiles.values())), budget=setup.budgets[0], min_tokens=1).detach()
     view = view_model(model)
@@ -89,6 +87,18 @@ def bench(
         if broken:
             reasons |= {(rows[1], later): broken for later in setup.contexts}
     return tuple(results)
+
+
+def foresee(
+    model: Any, profiles: Mapping[Kind, Profile], setup: Setup, itemsize: int
+) -> tuple[list[Method], dict[tuple[Method, int], str]]:
+    """All rows, and why some cannot run at a context; the model may be without weights.
+
+    `itemsize` is bytes per K/V element. Raises UsageError and BudgetError as `bench`.
+    """
+    _check_contexts(model, setup.contexts)
+    rows = methods(profiles, setup.budgets, setup.preallocated)
+    return rows, _reasons(rows, setup, itemsize)
 
 
 def _check_contexts(model: Any, contexts: Sequence[int]) -> None:

@@ -211,18 +211,24 @@ def _model(
 ) -> tuple[Any, dict[Kind, Profile], PromptMaker]:
     from hkvprof.bench.methods import variants
     from hkvprof.bench.prompts import chat_prompt
+    from hkvprof.bench.run import foresee
     from hkvprof.cli.material import pictures, prose
+    from hkvprof.models.outline import outline
     from hkvprof.models.processing import TextProcessor
 
     profiles = variants(profile, wanted)
-    network, processor = options.open_model(name, dtype, device)
+    empty, processor = options.open_empty(name, profile)
     text = isinstance(processor, TextProcessor)
     material = prose() if text else pictures(enlarged=name != "tinyvl")
 
-    def prompt(tokens: int) -> Any:
-        return chat_prompt(network, processor, material, tokens, setup.batch, setup.new_tokens)
+    def prompt_for(model: Any, tokens: int) -> Any:
+        return chat_prompt(model, processor, material, tokens, setup.batch, setup.new_tokens)
 
-    return network, profiles, prompt
+    foresee(empty, profiles, setup, outline(empty, dtype).itemsize)
+    if setup.strict:
+        prompt_for(empty, min(setup.contexts))
+    network, processor = options.open_model(name, dtype, device)
+    return network, profiles, lambda tokens: prompt_for(network, tokens)
 
 
 def _run(

@@ -199,6 +199,7 @@ def _samples(data: str, limit: int | None, seed: int, on_error: OnError) -> Load
     from hkvprof.cli.output import say
     from hkvprof.profile.samples import load_samples
 
+    options.announce_source(data)
     loaded = load_samples(data, max_samples=limit, seed=seed, on_error=on_error.value)
     say(f"{len(loaded.samples)} samples of {len(loaded.tasks)} tasks from {data}")
     for reason in loaded.skipped[:_MOST_REASONS]:

@@ -28,8 +28,6 @@ Exit code: 0 a budget is certified, 3 none is (the profile then says why), 2 too
 samples of the calibration (nothing is run), 1 a failure."""
 
 NOT_CERTIFIED = 3
-_CUT_BY_MODEL = "longtext"
-"""Tasks whose prompts are measured in the model's tokens: it must be loaded first."""
 
 
 def certify(
@@ -91,7 +89,7 @@ def certify(
     stopped goes on where it was.
     """
     from hkvprof.artifact import load_profile
-    from hkvprof.cli.output import check_output, say
+    from hkvprof.cli.output import check_folder, check_output, say
     from hkvprof.evaluate.certify import parse_budgets
     from hkvprof.evaluate.journal import forget
     from hkvprof.evaluate.risk import Claim
@@ -105,24 +103,18 @@ def certify(
         raise UsageError("--data and --tasks exclude each other: give one of them")
     source = data or tasks or default_tasks(model)
 
-    def samples(processor: Any) -> TaskSet:
-        return _samples(data, source, claim, processor, per_task, tokens, max_samples)
-
-    known = None if data is None and source == _CUT_BY_MODEL else samples(None)
-    if known is not None:
-        claim = _checked(loaded, source, known, claim, regimes is not None)
-        if dry_run:
-            _announce(known, claim)
-            return
-    elif dry_run:
-        raise UsageError(f"--dry-run does not work with {source}, whose samples need the model")
+    folder = answers or path.with_name(f"{path.name}.answers")
+    check_folder(folder)
+    empty, processor = options.open_empty(model, loaded)
+    known = _samples(data, source, claim, processor, per_task, tokens, max_samples)
+    claim = _checked(loaded, source, known, claim, regimes is not None)
+    if dry_run:
+        _announce(known, claim)
+        return
+    _check_answers(empty, processor, loaded, known, claim, folder)
     network, processor = options.open_model(model, dtype, device)
-    if known is None:
-        known = samples(processor)
-        claim = _checked(loaded, source, known, claim, regimes is not None)
     say(f"{len(known.samples)} samples of {source}; at most "
         f"{claim.most_losses(len(known.samples))} may degrade")  # fmt: skip
-    folder = answers or path.with_name(f"{path.name}.answers")
     found = _certified(network, processor, loaded, known, claim, folder)
     _write(loaded, found, path)
     if answers is None:  # they have served their purpose
@@ -150,6 +142,8 @@ def _samples(
     from hkvprof.evaluate.certify import judged
     from hkvprof.evaluate.tasks import load_tasks, whole_folder
 
+    if data is not None:
+        options.announce_source(source)
     found = (
         load_tasks(source, processor, per_task, tokens, max_samples)
         if data is None
@@ -187,18 +181,30 @@ def _announce(tasks: TaskSet, claim: Claim) -> None:
     )
 
 
-def _certified(
-    model: Any, processor: Any, profile: Profile, tasks: TaskSet, claim: Claim, folder: Path
-) -> Certificate:
+def _check_answers(
+    empty: Any, processor: Any, profile: Profile, tasks: TaskSet, claim: Claim, folder: Path
+) -> None:
+    """Raise UsageError for samples of the calibration, and for answers of other conditions."""
     from hkvprof.cli.output import say
     from hkvprof.cli.progress import track
-    from hkvprof.evaluate.certify import certify, conditions
+    from hkvprof.evaluate.certify import conditions
     from hkvprof.evaluate.heldout import check_contents
-    from hkvprof.evaluate.journal import Journal
+    from hkvprof.evaluate.journal import check_conditions
 
     if not check_contents(profile, processor, tasks.samples, track):
         say("the profile does not record which samples it was calibrated on: only whole sets could "
             "be compared")  # fmt: skip
+    known = conditions(empty, profile, tasks, claim)
+    check_conditions(folder, {k: known[k] for k in known if k not in ("model", "dtype")})
+
+
+def _certified(
+    model: Any, processor: Any, profile: Profile, tasks: TaskSet, claim: Claim, folder: Path
+) -> Certificate:
+    from hkvprof.cli.progress import track
+    from hkvprof.evaluate.certify import certify, conditions
+    from hkvprof.evaluate.journal import Journal
+
     journal = Journal(folder, conditions(model, profile, tasks, claim))
     return certify(model, processor, profile, tasks, claim, journal, track)
 

@@ -100,7 +100,7 @@ def evaluate(
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
-    from hkvprof.evaluate.journal import Journal
+    from hkvprof.evaluate.journal import Journal, check_conditions
     from hkvprof.evaluate.plan import Plan
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
@@ -112,17 +112,21 @@ def evaluate(
     plan = Plan(_budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed)
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
-    network, processor = options.open_model(model, dtype, device)
+    _, processor = options.open_empty(model, loaded)
     task_set = load_tasks(task_name, processor, per_task, tokens, max_samples, max_frames)
     plan = plan.fitting(task_set, given=regimes is not None)
     conditions = {
-        "model": view_model(network).fingerprint.weights_digest or model,
-        "dtype": str(network.dtype).removeprefix("torch."),
         "profile": hashlib.sha256(profile.read_bytes()).hexdigest(),
         "tasks": task_name,
         "tokens": tokens,
         "max_frames": max_frames,
         **plan.conditions(),
+    }
+    check_conditions(output, conditions)
+    network, processor = options.open_model(model, dtype, device)
+    conditions |= {
+        "model": view_model(network).fingerprint.weights_digest or model,
+        "dtype": str(network.dtype).removeprefix("torch."),
     }
     journal = Journal(output, conditions, "" if parts == 1 else f"-{part}of{parts}")
     mine = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])

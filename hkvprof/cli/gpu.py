@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from hkvprof.cli import options
+from hkvprof.cli.output import check_file
 from hkvprof.errors import UsageError
+from hkvprof.files import writable
 
 
 def bench_gpu(
@@ -59,8 +60,6 @@ def check_target(path: Path | None, option: str) -> None:
     """Raise UsageError unless `path` can be written: called before anything is loaded."""
     if path is None:
         return
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    check_file(path, option)
+    if not writable(path.absolute().parent):
         raise UsageError(f"cannot write to {path}: give {option} a file in a writable folder")

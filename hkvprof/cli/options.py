@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hkvprof.errors import UsageError
+
+if TYPE_CHECKING:
+    from hkvprof.artifact import Profile
 
 Model = Annotated[str, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
@@ -30,6 +33,27 @@ def parse_shard(text: str) -> tuple[int, int]:
     if slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
         return int(part), int(parts)
     raise UsageError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/2")
+
+
+def announce_source(data: str) -> None:
+    """Say so where samples are not here, and are asked of the hub."""
+    from hkvprof.cli.output import say
+    from hkvprof.profile.samples import on_hub
+
+    if (found := on_hub(data)) is not None:
+        say(f"no such folder or file here: asking the hub for the dataset {found.name}")
+
+
+def open_empty(name: str, profile: Profile) -> tuple[Any, Any]:
+    """The model without weights and its processor. Raises ProfileError for another one's profile.
+
+    With them all is checked that does not need weights, before `open_model`.
+    """
+    from hkvprof.cli.output import quiet_transformers
+    from hkvprof.runtime.early import without_weights
+
+    quiet_transformers()
+    return without_weights(name, profile)
 
 
 def open_model(

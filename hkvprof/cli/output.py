@@ -20,10 +20,18 @@ def default_profile_path(model: str) -> Path:
 
 def check_output(path: Path, force: bool) -> None:
     """Raise UsageError unless `path` can be written: called before anything is loaded."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder: give a file name with -o")
+    check_file(path, "-o")
     refuse_overwrite(path, force)
     check_folder(path.absolute().parent)
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise UsageError for what is there and is no file: a folder, a device."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give {option} a file name")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no ordinary file, and would be replaced by one: give {option} "
+                         "another name")  # fmt: skip
 
 
 def check_folder(path: Path) -> None:

@@ -57,9 +57,11 @@ class Place:
     def prepare(self, samples: Sequence[Sample], resume: bool) -> None:
         """Say what goes on, or drop what is there. Raises UsageError for an unsuitable folder."""
         from hkvprof.cli.output import say
-        from hkvprof.profile.rows import check_rows_folder, forget
+        from hkvprof.profile.rows import CONDITIONS, check_rows_folder, forget, read_conditions
 
         check_rows_folder(self.folder)
+        if resume and (self.folder / CONDITIONS).exists():
+            read_conditions(self.folder)
         done, count = self.measured(samples)
         if resume and done:
             say(f"continuing: {done} of {count} samples are measured in {self.folder}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
@@ -76,6 +76,12 @@ class Journal:
             ) from error
 
 
+def check_conditions(folder: Path | None, known: Mapping[str, Any]) -> None:
+    """Raise UsageError where the folder holds answers of other conditions, as far as `known`."""
+    if folder is not None:
+        _agree(folder, known, only=known.keys())
+
+
 def forget(folder: Path) -> None:
     """Remove what a Journal writes, and the folder if nothing else is in it."""
     for file in [*folder.glob("answers*.jsonl"), folder / CONDITIONS]:
@@ -84,8 +90,10 @@ def forget(folder: Path) -> None:
         folder.rmdir()
 
 
-def _agree(folder: Path, conditions: Mapping[str, Any]) -> bool:
-    """Whether the folder holds answers, of these conditions."""
+def _agree(
+    folder: Path, conditions: Mapping[str, Any], only: Collection[str] | None = None
+) -> bool:
+    """Whether the folder holds answers, of these conditions (of `only` these, if given)."""
     path = folder / CONDITIONS
     if not path.exists():
         if any(folder.glob("answers*.jsonl")):
@@ -98,7 +106,8 @@ def _agree(folder: Path, conditions: Mapping[str, Any]) -> bool:
     if not isinstance(theirs, dict):
         raise UsageError(f"{path} is not a JSON object: use another folder")
     mine = json.loads(json.dumps(conditions))
-    differing = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+    names = {*mine, *theirs} if only is None else only
+    differing = [k for k in sorted(names) if mine.get(k) != theirs.get(k)]
     if differing:
         said = "; ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in differing)
         raise UsageError(

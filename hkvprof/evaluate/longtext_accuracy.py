@@ -81,8 +81,12 @@ def run(arguments: Sequence[str]) -> str:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     folder = ensure_checkpoint()
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     samples = make_samples(
         options.samples * len(options.tasks),
         parse_range(options.tokens),

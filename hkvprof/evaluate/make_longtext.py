@@ -112,7 +112,9 @@ def tokenizer_counter(folder: Path | None) -> CountTokens:
 
     path = ensure_checkpoint() if folder is None else folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"expected a folder with a tokenizer at {path}, found: {error}") from error
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False, verbose=False))

@@ -15,6 +15,7 @@ from hkvprof.errors import HkvError, ModelError, UsageError, out_of_memory
 from hkvprof.heads import ModelFingerprint
 from hkvprof.models.adapter import view_model
 from hkvprof.models.aliases import ALIASES, TINYVL_FOLDER
+from hkvprof.models.own_code import needs_own_code, own_code_refused
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.models.processors import load_processor
 from hkvprof.models.vision_backend import hide_broken_torchvision
@@ -66,7 +67,9 @@ def load_model(
         if getattr(config, "quantization_config", None) is not None and target is not None:
             # Packed weights are put where they run: some cannot be moved afterwards.
             options["device_map"], target = {"": target}, None
-        model = model_class.from_pretrained(source, local_files_only=local, **options)
+        model = model_class.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False, **options
+        )
         processor = load_processor(source, model.config, local)
     except HkvError:
         raise
@@ -109,11 +112,15 @@ def load_empty(name_or_path: str | Path) -> tuple[Any, ChatProcessor]:
 def _empty_model(source: str, local: bool) -> Any:
     config, model_class = _model_class(source, local)
     with torch.device("meta"):
-        return model_class.from_config(config, attn_implementation="sdpa")
+        return model_class.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
 
 
 def resolve_source(name: str) -> str:
-    """The folder or hub id behind `name`. Raises ModelError for a path that does not exist."""
+    """The folder or hub id behind `name`.
+
+    Raises ModelError for a path that does not exist, such as `out/mine` where there is a folder
+    `out`: the hub is not asked for it.
+    """
     if name == "tinyvl":
         return str(TINYVL_FOLDER)
     if name == "smollm2":
@@ -124,7 +131,8 @@ def resolve_source(name: str) -> str:
         return ALIASES[name].hub_id
     if name and Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    owner, _, rest = name.partition("/")
+    if name.startswith((".", "/", "~")) or "/" in rest or not rest or Path(owner).is_dir():
         close = difflib.get_close_matches(name, ALIASES, n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else "`hkvprof models` lists aliases."
         raise ModelError(
@@ -159,7 +167,7 @@ def _model_class(source: str, local: bool) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return config, AutoModelForImageTextToText
     return config, AutoModelForCausalLM
@@ -185,6 +193,8 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _unavailable(name: str, source: str, error: Exception) -> ModelError:
+    if needs_own_code(error):
+        return own_code_refused(name)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     if Path(source).is_dir():
         missing = not (Path(source) / "config.json").is_file()

@@ -13,6 +13,7 @@ from typing import Any
 
 from hkvprof.errors import ModelError
 from hkvprof.models.architectures import adapter_for
+from hkvprof.models.own_code import needs_own_code
 from hkvprof.models.processing import ChatProcessor, TextProcessor
 from hkvprof.models.vision import AutoVisionProcessor, PillowVisionProcessor
 from hkvprof.models.vision_backend import (
@@ -30,16 +31,23 @@ def load_processor(source: str, config: Any, local: bool) -> ChatProcessor:
     from transformers import AutoProcessor, AutoTokenizer
 
     if getattr(config, "vision_config", None) is None:
-        return TextProcessor(AutoTokenizer.from_pretrained(source, local_files_only=local), config)
+        return TextProcessor(
+            AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False),
+            config,
+        )
     hide_broken_torchvision()
     if not torchvision_works() and adapter_for(config).pillow:
         image_processor = pillow_image_processor(source, adapter_for(config).pillow, local)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
         return PillowVisionProcessor(image_processor, tokenizer, config)
     try:
-        processor = AutoProcessor.from_pretrained(source, local_files_only=local)
+        processor = AutoProcessor.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
     except Exception as error:  # for want of a video processor transformers raises nearly anything
-        if torchvision_works():
+        if torchvision_works() or needs_own_code(error):
             raise
         raise ModelError(
             f"the processor of {source} does not load without torchvision "

@@ -14,6 +14,7 @@ from hkvprof.models.processing import ChatProcessor
 from hkvprof.plugins.arguments import Arguments, refuse_processes
 from hkvprof.plugins.counting import Counts
 from hkvprof.policy.budget import Budget
+from hkvprof.runtime.early import without_weights
 from hkvprof.runtime.handle import Handle, apply
 from hkvprof.runtime.receipt import Receipt
 
@@ -35,6 +36,7 @@ class Session:
         self.min_tokens = int(arguments.runtime["min_tokens"])
         self.model: Any
         self.processor: ChatProcessor
+        without_weights(arguments.pretrained, self.profile)
         self.model, self.processor = load_model(arguments.pretrained, **arguments.loading)
         self.handle: Handle = apply(self.model, self.profile, **arguments.runtime)
         self.counts = Counts()

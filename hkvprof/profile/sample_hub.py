@@ -19,11 +19,20 @@ from hkvprof.profile.sample_parse import parse_record
 from hkvprof.profile.sample_record import Sample
 
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}")
+PREFIX = "hf:"
+"""What says that a dataset of the hub is meant, whatever lies here."""
+_FILES = (".jsonl", ".json")
+
+
+EXPECTED = (
+    "expected a folder with samples.jsonl, a .jsonl file, or a dataset of the hub as owner/name or "
+    "hf:NAME (docs/sample-format.md)"
+)
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """`owner/name`, `owner/name:split` or `owner/name:config:split`."""
+    """`owner/name`, `owner/name:split` or `owner/name:config:split`, each perhaps after `hf:`."""
 
     name: str
     config: str | None = None
@@ -31,10 +40,15 @@ class HubSource:
 
     @classmethod
     def parse(cls, text: str) -> HubSource | None:
-        """The source that `text` names, or None if it cannot be a dataset id."""
-        if not _ID.fullmatch(text):
+        """The source that `text` names; None unless it begins with `hf:`, or is an owner and a
+        name and no path here: not a file's name, and there is no folder called like the owner."""
+        told = text.startswith(PREFIX)
+        if not _ID.fullmatch(text.removeprefix(PREFIX)):
             return None
-        name, *rest = text.split(":")
+        name, *rest = text.removeprefix(PREFIX).split(":")
+        owner, slash, _ = name.partition("/")
+        if not told and (not slash or Path(text).suffix in _FILES or Path(owner).exists()):
+            return None
         return cls(name, *rest) if len(rest) == 2 else cls(name, split=rest[0] if rest else None)
 
 
@@ -60,11 +74,13 @@ def open_hub(source: HubSource) -> Any:
     from datasets import load_dataset
 
     try:
-        return _one_split(load_dataset(source.name, source.config), source.split)
+        return _one_split(
+            load_dataset(source.name, source.config, trust_remote_code=False), source.split
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SampleError(
-            f"the dataset {source.name!r} cannot be had ({_line(error)}): expected a folder with "
-            "samples.jsonl, a .jsonl file, or the id of a dataset on the hub or in its cache"
+            f"the dataset {source.name!r} cannot be had from the hub or its cache "
+            f"({_line(error)}), and no such folder or file is here: {EXPECTED}"
         ) from error
 
 

@@ -65,6 +65,7 @@ def load_samples(
 ) -> LoadedSamples:
     """Read samples from a folder with samples.jsonl, a .jsonl file, or a Hugging Face dataset.
 
+    What is here comes first; the hub is asked for `hf:NAME` and for `owner/name` alone (`on_hub`).
     Images are checked (present, inside the folder, readable header, at most 36 megapixels) but not
     decoded; see `open_images`. `max_samples` picks a subset balanced over tasks that depends on
     `seed`, tasks and ids alone, not on the order of lines. `on_error="skip"` leaves bad samples
@@ -134,6 +135,9 @@ def _rank(seed: int, *names: str) -> str:
 
 
 def _entries(source: str, max_samples: int | None, seed: int) -> Iterator[_Entry]:
+    if (hub := on_hub(source)) is not None:
+        dataset = sample_hub.open_hub(hub)
+        return _dataset_rows(dataset, hub.name, sample_hub.caches(), max_samples, seed)
     path = _path(source)
     if path.is_dir() and (path / FILE_NAME).is_file():
         images.inside(path, FILE_NAME)
@@ -145,14 +149,13 @@ def _entries(source: str, max_samples: int | None, seed: int) -> Iterator[_Entry
         raise UsageError(f"the folder {source} holds no {FILE_NAME} (docs/sample-format.md)")
     if path.is_file():
         return _lines(path)
-    hub = None if path.suffix in (".jsonl", ".json") else sample_hub.HubSource.parse(source)
-    if hub is None:
-        raise UsageError(
-            f"no data at {source}: expected a folder with {FILE_NAME}, a .jsonl file, or the id "
-            "of a Hugging Face dataset"
-        )
-    dataset = sample_hub.open_hub(hub)
-    return _dataset_rows(dataset, hub.name, sample_hub.caches(), max_samples, seed)
+    raise UsageError(f"no such folder or file: {source}; {sample_hub.EXPECTED}")
+
+
+def on_hub(source: str) -> sample_hub.HubSource | None:
+    """The dataset of the hub that `source` means; None for what is here, or can only be here."""
+    told = source.startswith(sample_hub.PREFIX)
+    return sample_hub.HubSource.parse(source) if told or not _path(source).exists() else None
 
 
 def _path(source: str) -> Path:

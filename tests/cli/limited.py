@@ -81,7 +81,8 @@ def compiled(folder: Path) -> str:
     """Why there is no native library, if there is none."""
     os.environ["HKVPROF_CACHE"] = str(folder)
     try:
-        build.library(("HKV_TYPE=0", "HKV_GROUP=1"))
+        with build.library(("HKV_TYPE=0", "HKV_GROUP=1")):
+            pass
     except build.BuildError as error:
         return str(error)
     return ""

@@ -70,7 +70,7 @@ def test_what_is_refused_before_a_model_is_loaded(
         (["--data", heldout, "--loss", "x"], "unknown loss 'x': expected answers"),
         (["--data", heldout, "--budgets", "4096"], "expected shares of dense bytes"),
         (["--data", heldout, "-o", SHIPPED], "already exists and nothing was written"),
-        (["--tasks", "longtext", "--dry-run"], "whose samples need the model"),
+        (["--tasks", "longtext", "--per-task", 1], "9 samples of longtext are too few"),
     ]
     for arguments, said in cases:
         assert call(profile, *arguments) == 2, arguments
@@ -136,7 +136,9 @@ def test_nothing_certified_has_an_exit_code_of_its_own(
     level = replace(found.levels[0], degraded=9, p_value=0.9)
     failed = replace(found, levels=(level,), certified=None, reason="9 degraded")
     monkeypatch.setattr(verb, "_certified", lambda *_: failed)
-    monkeypatch.setattr(options, "open_model", lambda *_: (None, None))
+    for name in ("open_empty", "open_model"):
+        monkeypatch.setattr(options, name, lambda *_: (None, None))
+    monkeypatch.setattr(verb, "_check_answers", lambda *_: None)
     assert call(path, "--data", heldout, "--alpha", 0.5, "--delta", 0.2) == verb.NOT_CERTIFIED == 3
     assert "nothing certified" in capsys.readouterr().out
     written = certificate_of(load_profile(path))

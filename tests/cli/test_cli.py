@@ -209,7 +209,7 @@ def test_skipped_samples_are_counted(
         (["--device", "cpu", "--device-map", "auto"], 2, "exclude each other"),
         (["-o", "folder"], 2, "is a folder"),
         (["-o", "file/p"], 2, "cannot write into"),
-        (["--data", "none.jsonl"], 2, "no data at none.jsonl"),
+        (["--data", "none.jsonl"], 2, "no such folder or file: none.jsonl"),
         (["--data", "folder"], 2, "holds no samples.jsonl"),
         (["--data", "empty.jsonl"], 1, "holds no usable sample"),
     ],

@@ -217,3 +217,19 @@ def test_a_wrong_device_is_refused_before_loading(
 def test_device_and_device_map_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="device or device_map, not both"):
         load_model("tinyvl", device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize("name", ["out/mine", "out/", "out/mine/deep", "/mine", "mine/"])
+def test_a_mistyped_folder_is_not_looked_up(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else learns of it: `out` is a folder here."""
+    monkeypatch.setattr(load, "_hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "other").mkdir(parents=True)
+    assert resolve_source("out/other") == "out/other"
+    if name == "out/":
+        assert resolve_source(name) == "out"
+        return
+    with pytest.raises(ModelError, match=f"no model '{name}': expected an alias"):
+        load_model(name)

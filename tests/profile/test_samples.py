@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hkvprof.errors import SampleError, UsageError
-from hkvprof.profile import images, samples
+from hkvprof.profile import images, sample_hub, samples
+from hkvprof.profile.sample_hub import HubSource
 from hkvprof.profile.samples import LoadedSamples, Sample, choose, load_samples, open_images
 
 SEARCH = settings(
@@ -223,8 +224,15 @@ def test_an_empty_set(folder: Path, lines: tuple) -> None:
 
 
 def test_places_without_data(tmp_path: Path) -> None:
-    for place in (tmp_path / "no.jsonl", tmp_path / "no" / "folder", "./none", "a b", "x\0y"):
-        with pytest.raises(UsageError, match="no data at"):
+    for place in (
+        tmp_path / "no.jsonl",
+        tmp_path / "no" / "folder",
+        "./none",
+        "a b",
+        "x\0y",
+        "hf:a b",
+    ):
+        with pytest.raises(UsageError, match="no such folder or file: "):
             load_samples(str(place))
 
 
@@ -442,3 +450,59 @@ def test_a_split_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, datasets) 
     with pytest.raises(UsageError, match="no split 'train': expected one of test"):
         load_samples("owner/set:train")
     assert load_samples("owner/set:default:test").samples[0].task == "set"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["calibration-mini", "data/validation", "data/x:train", "owner/set.jsonl", "owner/set.json",
+     "a/b/c", "./owner/set", "../owner/set", "~/owner-set", "hf:", "hf:a/b/c", "hf:./set"],
+)  # fmt: skip
+def test_a_path_that_is_not_there_is_not_looked_up(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else learns of a mistyped folder: `data` is one here."""
+    monkeypatch.setattr(sample_hub, "open_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UsageError, match="no such folder or file: "):
+        load_samples(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("owner/set", HubSource("owner/set")),
+        ("owner/set:test", HubSource("owner/set", split="test")),
+        ("owner/set:a:test", HubSource("owner/set", "a", "test")),
+        ("hf:owner/set", HubSource("owner/set")),
+        ("hf:squad", HubSource("squad")),
+        ("hf:squad:test", HubSource("squad", split="test")),
+        ("hf:data/validation", HubSource("data/validation")),
+        ("hf:here", HubSource("here")),
+    ],
+)
+def test_what_is_looked_up(
+    name: str, wanted: HubSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[HubSource] = []
+
+    def refuse(source: HubSource) -> None:
+        asked.append(source)
+        raise SampleError("asked")
+
+    monkeypatch.setattr(sample_hub, "open_hub", refuse)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "here"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(SampleError, match="asked"):
+        load_samples(name)
+    assert asked == [wanted]
+
+
+def test_what_is_here_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_hub, "open_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "set"
+    folder.mkdir(parents=True)
+    write(folder, {**record(), **user({"type": "text", "text": "what?"})})
+    assert len(load_samples("owner/set").samples) == 1

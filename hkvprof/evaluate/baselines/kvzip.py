@@ -120,7 +120,9 @@ def _turns(model: Any) -> tuple[Any, str, str]:
     if not model.name_or_path:
         return None, "", ""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.name_or_path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError):
         return None, "", ""
     for said in (_SAID, [[{"type": "text", "text": words}] for words in _SAID]):

@@ -125,9 +125,8 @@ def opened(dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
 
 def _open(kind: int, group: int) -> ctypes.CDLL | None:
     try:
-        path = build.library((f"HKV_TYPE={kind}", f"HKV_GROUP={group}"))
-        loaded = ctypes.CDLL(str(path))
-    except (build.BuildError, OSError) as error:
+        return _loaded((f"HKV_TYPE={kind}", f"HKV_GROUP={group}"))
+    except build.BuildError as error:
         STATE.refused = str(error)
         warnings.warn(
             "hkvprof: decoding with compressed caches is slower than it could be: the native CPU "
@@ -135,13 +134,29 @@ def _open(kind: int, group: int) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    entries, STATE.openmp = _openmp()
+
+
+def _loaded(defines: tuple[str, ...]) -> ctypes.CDLL:
+    """The library, compiled once more if what the cache has does not load. Raises BuildError."""
+    for anew in (False, True):
+        try:
+            with build.library(defines, anew) as name:
+                return _bound(ctypes.CDLL(name))
+        except (OSError, AttributeError) as error:  # of another machine, or of an odd compiler
+            reason = str(error)
+    build.discard(defines)
+    raise build.BuildError(f"what the compiler makes cannot be loaded ({reason})")
+
+
+def _bound(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions. Raises AttributeError where one is missing."""
     loaded.hkv_init.argtypes = (c_void_p, c_void_p)
     loaded.hkv_init.restype = None
-    loaded.hkv_init(*entries)
     loaded.hkv_attend.argtypes = (POINTER(AttendArgs),)
     loaded.hkv_retrieve.argtypes = (POINTER(RetrieveArgs), ctypes.c_int)
     loaded.hkv_encode.argtypes = (POINTER(EncodeArgs),)
+    entries, STATE.openmp = _openmp()
+    loaded.hkv_init(*entries)
     return loaded
 
 

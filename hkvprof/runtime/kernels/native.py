@@ -13,6 +13,13 @@ from torch import Tensor
 
 from hkvprof.policy.index import MeanIndex, MinMaxIndex
 from hkvprof.runtime.kernels import loading
+from hkvprof.runtime.kernels.bounds import (
+    check_extents,
+    check_head,
+    check_storage,
+    check_subspaces,
+    require,
+)
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
 from hkvprof.runtime.kernels.reference import TorchKernels, counter
 
@@ -26,7 +33,7 @@ NO_MEMORY = 2
 def _check(outcome: int) -> None:
     if outcome == NO_MEMORY:
         raise MemoryError("no memory for the scratch space of the decode kernels")
-    assert outcome == 0, f"native kernel: outcome {outcome}"
+    require(outcome == 0, f"outcome 0, not {outcome}, of a native kernel")
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -71,9 +78,8 @@ class NativeKernels:
         if native is None or not self._plain(key, value) or key.shape != value.shape:
             return self.torch.attend(key, value, extents, query, scaling)
         offsets, lengths = extents.starts, extents.lengths
-        assert len(offsets) == len(lengths) == segments
-        assert min(offsets) >= 0 <= min(lengths)
-        assert max(map(int.__add__, offsets, lengths)) <= key.shape[0]
+        require(query.device.type == "cpu" and dim == key.shape[1], "queries as wide as keys")
+        check_extents(offsets, lengths, segments, key.shape[0])
         query = query.to(self.dtype).contiguous()
         out = torch.empty_like(query)
         numbers = c_int64 * segments
@@ -127,8 +133,9 @@ class NativeKernels:
         projected = projected.float().contiguous()
         codebook = codebook.float().contiguous()
         bounds = torch.tensor(subspaces, dtype=torch.int32).reshape(-1, 2)
-        assert codebook.shape == (256, projected.shape[1])
-        assert 0 <= int(bounds.min()) <= int(bounds.max()) <= projected.shape[1]
+        require(codebook.shape == (256, projected.shape[1]), "256 centroids of every channel")
+        require(projected.device == codebook.device == bounds.device, "all of it on the CPU")
+        check_subspaces(subspaces, projected.shape[1])
         codes = torch.empty((len(projected), len(bounds)), dtype=torch.uint8)
         args = loading.EncodeArgs(
             *(tensor.data_ptr() for tensor in (projected, codebook, bounds, codes)),
@@ -175,7 +182,9 @@ class NativeRetrieval:
         successors: int,
         fetched: Int[Tensor, " heads"] | None,
     ) -> None:
+        check_storage(key, value)
         self.fetched = counter(fetched, heads, key.device)
+        self._smoothing = smoothing
         self.kernels, self.key, self.value, self.heads = kernels, key, value, tuple(heads)
         self._plain = kernels.torch.bind(
             key, value, heads, scaling, smoothing, successors, self.fetched
@@ -226,33 +235,31 @@ class NativeRetrieval:
         native = self.kernels.library(group, dim)
         if native is None:
             return False
-        assert segments >= self._segments
-        assert dim == self.key.shape[1]
+        require(segments >= self._segments, "a query for every dynamic head's segment")
+        require(dim == self.key.shape[1], "queries as wide as keys")
+        require(query.device.type == "cpu", "queries on the CPU")
         query = query.to(self.kernels.dtype).contiguous()
         self._args.query = query.data_ptr()
         self._call(native, what, scores)
         return True
 
     def _call(self, native: ctypes.CDLL, what: int, scores: Sequence[Tensor]) -> None:
-        for head, native_head, score in zip(self.heads, self._heads, scores, strict=False):
-            assert len(score) == head.items
-            native_head.score = score.data_ptr()
+        if what != SCORE | LOAD:
+            self._give(scores)
         self._args.threads = torch.get_num_threads()
         _check(native.hkv_retrieve(self._args, what))
 
+    def _give(self, scores: Sequence[Tensor]) -> None:
+        """Where scores are to be read or written."""
+        require(len(scores) == len(self.heads), "scores of every dynamic head")
+        for head, native_head, score in zip(self.heads, self._heads, scores, strict=True):
+            plain = score.dtype == torch.float32 and score.is_contiguous()
+            require(plain and score.device.type == "cpu", "scores as float32 on the CPU")
+            require(score.shape == (head.items,), "a score per item")
+            native_head.score = score.data_ptr()
+
     def _describe(self, head: DynamicSegment) -> loading.Head:
-        dim = self.key.shape[1]
-        assert head.rerank >= 0
-        assert not head.rerank or head.chunk == 1
-        assert head.host.shape == (len(head.host), 2, head.chunk, dim)
-        assert 0 < head.hot <= head.items <= len(head.host)
-        assert 0 <= head.hot_start <= len(self.key) - head.hot * head.chunk
-        assert head.slots.dtype == torch.int32
-        assert head.slots.is_contiguous()
-        assert all(len(tensor) >= head.items for tensor in head.index.tensors())
-        for floats in (head.hot_score, head.scale):
-            assert floats is None or floats.dtype == torch.float32
-        assert head.hot_score is None or len(head.hot_score) == head.hot
+        check_head(head, self.key, self._smoothing)
         native = loading.Head(
             segment=head.segment,
             items=head.items,

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.policy.quantiser import encode
+from hkvprof.runtime.kernels.bounds import require
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents
 
 
@@ -96,9 +97,8 @@ def counter(
     """What `Retrieval.fetched` counts with: the given tensor, or a new one at 0."""
     if given is None:
         return torch.zeros(len(heads), dtype=torch.int64, device=device)
-    assert (given.dtype, given.device) == (torch.int64, device)
-    assert given.shape == (len(heads),)
-    assert given.is_contiguous()
+    require((given.dtype, given.device) == (torch.int64, device), "counters of int64")
+    require(given.shape == (len(heads),) and given.is_contiguous(), "a counter per dynamic head")
     return given
 
 

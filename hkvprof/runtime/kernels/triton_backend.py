@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hkvprof.policy.index import MeanIndex, MinMaxIndex, ProjectedIndex
 from hkvprof.runtime.kernels import triton_attend
+from hkvprof.runtime.kernels.bounds import require
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.kernels.triton_common import DTYPES, INTERPRETED
@@ -47,6 +48,8 @@ class TritonKernels:
         if reason := self._unfit_shape(key, value, query.shape[1]):
             self.notes[f"torch for {reason}"] = None
             return self.torch.attend(key, value, extents, query, scaling)
+        require(query.shape[2] == key.shape[1], "queries as wide as keys")
+        require(len(query) == len(extents.device_starts), "a start and an end per segment")
         return triton_attend.attend(
             key,
             value,

@@ -13,6 +13,7 @@ from torch import Tensor
 from hkvprof.policy.index import ProjectedIndex
 from hkvprof.runtime.kernels import triton_scores as scores_of
 from hkvprof.runtime.kernels import triton_select as selection
+from hkvprof.runtime.kernels.bounds import check_head, check_storage, require
 from hkvprof.runtime.kernels.interface import DynamicSegment, device_integers
 from hkvprof.runtime.kernels.reference import counter
 from hkvprof.runtime.kernels.triton_attend import LOG2_E, TILE_BYTES
@@ -47,6 +48,7 @@ class TritonRetrieval:
         successors: int,
         fetched: Int[Tensor, " heads"] | None,
     ) -> None:
+        check_storage(key, value)
         self.fetched = counter(fetched, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self._scale, self._smoothing = scaling * LOG2_E, smoothing
@@ -77,7 +79,8 @@ class TritonRetrieval:
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
         """Select and fetch."""
-        assert [len(score) for score in scores] == [head.items for head in self.heads]
+        sizes = [head.items for head in self.heads]
+        require([len(score) for score in scores] == sizes, "a score per item of every head")
         if self.heads:
             self._load(torch.cat([score.float() for score in scores]))
 
@@ -100,8 +103,9 @@ class TritonRetrieval:
     def _score(self, query: Float[Tensor, "segments group dim"]) -> Float[Tensor, " all_items"]:
         """Scores of all items of all heads, one head after the other."""
         segments, group, dim = query.shape
-        assert dim == self._dim
-        assert segments > max(head.segment for head in self.heads)
+        require(dim == self._dim, "queries as wide as keys")
+        most = max(head.segment for head in self.heads)
+        require(segments > most, "a query for every dynamic head's segment")
         query = query.to(self.key.dtype).contiguous()
         scores, logits = self._floats(self._items), self._floats(self._items * group)
         partial = (logits, self._floats(self._parts * group), self._floats(self._parts * group))
@@ -232,18 +236,7 @@ class TritonRetrieval:
 
     def _describe(self, head: DynamicSegment, block: int, bounds: int) -> list[int]:
         """A row of the table (triton_common.FIELDS)."""
-        dim = self._dim
-        assert head.rerank >= 0
-        assert not head.rerank or head.chunk == 1
-        assert head.host.shape == (len(head.host), 2, head.chunk, dim)
-        assert 0 < head.hot <= head.items <= len(head.host)
-        assert 0 <= head.hot_start <= len(self.key) - head.hot * head.chunk
-        assert head.slots.dtype == torch.int32
-        assert all(len(tensor) >= head.items for tensor in head.index.tensors())
-        for floats in (head.hot_score, head.scale):
-            assert floats is None or floats.dtype == torch.float32
-        assert head.hot_score is None or len(head.hot_score) == head.hot
-        assert head.hot_score is not None or not self._smoothing, "smoothing needs hot_score"
+        check_head(head, self.key, self._smoothing)
         index, rest = head.index, [0, 0, 0, 0, 0]
         if isinstance(index, ProjectedIndex):
             tables = index.tables
@@ -284,5 +277,5 @@ class TritonRetrieval:
             return 0
         self._alive.append(tensor.contiguous())
         place = self._alive[-1].data_ptr()
-        assert place % 16 == 0, "kernels read 16 bytes at a time"
+        require(place % 16 == 0, "tensors at multiples of the 16 bytes that are read at a time")
         return place

@@ -1,0 +1,185 @@
+"""Arguments beyond the bounds of tensors, for compiled kernels. `python -O -m` this prints, as
+JSON, what each of them met."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hkvprof.policy.index import MeanIndex, MinMaxIndex, ProjectedIndex
+from hkvprof.runtime.kernels import Extents
+from hkvprof.runtime.kernels.interface import Kernels, Retrieval
+from tests.runtime.kernels.cases import Layer, make_layer
+
+DTYPE = torch.float32
+ITEMS, HOT, DIM = 40, 8, 32
+
+
+def layer(kind: str = "mean", **options: Any) -> Layer:
+    """One dynamic head."""
+    return make_layer(0, kind, [ITEMS], [HOT], group=2, dim=DIM, dtype=DTYPE, **options)
+
+
+def changed(**values: Any) -> Callable[[Kernels], object]:
+    """Bind a head with these fields."""
+
+    def act(kernels: Kernels) -> object:
+        made = layer()
+        return kernels.bind(made.key, made.value, [replace(made.heads[0], **values)], 0.2)
+
+    return act
+
+
+def tables(**values: Any) -> Callable[[Kernels], object]:
+    """Bind a head with a projected index whose tables have these fields."""
+
+    def act(kernels: Kernels) -> object:
+        made = layer("projected")
+        head = made.heads[0]
+        assert isinstance(head.index, ProjectedIndex)
+        index = replace(head.index, tables=replace(head.index.tables, **values))
+        return kernels.bind(made.key, made.value, [replace(head, index=index)], 0.2)
+
+    return act
+
+
+def attend(starts: list[int], lengths: list[int], segments: int, dim: int = DIM) -> Any:
+    """Attend with these extents to a storage of 20 rows."""
+
+    def act(kernels: Kernels) -> object:
+        query = torch.ones(segments, 2, dim)
+        extents = Extents(starts, lengths, 1, torch.tensor(starts), torch.tensor(lengths))
+        return kernels.attend(torch.ones(20, DIM), torch.ones(20, DIM), extents, query, 0.2)
+
+    return act
+
+
+def bound(act: Callable[[Retrieval], object]) -> Callable[[Kernels], object]:
+    """Use a sound head with unsound arguments."""
+
+    def bind(kernels: Kernels) -> object:
+        made = layer()
+        return act(kernels.bind(made.key, made.value, made.heads, 0.2))
+
+    return bind
+
+
+def storage(rows: int) -> Callable[[Kernels], object]:
+    """Bind values of fewer rows than keys."""
+
+    def act(kernels: Kernels) -> object:
+        made = layer()
+        return kernels.bind(made.key, made.value[:rows].contiguous(), made.heads, 0.2)
+
+    return act
+
+
+def encode(channels: int, subspaces: list[tuple[int, int]], width: int = 6) -> Any:
+    """Encode with a codebook of `width` channels."""
+    return lambda kernels: kernels.encode(
+        torch.ones(5, channels), torch.ones(256, width), subspaces
+    )
+
+
+def scaled(groups: int, per_group: int = 3) -> Callable[[Kernels], object]:
+    """Bind an int8 head with scales of so many groups."""
+
+    def act(kernels: Kernels) -> object:
+        made = layer(int8=True)
+        scale = torch.ones(groups, 2, DIM)
+        head = replace(made.heads[0], scale=scale, items_per_group=per_group)
+        return kernels.bind(made.key, made.value, [head], 0.2)
+
+    return act
+
+
+def smoothed(kernels: Kernels) -> object:
+    """Smoothing without scores to smooth with."""
+    made = layer()
+    return kernels.bind(made.key, made.value, made.heads, 0.2, smoothing=0.5)
+
+
+def counted(kernels: Kernels) -> object:
+    """A counter for fewer heads than there are."""
+    made = layer()
+    none = torch.zeros(0, dtype=torch.int64)
+    return kernels.bind(made.key, made.value, made.heads, 0.2, fetched=none)
+
+
+def integers(*numbers: int, dtype: torch.dtype = torch.int32) -> Any:
+    """Slots."""
+    return torch.tensor(numbers, dtype=dtype)
+
+
+BAD: dict[str, Callable[[Kernels], object]] = {
+    "a segment that ends past the storage": attend([0, 12], [5, 9], 2),
+    "a segment that begins before it": attend([-4, 0], [4, 4], 2),
+    "a negative length": attend([4], [-4], 1),
+    "fewer segments than queries": attend([0], [4], 2),
+    "queries wider than keys": attend([0], [4], 1, dim=64),
+    "values with fewer rows than keys": storage(2),
+    "hot slots past the storage": changed(hot_start=10**6),
+    "hot slots before the storage": changed(hot_start=-1),
+    "more items than the host has": changed(items=ITEMS + 1),
+    "more hot slots than items": changed(items=HOT - 1),
+    "no hot slot": changed(slots=integers()),
+    "a slot past the items": changed(slots=integers(*range(HOT - 1), ITEMS)),
+    "a negative slot": changed(slots=integers(-1, *range(1, HOT))),
+    "slots of int64": changed(slots=integers(*range(HOT), dtype=torch.int64)),
+    "slots with gaps": changed(slots=integers(*range(2 * HOT))[::2]),
+    "a negative segment": changed(segment=-1),
+    "chunks longer than the host's": changed(chunk=2),
+    "a negative rerank": changed(rerank=-1),
+    "scores of too few slots": changed(hot_score=torch.ones(HOT - 1)),
+    "scores with gaps": changed(hot_score=torch.ones(2 * HOT)[::2]),
+    "scores of another type": changed(hot_score=torch.ones(HOT, dtype=torch.float64)),
+    "digests of too few items": changed(index=MeanIndex(torch.ones(ITEMS - 1, DIM))),
+    "digests that are too narrow": changed(index=MeanIndex(torch.ones(ITEMS, DIM - 8))),
+    "bounds that are too narrow": changed(
+        index=MinMaxIndex(torch.ones(ITEMS, DIM), torch.ones(ITEMS, DIM - 8))
+    ),
+    "a narrow projection": tables(query_projection=torch.ones(DIM - 8, 9)),
+    "a projection to fewer channels": tables(query_projection=torch.ones(DIM, 8)),
+    "fewer subspaces than codes": tables(subspaces=((0, 3),)),
+    "subspaces past the channels": tables(subspaces=((0, 3), (3, 5), (5, 7), (7, 10))),
+    "subspaces before the channels": tables(subspaces=((-1, 3), (3, 5), (5, 7), (7, 9))),
+    "scales of too few groups": scaled(13),
+    "groups of no item": scaled(14, per_group=0),
+    "smoothing without scores": smoothed,
+    "too few counters": counted,
+    "a query of too few segments": bound(lambda found: found.step(torch.ones(0, 2, DIM))),
+    "a query that is too wide": bound(lambda found: found.step(torch.ones(1, 2, 2 * DIM))),
+    "scores of too few heads": bound(lambda found: found.load([])),
+    "scores of too few items": bound(lambda found: found.load([torch.ones(ITEMS - 1)])),
+    "a codebook of fewer channels": encode(8, [(0, 4), (4, 8)]),
+    "a subspace past the channels": encode(6, [(0, 3), (3, 7)]),
+    "a subspace that ends before it begins": encode(6, [(0, 3), (5, 3)]),
+    "no subspace": encode(6, []),
+}
+
+
+def main() -> None:
+    """What each met, with the native kernels, after one sound call."""
+    from hkvprof.runtime import kernels
+
+    native = kernels.for_device(torch.device("cpu"), DTYPE)
+    sound = torch.ones(20, DIM)
+    native.attend(sound, sound, Extents.of([0], [20]), torch.ones(1, 2, DIM), 0.2)
+    met = {}
+    for name, act in BAD.items():
+        try:
+            act(native)
+            met[name] = "accepted"
+        except Exception as error:
+            met[name] = type(error).__name__
+    page = {"asserts": __debug__, "status": kernels.status(), "met": met}
+    sys.stdout.write(json.dumps(page) + "\n")
+
+
+if __name__ == "__main__":
+    main()
