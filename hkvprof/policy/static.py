@@ -19,22 +19,29 @@ def window_attention(
     query: Float[Tensor, "query_heads window dim"],
     key: Float[Tensor, "kv_heads tokens dim"],
     scaling: float,
+    visible: Bool[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, "kv_heads tokens"]:
     """Attention of the last `window` prompt rows on every token: max over rows, mean over group.
 
-    float32.
+    float32. Tokens that a mask hides, where `visible` is given, get none and give none.
     """
-    return window_weights(query, key, scaling).amax(dim=2).mean(dim=1)
+    weights = window_weights(query, key, scaling, visible)
+    if visible is not None:
+        rows = visible[len(visible) - query.shape[1] :]
+        weights = torch.where(rows[:, None], weights, 0.0)
+    return weights.amax(dim=2).mean(dim=1)
 
 
 def window_weights(
     query: Float[Tensor, "query_heads window dim"],
     key: Float[Tensor, "kv_heads tokens dim"],
     scaling: float,
+    visible: Bool[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, "kv_heads group window tokens"]:
     """Attention weights of the last `window` prompt rows, float32.
 
-    Row j sees tokens up to tokens - window + j.
+    Row j sees tokens up to tokens - window + j, of these the `visible` ones alone; NaN for rows
+    that see none.
     """
     kv_heads, tokens, dim = key.shape
     window = query.shape[1]
@@ -43,6 +50,8 @@ def window_weights(
     logits = logits.view(kv_heads, -1, window, tokens)
     future = torch.ones(window, tokens, dtype=torch.bool, device=key.device)
     logits.masked_fill_(future.triu(tokens - window + 1), -torch.inf)
+    if visible is not None:
+        logits.masked_fill_(~visible, -torch.inf)
     return logits.softmax(dim=-1)
 
 

@@ -146,6 +146,11 @@ class GraphDecoder:
                 "a graph's steps are all alike, retrieve_every makes them differ: apply the "
                 "profile without it, or call the model itself"
             )
+        if self._cache.conversation.hides:
+            raise CompressionError(
+                "the last pass's attention mask hides tokens after the prompt, and recorded steps "
+                "have no mask: call the model itself, with attention_mask"
+            )
         for layer in self._cache.covered:
             reason = "no prompt yet" if layer.account.state == "empty" else layer.account.reason
             if layer.ragged is None:

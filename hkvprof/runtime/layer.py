@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from hkvprof.errors import CompressionError, ModelError
+from hkvprof.errors import CompressionError
 from hkvprof.models.attention import AttentionCall, mark
 from hkvprof.policy.tail import QUIET
 from hkvprof.runtime.copies import LiveState
 from hkvprof.runtime.dense_states import DenseStates
+from hkvprof.runtime.masks import own_block
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.parked import ParkedPrompt
 from hkvprof.runtime.plan import HeadPlan, RowPlan
@@ -21,6 +22,7 @@ from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
 from hkvprof.runtime.receipt import LayerAccount
 from hkvprof.runtime.rows import Row, reasons
+from hkvprof.runtime.seeing import attend_seeing
 
 NEAR = 2
 """Windows of tokens before a compression from which on queries are kept for it: one to fill the
@@ -209,16 +211,16 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         self._note_turn(rows)
         if self.ragged is not None:
             self._remember(call.query)
-            if rows == 1:
-                return self.ragged.attend_one(call.query), None
-            return self.ragged.attend_many(call.query, self._visible(call.mask, rows)), None
+            return self._attend_kept(call), None
         result = call.dense()
         self._remember(call.query)
         goal = self._shared.goal
         last = rows > 1 if goal is None else self._seen >= goal
         first = last and not (self._complete or self._reopened)
         if self.number == 0 and (first or not self._shared.starts):
-            self._shared.observe_rows(call.mask, call.query.shape[0], self._seen)
+            self._shared.observe_rows(call.mask, call.query.shape[0], rows, self._seen)
+        elif self.number == 0 and not self._shared.planner.keeps_everything:
+            self._shared.look_dense(call.mask, rows, self._seen)
         if not self._complete and last:
             self._complete = True
             self._compress(goal or self._seen, self._shared.planner.options.strict)
@@ -227,6 +229,19 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         elif not self._complete:
             self._wait()
         return result
+
+    def _attend_kept(self, call: AttentionCall) -> Tensor:
+        """Attention over what is kept, of what the mask shows."""
+        assert self.ragged is not None
+        shared, rows, new = self._shared, call.query.shape[0], call.query.shape[2]
+        if self.number == 0:
+            shared.look(call.mask, new, self._seen)
+        if shared.view is not None:
+            return attend_seeing(self.ragged, call.query, shared.view)
+        if new == 1:
+            return self.ragged.attend_one(call.query)
+        own = own_block(call.mask, rows, new, self._seen, call.query.device)
+        return self.ragged.attend_many(call.query, own)
 
     def adopt(
         self, call: AttentionCall, plans: tuple[HeadPlan, ...], given: Mapping[int, Packed]
@@ -241,7 +256,7 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         assert call.query.shape[0] == 1
         self._scaling, self._complete = call.scaling, True
         if self.number == 0:
-            self._shared.observe_rows(None, 1, self._seen)
+            self._shared.observe_rows(None, 1, self._seen, self._seen)
         plan = RowPlan(self._seen, 1.0, (plans,) * self._shared.grid.layers)
         self.ragged = RaggedLayer.compress(
             self._shared, self.number, self.account, [plan], call.query.detach(),
@@ -370,21 +385,6 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         self._window = rows.clone()
         if self._complete:
             self._measure()
-
-    def _visible(self, mask: Tensor | None, rows: int) -> Tensor:
-        """Which of this pass's tokens every row may see, [batch, rows, rows]."""
-        batch = len(self._shared.starts)
-        if mask is None or mask.ndim != 4:
-            causal = torch.ones(rows, rows, dtype=torch.bool, device=self.device).tril()
-            return causal.expand(batch, rows, rows)
-        block = mask[:, 0, :, -rows:]
-        block = block if block.dtype == torch.bool else block == 0
-        if self.number == 0 and not bool(block[:, -1].all()):
-            raise ModelError(
-                "padding inside a later turn is not supported: give rows of equal length after the "
-                "first turn, or run the conversations one by one"
-            )
-        return block.expand(batch, rows, rows)
 
     # -- bytes ------------------------------------------------------------------------------
 

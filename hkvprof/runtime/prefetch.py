@@ -141,6 +141,10 @@ class Prefetch:
         self.queues.aside(partial(retrieval.step_some, self._last, self._rest))
         return out
 
+    def forget(self) -> None:
+        """The heads selected by another way: the next step selects before it attends."""
+        self._last = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Prefetch:
         made = deep_copy(self, memo, [self.queues])
         if made._last is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hkvprof.errors import CompressionError, ModelError
+from hkvprof.errors import CompressionError
 from hkvprof.heads import HeadGrid
+from hkvprof.runtime.masks import View, read_view, row_starts, to_bool
 from hkvprof.runtime.plan import Planner, RowPlan
 from hkvprof.runtime.receipt import Meter
 
@@ -23,7 +25,9 @@ class Conversation:
     `goal` is the number of tokens of the prompt where it is known (`generate` knows it): passes up
     to it are prefill, tokens of the same pass beyond it (guesses of assisted decoding) are not
     prompt. `generating` says that `generate` runs: passes of several tokens beyond the goal are
-    guesses then, and a turn's tokens otherwise. `starts` is the first valid position of every batch row (left padding before it).
+    guesses then, and a turn's tokens otherwise. `starts` is the first valid position of every batch
+    row (left padding before it). `view` is what the running pass sees of compressed layers and
+    `hidden` what the last one hid from its last token, both None where nothing is hidden.
     `token_ids` [rows, tokens] is filled where a strategy asks which tokens are text, or the monitor
     (`watched`).
     """
@@ -35,6 +39,8 @@ class Conversation:
     generating: bool = False
     watched: bool = False
     starts: tuple[int, ...] = ()
+    view: View | None = None
+    hidden: Bool[Tensor, "rows seen"] | None = None
     token_ids: Tensor | None = None
     rope_deltas: Tensor | None = None
     meter: Meter = field(default_factory=Meter)
@@ -48,9 +54,31 @@ class Conversation:
         finally:
             self.generating = False
 
-    def observe_rows(self, mask: Tensor | None, rows: int, tokens: int) -> None:
+    def observe_rows(self, mask: Tensor | None, rows: int, new: int, tokens: int) -> None:
         """Learn the rows' starts from the mask of a pass; the first covered layer does."""
-        self.starts = _row_starts(mask, rows, tokens)
+        self.starts, self.view, self.hidden = row_starts(mask, rows, new, tokens), None, None
+
+    def look_dense(self, mask: Tensor | None, new: int, seen: int) -> None:
+        """Of a pass over dense layers: they need no view, later compressions what was hidden."""
+        rows = len(self.starts)
+        self.view = None
+        self.hidden = None if mask is None else ~to_bool(mask, rows, new, seen)[:, -1]
+
+    def look(self, mask: Tensor | None, new: int, seen: int) -> None:
+        """Read the mask of a pass after the prompt; the first covered layer does, for all."""
+        self.view = read_view(mask, self.starts, new, seen)
+        self.hidden = None if self.view is None else self.view.hidden
+
+    def shown(self, row: int, positions: Any) -> Bool[Tensor, " tokens"] | None:
+        """Which tokens of a row at these positions the latest pass saw; None where all of them."""
+        return None if self.hidden is None else ~self.hidden[row, positions]
+
+    @property
+    def hides(self) -> bool:
+        """Whether the last pass hid more than padding on the left; makes the host wait."""
+        if self.hidden is None:
+            return False
+        return any(bool(self.hidden[row, start:].any()) for row, start in enumerate(self.starts))
 
     def lengths(self, seen: int) -> tuple[int, ...]:
         """Tokens of every row after `seen` positions, padding aside."""
@@ -98,29 +126,11 @@ class Conversation:
             self.starts = tuple(self.starts[row] for row in rows)
         if self.token_ids is not None:
             self.token_ids = self.token_ids[rows]
+        if self.hidden is not None:
+            self.hidden = self.hidden[rows]
 
     def reset(self) -> None:
         """Forget the conversation."""
         self.goal, self.starts = None, ()
-        self.token_ids = self.rope_deltas = None
+        self.token_ids = self.rope_deltas = self.view = self.hidden = None
         self.meter.clear()
-
-
-def _row_starts(mask: Tensor | None, rows: int, tokens: int) -> tuple[int, ...]:
-    """First valid position per batch row, from the mask of the pass's last query row."""
-    if mask is None:
-        return (0,) * rows
-    if mask.ndim == 4:
-        last = mask[:, 0, -1, :tokens]
-        valid = last == 0 if last.is_floating_point() else last.bool()
-    else:
-        valid = mask[:, :tokens].bool()
-    valid = valid.expand(rows, tokens)
-    counts = valid.sum(dim=1)
-    starts = tokens - counts
-    if not bool((valid == (torch.arange(tokens, device=valid.device) >= starts[:, None])).all()):
-        raise ModelError(
-            "the attention mask hides tokens in the middle or on the right of a prompt: pad on the "
-            "left (tokenizer.padding_side = 'left')"
-        )
-    return tuple(starts.tolist())

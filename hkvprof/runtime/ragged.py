@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hkvprof.errors import CompressionError
 from hkvprof.policy.static import window_attention
 from hkvprof.runtime.attention import attend
 from hkvprof.runtime.booking import measure, open_heads, take_heads
@@ -26,11 +29,13 @@ from hkvprof.runtime.packing import (
     repack_static,
     whole,
 )
+from hkvprof.runtime.places import Places, span
 from hkvprof.runtime.plan import HeadPlan, RowPlan
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.receipt import LayerAccount
 from hkvprof.runtime.retrieving import Retriever
 from hkvprof.runtime.rows import Row
+from hkvprof.runtime.seeing import segment_positions
 from hkvprof.runtime.storage import RaggedStorage
 
 KEPT_WHOLE = "generated tokens are kept whole (decode_compression=False)"
@@ -47,7 +52,7 @@ class RaggedLayer(LiveState):
     its segments hold whole at their ends.
     """
 
-    shared_attributes = ("_shared", "account", "retriever")
+    shared_attributes = ("_shared", "account", "retriever", "_places")
 
     def __init__(
         self,
@@ -66,9 +71,9 @@ class RaggedLayer(LiveState):
         self._shared = shared
         self._number = number
         self.scaling = scaling
-        self._positions: list[Tensor] | None = None
+        self._places: list[Places | None] = []
         self._known = seen
-        """Logical length up to which `_positions` go."""
+        """Logical length up to which `_places` go."""
         self.storage: RaggedStorage
         self.retriever = self._new_retriever(0)
 
@@ -103,7 +108,8 @@ class RaggedLayer(LiveState):
         for row, start in enumerate(shared.starts):
             flags = None if text is None else text[row, start:].to(key.device)
             own_key, own_value = key[row, :, start:tokens], value[row, :, start:tokens]
-            seen = layer._lazy_attention(query[row], own_key)  # once for all heads
+            shown = shared.shown(row, slice(start, tokens))
+            seen = layer._lazy_attention(query[row], own_key, shown)  # once for all heads
             for head in range(layer.kv_heads):
                 if given and head in given:
                     packed.append(given[head])
@@ -113,7 +119,7 @@ class RaggedLayer(LiveState):
                 one = (own_key[head], own_value[head])
                 packed.append(layer._pack(row, head, last, attention, *one, flags))
         starts = [start for start in shared.starts for _ in range(layer.kv_heads)]
-        layer._install(packed, [torch.arange(start, tokens) for start in starts])
+        layer._install(packed, [span(start, tokens) for start in starts])
         if key.shape[2] > tokens:
             layer.append(key[:, :, tokens:], value[:, :, tokens:])
         layer._finish(began)
@@ -153,7 +159,8 @@ class RaggedLayer(LiveState):
         packed, known = [], []
         for segment in range(self.storage.segments):
             row, head = divmod(segment, self.kv_heads)
-            positions = self._positions_of(segment)
+            dynamic = segment in self.dynamic
+            positions = None if dynamic else self.known_positions(segment)
             known.append(positions)
             if not due[row]:
                 packed.append(self._as_it_is(segment))
@@ -167,8 +174,11 @@ class RaggedLayer(LiveState):
         """A segment whose tail joins; its row is `tokens` tokens long."""
         row, head = divmod(segment, self.kv_heads)
         key, value = self.storage.keys(segment), self.storage.values(segment)
-        attention = self._lazy_attention(query, key[None])
         state = self.dynamic.get(segment)
+        shown = None
+        if state is None and self._shared.hidden is not None:
+            shown = self._shared.shown(row, self.positions(segment, resident=True))
+        attention = self._lazy_attention(query, key[None], shown)
         if len(key) == tokens and state is None:
             return self._pack(row, head, query[:, -1], attention, key, value, flags)
         rule = self._rule(row, head, key.device)
@@ -244,9 +254,9 @@ class RaggedLayer(LiveState):
         assert count <= self.tail
         self.storage.drop_last(count)
         self.seen -= count
-        if self._positions is not None and self.seen < self._known:
+        if self.seen < self._known:
             self._known = self.seen
-            self._positions = [places[places < self.seen] for places in self._positions]
+            self._places = [known and known.before(self.seen) for known in self._places]
         self.measure()
 
     def take_rows(self, rows: Sequence[int]) -> None:
@@ -258,8 +268,7 @@ class RaggedLayer(LiveState):
         self.storage = self.storage.take(segments)
         old = self.dynamic
         self.dynamic = {i: old[s].clone() for i, s in enumerate(segments) if s in old}
-        if self._positions is not None:
-            self._positions = [self._positions[s] for s in segments]
+        self._places = [self._places[s] for s in segments]
         take_heads(self.account, segments, heads)
         self.retriever = self._new_retriever(self.retriever.steps)
         self.measure()
@@ -326,11 +335,13 @@ class RaggedLayer(LiveState):
         self,
         query: Float[Tensor, "query_heads window dim"],
         key: Float[Tensor, "kv_heads tokens dim"],
+        shown: Bool[Tensor, " tokens"] | None,
     ) -> Attention:
-        """Attention of the last rows on these tokens, computed when first asked for."""
+        """Attention of the last rows on these tokens, computed when first asked for; on those that
+        are `shown`, where a mask hides some."""
         window = min(query.shape[1], self._shared.planner.profile.keep.window, key.shape[1])
         rows = query[:, query.shape[1] - window :]
-        return cache(partial(window_attention, rows, key, self.scaling))
+        return cache(partial(window_attention, rows, key, self.scaling, shown))
 
     def _plan(self, row: int, head: int) -> HeadPlan:
         return self.rows[row].plan.layers[self._number][head]
@@ -342,24 +353,34 @@ class RaggedLayer(LiveState):
         keep = planner.profile.keep
         return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling)
 
-    def _positions_of(self, segment: int) -> Tensor | None:
-        """Positions of a segment's tokens, tail included, where text is told from other tokens."""
-        if self._positions is None:
-            return None
-        later = torch.arange(self._known, self.seen)
-        return torch.cat([self._positions[segment], later])
+    def start(self, row: int) -> int:
+        """First position of a row, after its padding."""
+        return self._shared.starts[row]
 
-    def _install(self, packed: list[Packed], positions: list[Tensor] | list[Tensor | None]) -> None:
+    def positions(self, segment: int, resident: bool) -> Int[Tensor, " tokens"]:
+        """Positions of a segment's tokens in their order, or (of dynamic heads, unless `resident`)
+        in that of `DynamicHead.all_tokens`; on the device."""
+        return segment_positions(self, segment, resident)
+
+    def known_positions(self, segment: int) -> NDArray[np.int32]:
+        """Positions of the tokens of a segment that is not dynamic, tail included."""
+        known = self._places[segment]
+        if known is None:
+            raise CompressionError(
+                f"layer {self.account.layer} holds tokens whose positions are not known: expected "
+                "a prompt that hkvprof compressed; masks and text cannot be told from them"
+            )
+        return np.concatenate([known.read(), span(self._known, self.seen)])
+
+    def _install(self, packed: list[Packed], positions: Sequence[NDArray[np.int32] | None]) -> None:
         self.storage = RaggedStorage([p.key for p in packed], [p.value for p in packed])
         self.dynamic = {i: p.dynamic for i, p in enumerate(packed) if p.dynamic is not None}
         self.retriever = self._new_retriever(self.retriever.steps)
         self._known = self.seen
-        if self._shared.planner.needs_text:
-            self._positions = [
-                torch.empty(0, dtype=torch.long) if p.kept is None or known is None
-                else known[p.kept.cpu()]
-                for p, known in zip(packed, positions, strict=True)
-            ]  # fmt: skip
+        self._places = [
+            None if one.kept is None or known is None else Places(known, one.kept)
+            for one, known in zip(packed, positions, strict=True)
+        ]
         open_heads(self.account, [p.name for p in packed], self.kv_heads)
         self.measure()
 

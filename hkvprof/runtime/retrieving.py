@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hkvprof.runtime.copies import deep_copy
 from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval
+from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from hkvprof.runtime.options import Options
 from hkvprof.runtime.prefetch import Prefetch, queues_for
 from hkvprof.runtime.receipt import Fetches, LayerAccount
@@ -60,6 +61,27 @@ class Retriever:
             if not storage.key.is_cuda:
                 self._account.retrieval_seconds += time.perf_counter() - began
         return attend()
+
+    def step_seeing(
+        self,
+        storage: RaggedStorage,
+        query: Float[Tensor, "segments group dim"],
+        hidden: Mapping[int, Bool[Tensor, " items"]],
+    ) -> None:
+        """Let the heads fetch what the query asks for of what it sees; `hidden` items per segment.
+
+        In plain torch, and at once where others prefetch.
+        """
+        self.unbind()
+        selects = self.steps % self._options.retrieve_every == 0
+        self.advance(1)
+        if not selects:
+            return
+        bound = self._bind(TorchKernels(), storage)
+        assert isinstance(bound, TorchRetrieval)
+        bound.step_seeing(query, [hidden[segment] for segment in self._dynamic])
+        if self.prefetch is not None:
+            self.prefetch.forget()
 
     def advance(self, count: int) -> None:
         """Book decoding steps, taken by the device (or, below 0, not taken)."""

@@ -196,3 +196,23 @@ def test_a_text_prior_without_known_text_positions_changes_nothing() -> None:
         select_tokens(ranking, 8, with_prior(0.5), keep, None),
         select_tokens(ranking, 8, PLAIN, keep, None),
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 5), st.floats(0, 0.9))
+def test_hidden_tokens_get_and_give_no_attention(seed: int, window: int, share: float) -> None:
+    """As if they were not there; hidden rows of the window have no vote."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(4, window, 8, generator=generator)
+    key = torch.randn(2, 20, 8, generator=generator)
+    visible = torch.rand(20, generator=generator) >= share
+    visible[-1] = True
+    found = window_attention(query, key, 0.5, visible)
+    rows = visible[-window:]
+    expected = window_attention(query[:, rows], key[:, visible], 0.5)
+    assert not found[:, ~visible].any()
+    torch.testing.assert_close(found[:, visible], expected)
+    torch.testing.assert_close(
+        window_attention(query, key, 0.5, torch.ones_like(visible)),
+        window_attention(query, key, 0.5),
+    )

@@ -13,6 +13,9 @@ from hkvprof.policy.quantiser import encode
 from hkvprof.runtime.kernels.bounds import require
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents
 
+HIDDEN = -2.0
+"""The score of items that a mask hides: below that of every other, NaN (-1) included."""
+
 
 class TorchKernels:
     """See interface.Kernels."""
@@ -124,15 +127,43 @@ class TorchRetrieval:
         """Expected attention of every item, per dynamic head."""
         return [self._score(head, query[head.segment]) for head in self.heads]
 
-    def _score(self, head: DynamicSegment, query: Float[Tensor, "group dim"]) -> Tensor:
-        score = head.index.score(query, self.scaling)
+    def step_seeing(
+        self,
+        query: Float[Tensor, "segments group dim"],
+        hidden: Sequence[Bool[Tensor, " items"]],
+    ) -> None:
+        """`step` as if items that are `hidden`, one mask per head, were not there.
+
+        They are wanted by no query: hot ones make room first.
+        """
+        counts = [
+            self._load(head, self._score(head, query[head.segment], mask), mask)
+            for head, mask in zip(self.heads, hidden, strict=True)
+        ]
+        self.fetched += self.fetched.new_tensor(counts)
+
+    def _score(
+        self,
+        head: DynamicSegment,
+        query: Float[Tensor, "group dim"],
+        hidden: Bool[Tensor, " items"] | None = None,
+    ) -> Tensor:
+        if hidden is None:
+            score = head.index.score(query, self.scaling)
+        else:
+            logits = head.index.logits(query.float()) * self.scaling
+            score = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).mean(dim=-2)
         if not head.rerank or head.hot == head.items:
             return score
         score = torch.where(score.isnan(), -1.0, score.float())
+        if hidden is not None:
+            score = score.masked_fill(hidden, -1.0)
         best = score.topk(min(head.hot + head.rerank, head.items)).indices
         keys = self._rows(head, best)[:, 0, 0].float()
         logits = query.float() @ keys.T * self.scaling
         logits.masked_fill_(~logits.isfinite(), -torch.inf)
+        if hidden is not None:
+            logits.masked_fill_(hidden[best], -torch.inf)
         exact = logits.softmax(dim=-1).mean(dim=0)
         return torch.full_like(score, -1.0).index_copy_(0, best, exact)
 
@@ -153,7 +184,12 @@ class TorchRetrieval:
         counts = [self._load(head, score) for head, score in zip(self.heads, scores, strict=True)]
         self.fetched += self.fetched.new_tensor(counts)
 
-    def _load(self, head: DynamicSegment, score: Float[Tensor, " items"]) -> int:
+    def _load(
+        self,
+        head: DynamicSegment,
+        score: Float[Tensor, " items"],
+        hidden: Bool[Tensor, " items"] | None = None,
+    ) -> int:
         held = head.slots.long()
         due = torch.where(score.isnan(), -1.0, score.float())
         plain = due
@@ -163,6 +199,8 @@ class TorchRetrieval:
             assert head.hot_score is not None, "smoothing needs hot_score"
             due = due.clone()
             due[held] = torch.maximum(due[held], self.smoothing * head.hot_score)
+        if hidden is not None:
+            due = due.masked_fill(hidden, HIDDEN)
         fetched = 0
         if head.hot < head.items:
             wanted = choose(due, held)

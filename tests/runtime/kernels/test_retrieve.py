@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from tests.runtime.kernels.cases import (
     DTYPES,
     KINDS,
+    Layer,
     check_loaded,
     compiler,
     make_layer,
@@ -257,3 +261,56 @@ def test_counting_goes_on_after_binding_again() -> None:
         again.step(-own.query)
         assert again.fetched is first.fetched
         assert count < again.fetched[0] <= count + 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rerank", [0, 5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.6])
+def test_hidden_items_are_as_if_they_were_not_there(
+    kind: str, rerank: int, smoothing: float
+) -> None:
+    """Selection among the visible items equals that of a layer which has only those."""
+    items, hot, dim = 60, 8, 32
+    layer = make_layer(
+        3, kind, [items], [hot], group=2, dim=dim, dtype=torch.float32, rerank=rerank,
+        smoothing=bool(smoothing),
+    )  # fmt: skip
+    hidden = torch.rand(items, generator=torch.Generator().manual_seed(1)) < 0.5
+    shown = (~hidden).nonzero()[:, 0]
+
+    def bound(one: Any) -> TorchRetrieval:
+        return TorchKernels().bind(one.key, one.value, one.heads, 0.3, smoothing)
+
+    plain, same = layer.copy(), layer.copy()
+    bound(plain).step(plain.query)
+    bound(same).step_seeing(same.query, [torch.zeros_like(hidden)])
+    assert torch.equal(plain.heads[0].slots, same.heads[0].slots)
+    assert torch.equal(plain.key, same.key)
+    masked = layer.copy()
+    retrieval = bound(masked)
+    head = masked.heads[0]
+    retrieval.step_seeing(masked.query, [hidden])
+    if not smoothing:
+        small = replace(
+            head,
+            index=replace(
+                head.index,
+                **{
+                    name: getattr(head.index, name)[shown]
+                    for name in ("mean", "low", "high", "codes")
+                    if hasattr(head.index, name)
+                },
+            ),
+            host=head.host[shown],
+            items=len(shown),
+        )
+        expected = bound(Layer(masked.key, masked.value, [small], layer.query)).score(layer.query)
+        best = {int(shown[i]) for i in expected[0].topk(hot).indices}
+        assert {int(i) for i in head.slots} == best
+    assert not hidden[head.slots.long()].any()
+    for slot, item in enumerate(head.slots.tolist()):
+        row = head.hot_start + slot
+        assert torch.equal(masked.key[row], head.host[item, 0, 0])
+        assert torch.equal(masked.value[row], head.host[item, 1, 0])
+    retrieval.step_seeing(masked.query, [torch.ones_like(hidden)])  # nothing is there: any will do
+    assert bool(((head.slots >= 0) & (head.slots < items)).all())

@@ -1,0 +1,126 @@
+"""What a pass may see: attention masks, read once per pass and told to every layer.
+
+transformers gives SDPA no mask where nothing is hidden, else a boolean one [rows, 1, new, seen] over
+logical positions; a user's own 4D mask may be additive. Compressed storage has no pads before a
+row's start, and everything else that it kept: hidden tokens among these are masked exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hkvprof.errors import ModelError
+
+HIDES = -1e4
+"""Additive masks hide by values up to this one (they use -1e4, -1e9, the least finite, -inf)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Which of the `seen` logical positions each of a pass's new tokens sees."""
+
+    visible: Bool[Tensor, "rows new seen"]
+
+    @property
+    def hidden(self) -> Bool[Tensor, "rows seen"]:
+        """What the last token does not see, pads before a row's start included."""
+        return ~self.visible[:, -1]
+
+
+def to_bool(mask: Tensor, rows: int, new: int, seen: int) -> Bool[Tensor, "rows new seen"]:
+    """A pass's mask, of whatever kind. Raises ModelError for masks that are more than a mask."""
+    expected = f"expected a mask [{rows}, 1, {new}, {seen}] (rows, 1, new tokens, all tokens)"
+    if mask.ndim != 4 or mask.shape[2:] != (new, seen) or mask.shape[0] not in (1, rows):
+        raise ModelError(f"{expected}, found {list(mask.shape)}: it must be over all tokens so far")
+    if mask.shape[1] != 1:
+        raise ModelError(
+            f"{expected}, found {mask.shape[1]} masks per row: one for every attention head is not "
+            "supported; give one for all"
+        )
+    plain = mask[:, 0]
+    if plain.is_floating_point():
+        if not bool(((plain == 0) | (plain <= HIDES)).all()):
+            raise ModelError(
+                "the attention mask adds a bias to attention: expected 0 for tokens that are seen "
+                "and the least value of its dtype for hidden ones; biases are not supported"
+            )
+        plain = plain == 0
+    return plain.bool().expand(rows, new, seen)
+
+
+def read_view(mask: Tensor | None, starts: tuple[int, ...], new: int, seen: int) -> View | None:
+    """What a pass after the prompt sees; None where that is all tokens from the rows' starts on.
+
+    Which of its own tokens a pass of several sees is then told by `own_block`. Makes the host wait
+    once where there is a mask. Raises ModelError where a mask shows pads that were dropped.
+    """
+    if mask is None or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    visible = to_bool(mask, len(starts), new, seen)
+    begin = torch.tensor(starts, device=mask.device)[:, None, None]
+    kept = torch.arange(seen, device=mask.device) >= begin  # [rows, 1, seen]
+    earlier = seen - new
+    same = (visible[:, :, :earlier] == kept[:, :, :earlier]).all()
+    if bool(same & (visible[:, -1, earlier:] == kept[:, 0, earlier:]).all()):
+        return None
+    shown = (visible & ~kept).any(dim=1)
+    if bool(shown.any()):
+        raise ModelError(
+            f"the attention mask shows {_places(shown)}, which it hid when the prompt was "
+            "compressed, so that they were dropped as padding: hide them in every pass, or start a "
+            "new cache"
+        )
+    return View(visible)
+
+
+def own_block(
+    mask: Tensor | None, rows: int, new: int, seen: int, device: torch.device
+) -> Bool[Tensor, "rows new new"]:
+    """Which of this pass's own tokens each of them sees."""
+    if mask is None:
+        causal = torch.ones(new, new, dtype=torch.bool, device=device).tril()
+        return causal.expand(rows, new, new)
+    return to_bool(mask, rows, new, seen)[:, :, seen - new :]
+
+
+def row_starts(mask: Tensor | None, rows: int, new: int, seen: int) -> tuple[int, ...]:
+    """First valid position per batch row, from the mask of a prompt's last pass.
+
+    Raises ModelError unless what it hides is padding on the left.
+    """
+    if mask is None:
+        return (0,) * rows
+    visible = to_bool(mask, rows, new, seen)
+    valid = visible[:, -1]
+    counts = valid.sum(dim=1)
+    starts = seen - counts
+    padded = torch.arange(seen, device=valid.device) < starts[:, None]
+    holes = ~valid & ~padded
+    packed = visible.any(dim=1) & ~valid & padded
+    if bool((holes | packed).any()):
+        if bool(holes.any()):
+            raise ModelError(
+                f"the attention mask hides {_places(holes)} in the middle or on the right of a "
+                "prompt: pad on the left (tokenizer.padding_side = 'left')"
+            )
+        raise ModelError(
+            f"the attention mask shows {_places(packed)} to some tokens of the prompt and hides "
+            "them from its last one (several sequences packed into a row?): give every sequence a "
+            "row of its own"
+        )
+    return tuple(starts.tolist())
+
+
+def _places(marked: Bool[Tensor, "rows seen"]) -> str:
+    """Rows and positions in words; at most four rows."""
+    texts = []
+    for row in marked.any(dim=1).nonzero()[:, 0].tolist():
+        found = marked[row].nonzero()[:, 0].tolist()
+        count = "" if len(found) == found[-1] - found[0] + 1 else f" ({len(found)} of them)"
+        texts.append(f"positions {found[0]} to {found[-1]}{count} of row {row}")
+    more = [f"and {len(texts) - 4} more rows"] if len(texts) > 4 else []
+    return ", ".join(texts[:4] + more)

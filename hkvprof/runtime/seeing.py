@@ -1,0 +1,71 @@
+"""Attention of a compressed layer under a mask that hides some of what is kept, in plain torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hkvprof.runtime.attention import attend_where
+from hkvprof.runtime.masks import View
+from hkvprof.runtime.places import dynamic_positions
+
+if TYPE_CHECKING:
+    from hkvprof.runtime.ragged import RaggedLayer
+
+
+def attend_seeing(
+    layer: RaggedLayer, query: Float[Tensor, "rows query_heads new dim"], view: View
+) -> Float[Tensor, "rows new query_heads dim"]:
+    """As `attend_one` and `attend_many`, of what the mask shows alone.
+
+    In a decoding step dynamic heads select among the items that it shows. A token that sees nothing
+    of what a head kept gets zeros from it.
+    """
+    rows, query_heads, new, dim = query.shape
+    storage = layer.storage
+    grouped = query.detach().reshape(storage.segments, -1, new, dim)
+    if new == 1:
+        layer.account.steps += 1
+        if layer.dynamic:
+            hidden = {
+                segment: _hidden_items(layer, segment, view.visible) for segment in layer.dynamic
+            }
+            layer.retriever.step_seeing(storage, grouped[:, :, 0], hidden)
+    else:
+        layer.retriever.join()
+    outputs = []
+    for segment in range(storage.segments):
+        row = segment // layer.kv_heads
+        key, value = storage.keys(segment), storage.values(segment)
+        positions = layer.positions(segment, resident=new == 1)
+        head = layer.dynamic.get(segment)
+        if head is not None and new > 1:
+            key, value = head.all_tokens(key, value)
+        visible = view.visible[row].index_select(1, positions)
+        outputs.append(attend_where(grouped[segment], key, value, layer.scaling, visible))
+    out = torch.stack(outputs).view(rows, query_heads, new, -1)
+    return out.transpose(1, 2).contiguous()
+
+
+def _hidden_items(
+    layer: RaggedLayer, segment: int, visible: Bool[Tensor, "rows 1 seen"]
+) -> Bool[Tensor, " items"]:
+    """Items of a dynamic head of which no token is seen."""
+    head, row = layer.dynamic[segment], segment // layer.kv_heads
+    first = layer.start(row) + head.layout.sinks
+    moved = head.layout.items * head.layout.chunk
+    shown = visible[row, 0, first : first + moved].view(head.layout.items, head.layout.chunk)
+    return ~shown.any(dim=1)
+
+
+def segment_positions(layer: RaggedLayer, segment: int, resident: bool) -> Tensor:
+    """See RaggedLayer.positions."""
+    head = layer.dynamic.get(segment)
+    if head is not None:
+        start = layer.start(segment // layer.kv_heads)
+        return dynamic_positions(head, start, layer.storage.lengths[segment], resident)
+    known = layer.known_positions(segment)
+    return torch.from_numpy(known).long().to(layer.storage.key.device, non_blocking=True)
