@@ -1,5 +1,7 @@
 """Inputs of AutoProcessor, made by a torchvision that need not match this torch.
 
+One that does match is left alone: its operators would be declared twice, which ends the process.
+
 Image transforms are Python code on top of torch; only torchvision's own operators are compiled, and
 a build for another torch cannot load them. Declaring those that torchvision decorates at import is
 enough to import it. Run as a script, in a process of its own, because transformers looks for
@@ -9,6 +11,7 @@ with `pytest ARGUMENTS` in place of OUT to run tests beside such a torchvision.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +21,14 @@ from torch.library import Library
 SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
-def declare_operators() -> Library:
-    """Declare nms where the compiled one is missing; keep the result alive."""
+def declare_operators() -> Library | None:
+    """Declare nms where the compiled one does not load; keep the result alive.
+
+    Whether it loads is asked of another process: a failing import leaves parts behind.
+    """
+    command = [sys.executable, "-c", "import torchvision"]
+    if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        return None
     library = Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

@@ -27,13 +27,14 @@ IMAGE = slice(6, 10)
 OFFSET = -2
 """What that image adds to the M-RoPE positions after it: it spans two of them with four tokens."""
 _IMAGE, _VIDEO, _START, _END = 5, 6, 7, 8
+_VOCABULARY = 64
 _TEXT = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 64,
+    "vocab_size": _VOCABULARY,
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -134,7 +135,7 @@ def image_talk() -> Talk:
 
 
 def _ids(rows: int, count: int) -> Tensor:
-    return torch.randint(10, _TEXT["vocab_size"], (rows, count))
+    return torch.randint(10, _VOCABULARY, (rows, count))
 
 
 def uniform(model: Any) -> Profile:

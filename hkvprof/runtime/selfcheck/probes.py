@@ -34,6 +34,9 @@ class MovedError(Exception):
 class Spy(DynamicLayer):
     """A layer that writes down what it is asked, and the attention over the keys it gave out."""
 
+    keys: Tensor | None
+    values: Tensor | None
+
     def __init__(self) -> None:
         super().__init__()
         self.asked: set[str] = set()
