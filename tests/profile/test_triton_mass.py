@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,11 +30,16 @@ def mass_exactly(
     return result
 
 
-@settings(max_examples=15, deadline=None)
+# Two programs of rows and of keys (SPAN is 2048), three query heads of a key head, a width that is
+# no power of two.
+@example(
+    seed=1, dtype=torch.bfloat16, tokens=2049, count=17, group=3, dim=80, sharpness=1.0, bad=True
+)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(DTYPES),
-    tokens=st.sampled_from([1, 2, 127, 521, 2049, 2500]),
+    tokens=st.sampled_from([1, 2, 127, 521]),
     count=st.integers(1, 20),
     group=st.integers(1, 3),
     dim=st.sampled_from([16, 64, 80]),
