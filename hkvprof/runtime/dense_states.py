@@ -68,7 +68,8 @@ class DenseStates:
 
     def _refuse(self, what: str, why: str) -> NoReturn:
         raise CompressionError(
-            f"layer {self.account.layer} {why}, so that it has no dense {what}. Use get_seq_length() "
-            "for lengths, receipt() for what is kept, measure_storage(cache) for bytes, copy.deepcopy "
-            "for copies, and apply(budget=1.0) or detach() where keys and values must be whole"
+            f"layer {self.account.layer} {why}, so that it has no dense {what}. Use "
+            "get_seq_length() for lengths, receipt() for what is kept, measure_storage(cache) for "
+            "bytes, copy.deepcopy for copies, and apply(budget=1.0) or detach() where keys and "
+            "values must be whole"
         )

@@ -124,7 +124,7 @@ def values_of_the_next_token(patch: pytest.MonkeyPatch) -> None:
 
 
 def starts_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(prompt, "_row_starts", lambda mask, rows, tokens: (0,) * rows)
+    patch.setattr(prompt, "row_starts", lambda mask, rows, new, seen: (0,) * rows)
 
 
 def reset_forgets_nothing_but_keys(patch: pytest.MonkeyPatch) -> None:
@@ -280,8 +280,8 @@ def conversations_share_their_starts(patch: pytest.MonkeyPatch) -> None:
     held: dict[str, Any] = {}
     own = Conversation.observe_rows
 
-    def observe(self: Conversation, mask: Tensor | None, rows: int, tokens: int) -> None:
-        own(self, mask, rows, tokens)
+    def observe(self: Conversation, mask: Tensor | None, rows: int, new: int, seen: int) -> None:
+        own(self, mask, rows, new, seen)
         self.starts = held.setdefault("starts", self.starts)[:rows]
 
     patch.setattr(Conversation, "observe_rows", observe)

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import hkvprof
-from hkvprof.errors import CompressionError, ModelError
+from hkvprof.errors import CompressionError
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.calls import with_cache
 from hkvprof.profile.uniform import uniform_profile
@@ -84,17 +84,6 @@ def test_several_new_tokens_equal_one_by_one(llama: Any) -> None:
         assert together.receipt().compressed_layers == 3
     expected = torch.cat(steps, dim=1)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_padding_inside_a_later_turn_is_refused(llama: Any) -> None:
-    ids, later = token_ids(2, 150), token_ids(2, 10)
-    mask = torch.ones(2, 160, dtype=torch.long)
-    mask[1, 155:] = 0
-    with apply(llama, profile_of(llama, "static"), budget=0.3) as handle:
-        cache = handle.new_cache()
-        llama(input_ids=ids, **with_cache(llama, cache))
-        with pytest.raises(ModelError, match="padding inside a later turn"):
-            llama(input_ids=later, attention_mask=mask, **with_cache(llama, cache))
 
 
 @pytest.mark.parametrize("types", TYPES)

@@ -44,7 +44,7 @@ class SeeingLayer(DynamicLayer):
     def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
         if self.kept is None:
             return call.dense()
-        rows, query_heads, new, dim = call.query.shape
+        rows, _, new, dim = call.query.shape
         heads, tokens = call.key.shape[1], call.key.shape[2]
         visible = torch.zeros(rows, heads, new, tokens, dtype=torch.bool)
         visible[..., tokens - new :] = True
@@ -282,7 +282,7 @@ def test_a_batch_continues_a_shared_prefix_with_pads_in_the_middle(llama: Any, t
         assert (got[1] - expected[1]).abs().max() <= 1e-4 * expected[1].abs().max()
 
 
-# -- refusals ---------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -310,7 +310,7 @@ def test_prompts_with_holes_are_refused_by_row(llama: Any) -> None:
             llama(input_ids=ids, attention_mask=mask)
         blocks = torch.block_diag(*[torch.ones(n, n).tril() for n in (90, 60)]).bool()
         packed = blocks[None, None].expand(3, 1, 150, 150)
-        with pytest.raises(ModelError, match="positions 0 to 89 of row 0.*a row of its own"):
+        with pytest.raises(ModelError, match=r"positions 0 to 89 of row 0.*a row of its own"):
             llama(input_ids=ids, attention_mask=packed)
 
 
@@ -346,7 +346,7 @@ def test_tokens_of_unknown_positions_cannot_be_masked(llama: Any) -> None:
             llama(input_ids=ids[:, :1], attention_mask=mask, **with_cache(llama, cache))
 
 
-# -- reading ----------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
