@@ -21,7 +21,7 @@ SEAM := tests/models tests/runtime tests/doctor tests/cli
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 bench-gpu test test-pinned test-oldest test-newest test-latest test-random test-order style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 bench-gpu test test-pinned test-oldest test-newest test-latest test-random test-order test-wheel style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
@@ -35,6 +35,7 @@ help:
 	@echo "make test-latest    all tests on the newest transformers that pip finds; by hand"
 	@echo "make test-random    properties on random examples, EXAMPLES=20000 of each of TESTS (hours); prints the seed"
 	@echo "make test-order     TESTS twice in random order, in one and in two processes; prints the seed"
+	@echo "make test-wheel     the built wheel and sdist in an empty environment, outside this folder; by hand"
 	@echo "make style          ruff check, ruff format --check"
 	@echo "make types          mypy"
 	@echo "make format         ruff format and ruff check --fix"
@@ -71,9 +72,7 @@ $(SMOLLM2_STAMP): $(STAMP)
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/hkvprof calibrate --model tinyvl --data calibration/mini -o out/tinyvl.hkv.safetensors --force
-	$(BIN)/hkvprof inspect out/tinyvl.hkv.safetensors
-	$(BIN)/hkvprof eval --model tinyvl --profile out/tinyvl.hkv.safetensors --per-task 2 --budget 0.05,0.10,0.20 -o out/demo-tinyvl
+	$(BIN)/hkvprof demo -o out/demo-tinyvl
 
 demo-smollm2: $(SMOLLM2_STAMP)
 	$(BIN)/hkvprof calibrate --model smollm2 --data calibration/longtext --max-samples 27 --replies own --dtype bfloat16 -o out/smollm2.hkv.safetensors --force
@@ -114,6 +113,10 @@ test-order: $(STAMP)
 	{ $(TEST_ENV) $(BIN)/python -m pytest --shuffle $$seed $(TESTS) && \
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist load --shuffle $$((seed + 1)) $(TESTS); } \
 		|| { echo "failed with SEED=$$seed"; exit 1; }
+
+# Needs the package index.
+test-wheel: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py -s
 
 style: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from hkvprof.cli import (
     bench,
     calibrate,
     certify,
+    demo,
     diff,
     doctor,
     evaluate,
@@ -24,7 +25,7 @@ from hkvprof.cli import (
 app = typer.Typer(
     name="hkvprof",
     help="Profile the attention heads of a model once; compress its KV cache ever after.",
-    epilog="\b\nStart here:\n  hkvprof calibrate --model tinyvl --data calibration/mini",
+    epilog="\b\nStart here:\n  hkvprof demo",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -49,6 +50,7 @@ def _global(
     """See `help` above; `--debug` is taken out by `run` before parsing."""
 
 
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)

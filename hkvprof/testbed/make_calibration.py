@@ -80,9 +80,11 @@ def image_name(image: Image.Image) -> str:
 def png_bytes(image: Image.Image) -> bytes:
     """A lossless PNG: with a palette where at most 256 colours occur, which halves the size."""
     pixels = np.array(image.convert("RGB"))
-    colours, positions = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-    if len(colours) <= 256:
+    numbers = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    used, positions = np.unique(numbers, return_inverse=True)
+    if len(used) <= 256:
         indices = positions.reshape(pixels.shape[:2]).astype(np.uint8)
+        colours = np.stack([used >> 16, used >> 8 & 255, used & 255], axis=1)
         image = Image.fromarray(indices)
         image.putpalette(colours.astype(np.uint8).tobytes())
     buffer = io.BytesIO()
