@@ -91,7 +91,7 @@ def dynamic_layout(
 
 
 def least_layout(strategy: Strategy, tokens: int, keep: KeepRule) -> DynamicLayout:
-    """All full chunks on the host and one hot item: what a dynamic head needs, whatever its share."""
+    """All full chunks on the host and one hot item: what a dynamic head needs at least."""
     items = max(0, tokens - keep.sinks - keep.recent) // strategy.chunk
     recent = tokens - keep.sinks - items * strategy.chunk
     return DynamicLayout(keep.sinks, recent, items, strategy.chunk, 1)

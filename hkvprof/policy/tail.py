@@ -1,8 +1,8 @@
 """How far a row may grow before it is compressed again (docs/method.md; plain numbers).
 
-Tokens that came since the last compression, the tail, are kept whole and are part of the budget. All
-figures are tokens per head, a mean over all heads of a row, with indexes and slot maps turned into
-tokens.
+Tokens that came since the last compression, the tail, are kept whole and are part of the budget.
+All figures are tokens per head, a mean over all heads of a row, with indexes and slot maps turned
+into tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ OVER = 0.05
 """What may be held over the budget, as a share of it."""
 LEAST = 128
 """Where the budget is worth fewer tokens per head, the same share of this many: 6.4 tokens."""
-RESERVE = 1 / 8
+RESERVE = 1 / 16
 """Most of the budget that a later compression leaves free for tokens to come."""
 LEAST_ROOM = 4
 """Tokens between two compressions at least, also where indexes alone exceed the budget."""
@@ -58,6 +58,6 @@ class Worth:
 
 
 def _steps(left: float, each: float) -> int:
-    if left < 0:
+    if left < -1e-9:
         return 0
     return QUIET if each <= 0 else min(QUIET, math.floor(left / each + 1e-9))

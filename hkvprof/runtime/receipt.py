@@ -97,8 +97,8 @@ class LayerAccount:
     layer (rows that stay dense: all they have), and `excess` says why more may be held than that
     and its allowance. `query_bytes` are queries kept for the next compression, no part of
     `resident_bytes`. `parked_bytes` are dense keys and values that wait on the host between the
-    chunks of a prefill. Seconds are wall clock and measured on the CPU only; `retrieval` is scoring,
-    selecting and fetching.
+    chunks of a prefill. Seconds are wall clock and measured on the CPU only; `retrieval` is
+    scoring, selecting and fetching.
     """
 
     layer: int
