@@ -45,8 +45,18 @@ class Signature:
         self.keyword = keyword or cache_keyword(call)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """A call with these arguments."""
-        return Call(self, list(args), dict(kwargs))
+        """A call with these arguments; the cache has the name that this release takes.
+
+        Raises UsageError for two caches.
+        """
+        call = Call(self, list(args), dict(kwargs))
+        cache = call.cache
+        strange = [name for name in NAMES if name in call.others and name != self.keyword]
+        for name in strange:
+            del call.kwargs[name]
+        if strange and cache is not None:
+            call.set(self.keyword, cache)
+        return call
 
 
 @dataclass
@@ -83,9 +93,6 @@ class Call:
 
     def set_cache(self, cache: Any) -> None:
         """Give a cache where there was none: under the name that this release takes."""
-        for name in NAMES:
-            if name != self.signature.keyword and self.kwargs.get(name, self) is None:
-                del self.kwargs[name]
         self.set(self.signature.keyword, cache)
 
     @property

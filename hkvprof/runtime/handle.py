@@ -106,8 +106,8 @@ class Handle:
         self._binding = Binding(self, view, planner)
 
     def new_cache(self, prompt_tokens: int | None = None) -> CompressedCache:
-        """A cache for one's own forward loop: `model(input_ids=..., past_key_values=cache)`, or
-        `cache=cache` from transformers 5.24 on.
+        """A cache for one's own forward loop: `model(input_ids=..., cache=cache)`, or
+        `past_key_values=cache`.
 
         The prompt is compressed when `prompt_tokens` positions (padding included) have been seen,
         in however many passes; without that number, at the end of the first pass of several tokens.

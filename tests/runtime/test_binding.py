@@ -17,7 +17,7 @@ from transformers import DynamicCache, pipeline
 
 import hkvprof
 from hkvprof.errors import CompressionError, HkvError, HkvWarning, ModelError, UsageError
-from hkvprof.models.calls import OLD, cache_keyword, cache_of, with_cache
+from hkvprof.models.calls import NAMES, OLD, cache_keyword, cache_of, with_cache
 from hkvprof.models.forward import rope_holder
 from hkvprof.models.wrappers import unwrap
 from hkvprof.profile.uniform import uniform_profile
@@ -271,6 +271,28 @@ def test_a_foreign_cache_is_refused_or_told(llama: Any, strict: bool, position: 
             assert cache_of(llama(*args, **kwargs)) is foreign
             assert "did not make" in str(handle.receipt())
             assert not handle.receipt().compressed_layers
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", ["forward", "generate", "both names"])
+def test_a_cache_goes_by_either_name_on_every_release(llama: Any, way: str, name: str) -> None:
+    """And without a word of it from transformers, which deprecates one of them."""
+    options: dict[str, Any] = {**GREEDY, "max_new_tokens": 3}
+    with torch.no_grad(), apply(llama, profile_of(llama), budget=0.3) as handle:
+        expected = llama.generate(input_ids=IDS, **options)
+        cache = handle.new_cache()
+        given = dict.fromkeys(NAMES, cache) if way == "both names" else {name: cache}
+        if way == "generate":
+            assert torch.equal(
+                logits(llama.generate(input_ids=IDS, **given, **options)), logits(expected)
+            )
+        else:
+            found = llama(input_ids=IDS, logits_to_keep=1, **given).logits[:, -1]
+            assert torch.equal(found, expected.logits[0])
+        assert cache.receipt().compressed_layers == len(handle.receipt().layers)
+        foreign = DynamicCache(config=llama.config)
+        with pytest.raises(CompressionError, match="found DynamicCache"):
+            llama(input_ids=IDS, **{name: foreign})
 
 
 def test_two_different_caches_are_refused(llama: Any) -> None:

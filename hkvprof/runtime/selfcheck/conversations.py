@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,11 +28,9 @@ def by_keyword(model: Any, inputs: dict[str, Tensor], cache: Any) -> Any:
 
 
 def by_other_name(model: Any, inputs: dict[str, Tensor], cache: Any) -> Any:
-    """Under the other name, where the release still knows it."""
+    """Under the name that other releases take."""
     other = next(name for name in NAMES if name != cache_keyword(model.forward))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return model(**inputs, **{other: cache})
+    return model(**inputs, **{other: cache})
 
 
 def by_position(model: Any, inputs: dict[str, Tensor], cache: Any) -> Any:
@@ -76,9 +73,8 @@ def kept_whole(apply: Apply, model: Any, talk: Talk) -> None:
     expected = list(by_parts(model, talk, _stock(model)))
     tokens, turns = generated(model, talk, _stock(model))
     alone, logits = generated(model, talk)
-    known = _takes_both(model)
     with apply(model, uniform(model), budget=1.0, min_tokens=1) as handle:
-        for call in (by_keyword, by_position, *([by_other_name] if known else [])):
+        for call in (by_keyword, by_position, by_other_name):
             found = list(by_parts(model, talk, handle.new_cache(), call))
             _same(f"{_name(call)}, everything kept", expected, found)
         found_tokens, found_turns = generated(model, talk, handle.new_cache())
@@ -158,17 +154,6 @@ def _said(talk: Talk, tokens: Tensor) -> Talk:
 
 def _stock(model: Any) -> Any:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def _takes_both(model: Any) -> bool:
-    """Whether the stock model takes the cache under its other name, too."""
-    ids = torch.full((1, 2), 11)
-    try:
-        cache = _stock(model)
-        by_other_name(model, {"input_ids": ids}, cache)
-    except (TypeError, ValueError):
-        return False
-    return bool(cache.get_seq_length() == 2)
 
 
 def _name(call: Call) -> str:
