@@ -105,10 +105,10 @@ def _shuffled(items: list[pytest.Item], random: Random) -> list[pytest.Item]:
 
 
 def _process() -> dict[str, Any]:
-    """What a test could leave to those after it."""
+    """What a test could leave to those after it; torch's compiler names its cache once for all."""
     return {
         "the working directory": os.getcwd(),
-        "the environment": dict(os.environ),
+        "the environment": sorted(i for i in os.environ.items() if not i[0].startswith("TORCHIN")),
         "torch's threads": torch.get_num_threads(),
         "torch's default dtype": torch.get_default_dtype(),
         "torch's gradient mode": torch.is_grad_enabled(),
@@ -134,5 +134,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is None or nextitem.path != item.path:
         before, after = _before.pop(item.path), _process()
         changed = [name for name in before if before[name] != after[name]]
-        assert not changed, f"{item.path.name} leaves other than they were: {', '.join(changed)}"
+        differ = [(before[name], after[name]) for name in changed]
+        assert not changed, f"{item.path.name} leaves other than they were: {changed}: {differ}"
     return done

@@ -35,7 +35,7 @@ ALLOWED = {
     "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},
     "bench": ARTIFACT | MODELS | {"runtime", "profile.uniform"},
     "doctor": ARTIFACT | MODELS | {"profile", "runtime", "bench"},
-    "report": ARTIFACT | MODELS | {"profile", "runtime", "evaluate", "bench", "doctor"},
+    "report": ARTIFACT | MODELS | {"upgrade", "profile", "runtime", "evaluate", "bench", "doctor"},
     "cli": ARTIFACT
     | MODELS
     | {"profile", "runtime", "evaluate", "bench", "doctor", "report", "testbed"},

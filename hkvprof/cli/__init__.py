@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from hkvprof.cli.app import app
-from hkvprof.cli.errors import guarded
+from hkvprof.cli.running import run_command
 
 __all__ = ["app", "main", "run"]
 
@@ -15,14 +15,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line in this process and return its exit code; never raises HkvError."""
     import typer
 
-    command = typer.main.get_command(app)
-    rest = [argument for argument in arguments if argument != "--debug"]
-
-    def invoke() -> None:
-        with command.make_context("hkvprof", rest) as context:
-            command.invoke(context)
-
-    return guarded(invoke, debug=len(rest) < len(arguments))
+    return run_command(typer.main.get_command(app), arguments)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ _WHOLE, _QUICK = (7, "112", "2", "0.05,0.10,0.20"), (1, "8", "1", "0.10")
 
 
 def demo(
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for what is made; made anew each time.")
     ] = Path("hkvprof-demo"),
@@ -31,7 +32,7 @@ def demo(
     ] = False,
 ) -> None:
     """Make calibration samples, calibrate the embedded model, show its profile, evaluate it."""
-    from hkvprof.cli import run
+    from hkvprof.cli.running import run_command
     from hkvprof.evaluate.journal import forget
 
     _check(output)
@@ -51,7 +52,7 @@ def demo(
         typer.echo(f"\n$ hkvprof {shlex.join(words)}")
         sys.stdout.flush()  # before what the command says on stderr
         start = time.perf_counter()
-        if code := run(words):
+        if code := run_command(context.find_root().command, words):
             raise typer.Exit(code)
         typer.echo(f"({time.perf_counter() - start:.0f} s)")
     typer.echo(f"\nAll in {time.perf_counter() - began:.0f} s; see {output}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,12 +12,9 @@ from hkvprof.runtime.attention import attend_where
 from hkvprof.runtime.masks import View
 from hkvprof.runtime.places import dynamic_positions
 
-if TYPE_CHECKING:
-    from hkvprof.runtime.ragged import RaggedLayer
-
 
 def attend_seeing(
-    layer: RaggedLayer, query: Float[Tensor, "rows query_heads new dim"], view: View
+    layer: Any, query: Float[Tensor, "rows query_heads new dim"], view: View
 ) -> Float[Tensor, "rows new query_heads dim"]:
     """As `attend_one` and `attend_many`, of what the mask shows alone.
 
@@ -51,7 +48,7 @@ def attend_seeing(
 
 
 def _hidden_items(
-    layer: RaggedLayer, segment: int, visible: Bool[Tensor, "rows 1 seen"]
+    layer: Any, segment: int, visible: Bool[Tensor, "rows 1 seen"]
 ) -> Bool[Tensor, " items"]:
     """Items of a dynamic head of which no token is seen."""
     head, row = layer.dynamic[segment], segment // layer.kv_heads
@@ -61,7 +58,7 @@ def _hidden_items(
     return ~shown.any(dim=1)
 
 
-def segment_positions(layer: RaggedLayer, segment: int, resident: bool) -> Tensor:
+def segment_positions(layer: Any, segment: int, resident: bool) -> Tensor:
     """See RaggedLayer.positions."""
     head = layer.dynamic.get(segment)
     if head is not None:
