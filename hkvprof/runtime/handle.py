@@ -46,9 +46,9 @@ def apply(
     dense and the receipt says so. With `strict`, a covered layer that was not compressed, a foreign
     cache and a budget that does not fit a prompt raise; without, they stay dense with a reason.
 
-    Generated tokens and later turns join the budget every `compress_every` tokens (static heads are
-    pruned again, full chunks of dynamic heads move to the host); `decode_compression=False` keeps
-    them whole. Dynamic heads: `host_dtype="int8"` halves their host memory, `smoothing` s keeps a
+    Generated tokens and later turns join the budget before they are more than 5% over it, and after
+    `compress_every` tokens at the latest (static heads are pruned again, full chunks of dynamic
+    heads move to the host); `decode_compression=False` keeps them whole. Dynamic heads: `host_dtype="int8"` halves their host memory, `smoothing` s keeps a
     token hot while s times its last score would (fewer transfers), and with `retrieve_every` n only
     every n-th step selects, then with the n - 1 successors of what it picks (docs/retrieval.md).
     `prefetch` c, on CUDA only: selection and reads of host memory for the next step run beside this

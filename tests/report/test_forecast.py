@@ -96,10 +96,9 @@ def test_the_table_holds_the_plans_figures() -> None:
     lines = text(shown).splitlines()
     row = next(line for line in lines if line.startswith("0.2 ")).split("  ")
     cells = [cell.strip() for cell in row if cell.strip()]
-    sizes = (plan.resident_bytes, plan.table_bytes, plan.device_bytes)
-    assert cells[1:4] == [human(size) for size in sizes]
-    held = (plan.resident_bytes + plan.table_bytes) / plan.dense_bytes
-    assert cells[4:6] == [f"{100 * held:.3g}%", human(plan.peak_bytes)]
+    assert cells[1:3] == [human(plan.resident_bytes), f"{100 * plan.resident_share:.3g}%"]
+    sizes = (plan.table_bytes, plan.device_bytes, plan.peak_bytes)
+    assert cells[3:6] == [human(size) for size in sizes]
     assert plan.relative_loss is not None
     assert cells[7] == f"{plan.expected_loss:.3g} ({100 * plan.relative_loss:.3g}%)"
     assert cells[8] == "yes"

@@ -129,7 +129,7 @@ def test_replays_are_steps(
             expected = model(input_ids=one, position_ids=positions, **with_cache(model, plain))
             got = decoder(one)
             torch.testing.assert_close(got, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
-        assert decoder.replays >= steps / 3
+        assert decoder.replays >= steps / 4
         assert plain.get_seq_length() == replayed.get_seq_length() == rows[0] + steps
         for one, other in zip(replayed.covered, plain.covered, strict=True):
             if plain.receipt().query_bytes:
