@@ -1,8 +1,8 @@
 """What a pass may see: attention masks, read once per pass and told to every layer.
 
 transformers gives SDPA no mask where nothing is hidden, else a boolean one [rows, 1, new, seen]
-over logical positions; a user's own 4D mask may be additive. Compressed storage has no pads before a
-row's start, and everything else that it kept: hidden tokens among these are masked exactly.
+over logical positions; a user's own 4D mask may be additive. Compressed storage has no pads before
+a row's start, and everything else that it kept: hidden tokens among these are masked exactly.
 """
 
 from __future__ import annotations
