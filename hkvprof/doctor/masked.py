@@ -30,6 +30,10 @@ _KERNEL = (
     "the decode kernel or the mask of this pass: its output is not attention over these tokens"
 )
 _PREFILL = "the prompt's own attention is not handed to the model's implementation as it was"
+_LENGTHS = (
+    "the cache reports other lengths than the logical ones (get_seq_length, get_mask_sizes), or "
+    "the mask of this pass is made in another way"
+)
 _SILENT = "attention does not pass through hkvprof, or layers kept their dense keys"
 _BEYOND = (
     "something else than attention differs between the runs: positions, masks of layers that are "
@@ -142,6 +146,8 @@ class _Reference:
         was_dense = before is None or before.segments is None
         if call.segments is None or (was_dense and new > 1):
             return self._prefill(seen, call)
+        if self._judge and not _same(seen.mask, call.mask):
+            raise FaultError("the mask differs from that of a stock cache", _LENGTHS)
         key = (seen.number, number)
         if self._judge:
             self._visible[key] = self._what_is_visible(seen, call)
@@ -195,6 +201,12 @@ class _Reference:
             f"{float(tolerance[row, :, query_head].max()):.2g})",
             _explain(seen, call, visible),
         )
+
+
+def _same(mask: Tensor | None, other: Tensor | None) -> bool:
+    if mask is None or other is None:
+        return mask is other
+    return torch.equal(mask, other)
 
 
 def _explain(seen: Seen, call: Call, visible: Tensor) -> str:

@@ -30,10 +30,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call of a layer: its output [rows, new, query_heads, dim], and the segments
-    [row][head] that the layer held right after; None while it is dense."""
+    """One attention call of a layer: its output [rows, new, query_heads, dim], the mask that it
+    got, and the segments [row][head] that the layer held right after; None while it is dense."""
 
     output: Tensor
+    mask: Tensor | None
     segments: list[list[Segment]] | None
 
 
@@ -76,7 +77,7 @@ def record(
         def watch(seen: Seen) -> tuple[Tensor, Any]:
             output, weights = seen.base()
             state = _segments(cache.layers[seen.number], seen.key.shape[0])
-            made.calls[seen.number].append(Call(output.detach().clone(), state))
+            made.calls[seen.number].append(Call(output.detach().clone(), seen.mask, state))
             return output, weights
 
         with watched_attention(patient.view, watch):

@@ -16,12 +16,14 @@ from hkvprof.models.adapter import ModelView
 @dataclass(frozen=True)
 class Seen:
     """One attention call: layer `number` in the model's cache, `query` [rows, query_heads, new,
-    dim], `key` and `value` as its cache returned them; `base()` is what the model would do."""
+    dim], `key` and `value` as its cache returned them, `mask` as it came; `base()` is what the
+    model would do."""
 
     number: int
     query: Tensor
     key: Tensor
     value: Tensor
+    mask: Tensor | None
     scaling: float
     base: Callable[[], tuple[Tensor, Any]]
 
@@ -46,10 +48,11 @@ def watched_attention(view: ModelView, watch: Watch) -> Iterator[None]:
         if id(module) not in covered:  # the vision tower has its own way of calling
             return base(module, *args, **kwargs)
         query, key, value = args[:3]
+        mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         own = functools.partial(base, module, *args, **kwargs)
-        return watch(Seen(module.layer_idx, query, key, value, scale, own))
+        return watch(Seen(module.layer_idx, query, key, value, mask, scale, own))
 
     ALL_ATTENTION_FUNCTIONS[name] = attention
     try:

@@ -219,7 +219,7 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         first = last and not (self._complete or self._reopened)
         if self.number == 0 and (first or not self._shared.starts):
             self._shared.observe_rows(call.mask, call.query.shape[0], rows, self._seen)
-        elif self.number == 0 and not self._shared.planner.keeps_everything:
+        elif self.number == 0 and (self._complete or self._reopened):
             self._shared.look_dense(call.mask, rows, self._seen)
         if not self._complete and last:
             self._complete = True
@@ -234,10 +234,9 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         """Attention over what is kept, of what the mask shows."""
         assert self.ragged is not None
         shared, rows, new = self._shared, call.query.shape[0], call.query.shape[2]
-        if self.number == 0:
-            shared.look(call.mask, new, self._seen)
-        if shared.view is not None:
-            return attend_seeing(self.ragged, call.query, shared.view)
+        view = shared.look(call.mask, new, self._seen, begins=self.number == 0)
+        if view is not None:
+            return attend_seeing(self.ragged, call.query, view)
         if new == 1:
             return self.ragged.attend_one(call.query)
         own = own_block(call.mask, rows, new, self._seen, call.query.device)

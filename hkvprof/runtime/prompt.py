@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class Conversation:
     prompt. `generating` says that `generate` runs: passes of several tokens beyond the goal are
     guesses then, and a turn's tokens otherwise. `starts` is the first valid position of every batch
     row (left padding before it). `view` is what the running pass sees of compressed layers and
-    `hidden` what the last one hid from its last token, both None where nothing is hidden.
+    `hidden` what the last one hid from its last token, both None where nothing is hidden; `looked`
+    is the mask that they were read from.
     `token_ids` [rows, tokens] is filled where a strategy asks which tokens are text, or the monitor
     (`watched`).
     """
@@ -40,6 +42,7 @@ class Conversation:
     watched: bool = False
     starts: tuple[int, ...] = ()
     view: View | None = None
+    looked: weakref.ref[Tensor] | None = None
     hidden: Bool[Tensor, "rows seen"] | None = None
     token_ids: Tensor | None = None
     rope_deltas: Tensor | None = None
@@ -56,18 +59,26 @@ class Conversation:
 
     def observe_rows(self, mask: Tensor | None, rows: int, new: int, tokens: int) -> None:
         """Learn the rows' starts from the mask of a pass; the first covered layer does."""
-        self.starts, self.view, self.hidden = row_starts(mask, rows, new, tokens), None, None
+        plain = self.planner.keeps_everything  # any mask is the model's own affair then
+        self.starts = row_starts(None if plain else mask, rows, new, tokens)
+        self.view = self.hidden = self.looked = None
 
     def look_dense(self, mask: Tensor | None, new: int, seen: int) -> None:
         """Of a pass over dense layers: they need no view, later compressions what was hidden."""
         rows = len(self.starts)
-        self.view = None
-        self.hidden = None if mask is None else ~to_bool(mask, rows, new, seen)[:, -1]
+        self.view = self.looked = None
+        self.hidden = None
+        if mask is not None and not self.planner.keeps_everything:
+            self.hidden = ~to_bool(mask, rows, new, seen)[:, -1]
 
-    def look(self, mask: Tensor | None, new: int, seen: int) -> None:
-        """Read the mask of a pass after the prompt; the first covered layer does, for all."""
-        self.view = read_view(mask, self.starts, new, seen)
-        self.hidden = None if self.view is None else self.view.hidden
+    def look(self, mask: Tensor | None, new: int, seen: int, begins: bool) -> View | None:
+        """Read the mask of a pass after the prompt; the first covered layer does (`begins`), others
+        where they get another one."""
+        if begins or mask is None or self.looked is None or self.looked() is not mask:
+            self.view = read_view(mask, self.starts, new, seen)
+            self.hidden = None if self.view is None else self.view.hidden
+            self.looked = None if mask is None else weakref.ref(mask)
+        return self.view
 
     def shown(self, row: int, positions: Any) -> Bool[Tensor, " tokens"] | None:
         """Which tokens of a row at these positions the latest pass saw; None where all of them."""
@@ -126,11 +137,12 @@ class Conversation:
             self.starts = tuple(self.starts[row] for row in rows)
         if self.token_ids is not None:
             self.token_ids = self.token_ids[rows]
+        self.looked = None
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
 
     def reset(self) -> None:
         """Forget the conversation."""
         self.goal, self.starts = None, ()
-        self.token_ids = self.rope_deltas = self.view = self.hidden = None
+        self.token_ids = self.rope_deltas = self.view = self.hidden = self.looked = None
         self.meter.clear()

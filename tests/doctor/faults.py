@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from hkvprof.models import adapter, attention
 from hkvprof.models.architectures import Adapter
-from hkvprof.runtime import packing, prompt, ragged
+from hkvprof.runtime import layer, packing, prompt, ragged
 from hkvprof.runtime.cache import CompressedCache
 from hkvprof.runtime.handle import Handle
 from hkvprof.runtime.host import DynamicHead, HostChunks
@@ -138,17 +138,6 @@ def reset_forgets_nothing_but_keys(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CompressedLayer, "reset", reset)
 
 
-def reset_leaves_the_prompt_complete(patch: pytest.MonkeyPatch) -> None:
-    own = CompressedLayer.reset
-
-    def reset(self: CompressedLayer) -> None:
-        complete = self._complete
-        own(self)
-        self._complete = complete
-
-    patch.setattr(CompressedLayer, "reset", reset)
-
-
 def retrieval_bound_to_old_storage(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Retriever, "unbind", Retriever.join)
 
@@ -213,10 +202,10 @@ def tail_pruned_by_other_queries(patch: pytest.MonkeyPatch) -> None:
 
 
 def later_tokens_are_seen(patch: pytest.MonkeyPatch) -> None:
-    def visible(self: CompressedLayer, mask: Tensor | None, rows: int) -> Tensor:
-        return torch.ones(len(self._shared.starts), rows, rows, dtype=torch.bool)
+    def all_of_them(mask: Tensor | None, rows: int, new: int, *rest: Any) -> Tensor:
+        return torch.ones(rows, new, new, dtype=torch.bool)
 
-    patch.setattr(CompressedLayer, "_visible", visible)
+    patch.setattr(layer, "own_block", all_of_them)
 
 
 def dense_keys_kept_by_the_layer(patch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,27 @@ def test_a_batch_continues_a_shared_prefix_with_pads_in_the_middle(llama: Any, t
         assert (got[1] - expected[1]).abs().max() <= 1e-4 * expected[1].abs().max()
 
 
+@torch.no_grad()
+def test_at_budget_one_any_mask_is_the_models_own_affair(llama: Any) -> None:
+    ids, step = token_ids(2, 90), token_ids(2, 1, seed=4)
+    masks = [torch.randn(2, 4, 90, 90), torch.randn(2, 4, 1, 91)]
+    right = torch.ones(2, 90, dtype=torch.long)
+    right[1, 70:] = 0
+    outs = []
+    with apply(llama, profile_of(llama, "mixed"), budget=1.0) as handle:
+        for cache in (handle.new_cache(), handle.new_cache()):
+            outs.append(llama(input_ids=ids, attention_mask=masks[0], **with_cache(llama, cache)))
+            outs.append(llama(input_ids=step, attention_mask=masks[1], **with_cache(llama, cache)))
+            cache.reset()
+            outs.append(llama(input_ids=ids, attention_mask=right, **with_cache(llama, cache)))
+    dense = []
+    for cache in (DynamicCache(config=llama.config), DynamicCache(config=llama.config)):
+        dense.append(llama(input_ids=ids, attention_mask=masks[0], **with_cache(llama, cache)))
+        dense.append(llama(input_ids=step, attention_mask=masks[1], **with_cache(llama, cache)))
+        dense.append(llama(input_ids=ids, attention_mask=right))
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(outs, dense, strict=True))
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 
