@@ -153,6 +153,7 @@ def calibrate(
             foretell(model, load, samples.samples, place, how, as_json)
             return
         group.from_leader(lambda: place.prepare(samples.samples, resume))
+        _require_tested_seam()
         loaded, processor = options.open_model(
             model, dtype, own_device(device, fsdp), device_map, group.size if fsdp else None
         )
@@ -166,6 +167,14 @@ def calibrate(
             )  # fmt: skip
             if group.leads:
                 _finish(profile, data, samples, place, force)
+
+
+def _require_tested_seam() -> None:
+    """Calibration hooks models as `apply` does, and asks the same of transformers."""
+    from hkvprof.runtime import apply
+    from hkvprof.runtime.selfcheck import require_tested_seam
+
+    require_tested_seam(apply)
 
 
 def _finish(profile: Profile, data: str, samples: LoadedSamples, place: Place, force: bool) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from hkvprof.cli import run
 from hkvprof.errors import HkvWarning, ModelError
 from hkvprof.models.tested import TESTED
 from hkvprof.profile.uniform import uniform_profile
@@ -198,3 +199,14 @@ def test_nothing_is_disturbed(untested: Path, grad: bool) -> None:
     finally:
         torch.set_default_dtype(dtype)
     assert list(untested.rglob("*.json"))
+
+
+def test_calibration_is_checked_before_the_model_is_loaded(
+    checks: list[str], untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks.append("the cache is called otherwise")
+    line = ["calibrate", "--model", "tinyvl", "--data", "calibration/mini", "--max-samples", "1"]
+    assert run([*line, "-o", str(tmp_path / "made.hkv.safetensors")]) != 0
+    said = capsys.readouterr().err
+    assert "the cache is called otherwise" in said
+    assert "loading" not in said
