@@ -22,7 +22,14 @@ from hkvprof.artifact import ProjectedIndexTables
 from hkvprof.checks import check_index, expect, expect_shares, require
 from hkvprof.container import read_container
 from hkvprof.errors import ProfileError, UsageError
-from hkvprof.files import is_part, remove_stale, writable, write_atomically, write_once
+from hkvprof.files import (
+    is_part,
+    read_limited,
+    remove_stale,
+    writable,
+    write_atomically,
+    write_once,
+)
 from hkvprof.profile.conditions import Conditions
 from hkvprof.profile.sample_statistics import SampleStatistics
 
@@ -172,9 +179,7 @@ def read_conditions(path: Path) -> Conditions:
     """The conditions of a folder. Raises UsageError."""
     file = path / CONDITIONS
     try:
-        if file.stat().st_size > _MOST_CONDITIONS_BYTES:
-            raise ValueError("the file is too large")
-        return Conditions.from_json(file.read_text(encoding="utf-8"))
+        return Conditions.from_json(read_limited(file, _MOST_CONDITIONS_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(
             f"{path} holds no rows: expected a folder made by `hkvprof calibrate --rows`"
