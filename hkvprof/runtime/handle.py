@@ -48,9 +48,10 @@ def apply(
 
     Generated tokens and later turns join the budget before they are more than 5% over it, and after
     `compress_every` tokens at the latest (static heads are pruned again, full chunks of dynamic
-    heads move to the host); `decode_compression=False` keeps them whole. Dynamic heads: `host_dtype="int8"` halves their host memory, `smoothing` s keeps a
-    token hot while s times its last score would (fewer transfers), and with `retrieve_every` n only
-    every n-th step selects, then with the n - 1 successors of what it picks (docs/retrieval.md).
+    heads move to the host); `decode_compression=False` keeps them whole. Dynamic heads:
+    `host_dtype="int8"` halves their host memory, `smoothing` s keeps a token hot while s times its
+    last score would (fewer transfers), and with `retrieve_every` n only every n-th step selects,
+    then with the n - 1 successors of what it picks (docs/retrieval.md).
     `prefetch` c, on CUDA only: selection and reads of host memory for the next step run beside this
     one, but for heads whose query has a cosine below c to its last (0.85; docs/gpu.md).
 
