@@ -96,6 +96,14 @@ class Call:
         self.set(self.signature.keyword, cache)
 
     @property
+    def rows(self) -> int | None:
+        """Batch rows of the ids or embeddings; None where neither was given."""
+        for name in ("input_ids", "inputs_embeds"):
+            if (found := self.get(name)) is not None:
+                return int(found.shape[0])
+        return None
+
+    @property
     def others(self) -> dict[str, Any]:
         """Keywords that the signature does not name."""
         return {k: v for k, v in self.kwargs.items() if k not in self.signature.named}

@@ -15,8 +15,10 @@ from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import guarded, hook_attention, is_hooked, refuse_features
 from hkvprof.models.forward import Call, Signature, rope_holder
 from hkvprof.models.overrides import Overrides
+from hkvprof.policy.budget import Budget
 from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.monitor import Monitor
+from hkvprof.runtime.options import require_count
 from hkvprof.runtime.passes import Owner, current_pass
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.receipt import LayerAccount, Meter
@@ -25,6 +27,7 @@ HANDLE = "_hkvprof_handle"
 """The attribute under which a model keeps its handle."""
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 _WITHOUT = "the pass used no cache (use_cache is false)"
+_TRAINING = "the pass was part of training"
 _FOREIGN = "the pass used a cache that hkvprof did not make"
 _ROUND = (
     "attention was reached without hkvprof's cache: a part of the model (such as model.model) was "
@@ -71,13 +74,21 @@ class Binding:
             if was_attached:
                 self._hooks.close()
 
-    def new_cache(self, prompt_tokens: int | None) -> CompressedCache:
-        """A cache that only this model fills."""
+    def new_cache(self, prompt_tokens: int | None, dense: bool = False) -> CompressedCache:
+        """A cache that only this model fills.
+
+        `dense` ones hold drafts of assisted decoding, which are taken back when they were wrong.
+        """
         self._owner.require_attached()
+        if prompt_tokens is not None:
+            require_count(prompt_tokens, "prompt_tokens", 1)
         view = self._view
         watch = None if self._monitor is None else self._monitor.watch()
+        planner = self._planner
+        if dense:
+            planner = Planner(planner.profile, Budget.parse(1.0), planner.options)
         return CompressedCache(
-            self._planner, view.grid, view.layer_ids, view.text_config, prompt_tokens, watch,
+            planner, view.grid, view.layer_ids, view.text_config, prompt_tokens, watch,
             self._owner,
         )  # fmt: skip
 
@@ -95,7 +106,11 @@ class Binding:
                 return forward(*call.args, **call.kwargs)
         self._follow(cache)
         cache.conversation.see_ids(call.get("input_ids"), cache.get_seq_length())
-        with self._owner.passing(cache.conversation), self._own_rope_deltas(cache):
+        with (
+            self._owner.passing(cache.conversation),
+            cache.whole_pass(call.rows),
+            self._own_rope_deltas(cache),
+        ):
             output = forward(*call.args, **call.kwargs)
         if self._strict:
             cache.check_compressed()
@@ -110,7 +125,7 @@ class Binding:
             self._foreign(given)
             return None
         if self.model.training or not self._uses_cache(call):
-            self._tell(_WITHOUT)
+            self._tell(_TRAINING if self.model.training else _WITHOUT)
             return None
         cache = self.new_cache(None)
         call.set_cache(cache)
@@ -155,7 +170,8 @@ class Binding:
         elif config.use_cache is False and not _from_embeddings(call):
             self._warn_without_cache()
         else:
-            cache = self.new_cache(_prompt_length(call, config))
+            drafts = bool(getattr(config, "is_assistant", False))
+            cache = self.new_cache(_prompt_length(call, config), dense=drafts)
             call.set_cache(cache)
         own = cache if isinstance(cache, CompressedCache) else None
         token = _GENERATING.set(_GENERATING.get() or own)
@@ -170,6 +186,11 @@ class Binding:
 
         Raises ModelError for what cannot be combined with a compressed cache.
         """
+        if self.model.training and _checkpoints(self.model):
+            raise ModelError(
+                "generate() in training mode under gradient checkpointing uses no cache: call "
+                "model.eval() first"
+            )
         if isinstance(call.get("custom_generate"), str):
             raise ModelError(
                 "custom_generate with a repository's name replaces transformers' generation and is "
@@ -214,6 +235,9 @@ class Binding:
     def _unmarked(self, module: nn.Module) -> None:
         """A covered layer attends to keys that are not of a compressed cache."""
         now = current_pass()
+        if now is None and module.training:  # what gradient checkpointing computes again
+            self._tell(_TRAINING)
+            return
         within = now is not None and now.owner is self._owner
         if within and now is not None and now.conversation is None:
             return
@@ -280,8 +304,13 @@ def _prompt_length(call: Call, config: Any) -> int | None:
     if getattr(config, "token_healing", False):
         return None  # takes tokens off the prompt
     for name in ("inputs_embeds", "input_ids", "inputs"):
-        if (found := call.get(name)) is not None:
+        if (found := call.get(name)) is not None and found.ndim > 1:
             mask = call.get("attention_mask")
             whole = mask.shape[1] if mask is not None and mask.ndim == 2 else 0
             return max(int(found.shape[1]), int(whole))
     return None
+
+
+def _checkpoints(model: Any) -> bool:
+    """Whether a part of the model computes its activations again (gradient checkpointing)."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())

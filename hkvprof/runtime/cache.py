@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from hkvprof.errors import CompressionError
+from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import HeadGrid
 from hkvprof.runtime import kernels
 from hkvprof.runtime.copies import LiveState
@@ -93,6 +95,12 @@ class CompressedCache(LiveState, DynamicCache):
         Raises CompressionError outside of a pass of the model that this cache was made for.
         """
         require_pass(self.owner, self.conversation)
+        layer = self.layers[layer_idx]
+        if layer.is_initialized and layer.dtype != key_states.dtype:
+            raise CompressionError(
+                f"this cache holds {layer.dtype}, and the model now computes {key_states.dtype}: "
+                "give the model its dtype back, or start a new cache"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
@@ -100,6 +108,32 @@ class CompressedCache(LiveState, DynamicCache):
         """The accounts behind the receipt."""
         accounts = [layer.account for layer in self.covered]
         return Books(accounts, self.conversation.meter, self.conversation.planner, self._watch)
+
+    @contextmanager
+    def whole_pass(self, rows: int | None) -> Iterator[None]:
+        """Within: a pass with `rows` batch rows fills the cache, in all layers or in none.
+
+        Raises CompressionError for a cache that an earlier pass left half-filled, UsageError for
+        another number of rows than the cache has.
+        """
+        conversation = self.conversation
+        if conversation.broken:
+            raise CompressionError(
+                f"an earlier pass of this cache did not finish ({conversation.broken}) and left "
+                "it half-filled: start a new cache, or go on from a copy.deepcopy made before"
+            )
+        before, known = self.get_seq_length(), len(conversation.starts)
+        if before and rows is not None and known not in (0, rows):
+            raise UsageError(
+                f"the cache holds {known} batch rows and the pass brings {rows}: give as many, or "
+                "start a new cache"
+            )
+        try:
+            yield
+        except BaseException as error:
+            if any(layer.get_seq_length() != before for layer in self.covered):
+                conversation.broken = type(error).__name__
+            raise
 
     def receipt(self) -> Receipt:
         """What is kept now, where, and what it cost."""

@@ -78,6 +78,8 @@ def apply(
             "compress_every must be at least 1; to keep generated tokens whole use "
             "decode_compression=False"
         )
+    if not isinstance(decode_compression, bool):
+        raise UsageError(f"decode_compression must be True or False, found {decode_compression!r}")
     every = compress_every if decode_compression else 0
     options = Options(
         strict, min_tokens, every, host_dtype, smoothing, retrieve_every, prefetch, monitor

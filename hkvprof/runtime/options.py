@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from hkvprof.errors import UsageError
 from hkvprof.policy.costs import SCORE_BYTES, SLOT_BYTES
@@ -15,6 +16,15 @@ SMOOTHING = 0.5
 HOST_DTYPES = ("same", "int8")
 PREFETCH = 0.85
 """Within FreeKV's range for its correction (arXiv 2505.13109)."""
+
+
+def require_count(value: object, name: str, least: int, advice: str = "") -> None:
+    """Raise UsageError unless `value` is a whole number of at least `least`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least:  # type: ignore[call-overload]
+        raise UsageError(
+            f"{name} must be a whole number of at least {max(1, least)}, found {value!r}{advice}"
+        )
 
 
 @dataclass(frozen=True)
@@ -34,21 +44,25 @@ class Options:
     monitor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.min_tokens < 1:
-            raise UsageError(f"min_tokens must be at least 1, found {self.min_tokens}")
-        if self.compress_every < 0:
-            raise UsageError(
-                f"compress_every must be at least 1 token, found {self.compress_every}; to keep "
-                "generated tokens whole use decode_compression=False"
-            )
+        if not isinstance(self.strict, bool):
+            raise UsageError(f"strict must be True or False, found {self.strict!r}")
+        require_count(self.min_tokens, "min_tokens", 1)
+        require_count(
+            self.compress_every, "compress_every", 0,
+            "; to keep generated tokens whole use decode_compression=False",
+        )  # fmt: skip
+        require_count(self.retrieve_every, "retrieve_every", 1)
+        for name in ("smoothing", "monitor", "prefetch"):
+            value = getattr(self, name)
+            absent = name == "prefetch" and value is None
+            if not absent and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise UsageError(f"{name} must be a number, found {value!r}")
         if self.host_dtype not in HOST_DTYPES:
             raise UsageError(
                 f"host_dtype must be one of {', '.join(HOST_DTYPES)}, found {self.host_dtype!r}"
             )
         if not 0 <= self.smoothing < 1:
             raise UsageError(f"smoothing must be in [0, 1), found {self.smoothing}")
-        if self.retrieve_every < 1:
-            raise UsageError(f"retrieve_every must be at least 1, found {self.retrieve_every}")
         if not 0 <= self.monitor <= 1:
             raise UsageError(f"monitor is a share of requests in [0, 1], found {self.monitor}")
         if self.prefetch is None:

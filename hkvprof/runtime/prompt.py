@@ -47,6 +47,8 @@ class Conversation:
     token_ids: Tensor | None = None
     rope_deltas: Tensor | None = None
     meter: Meter = field(default_factory=Meter)
+    broken: str = ""
+    """Why the cache can take no more tokens; empty while it can."""
 
     @contextmanager
     def generation(self) -> Iterator[None]:
@@ -143,6 +145,6 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.goal, self.starts = None, ()
+        self.goal, self.starts, self.broken = None, (), ""
         self.token_ids = self.rope_deltas = self.view = self.hidden = self.looked = None
         self.meter.clear()
