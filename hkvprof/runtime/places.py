@@ -25,21 +25,20 @@ class Places(NeverCopied):
         A choice made on a device is copied without waiting, and waited for when it is asked for.
         """
         self._among: NDArray[np.int32] = among
+        self._kept: Tensor | None = None
         self._written: torch.cuda.Event | None = None
-        self._kept: Tensor | None = kept
-        if kept.is_cuda:
-            self._kept = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
-            self._kept.copy_(kept, non_blocking=True)
-            self._written = torch.cuda.Event()
-            self._written.record()
-        else:
-            self.read()
+        if not kept.is_cuda:
+            self._among = among[np.from_dlpack(kept)]
+            return
+        self._kept = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+        self._kept.copy_(kept, non_blocking=True)
+        self._written = torch.cuda.Event()
+        self._written.record()
 
     def read(self) -> NDArray[np.int32]:
         """The positions."""
-        if self._kept is not None:
-            if self._written is not None:
-                self._written.synchronize()
+        if self._kept is not None and self._written is not None:
+            self._written.synchronize()
             self._among = self._among[self._kept.numpy()]
             self._kept = self._written = None
         return self._among

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -177,7 +177,7 @@ class RaggedLayer(LiveState):
         state = self.dynamic.get(segment)
         shown = None
         if state is None and self._shared.hidden is not None:
-            shown = self._shared.shown(row, self.positions(segment, resident=True))
+            shown = self._shared.shown(row, segment_positions(self, segment, resident=True))
         attention = self._lazy_attention(query, key[None], shown)
         if len(key) == tokens and state is None:
             return self._pack(row, head, query[:, -1], attention, key, value, flags)
@@ -356,11 +356,6 @@ class RaggedLayer(LiveState):
     def start(self, row: int) -> int:
         """First position of a row, after its padding."""
         return self._shared.starts[row]
-
-    def positions(self, segment: int, resident: bool) -> Int[Tensor, " tokens"]:
-        """Positions of a segment's tokens in their order, or (of dynamic heads, unless `resident`)
-        in that of `DynamicHead.all_tokens`; on the device."""
-        return segment_positions(self, segment, resident)
 
     def known_positions(self, segment: int) -> NDArray[np.int32]:
         """Positions of the tokens of a segment that is not dynamic, tail included."""

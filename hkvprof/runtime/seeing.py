@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.runtime.attention import attend_where
+from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.masks import View
 from hkvprof.runtime.places import dynamic_positions
+from hkvprof.runtime.receipt import LayerAccount
+from hkvprof.runtime.retrieving import Retriever
+from hkvprof.runtime.storage import RaggedStorage
+
+
+class Kept(Protocol):
+    """What a compressed layer holds, and where its tokens stand (runtime.ragged)."""
+
+    account: LayerAccount
+    dynamic: Mapping[int, DynamicHead]
+    kv_heads: int
+    retriever: Retriever
+    scaling: float
+    storage: RaggedStorage
+
+    def start(self, row: int) -> int:
+        """First position of a row."""
+        ...
+
+    def known_positions(self, segment: int) -> NDArray[np.int32]:
+        """Of the tokens of a segment that is not dynamic."""
+        ...
 
 
 def attend_seeing(
-    layer: Any, query: Float[Tensor, "rows query_heads new dim"], view: View
+    layer: Kept, query: Float[Tensor, "rows query_heads new dim"], view: View
 ) -> Float[Tensor, "rows new query_heads dim"]:
     """As `attend_one` and `attend_many`, of what the mask shows alone.
 
@@ -37,7 +63,7 @@ def attend_seeing(
     for segment in range(storage.segments):
         row = segment // layer.kv_heads
         key, value = storage.keys(segment), storage.values(segment)
-        positions = layer.positions(segment, resident=new == 1)
+        positions = segment_positions(layer, segment, resident=new == 1)
         head = layer.dynamic.get(segment)
         if head is not None and new > 1:
             key, value = head.all_tokens(key, value)
@@ -48,7 +74,7 @@ def attend_seeing(
 
 
 def _hidden_items(
-    layer: Any, segment: int, visible: Bool[Tensor, "rows 1 seen"]
+    layer: Kept, segment: int, visible: Bool[Tensor, "rows 1 seen"]
 ) -> Bool[Tensor, " items"]:
     """Items of a dynamic head of which no token is seen."""
     head, row = layer.dynamic[segment], segment // layer.kv_heads
@@ -58,8 +84,9 @@ def _hidden_items(
     return ~shown.any(dim=1)
 
 
-def segment_positions(layer: Any, segment: int, resident: bool) -> Tensor:
-    """See RaggedLayer.positions."""
+def segment_positions(layer: Kept, segment: int, resident: bool) -> Int[Tensor, " tokens"]:
+    """Positions of a segment's tokens in their order, or (of dynamic heads, unless `resident`) in
+    that of `DynamicHead.all_tokens`; on the device."""
     head = layer.dynamic.get(segment)
     if head is not None:
         start = layer.start(segment // layer.kv_heads)

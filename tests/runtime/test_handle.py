@@ -178,7 +178,7 @@ def test_dense_keys_are_gone_after_prefill(llama: Any) -> None:
 
     def count(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         layers = kwargs[cache_keyword(module.forward)].covered
-        seen.append(sum(layer.keys is not None for layer in layers))
+        seen.append(sum(layer.is_whole for layer in layers))
 
     hooks = [
         layer.self_attn.register_forward_hook(count, with_kwargs=True)

@@ -130,5 +130,5 @@ def test_prompt_tokens_must_be_a_count(tokens: Any) -> None:
     new_cache: Callable[..., Any]
     with apply(model, uniform_profile(model), budget=0.3) as handle:
         new_cache = handle.new_cache
-        with pytest.raises(UsageError, match="prompt_tokens must be a whole number"):
+        with pytest.raises(UsageError, match="prompt_tokens must"):
             new_cache(tokens)
