@@ -22,6 +22,12 @@ from hkvprof.runtime.options import require_count
 from hkvprof.runtime.passes import Owner, current_pass
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.receipt import LayerAccount, Meter
+from hkvprof.runtime.requests import (
+    checkpoints,
+    from_embeddings,
+    prompt_length,
+    refuse_batching,
+)
 
 HANDLE = "_hkvprof_handle"
 """The attribute under which a model keeps its handle."""
@@ -65,7 +71,7 @@ class Binding:
         self._hooks.callback(hook_attention(self.model))
         self._hooks.enter_context(guarded(self._view.attention, self._unmarked))
         methods = {"forward": self._on_forward, "generate": self._on_generate}
-        methods |= {name: _refuse_batching for name in _BATCHING if hasattr(self.model, name)}
+        methods |= {name: refuse_batching for name in _BATCHING if hasattr(self.model, name)}
         self._hooks.callback(Overrides(self.model, methods, {HANDLE: handle}).restore)
 
     def release(self) -> None:
@@ -163,15 +169,15 @@ class Binding:
         cache = call.cache
         if isinstance(cache, CompressedCache):
             if self._own(cache).get_seq_length() == 0 or _GENERATING.get() is None:
-                cache.conversation.goal = _prompt_length(call, config)
+                cache.conversation.goal = prompt_length(call, config)
             self._place_rope_deltas(cache)
         elif cache is not None:
             self._foreign(cache)
-        elif config.use_cache is False and not _from_embeddings(call):
+        elif config.use_cache is False and not from_embeddings(call):
             self._warn_without_cache()
         else:
             drafts = bool(getattr(config, "is_assistant", False))
-            cache = self.new_cache(_prompt_length(call, config), dense=drafts)
+            cache = self.new_cache(prompt_length(call, config), dense=drafts)
             call.set_cache(cache)
         own = cache if isinstance(cache, CompressedCache) else None
         token = _GENERATING.set(_GENERATING.get() or own)
@@ -186,7 +192,7 @@ class Binding:
 
         Raises ModelError for what cannot be combined with a compressed cache.
         """
-        if self.model.training and _checkpoints(self.model):
+        if self.model.training and checkpoints(self.model):
             raise ModelError(
                 "generate() in training mode under gradient checkpointing uses no cache: call "
                 "model.eval() first"
@@ -281,36 +287,3 @@ class Binding:
                 "the model's attention implementation was changed while a profile is applied: "
                 "detach, change it, and apply again"
             )
-
-
-def _refuse_batching(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise ModelError(
-        "continuous batching (generate_batch) brings a paged cache of its own, which hkvprof does "
-        "not compress: use generate(), or detach first"
-    )
-
-
-def _from_embeddings(call: Call) -> bool:
-    """Whether `generate` starts from embeddings: then it uses a cache whatever the config says."""
-    ids = call.get("inputs") if call.get("inputs") is not None else call.get("input_ids")
-    return ids is None and call.get("inputs_embeds") is not None
-
-
-def _prompt_length(call: Call, config: Any) -> int | None:
-    """Positions of the prompt that `generate` was given, where it is known beforehand.
-
-    With a cache that holds some of them, tokens may be the new ones alone; the mask is of all.
-    """
-    if getattr(config, "token_healing", False):
-        return None  # takes tokens off the prompt
-    for name in ("inputs_embeds", "input_ids", "inputs"):
-        if (found := call.get(name)) is not None and found.ndim > 1:
-            mask = call.get("attention_mask")
-            whole = mask.shape[1] if mask is not None and mask.ndim == 2 else 0
-            return max(int(found.shape[1]), int(whole))
-    return None
-
-
-def _checkpoints(model: Any) -> bool:
-    """Whether a part of the model computes its activations again (gradient checkpointing)."""
-    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())

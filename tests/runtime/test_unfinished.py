@@ -73,7 +73,7 @@ def test_another_dtype_is_refused(budget: float) -> None:
         cache = handle.new_cache()
         model(input_ids=IDS, **with_cache(model, cache))
         model.to(torch.bfloat16)
-        with pytest.raises(CompressionError, match="holds torch.float32"):
+        with pytest.raises(CompressionError, match=r"holds torch\.float32"):
             model(input_ids=STEP, **with_cache(model, cache))
         assert cache_of(model(input_ids=IDS)).get_seq_length() == 200
 
