@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +23,7 @@ class Kept(Protocol):
     """What a compressed layer holds, and where its tokens stand (runtime.ragged)."""
 
     account: LayerAccount
-    dynamic: Mapping[int, DynamicHead]
+    dynamic: dict[int, DynamicHead]
     kv_heads: int
     retriever: Retriever
     scaling: float
