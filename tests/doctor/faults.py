@@ -15,8 +15,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from hkvprof.models import adapter, attention
 from hkvprof.models.architectures import Adapter
 from hkvprof.runtime import layer, packing, prompt, ragged
+from hkvprof.runtime.binding import Binding
 from hkvprof.runtime.cache import CompressedCache
-from hkvprof.runtime.handle import Handle
 from hkvprof.runtime.host import DynamicHead, HostChunks
 from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from hkvprof.runtime.layer import CompressedLayer
@@ -51,15 +51,15 @@ def stored_length_in_masks(patch: pytest.MonkeyPatch) -> None:
 
 
 def rope_deltas_not_exchanged(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Handle, "_exchange_rope_deltas", lambda self, cache: None)
+    patch.setattr(Binding, "_place_rope_deltas", lambda self, cache: None)
 
 
 def rope_deltas_lost(patch: pytest.MonkeyPatch) -> None:
-    def put(self: Handle, cache: CompressedCache) -> None:
+    def put(self: Binding, cache: CompressedCache) -> None:
         if cache.get_seq_length() > 0:
             self.model.model.rope_deltas = torch.zeros_like(self.model.model.rope_deltas)
 
-    patch.setattr(Handle, "_exchange_rope_deltas", put)
+    patch.setattr(Binding, "_place_rope_deltas", put)
 
 
 def heads_grouped_by_remainder(patch: pytest.MonkeyPatch) -> None:
@@ -259,9 +259,9 @@ def detach_leaves_the_attention(patch: pytest.MonkeyPatch) -> None:
 
         return partly
 
-    from hkvprof.runtime import handle
+    from hkvprof.runtime import binding
 
-    patch.setattr(handle, "hook_attention", hook)
+    patch.setattr(binding, "hook_attention", hook)
 
 
 def conversations_share_their_starts(patch: pytest.MonkeyPatch) -> None:
