@@ -56,7 +56,7 @@ class Binding:
         self.books: Books | None = None
         self._view, self._planner, self._strict = view, planner, handle.strict
         self._monitor = Monitor.of(planner, view.layer_ids)
-        self._owner = Owner(type(self.model).__name__)
+        self._owner = Owner(self.model)
         self._forward = Signature(self.model.forward)
         self._generate = Signature(self.model.generate, self._forward.keyword)
         self._has_warned = False
@@ -221,12 +221,17 @@ class Binding:
     # -- what is told --------------------------------------------------------------------------
 
     def _own(self, cache: CompressedCache) -> CompressedCache:
-        """The cache, if it was made for this model under this handle. Raises CompressionError."""
+        """The cache, if it was made for this model. Raises CompressionError for another's.
+
+        One of an earlier `apply` goes on under the plan that it was made with.
+        """
         if cache.owner is not self._owner:
-            raise CompressionError(
-                "this cache was made by another handle (of another model, or of an earlier apply): "
-                "use the handle that made it, or a new cache"
-            )
+            if cache.owner is None or cache.owner.model() is not self.model:
+                raise CompressionError(
+                    "this cache was made for another model: use the model it was made for, or a "
+                    "new cache"
+                )
+            cache.owner = self._owner
         return cache
 
     def _foreign(self, cache: Any) -> None:

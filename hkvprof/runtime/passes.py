@@ -8,6 +8,7 @@ keys; so its `update` asks here first.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ class Owner:
     Counts running passes, so that nobody takes the profile off a model below a pass.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, model: Any) -> None:
+        self.name = type(model).__name__
+        self.model = weakref.ref(model)
         self.attached = True
         self.alone = threading.RLock()
         """Held by passes that keep something on the model; others run side by side."""

@@ -92,7 +92,8 @@ def test_everything_kept_is_bit_identical(name: str) -> None:
 def test_every_covered_layer_is_compressed(name: str, types: str) -> None:
     model, inputs, expected = prepared(name)
     profile = uniform_profile(model, types)
-    with apply(model, profile, budget=0.3) as handle:
+    budget = 0.5 if types == "dynamic" else 0.3  # every row holds an index of its own
+    with apply(model, profile, budget=budget) as handle:
         cache = handle.new_cache()
         with torch.no_grad():
             prefill = model(**inputs, **with_cache(model, cache)).logits
@@ -100,7 +101,7 @@ def test_every_covered_layer_is_compressed(name: str, types: str) -> None:
         found = logits(model, inputs, handle)
     covered = [i for i, layer in enumerate(cache.layers) if isinstance(layer, CompressedLayer)]
     assert len(covered) == profile.grid.layers == receipt.compressed_layers
-    assert receipt.resident_share <= 0.3
+    assert receipt.resident_share <= budget
     assert (receipt.host_bytes > 0) is (types == "dynamic")
     assert torch.equal(prefill, expected[0]), "the prompt itself is attended to densely"
     assert all(bool(step.isfinite().all()) for step in found)

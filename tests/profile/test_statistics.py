@@ -409,7 +409,9 @@ def test_losses_are_those_of_the_runtime_at_the_first_layer(
     dense = run_first_layer(model, view, inputs, ids, [(0, len(ids))], None)
     passes = list(runtime_passes(traced.continuation))
     assert max(end - start for start, end in passes) > 5  # there are later questions
-    with apply(model, profile, budget=ratio, smoothing=0.0) as handle:
+    # Losses are of what the prompt keeps: what comes after it stays whole.
+    whole = {"smoothing": 0.0, "decode_compression": False}
+    with apply(model, profile, budget=ratio, **whole) as handle:
         cache = handle.new_cache()
         pruned = run_first_layer(model, view, inputs, ids, passes, cache)
         assert cache.receipt().compressed_layers == 6

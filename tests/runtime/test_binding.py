@@ -504,13 +504,15 @@ def test_a_cache_is_useless_after_detach(left: tuple[Any, Any, Any]) -> None:
         random_llama()(input_ids=IDS[:, :1], **with_cache(model, cache))
 
 
-def test_a_cache_of_an_earlier_apply_is_refused(left: tuple[Any, Any, Any]) -> None:
+def test_a_cache_goes_on_under_a_later_apply_to_its_model(left: tuple[Any, Any, Any]) -> None:
     model, profile, cache = left
-    with apply(model, profile, budget=0.5):
-        with pytest.raises(CompressionError, match="another handle"):
-            model(input_ids=IDS[:, :1], **with_cache(model, cache))
-        with pytest.raises(CompressionError, match="another handle"):
-            model.generate(input_ids=IDS, **GREEDY, **with_cache(model, cache))
+    with torch.no_grad(), apply(model, profile, budget=0.5) as handle:
+        whole = handle.new_cache()
+        model(input_ids=IDS, **with_cache(model, whole))
+        expected = model(input_ids=IDS[:, :1], **with_cache(model, whole)).logits
+        found = model(input_ids=IDS[:, :1], **with_cache(model, cache)).logits
+        assert torch.equal(found, expected)
+        assert handle.receipt() == cache.receipt()
 
 
 @pytest.mark.parametrize("applied", [False, True])
@@ -522,7 +524,7 @@ def test_another_model_cannot_use_a_cache(llama: Any, applied: bool) -> None:
             stack.enter_context(apply(other, profile, budget=0.5))
         cache = handle.new_cache()
         llama(input_ids=IDS, **with_cache(llama, cache))
-        with pytest.raises(CompressionError, match=r"another (handle|model)"):
+        with pytest.raises(CompressionError, match="another model"):
             other(input_ids=IDS[:, :1], **with_cache(other, cache))
 
 

@@ -154,7 +154,7 @@ def test_losses_between_measured_ratios(subject: Subject) -> None:
 
 def test_even_dynamic_shares_where_measured_ratios_are_too_coarse(subject: Subject) -> None:
     heads = chosen(subject, "all_dynamic", 0.05)
-    assert {plan.ratio for plan in heads} == {0.05}
+    assert {round(plan.ratio, 6) for plan in heads} == {0.05}  # in float32
     assert {plan.strategy.head_type for plan in heads} == {HeadType.DYNAMIC}
 
 
