@@ -125,6 +125,8 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
             if self.parked is not None:
                 raise CompressionError("a prompt cannot be cropped between its prefill chunks")
             super().crop(-count)
+            if self.keys is not None and self.values is not None:  # views hold what is forgotten
+                self.keys, self.values = self.keys.clone(), self.values.clone()
         elif count > self.ragged.tail:
             raise CompressionError(
                 f"cannot remove {count} tokens: only the {self.ragged.tail} tokens since the last "

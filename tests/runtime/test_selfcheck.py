@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from hkvprof.cli import run
 from hkvprof.errors import HkvWarning, ModelError
+from hkvprof.models import tested
 from hkvprof.models.tested import TESTED
 from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import apply, selfcheck
@@ -27,7 +27,8 @@ UNTESTED = "5.999.0"
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A process that has imported a release of which nothing is known; its cache folder."""
-    monkeypatch.setattr(transformers, "__version__", UNTESTED)
+    for user in (tested, selfcheck):  # what they imported, whatever other tests import again
+        monkeypatch.setattr(user.transformers, "__version__", UNTESTED)
     monkeypatch.setattr(selfcheck, "_OUTCOME", selfcheck._Outcome())
     monkeypatch.setenv("HKVPROF_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(selfcheck.OVERRIDE, raising=False)
@@ -83,7 +84,7 @@ def test_the_releases_tested_are_those_of_the_constraints() -> None:
 def test_a_tested_release_is_not_checked(
     llama: Any, checks: list[str], untested: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", TESTED[0])
+    monkeypatch.setattr(tested.transformers, "__version__", TESTED[0])
     use(llama)
     assert checks == []
 
@@ -100,7 +101,7 @@ def test_the_check_runs_once_in_a_process_and_once_on_a_machine(
     use(llama)
     assert len(checks) == 1
     monkeypatch.setattr(selfcheck, "_OUTCOME", selfcheck._Outcome())
-    monkeypatch.setattr(transformers, "__version__", "5.999.1")
+    monkeypatch.setattr(tested.transformers, "__version__", "5.999.1")
     use(llama)
     assert len(checks) == 2
 

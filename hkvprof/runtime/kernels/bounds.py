@@ -48,11 +48,14 @@ def check_head(head: DynamicSegment, key: Tensor, smoothing: float) -> None:
     require(0 <= head.hot_start <= end, "hot slots within the storage")
     require(slots.dtype == torch.int32 and slots.dim() == 1, "slots as int32")
     require(slots.is_contiguous(), "slots without gaps")
-    if slots.device.type == "cpu":  # to look at others would make the host wait for the device
-        low, high = slots.aminmax()
-        require(0 <= int(low) <= int(high) < head.items, "slots that hold items of the host")
     _check_floats(head, dim, smoothing)
     _check_index(head.index, head.items, dim)
+
+
+def check_slots(head: DynamicSegment) -> None:
+    """That hot slots hold items of the host; for kernels on the CPU, because it reads the slots."""
+    low, high = head.slots.aminmax()
+    require(0 <= int(low) <= int(high) < head.items, "slots that hold items of the host")
 
 
 def _check_floats(head: DynamicSegment, dim: int, smoothing: float) -> None:

@@ -16,6 +16,7 @@ from hkvprof.runtime.kernels import loading
 from hkvprof.runtime.kernels.bounds import (
     check_extents,
     check_head,
+    check_slots,
     check_storage,
     check_subspaces,
     require,
@@ -260,6 +261,7 @@ class NativeRetrieval:
 
     def _describe(self, head: DynamicSegment) -> loading.Head:
         check_head(head, self.key, self._smoothing)
+        check_slots(head)
         native = loading.Head(
             segment=head.segment,
             items=head.items,

@@ -29,6 +29,8 @@ def test_it_is_refused_by_name(name: str) -> None:
 
 
 ELSEWHERE = {
+    "a negative slot",  # slots lie on the device, and reading them would make the host wait
+    "a slot past the items",
     "a segment that ends past the storage",  # extents lie on the device
     "a segment that begins before it",
     "a negative length",
