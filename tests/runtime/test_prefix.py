@@ -95,10 +95,15 @@ def test_near_the_dense_model_when_nearly_all_is_kept(llama: Any, new_alone: boo
 def test_the_rest_may_come_in_chunks(llama: Any, types: str, chunk: int | None) -> None:
     prefix = token_ids(2, 40)
     prompt = torch.cat([prefix, token_ids(2, 150, seed=3)], dim=1)
+    stock = DynamicCache(config=llama.config)
+    llama(input_ids=prefix, **with_cache(llama, stock))
+    options = {**GREEDY, "prefill_chunk_size": chunk}
+    llama.generate(input_ids=prompt, **with_cache(llama, stock), **options)
+    if stock.get_seq_length() != 190 + GREEDY["max_new_tokens"] - 1:
+        pytest.skip("transformers 5.16 reads chunks of the prefix again")
     with apply(llama, profile_of(llama, types), budget=0.4, decode_compression=False) as handle:
         branch, whole = handle.new_cache(), handle.new_cache()
         llama(input_ids=prefix, **with_cache(llama, branch))
-        options = {**GREEDY, "prefill_chunk_size": chunk}
         llama.generate(input_ids=prompt, **with_cache(llama, branch), **options)
         llama.generate(input_ids=prompt, **with_cache(llama, whole), **GREEDY)
         assert plan_of(branch) == plan_of(whole)
