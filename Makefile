@@ -14,6 +14,7 @@ SMOLLM2_STAMP := $(VENV)/.installed-smollm2
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
 LATEST := $(VENV)-latest
+PAIR := $(VENV)-torchvision
 # Tests of one file stay in one process: they share what is costly to make.
 PYTEST := -m pytest -n $(JOBS) --dist loadfile
 # What touches transformers; the rest is tested on the pinned release alone.
@@ -21,7 +22,7 @@ SEAM := tests/models tests/runtime tests/doctor tests/cli
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 bench-gpu test test-pinned test-oldest test-newest test-latest test-random test-order test-wheel style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 bench-gpu test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
@@ -33,6 +34,7 @@ help:
 	@echo "make test-oldest    $(SEAM): on the oldest supported one (constraints-oldest.txt)"
 	@echo "make test-newest    the same on the newest supported one (constraints-newest.txt)"
 	@echo "make test-latest    all tests on the newest transformers that pip finds; by hand"
+	@echo "make test-torchvision  models, samples and doctor beside torch 2.14.1 and torchvision (5.6 GB); by hand"
 	@echo "make test-random    properties on random examples, EXAMPLES=20000 of each of TESTS (hours); prints the seed"
 	@echo "make test-order     TESTS twice in random order, in one and in two processes; prints the seed"
 	@echo "make test-wheel     the built wheel and sdist in an empty environment, outside this folder; by hand"
@@ -102,6 +104,13 @@ test-latest: $(STAMP)
 	$(LATEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(TEST_ENV) $(LATEST)/bin/python $(PYTEST)
 
+# A newer torch than the pinned one, and transformers' own image and video processors.
+test-torchvision:
+	$(PYTHON) -m venv --clear $(PAIR)
+	grep -Ev '^(torch|triton)==' constraints.txt > $(PAIR)/constraints.txt
+	$(PAIR)/bin/python -m pip install $(PIP_FLAGS) -c $(PAIR)/constraints.txt torch==2.14.1 torchvision==0.29.1 -e '.[dev,video]'
+	$(TEST_ENV) $(PAIR)/bin/python $(PYTEST) tests/models tests/profile tests/doctor
+
 # By hand: `make test-random TESTS=tests/policy EXAMPLES=1000`, and the same again with SEED=...
 test-random: $(STAMP)
 	seed=$${SEED:-$$(date +%s)}; echo "SEED=$$seed"; \
@@ -133,4 +142,4 @@ testbed-train: $(STAMP)
 	$(BIN)/python -m hkvprof.testbed.train --out out/tinyvl-trained --cpu-minutes 80
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LATEST) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LATEST) $(PAIR) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
