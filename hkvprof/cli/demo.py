@@ -18,8 +18,9 @@ Nothing is downloaded. What is made stays in the folder: samples, a profile, ans
 
 SAMPLES, PROFILE, ANSWERS = "samples", "tinyvl.profile.safetensors", "eval"
 _MINE = {SAMPLES, PROFILE, f"{PROFILE}.rows", ANSWERS}
-_WHOLE, _QUICK = (7, "112", "2", "0.05,0.10,0.20"), (1, "8", "1", "0.10")
-"""Calibration samples per task and in all, questions per task, budgets."""
+_WHOLE = (7, "112", ("--per-task", "2", "--budget", "0.05,0.10,0.20"))
+_QUICK = (1, "8", ("--per-task", "1", "--budget", "0.10", "--steps", "8", "--regimes", "inside"))
+"""Calibration samples per task and in all, and how the profile is evaluated."""
 
 
 def demo(
@@ -36,7 +37,7 @@ def demo(
     from hkvprof.evaluate.journal import forget
 
     _check(output)
-    per_task, most, questions, budgets = _QUICK if quick else _WHOLE
+    per_task, most, how = _QUICK if quick else _WHOLE
     samples, profile, answers = output / SAMPLES, output / PROFILE, output / ANSWERS
     began = time.perf_counter()
     _make_samples(samples, per_task)
@@ -45,8 +46,7 @@ def demo(
         ("calibrate", "--model", "tinyvl", "--data", samples, "-o", profile, "--force",
          "--max-samples", most, "--no-resume"),
         ("inspect", profile),
-        ("eval", "--model", "tinyvl", "--profile", profile, "--per-task", questions,
-         "--budget", budgets, "-o", answers),
+        ("eval", "--model", "tinyvl", "--profile", profile, *how, "-o", answers),
     ):  # fmt: skip
         words = [str(word) for word in line]
         typer.echo(f"\n$ hkvprof {shlex.join(words)}")

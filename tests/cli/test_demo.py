@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import hkvprof.cli
-from hkvprof.cli import run
+from hkvprof.cli import run, running
 
 
 @pytest.fixture
@@ -16,11 +16,11 @@ def lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     monkeypatch.chdir(tmp_path)
     ran: list[list[str]] = []
 
-    def record(words: list[str]) -> int:
+    def record(_: Any, words: list[str]) -> int:
         ran.append(words)
         return 0
 
-    monkeypatch.setattr(hkvprof.cli, "run", record)
+    monkeypatch.setattr(running, "run_command", record)
     return ran
 
 
@@ -74,6 +74,6 @@ def test_other_s_folders_are_left_alone(
 
 
 def test_what_fails_within_ends_it(lines: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hkvprof.cli, "run", lambda words: lines.append(words) or 7)
+    monkeypatch.setattr(running, "run_command", lambda _, words: lines.append(words) or 7)
     assert run(["demo", "--quick"]) == 7
     assert len(lines) == 1
