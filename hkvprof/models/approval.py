@@ -7,25 +7,16 @@ cache folder.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import hkvprof
 from hkvprof.errors import ModelError
-from hkvprof.files import user_cache, write_atomically
 from hkvprof.models.adapter import ModelView
+from hkvprof.models.passed import is_recorded, record, record_path, versions
 
-_FORMAT = 1
-_LONGEST = 4096
-"""Bytes that a record may have."""
 _EXAMINED: ContextVar[bool] = ContextVar("examined", default=False)
 
 
@@ -44,8 +35,7 @@ def require_approval(view: ModelView) -> None:
 def approve(view: ModelView) -> Path:
     """Record that the doctor passed this model here. Raises HkvError when it cannot be written."""
     path = _path(view)
-    data = json.dumps({"format": _FORMAT, "passed": _key(view)}, indent=2, sort_keys=True)
-    write_atomically(path, data.encode() + b"\n")
+    record(path, _key(view))
     return path
 
 
@@ -68,15 +58,12 @@ def _problem(view: ModelView) -> str:
     """Why there is no approval; empty where there is one."""
     path = _path(view)
     try:
-        with path.open("rb") as file:
-            record = json.loads(file.read(_LONGEST))
+        recorded = is_recorded(path, _key(view))
     except FileNotFoundError:
         return "it has not passed the doctor with this config and these versions"
     except (OSError, ValueError, RecursionError) as error:
         return f"its record {path} cannot be read ({str(error).splitlines()[0]})"
-    if record != {"format": _FORMAT, "passed": _key(view)}:
-        return f"its record {path} is not of this model and these versions"
-    return ""
+    return "" if recorded else f"its record {path} is not of this model and these versions"
 
 
 def _key(view: ModelView) -> dict[str, Any]:
@@ -86,16 +73,13 @@ def _key(view: ModelView) -> dict[str, Any]:
         "architecture": view.fingerprint.architecture,
         **quantisation,
         "config_hash": view.fingerprint.config_hash,
-        "hkvprof": hkvprof.__version__,
-        "torch": str(torch.__version__),
-        "transformers": str(transformers.__version__),
+        **versions(),
     }
 
 
 def _path(view: ModelView) -> Path:
-    digest = hashlib.sha256(json.dumps(_key(view), sort_keys=True).encode()).hexdigest()[:24]
     try:
-        return user_cache().absolute() / "doctor" / f"{digest}.json"
+        return record_path("doctor", _key(view))
     except RuntimeError as error:
         raise ModelError(
             f"there is no cache folder for the doctor's records ({error}): set HKVPROF_CACHE to a "

@@ -128,9 +128,9 @@ def hook_attention(model: Any) -> Callable[[], None]:
     return restore
 
 
-def is_hooked(model: Any) -> bool:
-    """Whether the decoder's attention of `model` goes through the function registered here."""
-    text_config = model.config.get_text_config(decoder=True)
+def is_hooked(text_config: Any) -> bool:
+    """Whether the attention of a decoder of this config goes through the function registered
+    here."""
     return str(text_config._attn_implementation).startswith(_PREFIX)
 
 

@@ -78,9 +78,7 @@ def dynamic_layout(
     after the sinks; what does not fill a chunk joins the recent tokens.
     """
     assert strategy.head_type is HeadType.DYNAMIC
-    region = tokens - keep.sinks - keep.recent
-    items = max(0, region // strategy.chunk)
-    recent = tokens - keep.sinks - items * strategy.chunk
+    items, recent = _chunked(strategy, tokens, keep)
     unit = 2 * head_dim * itemsize
     left = ratio * tokens * unit - (keep.sinks + recent) * unit
     left -= items * index_item_bytes(strategy, head_dim, itemsize)
@@ -92,9 +90,14 @@ def dynamic_layout(
 
 def least_layout(strategy: Strategy, tokens: int, keep: KeepRule) -> DynamicLayout:
     """All full chunks on the host and one hot item: what a dynamic head needs at least."""
-    items = max(0, tokens - keep.sinks - keep.recent) // strategy.chunk
-    recent = tokens - keep.sinks - items * strategy.chunk
+    items, recent = _chunked(strategy, tokens, keep)
     return DynamicLayout(keep.sinks, recent, items, strategy.chunk, 1)
+
+
+def _chunked(strategy: Strategy, tokens: int, keep: KeepRule) -> tuple[int, int]:
+    """Full chunks between sinks and recent tokens, and recent tokens with what fills no chunk."""
+    items = max(0, tokens - keep.sinks - keep.recent) // strategy.chunk
+    return items, tokens - keep.sinks - items * strategy.chunk
 
 
 def held_bytes(

@@ -14,30 +14,24 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from hkvprof.models.adapter import ModelView
-from hkvprof.models.attention import AttentionCall, mark
+from hkvprof.models.attention import AttentionCall
+from hkvprof.models.marked import MarkedLayer
 
 Watch = Callable[[int, AttentionCall, Tensor], None]
 """Called after each layer's attention: covered layer number, the call, its output
 [batch, rows, query_heads, dim]."""
 
 
-class ObservedLayer(DynamicLayer):
+class ObservedLayer(MarkedLayer):
     """A stock layer whose attention calls are shown to a watcher."""
 
     def __init__(self, number: int, watch: Watch) -> None:
         super().__init__()
         self.number = number
         self.watch = watch
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store as usual and mark the keys."""
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return mark(keys, self), values
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
         """The model's own attention, then a look at it."""

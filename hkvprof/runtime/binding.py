@@ -57,6 +57,7 @@ class Binding:
         self._view, self._planner, self._strict = view, planner, handle.strict
         self._monitor = Monitor.of(planner, view.layer_ids)
         self._owner = Owner(self.model)
+        self._rope_holder = rope_holder(self.model)
         self._forward = Signature(self.model.forward)
         self._generate = Signature(self.model.generate, self._forward.keyword)
         self._has_warned = False
@@ -145,19 +146,17 @@ class Binding:
     @contextmanager
     def _own_rope_deltas(self, cache: CompressedCache) -> Iterator[None]:
         """Qwen-VL keeps a conversation's M-RoPE offset on the model: put this cache's own there."""
-        holder = rope_holder(self.model)
-        if holder is None:
+        if self._rope_holder is None:
             yield
             return
         with self._owner.alone:
             self._place_rope_deltas(cache)
             yield
-            cache.conversation.rope_deltas = holder.rope_deltas
+            cache.conversation.rope_deltas = self._rope_holder.rope_deltas
 
     def _place_rope_deltas(self, cache: CompressedCache) -> None:
-        holder = rope_holder(self.model)
-        if holder is not None and cache.get_seq_length() > 0:
-            holder.rope_deltas = cache.conversation.rope_deltas
+        if self._rope_holder is not None and cache.get_seq_length() > 0:
+            self._rope_holder.rope_deltas = cache.conversation.rope_deltas
 
     # -- generate ------------------------------------------------------------------------------
 
@@ -287,7 +286,7 @@ class Binding:
             )
 
     def _require_hooked(self) -> None:
-        if not is_hooked(self.model):
+        if not is_hooked(self._view.text_config):
             raise UsageError(
                 "the model's attention implementation was changed while a profile is applied: "
                 "detach, change it, and apply again"

@@ -10,7 +10,7 @@ from hkvprof.artifact import Profile
 from hkvprof.models.adapter import view_model
 from hkvprof.models.load import load_empty
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.runtime.handle import check_fingerprint
+from hkvprof.runtime.fingerprints import check_fingerprint
 
 
 def without_weights(name_or_path: str | Path, profile: Profile) -> tuple[Any, ChatProcessor]:

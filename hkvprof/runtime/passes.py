@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hkvprof.errors import CompressionError, UsageError
+from hkvprof.runtime.copies import NeverCopied
 
 
-class Owner:
-    """An applied model, as its caches know it: by name, and whether it still is applied.
+class Owner(NeverCopied):
+    """An applied model, as its caches and their copies know it: by name, and whether it still is
+    applied.
 
     Counts running passes, so that nobody takes the profile off a model below a pass.
     """
@@ -70,10 +72,6 @@ class Owner:
         """Raise UsageError when the profile was detached."""
         if not self.attached:
             raise UsageError("this handle is detached: call hkvprof.runtime.apply again")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
-        """Copies of a cache belong to the same model."""
-        return self
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def test_approvals_hold_for_what_was_examined(
     path = approve(view)
     require_approval(view)
     if change == "versions":
-        monkeypatch.setattr("hkvprof.models.approval.transformers.__version__", "5.99.0")
+        monkeypatch.setattr("hkvprof.models.passed.transformers.__version__", "5.99.0")
     elif change == "damage":
         path.write_text(path.read_text()[:-20])
     elif change == "depth":

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from hkvprof.models.attention import AttentionCall, hooked_attention, mark
+from hkvprof.models.attention import AttentionCall, hooked_attention
 from hkvprof.models.calls import with_cache
+from hkvprof.models.marked import MarkedLayer
 from hkvprof.runtime.layer import CompressedLayer
 
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -40,19 +41,13 @@ def kept_positions(layer: CompressedLayer, dense_key: Tensor) -> list[list[set[i
     return result
 
 
-class MaskedLayer(DynamicLayer):
+class MaskedLayer(MarkedLayer):
     """A dense layer that attends, in decoding steps, to given prompt positions only."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: list[list[set[int]]] | None = None
         self.prompt = 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return mark(keys, self), values
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
         if self.kept is None or call.query.shape[2] != 1:

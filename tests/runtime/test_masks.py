@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from hkvprof.errors import CompressionError, ModelError
-from hkvprof.models.attention import AttentionCall, mark
+from hkvprof.models.attention import AttentionCall
 from hkvprof.models.calls import with_cache
+from hkvprof.models.marked import MarkedLayer
 from hkvprof.runtime import measure_storage
 from hkvprof.runtime.masks import own_block, read_view, row_starts
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
@@ -28,18 +29,12 @@ def llama() -> Any:
     return random_llama()
 
 
-class SeeingLayer(DynamicLayer):
+class SeeingLayer(MarkedLayer):
     """Dense attention, in float64, to given earlier positions per row and head, under the mask."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: list[list[set[int]]] | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return mark(keys, self), values
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
         if self.kept is None:

@@ -127,7 +127,7 @@ def test_a_broken_cache_folder_is_no_failure(
     if broken == "a file":
         untested.write_bytes(b"")
     else:
-        monkeypatch.setattr("hkvprof.models.tested.user_cache", _homeless)
+        monkeypatch.setattr("hkvprof.models.passed.user_cache", _homeless)
     for _ in range(2):
         monkeypatch.setattr(selfcheck, "_OUTCOME", selfcheck._Outcome())
         use(llama)

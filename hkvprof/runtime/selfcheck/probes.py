@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from hkvprof.models.attention import AttentionCall, guarded, hooked_attention, mark
+from hkvprof.models.attention import AttentionCall, guarded, hooked_attention
 from hkvprof.models.calls import NAMES, cache_keyword, cache_of, with_cache
 from hkvprof.models.forward import rope_holder
+from hkvprof.models.marked import MarkedLayer
 from hkvprof.runtime.selfcheck.models import OFFSET, PROMPT, SCALING, Talk
 
 FORGOTTEN = 7
@@ -31,7 +32,7 @@ class MovedError(Exception):
     """The message names a part of transformers that is not as hkvprof knows it."""
 
 
-class Spy(DynamicLayer):
+class Spy(MarkedLayer):
     """A layer that writes down what it is asked, and the attention over the keys it gave out."""
 
     keys: Tensor | None
@@ -50,8 +51,7 @@ class Spy(DynamicLayer):
         """As the stock layer, marked."""
         self._seen += key_states.shape[-2]
         self.fed.append(key_states.shape[-2])
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return mark(keys, self), values
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int:
         """The logical length."""
