@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class CompressedCache(LiveState, DynamicCache):
         watch: Watch | None = None,
         owner: Owner | None = None,
     ) -> None:
+        _keep_out_of_graphs()
         super().__init__(config=text_config)
         self.owner = owner
         self.conversation = Conversation(
@@ -86,7 +88,6 @@ class CompressedCache(LiveState, DynamicCache):
         count = max(len(self.layers), max(layer_ids) + 1)
         self.layers = [replaced.get(i) or self.layers[i] for i in range(count)]
 
-    @torch.compiler.disable  # keeps books in Python: what is compiled around it stays compiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -194,3 +195,13 @@ class CompressedCache(LiveState, DynamicCache):
             layer if isinstance(layer, CompressedLayer) else fresh[number]
             for number, layer in enumerate(self.layers)
         ]
+
+
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """A cache keeps books in Python: torch.compile goes around `update`.
+
+    With the first cache and not with this module, since torch's compiler takes seconds to import.
+    """
+    kept_out = torch.compiler.disable(CompressedCache.update)
+    setattr(CompressedCache, "update", kept_out)  # noqa: B010 (mypy: a method)
