@@ -139,7 +139,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 testbed-train: $(STAMP)
-	$(BIN)/python -m hkvprof.testbed.train --out out/tinyvl-trained --cpu-minutes 80
+	$(BIN)/python -m tools.tinyvl.train --out out/tinyvl-trained --cpu-minutes 80
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LATEST) $(PAIR) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from hkvprof.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hkvprof.artifact import Profile, load_profile
+    from hkvprof.calibration.calibrate import calibrate
+    from hkvprof.calibration.uniform import uniform_profile
     from hkvprof.models.load import load_model
-    from hkvprof.profile.calibrate import calibrate
-    from hkvprof.profile.uniform import uniform_profile
+    from hkvprof.profile.record import Profile, load_profile
 
 __version__ = "0.1.0"
 __all__ = ["Profile", "__version__", "calibrate", "load_model", "load_profile", "uniform_profile"]
@@ -21,11 +21,11 @@ __all__ = ["Profile", "__version__", "calibrate", "load_model", "load_profile", 
 __getattr__ = lazy_names(
     __name__,
     {
-        "Profile": "hkvprof.artifact",
-        "load_profile": "hkvprof.artifact",
+        "Profile": "hkvprof.profile.record",
+        "load_profile": "hkvprof.profile.record",
         "load_model": "hkvprof.models.load",
-        "calibrate": "hkvprof.profile.calibrate",
-        "uniform_profile": "hkvprof.profile.uniform",
+        "calibrate": "hkvprof.calibration.calibrate",
+        "uniform_profile": "hkvprof.calibration.uniform",
     },
 )
 

@@ -1,8 +1,8 @@
 """Synthetic profiles with fixed numbers, for tests and for the golden file.
 
 `python -m tests.profiles` writes tests/golden/profile-v3.safetensors again; its bytes are pinned
-by tests/test_golden.py, so that a change of the format cannot pass unseen. The files of versions 1
-and 2 are as those wrote them: `one_length(make_profile())` without statistics, and of version 1
+by tests/profile/test_golden.py, so that a change of the format cannot pass unseen. The files of
+versions 1 and 2 are as those wrote them: `one_length(make_profile())` without statistics, and of version 1
 also `plain_profile` of that.
 """
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hkvprof.artifact import Profile, ProjectedIndexTables
-from hkvprof.certificate import KEY as CERTIFICATE
-from hkvprof.certificate import Certificate, Level, content_digest
-from hkvprof.head_statistics import HeadStatistics
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
-from hkvprof.policy.budget import INFEASIBLE
-from hkvprof.policy.planning import Rules
-from hkvprof.profile.confidence_record import KEY, MEASURES, Comparison, Confidence, Interval
+from hkvprof.profile.budgets import INFEASIBLE
+from hkvprof.profile.certificate import KEY as CERTIFICATE
+from hkvprof.profile.certificate import Certificate, Level, content_digest
+from hkvprof.profile.confidence import KEY, MEASURES, Comparison, Confidence, Interval
+from hkvprof.profile.planning import Rules
+from hkvprof.profile.record import Profile, ProjectedIndexTables
+from hkvprof.profile.tables import HeadStatistics
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = FOLDER / "profile-v3.safetensors"

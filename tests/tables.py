@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hkvprof.artifact import ProjectedIndexTables
+from hkvprof.calibration.index_fit import Moments, tables_of_layer
 from hkvprof.heads import HeadGrid
-from hkvprof.policy.index import HeadTables
-from hkvprof.profile.fit import Moments, tables_of_layer
+from hkvprof.profile.record import ProjectedIndexTables
+from hkvprof.selection.index import HeadTables
 
 SIZES = (16, 32, 64)
 

@@ -8,43 +8,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "hkvprof"
-ERRORS = {"errors"}
-CORE = ERRORS | {"heads", "files", "lazy", "strict_json"}
-POLICY = CORE | {"policy"}
-MODELS = POLICY | {"models"}
-ARTIFACT = POLICY | {
-    "artifact", "certificate", "checks", "container", "head_statistics", "index_tables",
-}  # fmt: skip
+BASE = {"errors", "heads", "lazy", "files"}
+PROFILE = BASE | {"profile"}
+SELECTION = PROFILE | {"selection"}
+MODELS = PROFILE | {"models"}
+SHARED = SELECTION | {"models"}
+OFFLINE = SHARED | {"samples", "calibration"}
 ALLOWED = {
     "errors": set(),
-    "heads": ERRORS,
+    "heads": {"errors"},
     "lazy": set(),
-    "strict_json": set(),
-    "container": CORE,
-    "files": ERRORS,
-    "certificate": CORE,
-    "checks": CORE | {"certificate"},
-    "policy": CORE,
-    "models": POLICY,
-    "index_tables": POLICY,
-    "head_statistics": CORE | {"checks", "certificate"},
-    "artifact": (ARTIFACT - {"artifact"}) | {"upgrade"},
-    "upgrade": POLICY | {"checks", "certificate"},
-    "profile": ARTIFACT | MODELS,
-    "runtime": ARTIFACT | MODELS,
-    "evaluate": ARTIFACT | MODELS | {"profile", "runtime", "testbed"},
-    "bench": ARTIFACT | MODELS | {"runtime", "profile.uniform"},
-    "doctor": ARTIFACT | MODELS | {"profile", "runtime", "bench"},
-    "report": ARTIFACT | MODELS | {"upgrade", "profile", "runtime", "evaluate", "bench", "doctor"},
-    "cli": ARTIFACT
-    | MODELS
-    | {"profile", "runtime", "evaluate", "bench", "doctor", "report", "testbed"},
-    "testbed": MODELS | {"profile.samples"},
+    "files": {"errors"},
+    "profile": BASE,
+    "selection": PROFILE,
+    "samples": {"errors", "files"},
+    "models": SHARED,
+    "calibration": SHARED | {"samples"},
+    "runtime": SHARED,
+    "testbed": MODELS | {"samples"},
+    "evaluate": OFFLINE | {"runtime", "testbed"},
+    "bench": SHARED | {"runtime", "calibration.uniform"},
+    "doctor": OFFLINE | {"runtime", "bench"},
+    "report": OFFLINE | {"runtime", "evaluate", "bench", "doctor"},
+    "cli": OFFLINE | {"runtime", "evaluate", "bench", "doctor", "report", "testbed"},
+    "plugins": SHARED | {"runtime", "samples"},
     "__main__": {"cli"},
-    "plugins": ARTIFACT | MODELS | {"runtime", "profile.images"},
 }
 """Per part (a module or folder of hkvprof): the parts it may import, besides itself."""
-VERSION_READERS = {"cli", "profile", "evaluate", "bench", "doctor", "models"}
+VERSION_READERS = {"cli", "calibration", "evaluate", "bench", "doctor", "models"}
 """Parts that may `import hkvprof` for its version."""
 
 
@@ -83,9 +74,9 @@ def test_imports_run_downwards(path: Path) -> None:
         assert allowed, f"{path.relative_to(ROOT)} imports {name}: {mine} may not"
 
 
-def test_profile_and_runtime_never_meet() -> None:
-    assert "runtime" not in ALLOWED["profile"]
-    assert "profile" not in ALLOWED["runtime"]
+def test_calibration_and_runtime_never_meet() -> None:
+    assert "runtime" not in ALLOWED["calibration"]
+    assert "calibration" not in ALLOWED["runtime"]
 
 
 def test_there_are_no_cycles_between_files() -> None:
@@ -111,7 +102,7 @@ def test_there_are_no_cycles_between_files() -> None:
 
 
 def _home(wanted: str, names: set[str]) -> str | None:
-    """The module behind an imported name: `policy.index`, or `policy.index.HeadTables`."""
+    """The module behind an imported name: `selection.index`, or `selection.index.HeadTables`."""
     return next((n for n in (wanted, wanted.rpartition(".")[0]) if n in names), None)
 
 
@@ -153,7 +144,7 @@ def _foreign_imports(path: Path) -> set[str]:
 
 def test_profiles_are_read_without_torch() -> None:
     read = "import hkvprof; hkvprof.load_profile('tests/golden/profile-v2.safetensors')"
-    for statement in ("import hkvprof.artifact", read):
+    for statement in ("import hkvprof.profile.record", read):
         assert not loaded_by(statement) & {"torch", "transformers", "datasets", "PIL", "typer"}
 
 
@@ -162,7 +153,7 @@ def test_the_package_itself_loads_nothing() -> None:
 
 
 def test_samples_are_read_without_torch() -> None:
-    read = "from hkvprof.profile.samples import load_samples; load_samples('calibration/mini')"
+    read = "from hkvprof.samples.read import load_samples; load_samples('calibration/mini')"
     assert not loaded_by(read) & {"torch", "transformers", "datasets", "typer"}
 
 

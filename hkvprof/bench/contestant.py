@@ -15,8 +15,7 @@ from hkvprof.bench.methods import Kind, Method
 from hkvprof.bench.prompts import Prompt
 from hkvprof.bench.records import Sizes
 from hkvprof.models.adapter import ModelView
-from hkvprof.models.calls import with_cache
-from hkvprof.models.forward import last_row_only
+from hkvprof.models.calls import last_row_only, with_cache
 from hkvprof.runtime import apply, measure_storage
 
 

@@ -9,10 +9,10 @@ from enum import StrEnum
 
 import numpy as np
 
-from hkvprof.artifact import Profile
 from hkvprof.errors import BudgetError, ProfileError, UsageError
 from hkvprof.heads import HeadType
-from hkvprof.policy.budget import INFEASIBLE, Budget
+from hkvprof.profile.budgets import INFEASIBLE, Budget
+from hkvprof.profile.record import Profile
 
 
 class Kind(StrEnum):
@@ -39,7 +39,7 @@ _TYPES = {Kind.STATIC: HeadType.STATIC, Kind.DYNAMIC: HeadType.DYNAMIC}
 class Method:
     """One row of the comparison; `profile` and `budget` (as the user wrote it) where it compresses.
 
-    The budget is one of hkvprof.policy.budget.Budget: a share, tokens per head, or bytes.
+    The budget is one of hkvprof.profile.budgets.Budget: a share, tokens per head, or bytes.
     """
 
     kind: Kind

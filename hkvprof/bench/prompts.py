@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hkvprof.errors import UsageError
-from hkvprof.models.limits import vocabulary
+from hkvprof.models.outline import vocabulary
 from hkvprof.models.processing import ChatProcessor, Encoded
 
 _ROW_OFFSET = 997

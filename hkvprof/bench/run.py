@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from statistics import median, quantiles
 from typing import Any
 
-from hkvprof.artifact import Profile
 from hkvprof.bench.contestant import Contestant
 from hkvprof.bench.memory import available_bytes, no_collector, process_bytes
 from hkvprof.bench.methods import Kind, Method, methods, reason_not
@@ -16,8 +15,9 @@ from hkvprof.bench.records import Context, Row, Sizes
 from hkvprof.bench.verify import verify
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
-from hkvprof.models.limits import context_limit
-from hkvprof.policy.budget import Budget
+from hkvprof.models.outline import context_limit
+from hkvprof.profile.budgets import Budget
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
 
 MIN_STEPS = 32

@@ -7,7 +7,7 @@ from typing import Any
 from hkvprof.bench.methods import Method
 from hkvprof.bench.records import Sizes
 from hkvprof.errors import CompressionError
-from hkvprof.policy.budget import Budget
+from hkvprof.profile.budgets import Budget
 
 TOLERANCE = 0.05
 """By how much of itself a budget may be exceeded."""

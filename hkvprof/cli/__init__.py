@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from hkvprof.cli.app import app
-from hkvprof.cli.running import run_command
+from hkvprof.cli.demo import run_command
 
 __all__ = ["app", "main", "run"]
 

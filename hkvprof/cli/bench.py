@@ -15,11 +15,11 @@ from hkvprof.cli.gpu import bench_gpu, check_target, refuse_others
 from hkvprof.errors import UsageError
 
 if TYPE_CHECKING:
-    from hkvprof.artifact import Profile
     from hkvprof.bench.methods import Kind
     from hkvprof.bench.prompts import PromptMaker
     from hkvprof.bench.records import BenchResult
     from hkvprof.bench.run import Setup
+    from hkvprof.profile.record import Profile
 
 EXAMPLES = """\b
 Examples:
@@ -92,9 +92,9 @@ def bench(
     ] = None,
 ) -> None:
     """Measure memory and decoding time of dense and compressed caches on the same tokens."""
-    from hkvprof.artifact import load_profile
     from hkvprof.bench.methods import check_budgets, check_names
     from hkvprof.bench.run import Setup
+    from hkvprof.profile.record import load_profile
 
     _check_sources(model, shape, profile, context, only, crossover)
     if shape is not None and not crossover and str(device or "").startswith("cuda"):
@@ -186,10 +186,10 @@ def _shape(
 
     from hkvprof.bench.methods import COMPRESSING
     from hkvprof.bench.prompts import random_prompt
+    from hkvprof.calibration.uniform import uniform_profile
     from hkvprof.cli.output import quiet_transformers, say
     from hkvprof.models.adapter import view_model
     from hkvprof.models.shapes import build_shape
-    from hkvprof.profile.uniform import uniform_profile
 
     quiet_transformers()
     say(f"making {layers} layers of {name} with random weights")
@@ -247,7 +247,7 @@ def _run(
     from hkvprof.bench.regime import describe
     from hkvprof.bench.run import bench as measure
     from hkvprof.cli.output import say
-    from hkvprof.models.limits import context_limit
+    from hkvprof.models.outline import context_limit
 
     if crossover:
         lengths = crossover_contexts(context_limit(network))
@@ -268,7 +268,7 @@ def _fits(prompts: PromptMaker, tokens: int) -> bool:
 
 def _write(result: BenchResult, json_file: Path | None, plot: Path | None) -> None:
     from hkvprof.cli.output import say
-    from hkvprof.files import write_atomically
+    from hkvprof.files.atomic import write_atomically
     from hkvprof.report.plot import bench_plot
 
     if json_file is not None:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hkvprof.cli import options, planning
-from hkvprof.cli.runs import Place, check_kind, kept
-from hkvprof.cli.together import own_device, processes
+from hkvprof.cli import options
+from hkvprof.cli import options as planning
+from hkvprof.cli.runs import Place, check_kind, kept, own_device, processes
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
-    from hkvprof.artifact import Profile
-    from hkvprof.profile.samples import LoadedSamples
+    from hkvprof.profile.record import Profile
+    from hkvprof.samples.read import LoadedSamples
 
 EXAMPLES = """\b
 Examples:
@@ -119,10 +119,10 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Observe a model on samples and write its profile. A run that was stopped goes on."""
+    from hkvprof.calibration.decide import paper_menu, refuse_paper_constants
+    from hkvprof.calibration.merge import Decision
     from hkvprof.cli.dryrun import foretell
     from hkvprof.cli.output import check_output, default_profile_path
-    from hkvprof.profile.classify import paper_menu, refuse_paper_constants
-    from hkvprof.profile.merge import Decision
 
     measured = {"kappa": kappa, "chunk": chunk, "text_prior": text_prior}
     decided: dict[str, Any] = {"theta": theta, "coefficient": coefficient}
@@ -193,7 +193,7 @@ def _finish(profile: Profile, data: str, samples: LoadedSamples, place: Place, f
 
 def parse_share(text: str) -> float:
     """A profile's default budget. Raises BudgetError for tokens and bytes."""
-    from hkvprof.policy.budget import Budget
+    from hkvprof.profile.budgets import Budget
 
     share = Budget.parse(text).share
     if share is None:
@@ -206,7 +206,7 @@ def parse_share(text: str) -> float:
 
 def _samples(data: str, limit: int | None, seed: int, on_error: OnError) -> LoadedSamples:
     from hkvprof.cli.output import say
-    from hkvprof.profile.samples import load_samples
+    from hkvprof.samples.read import load_samples
 
     options.announce_source(data)
     loaded = load_samples(data, max_samples=limit, seed=seed, on_error=on_error.value)
@@ -219,8 +219,8 @@ def _samples(data: str, limit: int | None, seed: int, on_error: OnError) -> Load
 
 
 def _calibrated(model: Any, processor: Any, samples: LoadedSamples, **options: Any) -> Profile:
+    from hkvprof.calibration.calibrate import calibrate as measure
     from hkvprof.cli.progress import track
-    from hkvprof.profile.calibrate import calibrate as measure
 
     return measure(model, processor, samples.samples, track=track, **options)
 
@@ -228,8 +228,8 @@ def _calibrated(model: Any, processor: Any, samples: LoadedSamples, **options: A
 def _measure(
     model: Any, processor: Any, samples: LoadedSamples, place: Place, how: dict[str, Any]
 ) -> None:
+    from hkvprof.calibration.calibrate import measure
     from hkvprof.cli.progress import track
-    from hkvprof.profile.calibrate import measure
 
     part, parts = place.part
     count = measure(

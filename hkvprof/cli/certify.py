@@ -13,10 +13,10 @@ from hkvprof.cli import options
 from hkvprof.errors import UsageError
 
 if TYPE_CHECKING:
-    from hkvprof.artifact import Profile
-    from hkvprof.certificate import Certificate
-    from hkvprof.evaluate.risk import Claim
+    from hkvprof.evaluate.certify import Claim
     from hkvprof.evaluate.taskset import TaskSet
+    from hkvprof.profile.certificate import Certificate
+    from hkvprof.profile.record import Profile
 
 EXAMPLES = """\b
 Examples:
@@ -88,12 +88,11 @@ def certify(
     The held-out samples are answered with the full cache and at every budget. A run that was
     stopped goes on where it was.
     """
-    from hkvprof.artifact import load_profile
     from hkvprof.cli.output import check_folder, check_output, say
-    from hkvprof.evaluate.certify import parse_budgets
+    from hkvprof.evaluate.certify import Claim, parse_budgets
     from hkvprof.evaluate.journal import forget
-    from hkvprof.evaluate.risk import Claim
     from hkvprof.evaluate.tasks import default_tasks
+    from hkvprof.profile.record import load_profile
 
     claim = Claim(alpha, delta, parse_budgets(budgets), loss, _regimes(regimes))
     loaded = load_profile(profile)
@@ -168,7 +167,7 @@ def _checked(profile: Profile, source: str, tasks: TaskSet, claim: Claim, given:
 
 
 def _announce(tasks: TaskSet, claim: Claim) -> None:
-    from hkvprof.report.certificate import claim_text
+    from hkvprof.report.certainty import claim_text
 
     count = len(tasks.samples)
     typer.echo(f"Would test: {claim_text(claim.alpha, claim.delta, claim.loss)}.")
@@ -210,14 +209,14 @@ def _certified(
 
 
 def _write(profile: Profile, found: Certificate, path: Path) -> None:
-    from hkvprof.certificate import KEY
+    from hkvprof.profile.certificate import KEY
 
     provenance = {**profile.provenance, KEY: found.to_json()}
     dataclasses.replace(profile, provenance=provenance).save(path)
 
 
 def _print(found: Certificate, path: Path, as_json: bool) -> None:
-    from hkvprof.report.certificate import page
+    from hkvprof.report.certainty import page
 
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2, sort_keys=True))

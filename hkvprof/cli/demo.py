@@ -5,10 +5,25 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from hkvprof.cli.errors import guarded
+
+
+def run_command(command: Any, arguments: Sequence[str]) -> int:
+    """Run these arguments of `command` (all verbs) and return the exit code; no HkvError leaves."""
+    rest = [argument for argument in arguments if argument != "--debug"]
+
+    def invoke() -> None:
+        with command.make_context("hkvprof", rest) as context:
+            command.invoke(context)
+
+    return guarded(invoke, debug=len(rest) < len(arguments))
+
 
 EXAMPLES = """\b
 Examples:
@@ -33,7 +48,7 @@ def demo(
     ] = False,
 ) -> None:
     """Make calibration samples, calibrate the embedded model, show its profile, evaluate it."""
-    from hkvprof.cli.running import run_command
+    from hkvprof.cli.demo import run_command
     from hkvprof.evaluate.journal import forget
 
     _check(output)
@@ -70,7 +85,7 @@ def _check(output: Path) -> None:
 
 
 def _make_samples(folder: Path, per_task: int) -> None:
-    from hkvprof.testbed.make_calibration import write_calibration_set
+    from tools.tinyvl.make_calibration import write_calibration_set
 
     start = time.perf_counter()
     count = write_calibration_set(folder, per_task, force=True)

@@ -23,7 +23,7 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show heads whose type or share differs between two profiles."""
-    from hkvprof.artifact import load_profile
+    from hkvprof.profile.record import load_profile
     from hkvprof.report.difference import difference, lines
 
     found = difference(load_profile(first), load_profile(second))

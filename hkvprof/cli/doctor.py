@@ -38,8 +38,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Prove on your own model and machine that compression computes what it should."""
-    from hkvprof.artifact import load_profile
     from hkvprof.doctor.examine import choose, examine
+    from hkvprof.profile.record import load_profile
     from hkvprof.report.doctor import text
 
     names = options.listed(only)

@@ -12,9 +12,9 @@ from hkvprof.cli import options
 from hkvprof.errors import ModelError
 
 if TYPE_CHECKING:
+    from hkvprof.calibration.estimate import Lengths, Timing
     from hkvprof.cli.runs import Place
-    from hkvprof.profile.estimate import Lengths, Timing
-    from hkvprof.profile.samples import Sample
+    from hkvprof.samples.read import Sample
 
 
 def foretell(
@@ -26,11 +26,11 @@ def foretell(
     as_json: bool,
 ) -> None:
     """Print what measuring `samples` takes; `load` are the options of `open_model`."""
+    from hkvprof.calibration import estimate
     from hkvprof.cli.output import quiet_transformers
     from hkvprof.cli.progress import track
     from hkvprof.models.load import load_empty
     from hkvprof.models.outline import outline
-    from hkvprof.profile import estimate
     from hkvprof.report.estimate import DryRun
 
     quiet_transformers()
@@ -61,8 +61,8 @@ def _timing(
     model: str, load: dict[str, Any], sample: Sample, how: dict[str, Any]
 ) -> tuple[Timing | None, str]:
     """One sample's times, or why the model cannot be loaded."""
-    from hkvprof.profile.calibrate import prepare_bench
-    from hkvprof.profile.estimate import time_one
+    from hkvprof.calibration.calibrate import prepare_bench
+    from hkvprof.calibration.estimate import time_one
 
     try:
         loaded, processor = options.open_model(model, **load)
@@ -77,7 +77,7 @@ def _seconds(
     timing: Timing, found: Lengths, samples: Sequence[Sample], place: Place, recipe: str
 ) -> float:
     """Time for the samples of this shard that have no row yet, and for the index."""
-    from hkvprof.profile import estimate
+    from hkvprof.calibration import estimate
 
     left = sum(found.tokens.get(sample.id, 0) for sample in place.left(samples))
     fits = recipe == "measured" and not place.has_index

@@ -13,8 +13,8 @@ from typing import Any
 
 import typer
 
+from hkvprof.calibration.group import is_follower
 from hkvprof.errors import HkvError, UsageError, out_of_memory, printable
-from hkvprof.profile.group import is_follower
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 

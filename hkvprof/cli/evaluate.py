@@ -96,7 +96,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare the full cache with a profile, and with other methods, at several budgets."""
-    from hkvprof.artifact import load_profile
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
@@ -105,6 +104,7 @@ def evaluate(
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
     from hkvprof.models.adapter import view_model
+    from hkvprof.profile.record import load_profile
 
     part, parts = options.parse_shard(shard)
     if output is not None:
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def _budgets(text: str) -> tuple[str, ...]:
-    from hkvprof.policy.budget import Budget
+    from hkvprof.profile.budgets import Budget
 
     parts = options.listed(text)
     if not parts:
@@ -176,7 +176,7 @@ def _regimes(text: str | None) -> tuple[str, ...]:
 def _write(folder: Path, found: Outcome, model: str) -> None:
     from hkvprof.cli.output import say
     from hkvprof.evaluate.records import FULL
-    from hkvprof.files import write_atomically
+    from hkvprof.files.atomic import write_atomically
     from hkvprof.report.quality_plot import quality_plot
 
     plot = quality_plot(

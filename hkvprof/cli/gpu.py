@@ -7,7 +7,7 @@ from pathlib import Path
 from hkvprof.cli import options
 from hkvprof.cli.output import check_file
 from hkvprof.errors import UsageError
-from hkvprof.files import writable
+from hkvprof.files.atomic import writable
 
 
 def bench_gpu(

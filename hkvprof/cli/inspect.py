@@ -29,8 +29,8 @@ def inspect(
     ] = 32768,
 ) -> None:
     """Show a profile: head types, budgets, borderline heads, how sure it is, provenance."""
-    from hkvprof.artifact import load_profile
     from hkvprof.cli.output import draws_ascii, stdout
+    from hkvprof.profile.record import load_profile
     from hkvprof.report import summary, terminal
 
     loaded = load_profile(profile)

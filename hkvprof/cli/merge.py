@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hkvprof.cli import planning
+from hkvprof.cli import options as planning
 from hkvprof.cli.calibrate import announce, parse_share
 
 EXAMPLES = """\b
@@ -34,9 +34,9 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Make a profile of what shards have measured. The same rows give the same profile."""
+    from hkvprof.calibration.merge import Decision
+    from hkvprof.calibration.merge import merge as merged
     from hkvprof.cli.output import check_output
-    from hkvprof.profile.merge import Decision
-    from hkvprof.profile.merge import merge as merged
 
     how = planning.planning(even, risk, risk_level, conservative, transfer_weight)
     decision = Decision(

@@ -20,7 +20,7 @@ def models(
 ) -> None:
     """List the short names of models, and the architectures that are tested (docs/models.md)."""
     from hkvprof.models import coverage
-    from hkvprof.models.aliases import ALIASES
+    from hkvprof.models.sources import ALIASES
 
     aliases = [ALIASES[name] for name in sorted(ALIASES)]
     if as_json:

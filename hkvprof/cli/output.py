@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hkvprof.errors import UsageError
-from hkvprof.files import refuse_overwrite, writable
+from hkvprof.files.atomic import refuse_overwrite, writable
 
 
 def default_profile_path(model: str) -> Path:

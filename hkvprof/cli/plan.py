@@ -12,9 +12,9 @@ from hkvprof.cli import options
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
-    from hkvprof.artifact import Profile
-    from hkvprof.policy.fit import Fit, Room
-    from hkvprof.policy.forecast import Plan
+    from hkvprof.profile.capacity import Fit, Room
+    from hkvprof.profile.forecast import Plan
+    from hkvprof.profile.record import Profile
 
 EXAMPLES = """\b
 Examples:
@@ -66,9 +66,9 @@ def plan(
     ascii_only: Annotated[bool, typer.Option("--ascii", help="Draw with ASCII alone.")] = False,
 ) -> None:
     """Foretell bytes, loss and fit of budgets, without the model."""
-    from hkvprof.artifact import load_profile
     from hkvprof.cli.output import draws_ascii, stdout
-    from hkvprof.policy.fit import find_fit
+    from hkvprof.profile.capacity import find_fit
+    from hkvprof.profile.record import load_profile
     from hkvprof.report import forecast
     from hkvprof.runtime.options import MIN_TOKENS
 
@@ -120,8 +120,8 @@ def _drawn(profile: Profile, first: Plan | str | None, dense: Plan, fit: Fit | N
 
 
 def _room(gpu: str | None, weights: str | None, reserve: str | None) -> Room | None:
-    from hkvprof.policy.fit import Room
-    from hkvprof.policy.sizes import parse_size
+    from hkvprof.profile.budgets import parse_size
+    from hkvprof.profile.capacity import Room
 
     if gpu is None:
         if weights is None and reserve is None:
@@ -149,7 +149,7 @@ def _item_bytes(dtype: str) -> int:
 
 def _budgets(text: str | None) -> list[str]:
     """Budgets as written, each understood. Raises BudgetError."""
-    from hkvprof.policy.budget import Budget
+    from hkvprof.profile.budgets import Budget
 
     asked = options.listed(_BUDGETS if text is None else text)
     if not asked:

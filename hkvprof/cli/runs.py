@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
+from hkvprof.calibration.group import ALONE, ElsewhereError, Group, is_distributed
+from hkvprof.cli.errors import FAILURE
 from hkvprof.errors import UsageError
-from hkvprof.profile.group import is_distributed
 
 if TYPE_CHECKING:
-    from hkvprof.profile.samples import Sample
+    from hkvprof.samples.read import Sample
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Place:
 
     def left(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples of the shard that have no row."""
-        from hkvprof.profile.rows import has_row
+        from hkvprof.calibration.rows import has_row
 
         return [sample for sample in self._mine(samples) if not has_row(self.folder, sample.id)]
 
@@ -50,14 +54,14 @@ class Place:
     @property
     def has_index(self) -> bool:
         """Whether the index is fitted."""
-        from hkvprof.profile.rows import INDEX
+        from hkvprof.calibration.rows import INDEX
 
         return (self.folder / INDEX).exists()
 
     def prepare(self, samples: Sequence[Sample], resume: bool) -> None:
         """Say what goes on, or drop what is there. Raises UsageError for an unsuitable folder."""
+        from hkvprof.calibration.rows import CONDITIONS, check_rows_folder, forget, read_conditions
         from hkvprof.cli.output import say
-        from hkvprof.profile.rows import CONDITIONS, check_rows_folder, forget, read_conditions
 
         check_rows_folder(self.folder)
         if resume and (self.folder / CONDITIONS).exists():
@@ -71,7 +75,7 @@ class Place:
 
     def clear(self) -> None:
         """Remove rows that have served their purpose: those that the user gave no folder for."""
-        from hkvprof.profile.rows import forget
+        from hkvprof.calibration.rows import forget
 
         if self.rows is None:
             forget(self.folder)
@@ -122,3 +126,36 @@ def check_kind(
     for broken, reason in rules:
         if broken:
             raise UsageError(reason)
+
+
+@contextmanager
+def processes(in_step: bool = False) -> Iterator[Group]:
+    """The group of this process. Only the leading process prints, and of an error only the first
+    one that meets it; the others end with it, without a word."""
+    if not is_distributed():
+        yield ALONE
+        return
+    from hkvprof.calibration.distributed import together
+
+    try:
+        with together(in_step) as group:
+            if group.leads:
+                yield group
+            else:
+                with (
+                    open(os.devnull, "w") as nowhere,
+                    redirect_stdout(nowhere),
+                    redirect_stderr(nowhere),
+                ):
+                    yield group
+    except ElsewhereError:
+        raise typer.Exit(FAILURE) from None
+
+
+def own_device(wanted: str | None, fsdp: bool) -> str | None:
+    """The device of this process: torchrun's processes take a GPU each, where there are any."""
+    if not is_distributed() or fsdp:
+        return wanted
+    from hkvprof.calibration.distributed import local_device
+
+    return local_device(wanted)

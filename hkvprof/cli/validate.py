@@ -26,7 +26,7 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a profile's schema and bounds, and whether it belongs to a model."""
-    from hkvprof.artifact import SCHEMA_VERSION, load_profile
+    from hkvprof.profile.record import SCHEMA_VERSION, load_profile
 
     loaded = load_profile(profile)
     found: dict[str, Any] = {

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from hkvprof.doctor.conversations import Patient, Script, play, probe_profile
 from hkvprof.doctor.masked import Agreement, agree
-from hkvprof.doctor.probe import probe_profile
-from hkvprof.doctor.prompts import Patient
 from hkvprof.doctor.recording import Prelude, record
 from hkvprof.doctor.records import NotApplicableError
-from hkvprof.doctor.script import Script, play
-from hkvprof.models.gradients import rounds_activations
+from hkvprof.models.weights import rounds_activations
 from hkvprof.models.wrappers import unwrap
 from hkvprof.runtime import CompressedCache, Handle
 

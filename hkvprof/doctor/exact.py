@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from hkvprof.doctor.prompts import Patient
+from hkvprof.calibration.uniform import uniform_profile
+from hkvprof.doctor.conversations import Patient, Script, first_turn, greedy, play, second_turn
 from hkvprof.doctor.records import FaultError, NotApplicableError
-from hkvprof.doctor.script import Script, first_turn, greedy, play, second_turn
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import Handle, apply
 
 LONGEST = 8192

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hkvprof.artifact import Profile
 from hkvprof.doctor import compressed, exact, memory
-from hkvprof.doctor.environment import environment
-from hkvprof.doctor.prompts import Patient
+from hkvprof.doctor.conversations import Patient
 from hkvprof.doctor.records import (
     FaultError,
     NotApplicableError,
@@ -19,11 +17,13 @@ from hkvprof.doctor.records import (
     Report,
     Status,
     Verdict,
+    environment,
 )
 from hkvprof.errors import HkvError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.approval import approve, under_examination, withdraw
 from hkvprof.models.processing import ChatProcessor
+from hkvprof.profile.record import Profile
 
 
 @dataclass(frozen=True)

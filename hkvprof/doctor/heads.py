@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from hkvprof.doctor import contents, selection
-from hkvprof.doctor.prompts import Patient
-from hkvprof.doctor.recording import Call, Recording, Segment
+from hkvprof.doctor.conversations import Patient
+from hkvprof.doctor.recording import Call, Recording, Seen, Segment
 from hkvprof.doctor.records import FaultError
-from hkvprof.doctor.seam import Seen
 from hkvprof.heads import Strategy
 
 Places = list[list[list[int]]]

@@ -18,13 +18,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from hkvprof.doctor import selection
-from hkvprof.doctor.attention import Exact, attend
+from hkvprof.doctor.conversations import Patient, play
 from hkvprof.doctor.heads import HeadJudge
-from hkvprof.doctor.prompts import Patient
-from hkvprof.doctor.recording import Call, Recording
+from hkvprof.doctor.recording import Call, Exact, Recording, Seen, attend, watched_attention
 from hkvprof.doctor.records import FaultError
-from hkvprof.doctor.script import play
-from hkvprof.doctor.seam import Seen, watched_attention
 
 _KERNEL = (
     "the decode kernel or the mask of this pass: its output is not attention over these tokens"

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hkvprof.artifact import Profile
 from hkvprof.bench.memory import no_collector, stock_bytes
+from hkvprof.doctor.conversations import Patient, Script, play, probe_profile
 from hkvprof.doctor.exact import stock_cache
-from hkvprof.doctor.probe import probe_profile
-from hkvprof.doctor.prompts import Patient
 from hkvprof.doctor.records import FaultError
-from hkvprof.doctor.script import Script, play
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply, measure_storage
 
 _SLACK_BYTES, _SLACK_SHARE = 8192, 1 / 1000

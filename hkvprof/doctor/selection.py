@@ -13,7 +13,7 @@ from torch import Tensor
 from hkvprof.doctor.recording import Segment
 from hkvprof.doctor.records import FaultError
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.policy.costs import SCORE_BYTES, SLOT_BYTES
+from hkvprof.profile.costs import SCORE_BYTES, SLOT_BYTES
 
 _NEAR = 1e-3
 """Relative difference of scores that float32 may decide either way."""

@@ -7,25 +7,101 @@ accepted any more is not asked again, nor are smaller ones: no verdict depends o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from hkvprof.artifact import Profile
-from hkvprof.certificate import Certificate, Level, content_digest, fixed_sequence
+from scipy.stats import binom
+
+from hkvprof.calibration.conditions import current_versions
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.compare import Track, compare
 from hkvprof.evaluate.contest import MIN_TOKENS
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.plan import Entry, Plan
 from hkvprof.evaluate.records import FULL, Answer
-from hkvprof.evaluate.risk import Claim
 from hkvprof.evaluate.taskset import TaskSet
 from hkvprof.models.adapter import view_model
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.profile.conditions import current_versions
-from hkvprof.profile.samples import Sample, samples_digest
+from hkvprof.profile.certificate import (
+    LOSSES,
+    MOST_ALPHA,
+    MOST_DELTA,
+    Certificate,
+    Level,
+    content_digest,
+    fixed_sequence,
+)
+from hkvprof.profile.record import Profile
+from hkvprof.samples.read import Sample, samples_digest
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to be certified: risk at most `alpha` with confidence 1 - `delta`, at the least of
+    these shares of dense bytes that the data allows.
+
+    `budgets` are in the order in which they are tested, from the largest down. Raises UsageError,
+    BudgetError.
+    """
+
+    alpha: float
+    delta: float
+    budgets: tuple[float, ...]
+    loss: str = "answers"
+    regimes: tuple[str, ...] = ("inside", "later")
+
+    def __post_init__(self) -> None:
+        for name, most in (("alpha", MOST_ALPHA), ("delta", MOST_DELTA)):
+            value = getattr(self, name)
+            if not 0 < value <= most:
+                raise UsageError(f"{name} is {value:g}: expected a share in (0, {most:g}]")
+        if self.loss not in LOSSES:
+            raise UsageError(
+                f"unknown loss {self.loss!r}: expected "
+                + "; ".join(f"{name} ({what})" for name, what in LOSSES.items())
+            )
+        if not self.budgets:
+            raise BudgetError("there is no budget to certify: expected shares such as 0.5,0.2,0.1")
+        for budget in self.budgets:
+            if not 0 < budget < 1:
+                raise BudgetError(
+                    f"a budget of {budget:g} cannot be certified: expected shares above 0 and "
+                    "below 1 (the whole cache loses nothing)"
+                )
+        if any(low >= high for high, low in pairwise(self.budgets)):
+            raise BudgetError("the budgets to certify must fall, and differ from each other")
+
+    @property
+    def needed(self) -> int:
+        """Samples without which nothing can be certified, even if none is lost."""
+        return math.ceil(math.log(self.delta) / math.log1p(-self.alpha) - 1e-12)
+
+    def p_value(self, losses: int, samples: int) -> float:
+        """P(Bin(samples, alpha) <= losses)."""
+        return float(binom.cdf(losses, samples, self.alpha))
+
+    def most_losses(self, samples: int) -> int:
+        """With how many losses a budget is still accepted; -1 where the samples are too few."""
+        if samples < self.needed:
+            return -1
+        most = int(binom.ppf(self.delta, samples, self.alpha))
+        while most >= 0 and self.p_value(most, samples) > self.delta:
+            most -= 1
+        return most
+
+    def check_samples(self, samples: int, what: str = "samples") -> None:
+        """Raise UsageError where they cannot suffice."""
+        if samples < self.needed:
+            raise UsageError(
+                f"{samples} {what} are too few: a risk of at most {self.alpha:g} with confidence "
+                f"{1 - self.delta:g} takes at least {self.needed}, even if none of them degrades; "
+                "give more samples, or a larger alpha or delta"
+            )
+
 
 _STEPS = 1
 """Forced tokens per question: distances do not count here, only the answers do."""
@@ -190,7 +266,7 @@ compressed one's."""
 
 def parse_budgets(text: str) -> tuple[float, ...]:
     """Shares, from the largest down. Raises BudgetError."""
-    from hkvprof.policy.budget import Budget
+    from hkvprof.profile.budgets import Budget
 
     shares = []
     for part in (part.strip() for part in text.split(",")):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from hkvprof.artifact import Profile
 from hkvprof.errors import BudgetError, CompressionError, UsageError
 from hkvprof.evaluate.contest import MIN_TOKENS, Caches, Contest
 from hkvprof.evaluate.journal import Journal
@@ -18,8 +17,9 @@ from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer
 from hkvprof.evaluate.replay import Distance, Reference, answer, end_tokens, refer, replay
 from hkvprof.evaluate.taskset import TaskSet
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.profile.samples import Sample
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import measure_storage
+from hkvprof.samples.read import Sample
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 

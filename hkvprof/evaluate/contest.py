@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hkvprof.artifact import Profile
 from hkvprof.evaluate.baselines.base import Prompt
 from hkvprof.evaluate.baselines.registry import find
 from hkvprof.evaluate.baselines.session import applied, decide, fill
 from hkvprof.evaluate.plan import Entry
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.evaluate.records import OURS
-from hkvprof.policy.budget import Budget
+from hkvprof.profile.budgets import Budget
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import CompressedCache, apply
 
 MIN_TOKENS = 64

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hkvprof.artifact import Profile
+from hkvprof.calibration.probe import content_digest
 from hkvprof.errors import UsageError
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.profile.probe import content_digest
-from hkvprof.profile.sample_record import SAMPLES_KEY, short_digest
-from hkvprof.profile.samples import Sample, open_images, samples_digest
+from hkvprof.profile.record import Profile
+from hkvprof.samples.read import Sample, open_images, samples_digest
+from hkvprof.samples.record import SAMPLES_KEY, short_digest
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 _NAMED = 3

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from hkvprof import strict_json
 from hkvprof.errors import HkvError, UsageError
 from hkvprof.evaluate.records import Answer
-from hkvprof.files import read_limited, write_atomically
+from hkvprof.files import strict_json
+from hkvprof.files.atomic import read_limited, write_atomically
 
 CONDITIONS = "conditions.json"
 MAX_BYTES = 512 * 2**20

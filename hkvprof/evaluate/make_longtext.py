@@ -27,7 +27,7 @@ from hkvprof.evaluate.longtext import (
     CountTokens,
     make_sample,
 )
-from hkvprof.profile.samples import Sample
+from hkvprof.samples.read import Sample
 
 README = """# Long-text samples
 

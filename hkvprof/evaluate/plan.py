@@ -12,7 +12,7 @@ from hkvprof.evaluate.baselines.registry import baselines, find
 from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer
 from hkvprof.evaluate.replay import STEPS
 from hkvprof.evaluate.taskset import TaskSet
-from hkvprof.policy.budget import Budget
+from hkvprof.profile.budgets import Budget
 
 
 @dataclass(frozen=True)

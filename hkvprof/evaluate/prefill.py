@@ -16,15 +16,14 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from hkvprof.calibration.observe import ObservedCache
 from hkvprof.errors import ModelError
 from hkvprof.heads import Modality
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.attention import AttentionCall, hooked_attention
-from hkvprof.models.calls import with_cache
+from hkvprof.models.calls import last_row_only, rope_holder, with_cache
 from hkvprof.models.decoder_input import DecoderInput, watch_input
-from hkvprof.models.forward import last_row_only, rope_holder
 from hkvprof.models.processing import Encoded
-from hkvprof.profile.observe import ObservedCache
 from hkvprof.runtime import CompressedCache
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.plan import HeadPlan

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hkvprof.calibration.continuation import opening_of_turn
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.evaluate.taskset import Gold, TaskSet
 from hkvprof.heads import Modality
 from hkvprof.models.processing import ChatProcessor, Encoded
-from hkvprof.profile.continuation import opening_of_turn
-from hkvprof.profile.samples import Sample, open_images
+from hkvprof.samples.read import Sample, open_images
 
 _OTHER_QUESTIONS = ("?", "Why", "1")
 """Where encodings of these differ from the sample's own, its question begins."""

@@ -11,7 +11,7 @@ from hkvprof.evaluate.datasets.layouts import LAYOUTS, load_layout
 from hkvprof.evaluate.metrics import EXACT_MATCH, Metric
 from hkvprof.evaluate.taskset import Gold, TaskSet
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.profile.samples import load_samples
+from hkvprof.samples.read import load_samples
 
 __all__ = ["Gold", "TaskSet", "default_tasks", "load_tasks"]
 
@@ -24,7 +24,7 @@ TINYVL_UNJUDGED = ("nimg",)
 they say nothing about compression."""
 
 LONGTEXT_JUDGED = ("passkey", "needle_words", "needle_phone", "needle_motto", "two_needles", "copy")
-"""Kinds that SmolLM2 answers with a full cache (`python -m hkvprof.evaluate.longtext_accuracy`).
+"""Kinds that SmolLM2 answers with a full cache (`python -m tools.longtext_accuracy`).
 Of the others only the distance to the full cache is taken."""
 
 
@@ -75,8 +75,7 @@ def default_tasks(model_name: str) -> str:
 
 
 def _tinyvl(per_task: int) -> TaskSet:
-    from hkvprof.testbed.generator import make_sample
-    from hkvprof.testbed.questions import TASKS
+    from hkvprof.testbed.generator import TASKS, make_sample
 
     samples = [
         make_sample(task, seed, images=(12, 16)[seed % 2], split="heldout", followups=1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hkvprof.evaluate.metrics import Metric
-from hkvprof.profile.samples import Sample
+from hkvprof.samples.read import Sample
 
 
 @dataclass(frozen=True)

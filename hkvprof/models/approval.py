@@ -7,15 +7,83 @@ cache folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from hkvprof.errors import ModelError
+import torch
+import transformers
+
+import hkvprof
+from hkvprof.errors import HkvError, ModelError
+from hkvprof.files.atomic import read_limited, user_cache, write_atomically
 from hkvprof.models.adapter import ModelView
-from hkvprof.models.passed import is_recorded, record, record_path, versions
+
+_FORMAT = 1
+_LONGEST = 4096
+"""Bytes that a record may have."""
+
+
+def versions() -> dict[str, str]:
+    """What every record is bound to."""
+    return {
+        "hkvprof": hkvprof.__version__,
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+    }
+
+
+def record_path(folder: str, bound_to: Mapping[str, Any]) -> Path:
+    """Where the record is. Raises RuntimeError where the user has no cache folder."""
+    digest = hashlib.sha256(json.dumps(bound_to, sort_keys=True).encode()).hexdigest()[:24]
+    return user_cache().absolute() / folder / f"{digest}.json"
+
+
+def is_recorded(path: Path, bound_to: Mapping[str, Any]) -> bool:
+    """Whether the file is a record of this. Raises OSError, ValueError, RecursionError where it
+    cannot be read."""
+    return bool(json.loads(read_limited(path, _LONGEST)) == _record(bound_to))
+
+
+def record(path: Path, bound_to: Mapping[str, Any]) -> None:
+    """Write the record. Raises HkvError, OSError where it cannot be written."""
+    text = json.dumps(_record(bound_to), indent=2, sort_keys=True)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def _record(bound_to: Mapping[str, Any]) -> dict[str, Any]:
+    return {"format": _FORMAT, "passed": dict(bound_to)}
+
+
+_FOLDER = "selfcheck"
+TESTED = ("5.16.0", "5.23.0", "5.24.0")
+"""The oldest, the pinned and the newest: `make test` runs on each (constraints*.txt)."""
+
+
+def is_tested() -> bool:
+    """Whether the transformers that is imported is one of `TESTED`."""
+    return str(transformers.__version__) in TESTED
+
+
+def has_passed() -> bool:
+    """Whether these versions have passed the self-check here; False where that cannot be read."""
+    try:
+        return is_recorded(record_path(_FOLDER, versions()), versions())
+    except (OSError, ValueError, RuntimeError, RecursionError):
+        return False
+
+
+def remember() -> None:
+    """Record that these versions passed. Where nothing can be written, the check runs again."""
+    try:
+        record(record_path(_FOLDER, versions()), versions())
+    except (HkvError, OSError, RuntimeError):
+        return
+
 
 _EXAMINED: ContextVar[bool] = ContextVar("examined", default=False)
 

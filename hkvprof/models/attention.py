@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from hkvprof.errors import ModelError, UsageError
 from hkvprof.models.wrappers import unwrap
@@ -205,3 +206,14 @@ def refuse_features(kwargs: dict[str, Any]) -> None:
             "output_attentions=True is not supported: attention weights are never formed; leave it "
             "out, or detach the profile first"
         )
+
+
+class MarkedLayer(DynamicLayer):
+    """Stores as the stock layer does and marks its keys; subclasses say what `attend` does."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store as usual and mark the keys."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return mark(keys, self), values

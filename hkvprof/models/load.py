@@ -14,11 +14,10 @@ import torch
 from hkvprof.errors import HkvError, ModelError, UsageError, out_of_memory
 from hkvprof.heads import ModelFingerprint
 from hkvprof.models.adapter import view_model
-from hkvprof.models.aliases import ALIASES, TINYVL_FOLDER
-from hkvprof.models.own_code import needs_own_code, own_code_refused
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.models.processors import load_processor
-from hkvprof.models.vision_backend import hide_broken_torchvision
+from hkvprof.models.sources import ALIASES, TINYVL_FOLDER, needs_own_code, own_code_refused
+from hkvprof.models.vision import hide_broken_torchvision
 
 DTYPES = {
     "auto": "auto",

@@ -16,11 +16,7 @@ from torch import Tensor
 
 from hkvprof.errors import ModelError, SampleError
 from hkvprof.heads import Modality
-from hkvprof.models.conversation import (
-    Conversation,
-    context_ranges,
-    flatten,
-)
+from hkvprof.models.conversation import Conversation, context_ranges, flatten
 
 _SECONDS = "second_per_grid_ts"
 

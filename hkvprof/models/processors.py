@@ -13,10 +13,11 @@ from typing import Any
 
 from hkvprof.errors import ModelError
 from hkvprof.models.architectures import adapter_for
-from hkvprof.models.own_code import needs_own_code
 from hkvprof.models.processing import ChatProcessor, TextProcessor
-from hkvprof.models.vision import AutoVisionProcessor, PillowVisionProcessor
-from hkvprof.models.vision_backend import (
+from hkvprof.models.sources import needs_own_code
+from hkvprof.models.vision import (
+    AutoVisionProcessor,
+    PillowVisionProcessor,
     hide_broken_torchvision,
     torchvision_problem,
     torchvision_works,

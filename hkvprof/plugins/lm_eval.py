@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from hkvprof.errors import UsageError
 from hkvprof.models.calls import with_cache
-from hkvprof.plugins.arguments import Arguments
-from hkvprof.plugins.counting import Counts
+from hkvprof.plugins.generation import Counts
 from hkvprof.plugins.scoring import Pair, batches, score
-from hkvprof.plugins.session import Session
+from hkvprof.plugins.session import Arguments, Session
 
 _LOG = logging.getLogger(__name__)
 

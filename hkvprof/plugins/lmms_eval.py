@@ -21,11 +21,9 @@ from tqdm import tqdm
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.models.calls import with_cache
-from hkvprof.plugins.arguments import Arguments
-from hkvprof.plugins.counting import Counts
-from hkvprof.plugins.generation import Generation
-from hkvprof.plugins.session import Session
-from hkvprof.profile.images import decode
+from hkvprof.plugins.generation import Counts, Generation
+from hkvprof.plugins.session import Arguments, Session
+from hkvprof.samples.images import decode
 
 
 class HkvVLM(lmms):

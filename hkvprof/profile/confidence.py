@@ -1,249 +1,224 @@
-"""How sure a profile is of its types and budgets, from the very rows that it was made of.
-
-Everything is planned by the functions that make the profile, for its prompt length and default
-budget: what single samples would have said, and how far profiles of different samples agree.
-"""
+"""How sure a profile is, as a record: what stands in its provenance under "confidence"."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from hkvprof.errors import ProfileError
 
-from hkvprof.profile.agreement import cohen_kappa, jaccard, same_share, spearman, wilson
-from hkvprof.profile.confidence_record import MEASURES, Comparison, Confidence, Heads, Interval
-from hkvprof.profile.evidence import Counts, Evidence, Plan
+KEY = "confidence"
+"""Where the record stands in a profile's provenance."""
 
-LEAST_SAMPLES = 4
-SPLITS = 20
-"""Random halves whose mean agreement is the estimate."""
-SPLITS_PER_RESAMPLE = 2
-MOST_TASKS = 24
-"""Tasks that are compared, those with the most samples."""
-MOST_RESAMPLES, LEAST_RESAMPLES = 100, 20
-HEAD_PLANS = 400 * 112
-"""Heads planned for the intervals of one comparison: it bounds the resamples of large models."""
-SEED = 0
+MEASURES = {"types": 0.0, "kappa": -1.0, "jaccard": 0.0, "ratios": -1.0, "curves": -1.0}
+"""What is compared, and the least value of each; the most is 1.
 
-Figures = NDArray[np.float64]
-"""MEASURES, in their order."""
-Strata = Sequence[NDArray[np.int64]]
-"""Samples of each task."""
+Share of heads with equal types; Cohen's kappa of the types; Jaccard index of the static sets;
+Spearman's correlation over heads of the planned ratios, and of the least loss at the default
+budget (of the sparsity that decides, where no losses were measured).
+"""
+
+Heads = tuple[tuple[float, ...], ...]
+"""One figure per [layer][KV head]."""
 
 
-def assess(evidence: Evidence, whole: Plan) -> Confidence:
-    """How sure the profile is that `whole`, the plan of everything, became.
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95% bootstrap interval, which holds it."""
 
-    **Per head**: the share of samples that, each alone, would give the head the profile's type
-    (`measured`: planned on the sample's own curves with the scales of the whole; `paper`: the
-    sample's sparsity against theta), with Wilson's 95% interval; the flip rate is the rest. It says
-    how much a type depends on the prompt. It is not the probability that the type is right: single
-    samples are noisier than their mean, a mean may rightly follow a few prompts that lose much, and
-    a measured type also depends on what other heads are given. Samples of one task resemble each
-    other, so that the interval is too narrow for prompts of other tasks.
+    value: float
+    low: float
+    high: float
 
-    **Per profile**: agreement of two profiles of different samples, halves (of which each sees half
-    the samples, so that the whole is surer), a task and all others (a small task disagrees by
-    chance, too), text and multimodal prompts. Intervals are 95% percentile bootstrap intervals
-    (Efron and Tibshirani 1993, chapter 13) over tasks, then samples within them, moved so that
-    their mean lies at the estimate: resamples hold samples twice, which shifts agreement itself.
-    They also hold the noise of single splits. Seeded: the same rows give the same figures.
+    @classmethod
+    def rounded(cls, value: float, low: float, high: float) -> Interval:
+        """To four digits."""
+        return cls(*(round(float(x), 4) + 0.0 for x in (value, low, high)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Agreement of two profiles of different samples, by MEASURES; empty with a `reason`.
+
+    A mean over `repeats` pairs; intervals from `resamples` resamples, clustered by task.
     """
-    if evidence.samples < LEAST_SAMPLES:
-        return Confidence(
-            evidence.samples,
-            f"too few samples: {evidence.samples}, expected at least {LEAST_SAMPLES}",
+
+    figures: Mapping[str, Interval] = field(default_factory=dict)
+    repeats: int = 0
+    resamples: int = 0
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; the inverse of `from_json`."""
+        if self.reason:
+            return {"reason": self.reason}
+        figures = {name: [f.value, f.low, f.high] for name, f in self.figures.items()}
+        return {**figures, "repeats": self.repeats, "resamples": self.resamples}
+
+    @classmethod
+    def from_json(cls, data: Any, name: str) -> Comparison:
+        """Checked; raises ProfileError."""
+        data = _object(data, name)
+        if "reason" in data:
+            return cls(reason=_text(data["reason"], f"{name}.reason"))
+        figures = {}
+        for measure, least in MEASURES.items():
+            entry = data.get(measure)
+            if not isinstance(entry, list) or len(entry) != 3:
+                raise _wrong(f"{name}.{measure}", "three numbers (value, low, high)", entry)
+            value, low, high = (_number(x, f"{name}.{measure}", least) for x in entry)
+            if not low <= value <= high:
+                raise _wrong(f"{name}.{measure}", "low <= value <= high", entry)
+            figures[measure] = Interval(value, low, high)
+        repeats, resamples = (_count(data, key, name) for key in ("repeats", "resamples"))
+        return cls(figures, repeats, resamples)
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How sure a profile of `samples` samples is; nothing else is filled with a `reason`.
+
+    - `agree`, `low`, `high` [layer][KV head]: the share of samples that alone would give the head
+      the profile's type, and its Wilson interval (confidence.assess says what it means).
+    - `halves`: profiles of two random halves. `tasks`: that of one task alone against that of all
+      others, mean over tasks; `by_task` the same for each, without intervals. `kinds`: that of
+      prompts of text alone against that of prompts with images or video.
+    """
+
+    samples: int
+    reason: str = ""
+    agree: Heads = ()
+    low: Heads = ()
+    high: Heads = ()
+    halves: Comparison = field(default_factory=Comparison)
+    tasks: Comparison = field(default_factory=Comparison)
+    by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    kinds: Comparison = field(default_factory=Comparison)
+
+    @property
+    def flips(self) -> Heads:
+        """[layer][KV head]: the share of samples that alone would give the other type."""
+        return tuple(tuple(round(1 - share, 4) for share in layer) for layer in self.agree)
+
+    @property
+    def flip_rate(self) -> float:
+        """Mean of `flips` over all heads; 0 where there are none."""
+        return (
+            round(fmean(share for layer in self.flips for share in layer), 4) if self.agree else 0
         )
-    agree, low, high = _heads(evidence, whole)
-    tasks, by_task = _tasks(evidence)
-    return Confidence(
-        evidence.samples, "", agree, low, high, _halves(evidence), tasks, by_task, _kinds(evidence)
+
+    @property
+    def worst_task(self) -> str:
+        """The task whose profile agrees least with that of the others; "" where none is compared.
+
+        By the share of equal types, then Jaccard, then ratios, then name.
+        """
+
+        def rank(task: str) -> tuple[float, float, float, str]:
+            found = self.by_task[task]
+            return found["types"], found["jaccard"], found["ratios"], task
+
+        return min(self.by_task, key=rank, default="")
+
+    def least_sure(self, most: int) -> list[tuple[int, int]]:
+        """(layer, head) of the heads on which fewest samples agree, all of those below 1."""
+        heads = [
+            (share, layer, head)
+            for layer, shares in enumerate(self.agree)
+            for head, share in enumerate(shares)
+            if share < 1
+        ]
+        return [(layer, head) for _, layer, head in sorted(heads)[:most]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; the inverse of `from_json`."""
+        if self.reason:
+            return {"samples": self.samples, "reason": self.reason}
+        return {
+            "samples": self.samples,
+            "heads": {name: _lists(getattr(self, name)) for name in ("agree", "low", "high")},
+            "flip_rate": self.flip_rate,
+            "halves": self.halves.to_json(),
+            "tasks": self.tasks.to_json(),
+            "by_task": {task: dict(found) for task, found in self.by_task.items()},
+            "worst_task": self.worst_task,
+            "kinds": self.kinds.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, shape: tuple[int, int]) -> Confidence:
+        """Checked against the profile's (layers, KV heads). Raises ProfileError."""
+        data = _object(data, KEY)
+        samples = _count(data, "samples", KEY)
+        if "reason" in data:
+            return cls(samples, _text(data["reason"], f"{KEY}.reason"))
+        heads = _object(data.get("heads"), "heads")
+        by_task = _object(data.get("by_task"), "by_task")
+        return cls(
+            samples,
+            agree=_heads(heads.get("agree"), "agree", shape),
+            low=_heads(heads.get("low"), "low", shape),
+            high=_heads(heads.get("high"), "high", shape),
+            halves=Comparison.from_json(data.get("halves"), "halves"),
+            tasks=Comparison.from_json(data.get("tasks"), "tasks"),
+            by_task={task: _measures(found, task) for task, found in by_task.items()},
+            kinds=Comparison.from_json(data.get("kinds"), "kinds"),
+        )
+
+
+def _lists(heads: Heads) -> list[list[float]]:
+    return [list(layer) for layer in heads]
+
+
+def _wrong(name: str, expected: str, found: object) -> ProfileError:
+    text = repr(found)
+    return ProfileError(
+        f"provenance.{KEY}: expected {expected} as {name}, found {text[:60]}; calibrate or merge "
+        "again for a sound record"
     )
 
 
-def compare(evidence: Evidence, first: Counts, second: Counts) -> Figures:
-    """MEASURES between the profiles of two parts of the samples."""
-    ours, theirs = (evidence.plan(part, whole=False) for part in (first, second))
-    return np.array([
-        same_share(ours.types, theirs.types),
-        cohen_kappa(ours.types, theirs.types),
-        jaccard(ours.types, theirs.types),
-        spearman(ours.chosen.ratio, theirs.chosen.ratio),
-        spearman(_ground(evidence, ours, first), _ground(evidence, theirs, second)),
-    ])  # fmt: skip
+def _object(data: Any, name: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise _wrong(name, "an object", data)
+    return dict(data)
 
 
-def _ground(evidence: Evidence, plan: Plan, counts: Counts) -> Figures:
-    """What decides about heads: their least loss over strategies at the default budget, linear in
-    log ratio; or, where none is measured, the sparsity of query heads."""
-    if len(evidence.ratios) < 2:
-        return evidence.moments(counts)[0].ravel().astype(np.float64)
-    best = plan.loss_here.min(axis=0).astype(np.float64).reshape(-1, len(evidence.ratios))
-    at, known = np.log(evidence.decision.budget), np.log(evidence.ratios.astype(np.float64))
-    return np.array([np.interp(at, known, curve) for curve in best])
+def _text(data: Any, name: str) -> str:
+    if not isinstance(data, str) or not data:
+        raise _wrong(name, "a text", data)
+    return data
 
 
-def _heads(evidence: Evidence, whole: Plan) -> tuple[Heads, Heads, Heads]:
-    """Agreeing share, lower and upper end per head."""
-    same = np.zeros(whole.types.shape, dtype=np.int64)
-    for sample in range(evidence.samples):
-        same += evidence.types_of_sample(sample, whole.scales) == whole.types
-    ends = [wilson(count, evidence.samples) for count in range(evidence.samples + 1)]
-    figures = [[count / evidence.samples, *ends[count]] for count in range(len(ends))]
-    table = np.round(figures, 4)[same] + 0.0
-    agree, low, high = (tuple(map(tuple, table[..., i].tolist())) for i in range(3))
-    return agree, low, high
+def _number(data: Any, name: str, least: float) -> float:
+    if isinstance(data, bool) or not isinstance(data, int | float) or not math.isfinite(data):
+        raise _wrong(name, "a number", data)
+    if not least <= data <= 1:
+        raise _wrong(name, f"a number from {least:g} to 1", data)
+    return float(data)
 
 
-# -- profiles of different samples ----------------------------------------------------------------
+def _count(data: Mapping[str, Any], key: str, name: str) -> int:
+    value = data.get(key)
+    if type(value) is not int or value < 0:
+        raise _wrong(f"{name}.{key}", "a count", value)
+    return value
 
 
-def _halves(evidence: Evidence) -> Comparison:
-    random, strata = _random(0), _strata(evidence)
-
-    def split(parts: Strata) -> Figures:
-        return compare(evidence, *_halve(random, parts, evidence.samples))
-
-    def enough(drawn: NDArray[np.int64], parts: Strata) -> bool:
-        return sum(map(len, parts)) >= LEAST_SAMPLES
-
-    estimate = np.mean([split(strata) for _ in range(SPLITS)], axis=0)
-    count = _affordable(evidence, 2 * SPLITS_PER_RESAMPLE)
-    resampled = [
-        np.mean([split(parts) for _ in range(SPLITS_PER_RESAMPLE)], axis=0)
-        for _, parts in _resamples(random, strata, count, enough)
-    ]
-    return _comparison(estimate, resampled, SPLITS)
-
-
-def _tasks(evidence: Evidence) -> tuple[Comparison, dict[str, dict[str, float]]]:
-    """A task alone against all others, and the same for each task."""
-    strata, names = _strata(evidence), sorted(set(evidence.tasks))
-    if len(strata) < 2:
-        return Comparison(reason=f"all samples are of one task ({names[0]})"), {}
-    enough = [t for t, s in enumerate(strata) if 2 <= len(s) <= evidence.samples - 2]
-    compared = sorted(enough, key=lambda t: (-len(strata[t]), t))[:MOST_TASKS]
-    if not compared:
-        return Comparison(reason="no task has two samples, and the others two"), {}
-
-    def comparable(drawn: NDArray[np.int64], parts: Strata) -> bool:
-        sizes = {t: int((drawn == t).sum()) * len(strata[t]) for t in drawn.tolist()}
-        judged = set(compared) & set(sizes)
-        return bool(judged) and all(sum(sizes.values()) - sizes[t] >= 2 for t in judged)
-
-    single = _against_others(evidence, compared, np.arange(len(strata)), strata)
-    count = _affordable(evidence, 2 * len(compared))
-    resampled = []
-    for drawn, parts in _resamples(_random(1), strata, count, comparable):
-        found = _against_others(evidence, compared, drawn, parts)
-        weights = [int((drawn == t).sum()) for t in found]  # each as often as it was drawn
-        resampled.append(np.average(list(found.values()), axis=0, weights=weights))
-    estimate = np.mean(list(single.values()), axis=0)
-    by_task = {
-        names[t]: dict(zip(MEASURES, (np.round(figures, 4) + 0.0).tolist(), strict=True))
-        for t, figures in single.items()
+def _measures(data: Any, task: str) -> dict[str, float]:
+    found = _object(data, f"by_task.{task}")
+    return {
+        name: _number(found.get(name), f"by_task.{task}.{name}", least)
+        for name, least in MEASURES.items()
     }
-    return _comparison(estimate, resampled, len(single)), by_task
 
 
-def _against_others(
-    evidence: Evidence, compared: Sequence[int], drawn: NDArray[np.int64], parts: Strata
-) -> dict[int, Figures]:
-    """Each drawn task that is compared, against the others; `parts` are the samples drawn of it."""
-    found = {}
-    for task in sorted(set(compared) & set(drawn.tolist())):
-        mine = [part for t, part in zip(drawn, parts, strict=True) if t == task]
-        rest = [part for t, part in zip(drawn, parts, strict=True) if t != task]
-        found[task] = compare(evidence, _counts(evidence, mine), _counts(evidence, rest))
-    return found
-
-
-def _kinds(evidence: Evidence) -> Comparison:
-    """Prompts of text alone against those with images or video."""
-    seeing = evidence.vision_tokens > 0
-    if seeing.all() or not seeing.any():
-        only = "holds images or video" if seeing.all() else "is text alone"
-        return Comparison(reason=f"there is only one kind: every prompt {only}")
-    if min(seeing.sum(), (~seeing).sum()) < 2:
-        return Comparison(reason="one kind has but one sample: expected at least two of each")
-    strata = _strata(evidence)
-
-    def both(drawn: NDArray[np.int64], parts: Strata) -> bool:
-        held = seeing[np.concatenate(parts)]
-        return min(held.sum(), (~held).sum()) >= 2
-
-    resampled = []
-    for _, parts in _resamples(_random(2), strata, _affordable(evidence, 2), both):
-        counts = _counts(evidence, parts)
-        resampled.append(compare(evidence, counts * ~seeing, counts * seeing))
-    estimate = compare(evidence, evidence.everything * ~seeing, evidence.everything * seeing)
-    return _comparison(estimate, resampled, 1)
-
-
-# -- resampling -----------------------------------------------------------------------------------
-
-
-def _random(stream: int) -> np.random.RandomState:
-    """One stream per comparison; RandomState, since no version of numpy changes it (NEP 19)."""
-    return np.random.RandomState(SEED + stream)
-
-
-def _strata(evidence: Evidence) -> Strata:
-    """Samples of each task, by the tasks' names."""
-    return [
-        np.array([i for i, label in enumerate(evidence.tasks) if label == task])
-        for task in sorted(set(evidence.tasks))
-    ]
-
-
-def _counts(evidence: Evidence, parts: Strata) -> Counts:
-    return np.bincount(np.concatenate(parts), minlength=evidence.samples)
-
-
-def _affordable(evidence: Evidence, plans: int) -> int:
-    """Resamples of a comparison that needs so many plans each."""
-    wanted = HEAD_PLANS // (plans * evidence.conditions.grid.total)
-    return max(LEAST_RESAMPLES, min(MOST_RESAMPLES, wanted))
-
-
-def _resamples(
-    random: np.random.RandomState,
-    strata: Strata,
-    count: int,
-    accept: Callable[[NDArray[np.int64], Strata], bool],
-) -> Iterator[tuple[NDArray[np.int64], Strata]]:
-    """Tasks drawn with replacement, and then samples of each: the first `count` that `accept`
-    takes. It must take the strata themselves, so that there is an end."""
-    made = 0
-    while made < count:
-        drawn = random.randint(len(strata), size=len(strata))
-        parts = [strata[t][random.randint(len(strata[t]), size=len(strata[t]))] for t in drawn]
-        if accept(drawn, parts):
-            yield drawn, parts
-            made += 1
-
-
-def _halve(random: np.random.RandomState, strata: Strata, samples: int) -> tuple[Counts, Counts]:
-    """Halves with as many samples of each task; an odd one goes to the smaller half."""
-    halves: tuple[list[int], list[int]] = ([], [])
-    for part in strata:
-        mixed = random.permutation(part).tolist()
-        middle, coin = len(mixed) // 2, int(random.randint(2))
-        more = coin if len(halves[0]) == len(halves[1]) else int(len(halves[1]) < len(halves[0]))
-        halves[more].extend(mixed[middle:])
-        halves[1 - more].extend(mixed[:middle])
-    first, second = (np.bincount(np.array(h), minlength=samples) for h in halves)
-    return first, second
-
-
-def _comparison(estimate: Figures, resampled: Sequence[Figures], repeats: int) -> Comparison:
-    """Percentile intervals, moved so that the resamples' mean lies at the estimate."""
-    moved = np.array(resampled) - np.mean(resampled, axis=0) + estimate
-    low, high = np.quantile(moved, [0.025, 0.975], axis=0)
-    least = np.array(list(MEASURES.values()))
-    low = np.clip(np.minimum(low, estimate), least, 1)
-    high = np.clip(np.maximum(high, estimate), least, 1)
-    ends = zip(estimate, low, high, strict=True)
-    figures = dict(zip(MEASURES, (Interval.rounded(*end) for end in ends), strict=True))
-    return Comparison(figures, repeats, len(resampled))
+def _heads(data: Any, name: str, shape: tuple[int, int]) -> Heads:
+    layers, heads = shape
+    rows = data if isinstance(data, list) else []
+    if len(rows) != layers or any(not isinstance(r, list) or len(r) != heads for r in rows):
+        raise _wrong(f"heads.{name}", f"{layers} lists of {heads} numbers", data)
+    return tuple(tuple(_number(x, f"heads.{name}", 0) for x in row) for row in rows)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.artifact import Profile
-from hkvprof.head_statistics import CLASSES, PAIRS, HeadStatistics
+from hkvprof.profile.record import Profile
+from hkvprof.profile.tables import CLASSES, PAIRS, HeadStatistics
 
 MOST_HEADS = 6
 """Heads that are named; --json has all."""

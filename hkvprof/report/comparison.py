@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hkvprof.evaluate.records import FULL, OURS, REGIMES
 from hkvprof.evaluate.statistics import Duel, Interval, MethodSummary
-from hkvprof.policy.budget import Budget
+from hkvprof.profile.budgets import Budget
 
 NOTES = (
     "share: resident K/V bytes over dense, indexes included; s: seconds to compress",

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from hkvprof.artifact import Profile
+from hkvprof.calibration.confidence import cohen_kappa, same_share, spearman
 from hkvprof.errors import UsageError
 from hkvprof.heads import HeadType
-from hkvprof.profile.agreement import cohen_kappa, same_share, spearman
+from hkvprof.profile.record import Profile
 from hkvprof.report.summary import percent
 
 _SETTINGS = ("recipe", "default_budget", "keep", "strategies", "kappas")
@@ -37,7 +37,7 @@ class Difference:
     `settings` are the names of what was asked of calibration and differs; `arrays` those of the
     tensors that differ. `agreement` is the share of heads of the same type, `kappa` Cohen's;
     `share_change` the mean and `largest_change` the largest absolute change of a head's share;
-    `rank_correlation` Spearman's of the shares (both: profile.agreement).
+    `rank_correlation` Spearman's of the shares (both: calibration.confidence).
     """
 
     settings: tuple[str, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hkvprof.profile.estimate import Memory, Timing
+from hkvprof.calibration.estimate import Memory, Timing
 from hkvprof.report.summary import human
 
 _PASSES = "memory is counted from shapes, without a vision tower's activations"

@@ -10,10 +10,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hkvprof.policy.fit import Fit
-from hkvprof.policy.forecast import WHOLE, Plan
-from hkvprof.report.glyphs import Glyphs
-from hkvprof.report.pictures import BOUNDS, heads_picture, rows_picture, shade, shares_picture
+from hkvprof.profile.capacity import Fit
+from hkvprof.profile.forecast import WHOLE, Plan
+from hkvprof.report.pictures import (
+    BOUNDS,
+    Glyphs,
+    heads_picture,
+    rows_picture,
+    shade,
+    shares_picture,
+)
 from hkvprof.report.summary import human, percent
 from hkvprof.report.terminal import glyphs, plain_table
 

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.text import Text
 
-from hkvprof.report.glyphs import Glyphs
 from hkvprof.report.summary import percent
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """One set of characters; `shades` are five, from light to dark. Styles are rich's."""
+
+    static: str
+    dynamic: str
+    shades: str
+    whole: str
+    static_style: str = ""
+    dynamic_style: str = ""
+
+
+ASCII = Glyphs(static="#", dynamic="o", shades=".-=%@", whole="W")
+UNICODE = Glyphs(
+    static="■",
+    dynamic="○",
+    shades="·░▒▓█",
+    whole="▲",
+    static_style="blue",
+    dynamic_style="yellow",
+)
+
 
 LAYERS_PER_BLOCK = 60
 BOUNDS = (0.5, 0.8, 1.25, 2.0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hkvprof.artifact import Profile
-from hkvprof.policy.reach import Reach, find_reach
-from hkvprof.upgrade import tokens_told
+from hkvprof.profile.planning import Reach, find_reach
+from hkvprof.profile.record import Profile
+from hkvprof.profile.upgrade import tokens_told
 
 
 def reach(profile: Profile) -> Reach:

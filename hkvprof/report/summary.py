@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.artifact import SCHEMA_VERSION, Profile
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
-from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.profile.budgets import INFEASIBLE
+from hkvprof.profile.record import SCHEMA_VERSION, Profile
 from hkvprof.report import attention
-from hkvprof.report.certainty import recorded, type_agreements
-from hkvprof.report.certificate import certificate_json
+from hkvprof.report.certainty import certificate_json, recorded, type_agreements
 from hkvprof.report.reach import reach
 
 CLOSE = 0.10

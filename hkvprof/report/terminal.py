@@ -6,17 +6,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hkvprof.artifact import Profile
-from hkvprof.certificate import KEY as CERTIFICATE
 from hkvprof.heads import HeadType
-from hkvprof.policy.budget import INFEASIBLE
-from hkvprof.profile.confidence_record import KEY
-from hkvprof.profile.sample_record import SAMPLES_KEY
+from hkvprof.profile.budgets import INFEASIBLE
+from hkvprof.profile.certificate import KEY as CERTIFICATE
+from hkvprof.profile.confidence import KEY
+from hkvprof.profile.record import Profile
 from hkvprof.report.attention import attention
-from hkvprof.report.certainty import agreement_text, certainty, doubts, plain, type_agreements
-from hkvprof.report.certificate import section
-from hkvprof.report.glyphs import ASCII, UNICODE, Glyphs
-from hkvprof.report.pictures import heads_picture, shares_picture
+from hkvprof.report.certainty import (
+    agreement_text,
+    certainty,
+    doubts,
+    plain,
+    section,
+    type_agreements,
+)
+from hkvprof.report.pictures import ASCII, UNICODE, Glyphs, heads_picture, shares_picture
 from hkvprof.report.reach import unserved
 from hkvprof.report.summary import (
     borderline,
@@ -26,6 +30,7 @@ from hkvprof.report.summary import (
     sentence,
     strategies_used,
 )
+from hkvprof.samples.record import SAMPLES_KEY
 
 _MOST_BORDERLINE = 12
 

@@ -13,21 +13,22 @@ from torch import nn
 from hkvprof.errors import CompressionError, HkvWarning, ModelError, UsageError
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import guarded, hook_attention, is_hooked, refuse_features
-from hkvprof.models.forward import Call, Signature, rope_holder
+from hkvprof.models.calls import Call, Signature, rope_holder
 from hkvprof.models.overrides import Overrides
-from hkvprof.policy.budget import Budget
+from hkvprof.profile.budgets import Budget
 from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.monitor import Monitor
 from hkvprof.runtime.options import require_count
-from hkvprof.runtime.passes import Owner, current_pass
-from hkvprof.runtime.plan import Planner
-from hkvprof.runtime.receipt import LayerAccount, Meter
-from hkvprof.runtime.requests import (
+from hkvprof.runtime.passes import (
+    Owner,
     checkpoints,
+    current_pass,
     from_embeddings,
     prompt_length,
     refuse_batching,
 )
+from hkvprof.runtime.plan import Planner
+from hkvprof.runtime.receipt import LayerAccount, Meter
 
 HANDLE = "_hkvprof_handle"
 """The attribute under which a model keeps its handle."""

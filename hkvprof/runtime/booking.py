@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hkvprof.policy.costs import END_BYTES
+from hkvprof.profile.costs import END_BYTES
 from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.receipt import HeadAccount, LayerAccount
 from hkvprof.runtime.storage import RaggedStorage

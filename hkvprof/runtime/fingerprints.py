@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
+from typing import Any
 
-from hkvprof.artifact import Profile
 from hkvprof.errors import ProfileError
-from hkvprof.models.adapter import ModelView
+from hkvprof.models.adapter import ModelView, view_model
+from hkvprof.models.load import load_empty
+from hkvprof.models.processing import ChatProcessor
+from hkvprof.profile.record import Profile
 
 
 def check_fingerprint(profile: Profile, view: ModelView) -> None:
@@ -33,3 +37,15 @@ def check_fingerprint(profile: Profile, view: ModelView) -> None:
             "attention; compression works, its measured quality may not carry over",
             stacklevel=3,
         )
+
+
+def without_weights(name_or_path: str | Path, profile: Profile) -> tuple[Any, ChatProcessor]:
+    """The model as `load_empty` gives it, and its processor, where the profile is of this model.
+
+    Raises ProfileError where it is not, ModelError. What `apply` only warns of is left to it.
+    """
+    empty, processor = load_empty(name_or_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_fingerprint(profile, view_model(empty))
+    return empty, processor

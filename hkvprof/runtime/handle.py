@@ -6,19 +6,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hkvprof.artifact import Profile, load_profile
 from hkvprof.errors import BudgetError, CompressionError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.approval import require_approval
 from hkvprof.models.wrappers import unwrap
-from hkvprof.policy.budget import Budget
+from hkvprof.profile.budgets import Budget
+from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.binding import HANDLE, Binding
 from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.fingerprints import check_fingerprint
 from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
 from hkvprof.runtime.plan import Planner
-from hkvprof.runtime.prefetch import queues_for
 from hkvprof.runtime.receipt import Receipt
+from hkvprof.runtime.retrieval import queues_for
 from hkvprof.runtime.selfcheck import require_tested_seam
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
-from hkvprof.policy.costs import DynamicLayout
-from hkvprof.policy.index import KeyIndex
+from hkvprof.profile.costs import DynamicLayout
+from hkvprof.selection.index import KeyIndex
 
 SCALE_TOKENS = 128
 """Tokens that share one scale per channel when host items are stored as int8."""

@@ -11,18 +11,17 @@ from transformers.cache_utils import DynamicLayer
 
 from hkvprof.errors import CompressionError
 from hkvprof.models.attention import AttentionCall, mark
-from hkvprof.policy.tail import QUIET
+from hkvprof.profile.costs import QUIET
+from hkvprof.runtime.attention import attend_seeing
 from hkvprof.runtime.copies import LiveState
 from hkvprof.runtime.dense_states import DenseStates
 from hkvprof.runtime.masks import own_block
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.parked import ParkedPrompt
-from hkvprof.runtime.plan import HeadPlan, RowPlan
+from hkvprof.runtime.plan import HeadPlan, Row, RowPlan, reasons
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
 from hkvprof.runtime.receipt import LayerAccount
-from hkvprof.runtime.rows import Row, reasons
-from hkvprof.runtime.seeing import attend_seeing
 
 NEAR = 2
 """Windows of tokens before a compression from which on queries are kept for it: one to fill the

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hkvprof.artifact import Profile
 from hkvprof.errors import HkvWarning, ProfileError
 from hkvprof.models.attention import AttentionCall
-from hkvprof.policy.domain import KEY, Domain, DomainCheck, deviations
-from hkvprof.policy.text_rows import sample_text_rows, text_sparsity
+from hkvprof.profile.domain import KEY, Domain, DomainCheck, deviations
+from hkvprof.profile.record import Profile
 from hkvprof.runtime.copies import NeverCopied
 from hkvprof.runtime.layer import CompressedLayer
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
+from hkvprof.selection.sparsity import sample_text_rows, text_sparsity
 
 SEED = 0
 _NOT_YET = DomainCheck(reason="no prompt of several tokens came in one pass")

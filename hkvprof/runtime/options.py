@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 from hkvprof.errors import UsageError
-from hkvprof.policy.costs import SCORE_BYTES, SLOT_BYTES
+from hkvprof.profile.costs import SCORE_BYTES, SLOT_BYTES
 
 MIN_TOKENS = 256
 """Shorter prompts decode no faster compressed (`hkvprof bench --crossover`; README)."""

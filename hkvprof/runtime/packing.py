@@ -14,17 +14,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.policy.costs import (
+from hkvprof.profile.costs import (
     TOO_SHORT,
     DynamicLayout,
     dynamic_layout,
     least_layout,
     static_tokens,
 )
-from hkvprof.policy.index import HeadTables, KeyIndex, build_index
-from hkvprof.policy.static import rank_tokens, select_tokens
 from hkvprof.runtime.host import DynamicHead, HostChunks
 from hkvprof.runtime.options import Options
+from hkvprof.selection.index import HeadTables, KeyIndex, build_index
+from hkvprof.selection.static import rank_tokens, select_tokens
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Packed:
 
 
 Attention = Callable[[], Float[Tensor, "1 tokens"]]
-"""Gives the attention that the last rows pay to a head's tokens (policy.static)."""
+"""Gives the attention that the last rows pay to a head's tokens (selection.static)."""
 
 
 def pack(

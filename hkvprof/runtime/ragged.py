@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
-from hkvprof.policy.static import window_attention
-from hkvprof.runtime.attention import attend
+from hkvprof.runtime.attention import attend, segment_positions
 from hkvprof.runtime.booking import measure, open_heads, take_heads
 from hkvprof.runtime.copies import LiveState, deep_copy
 from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import Kernels, for_device
+from hkvprof.runtime.masks import Places, span
 from hkvprof.runtime.packing import (
     Attention,
     Packed,
@@ -29,14 +29,12 @@ from hkvprof.runtime.packing import (
     repack_static,
     whole,
 )
-from hkvprof.runtime.places import Places, span
-from hkvprof.runtime.plan import HeadPlan, RowPlan
+from hkvprof.runtime.plan import HeadPlan, Row, RowPlan
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.receipt import LayerAccount
-from hkvprof.runtime.retrieving import Retriever
-from hkvprof.runtime.rows import Row
-from hkvprof.runtime.seeing import segment_positions
+from hkvprof.runtime.retrieval import Retriever
 from hkvprof.runtime.storage import RaggedStorage
+from hkvprof.selection.static import window_attention
 
 KEPT_WHOLE = "generated tokens are kept whole (decode_compression=False)"
 TOO_MUCH = "indexes, recent tokens and the floor of a row need more than its budget at this length"

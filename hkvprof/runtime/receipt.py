@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hkvprof.policy.domain import DomainCheck
+from hkvprof.profile.domain import DomainCheck
 
 ONE_MEMORY = ("", "cpu", "mps")
 """Kinds of devices whose memory is the host's; "" before anything was seen."""

@@ -7,13 +7,7 @@ from collections.abc import Sequence
 
 from hkvprof.testbed.registry import Question, Registry, label_of, tally_of
 from hkvprof.testbed.scenes import FEATURES, Scene
-from hkvprof.testbed.vocabulary import (
-    cell_name,
-    colour_of,
-    is_item,
-    item_class,
-    shape_of,
-)
+from hkvprof.testbed.vocabulary import cell_name, colour_of, is_item, item_class, shape_of
 
 AGGREGATION_TASKS = Registry(aggregation=True)
 

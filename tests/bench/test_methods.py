@@ -5,15 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hkvprof.bench.methods import (
-    Kind,
-    Method,
-    check_budgets,
-    methods,
-    only,
-    reason_not,
-    variants,
-)
+from hkvprof.bench.methods import Kind, Method, check_budgets, methods, only, reason_not, variants
 from hkvprof.errors import BudgetError, HkvError, ProfileError, UsageError
 from hkvprof.heads import HeadType
 from tests.profiles import make_profile, plain_profile

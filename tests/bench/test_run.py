@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers.cache_utils import StaticCache
 
-from hkvprof.artifact import Profile
 from hkvprof.bench import run
 from hkvprof.bench.contestant import Contestant
 from hkvprof.bench.methods import Kind, Method, variants
 from hkvprof.bench.prompts import random_prompt
 from hkvprof.bench.records import Context
 from hkvprof.bench.run import Setup, bench
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import BudgetError, CompressionError, HkvError, UsageError
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.profile.record import Profile
 from tests.models_for_tests import random_llama
 
 SETUP = Setup(contexts=(512, 256), budgets=("0.25", "0.5"), new_tokens=36, rounds=4, batch=2)

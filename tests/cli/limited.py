@@ -21,7 +21,7 @@ from hkvprof.cli.errors import guarded
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.records import Answer
 from hkvprof.runtime.kernels import build
-from tests.profile.made_rows import CONDITIONS, TYPES, make_row
+from tests.calibration.made_rows import CONDITIONS, TYPES, make_row
 from tests.profiles import GOLDEN, index_tables
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "tinyvl.hkv.safetensors"
@@ -54,7 +54,7 @@ def answer(number: int) -> Answer:
 
 def rows(folder: Path) -> Path:
     """A folder of rows, made before the limit."""
-    from hkvprof.profile.rows import RowFolder
+    from hkvprof.calibration.rows import RowFolder
 
     made = RowFolder(folder, CONDITIONS)
     for number in range(3):

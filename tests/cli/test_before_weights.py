@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from hkvprof.artifact import load_profile
 from hkvprof.cli import run
 from hkvprof.cli.app import app
 from hkvprof.errors import ProfileError
-from hkvprof.plugins.arguments import Arguments
-from hkvprof.plugins.session import Session
+from hkvprof.plugins.session import Arguments, Session
+from hkvprof.profile.record import load_profile
 from tests.cli.runs import save_samples
 from tests.models_for_tests import random_llama
 from tests.plugins.checkpoints import CHAT, save_checkpoint

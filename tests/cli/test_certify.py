@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from hkvprof import load_profile
-from hkvprof.certificate import certificate_of
 from hkvprof.cli import certify as verb
 from hkvprof.cli import options, run
 from hkvprof.evaluate import certify as core
-from hkvprof.evaluate.baselines.planned import only
+from hkvprof.evaluate.baselines.ablations import only
 from hkvprof.heads import HeadType
+from hkvprof.profile.certificate import certificate_of
 from hkvprof.testbed.generator import make_sample
-from hkvprof.testbed.make_calibration import png_bytes, sample_record
 from tests.profiles import make_certificate, make_profile
+from tools.tinyvl.make_calibration import png_bytes, sample_record
 
 SHIPPED = Path("profiles/tinyvl.hkv.safetensors")
 
@@ -85,7 +85,7 @@ def test_what_is_refused_before_a_model_is_loaded(
 def test_the_calibration_s_own_samples_are_refused(
     heldout: Path, profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hkvprof.profile.samples import load_samples
+    from hkvprof.samples.read import load_samples
 
     loaded = load_profile(profile)
     digest = load_samples(heldout).digest

@@ -131,10 +131,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
         list(options["track"](iter(samples), "measuring", len(samples)))
         return make_profile()
 
+    import hkvprof.calibration.calibrate
     import hkvprof.models
-    import hkvprof.profile.calibrate
 
-    monkeypatch.setattr(hkvprof.profile.calibrate, "calibrate", calibrate)
+    monkeypatch.setattr(hkvprof.calibration.calibrate, "calibrate", calibrate)
     monkeypatch.setattr(hkvprof.models, "load_model", lambda name, **_: (name, "processor"))
     monkeypatch.setattr("hkvprof.cli.output.quiet_transformers", lambda: None)
     monkeypatch.chdir(tmp_path)
@@ -254,7 +254,7 @@ def test_nothing_is_left_when_calibration_stops(
     code: int,
     line: str,
 ) -> None:
-    monkeypatch.setattr("hkvprof.profile.calibrate.calibrate", failing(error))
+    monkeypatch.setattr("hkvprof.calibration.calibrate.calibrate", failing(error))
     assert run(command()) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith(line)
     assert list(tmp_path.iterdir()) == []

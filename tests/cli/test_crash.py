@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hkvprof import load_profile
-from hkvprof.files import is_part
-from hkvprof.profile.rows import CONDITIONS, INDEX, read_conditions, read_rows, read_tables
+from hkvprof.calibration.rows import CONDITIONS, INDEX, read_conditions, read_rows, read_tables
+from hkvprof.files.atomic import is_part
 from tests.cli.runs import Bed, save_samples
 from tests.warm import KILLED, Ended
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hkvprof.cli import run, running
+from hkvprof.cli import demo as running
+from hkvprof.cli import run
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 def test_the_way_from_samples_to_figures(
     lines: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hkvprof.profile.samples import load_samples
+    from hkvprof.samples.read import load_samples
 
     assert run(["demo", "--quick"]) == 0
     assert [line[0] for line in lines] == ["calibrate", "inspect", "eval"]

@@ -11,9 +11,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hkvprof
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.cli import run
 from hkvprof.models.load import model_fingerprint
-from hkvprof.profile.uniform import uniform_profile
 from tests.profiles import make_profile
 
 TINYVL = "profiles/tinyvl.hkv.safetensors"

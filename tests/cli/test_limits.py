@@ -17,7 +17,7 @@ import torch
 from hkvprof.cli import run
 from hkvprof.cli.errors import describe
 from hkvprof.evaluate.journal import Journal
-from hkvprof.models.aliases import TINYVL_FOLDER
+from hkvprof.models.sources import TINYVL_FOLDER
 from tests.cli.limited import answer
 
 ROOT = Path(__file__).parents[2]

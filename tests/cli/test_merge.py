@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from hkvprof import load_profile
+from hkvprof.calibration.rows import RowFolder
 from hkvprof.cli import run
-from hkvprof.policy.planning import Rules
-from hkvprof.profile.rows import RowFolder
-from tests.profile.made_rows import CONDITIONS, GRID
-from tests.profile.test_margin import noisy_rows
+from hkvprof.profile.planning import Rules
+from tests.calibration.made_rows import CONDITIONS, GRID
+from tests.calibration.test_margin import noisy_rows
 from tests.profiles import index_tables
 
 Merge = Callable[..., tuple[int, str]]

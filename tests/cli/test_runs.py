@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hkvprof.files import is_part
+from hkvprof.files.atomic import is_part
 from hkvprof.models.load import load_empty
 from tests.cli.runs import Bed, save_samples
 from tests.warm import Ended

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hkvprof.calibration.distributed import local_device
+from hkvprof.calibration.group import is_distributed, is_follower
 from hkvprof.errors import UsageError
-from hkvprof.profile.distributed import local_device
-from hkvprof.profile.group import is_distributed, is_follower
 from tests.cli.runs import Bed, save_samples
 from tests.warm import ENVIRONMENT, KILLED, ROOT, Ended
 

@@ -24,7 +24,7 @@ from hkvprof.runtime.parked import ParkedPrompt
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
-from hkvprof.runtime.retrieving import Retriever
+from hkvprof.runtime.retrieval import Retriever
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 LEAKED: list[Tensor] = []

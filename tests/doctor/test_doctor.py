@@ -15,21 +15,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hkvprof import calibrate, load_profile, uniform_profile
 from hkvprof.cli import run
 from hkvprof.doctor import examine as module
-from hkvprof.doctor.attention import attend
+from hkvprof.doctor.conversations import probe_profile
 from hkvprof.doctor.examine import Check, examine, judge
-from hkvprof.doctor.probe import probe_profile
+from hkvprof.doctor.recording import Seen, attend, watched_attention
 from hkvprof.doctor.records import FaultError, NotApplicableError, Status
-from hkvprof.doctor.seam import Seen, watched_attention
 from hkvprof.doctor.selection import check_static
 from hkvprof.errors import ModelError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models import adapter
 from hkvprof.models.adapter import view_model
 from hkvprof.models.approval import approve, require_approval, under_examination
-from hkvprof.policy.static import rank_tokens, window_attention
-from hkvprof.profile.samples import load_samples
 from hkvprof.report.doctor import text, verdict
 from hkvprof.runtime import apply
+from hkvprof.samples.read import load_samples
+from hkvprof.selection.static import rank_tokens, window_attention
 from tests.models_for_tests import random_llama
 
 torch.set_num_threads(1)
@@ -265,7 +264,7 @@ def test_approvals_hold_for_what_was_examined(
     path = approve(view)
     require_approval(view)
     if change == "versions":
-        monkeypatch.setattr("hkvprof.models.passed.transformers.__version__", "5.99.0")
+        monkeypatch.setattr("hkvprof.models.approval.transformers.__version__", "5.99.0")
     elif change == "damage":
         path.write_text(path.read_text()[:-20])
     elif change == "depth":

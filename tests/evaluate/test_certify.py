@@ -13,21 +13,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hkvprof
-from hkvprof.artifact import Profile, load_profile
-from hkvprof.certificate import KEY, Certificate, certificate_of, fixed_sequence
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate import compare, heldout
-from hkvprof.evaluate.baselines.planned import only
-from hkvprof.evaluate.certify import Tally, certify, conditions, fitting, judged, parse_budgets
+from hkvprof.evaluate.baselines.ablations import only
+from hkvprof.evaluate.certify import (
+    Claim,
+    Tally,
+    certify,
+    conditions,
+    fitting,
+    judged,
+    parse_budgets,
+)
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.metrics import EXACT_MATCH
 from hkvprof.evaluate.plan import Entry
 from hkvprof.evaluate.records import FULL, OURS, Answer
-from hkvprof.evaluate.risk import Claim
 from hkvprof.evaluate.taskset import Gold, TaskSet
 from hkvprof.heads import HeadType
-from hkvprof.profile.samples import Sample, samples_digest
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.profile.certificate import KEY, Certificate, certificate_of, fixed_sequence
+from hkvprof.profile.record import Profile, load_profile
+from hkvprof.samples.read import Sample, samples_digest
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply
 

@@ -14,7 +14,7 @@ import torch
 
 import hkvprof
 import hkvprof.runtime
-from hkvprof.artifact import Profile
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.cli import run
 from hkvprof.errors import BudgetError, CompressionError, UsageError
 from hkvprof.evaluate.baselines import base, find
@@ -29,10 +29,9 @@ from hkvprof.evaluate.replay import answer as greedy
 from hkvprof.evaluate.replay import end_tokens, refer, replay
 from hkvprof.evaluate.tasks import TINYVL_UNJUDGED, TaskSet, default_tasks, load_tasks
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.samples import Sample
-from hkvprof.profile.uniform import uniform_profile
-from hkvprof.testbed.generator import make_sample
-from hkvprof.testbed.questions import TASKS
+from hkvprof.profile.record import Profile
+from hkvprof.samples.read import Sample
+from hkvprof.testbed.generator import TASKS, make_sample
 
 STEPS = 10
 NEW_TOKENS = 12

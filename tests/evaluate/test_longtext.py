@@ -17,6 +17,7 @@ from hkvprof.evaluate import longtext, make_prose
 from hkvprof.evaluate.longtext import (
     JOINT,
     MAX_FOLLOWUPS,
+    PARTS,
     SPLITS,
     TASKS,
     count_words,
@@ -25,8 +26,7 @@ from hkvprof.evaluate.longtext import (
     paragraphs,
 )
 from hkvprof.evaluate.make_longtext import make_samples, parse_range, to_json, write_samples
-from hkvprof.evaluate.needles import PARTS
-from hkvprof.profile.samples import Sample, load_samples
+from hkvprof.samples.read import Sample, load_samples
 
 SHIPPED = Path(__file__).parents[2] / "calibration" / "longtext" / "samples.jsonl"
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkvprof.evaluate.choices import choose, multiple_choice
 from hkvprof.evaluate.metrics import (
     ANLS,
     EXACT_MATCH,
@@ -20,10 +19,12 @@ from hkvprof.evaluate.metrics import (
     SUBSTRING,
     WORDS,
     Metric,
+    choose,
     edit_distance,
+    multiple_choice,
 )
 from hkvprof.evaluate.taskset import Gold, TaskSet
-from hkvprof.profile.samples import Sample, Turn
+from hkvprof.samples.read import Sample, Turn
 
 TEXTS = (EXACT_MATCH, SUBSTRING, FORMULA, WORDS, ROUGE_L, ANLS)
 ANIMALS = ("a cat", "a dog", "two red birds", "red")

@@ -9,10 +9,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import hkvprof
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.evaluate.prefill import capture
-from hkvprof.models.calls import with_cache
-from hkvprof.models.forward import last_row_only
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.models.calls import last_row_only, with_cache
 from hkvprof.runtime import measure_storage
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkvprof.certificate import MOST_ALPHA, MOST_DELTA, Level, fixed_sequence
 from hkvprof.errors import BudgetError, UsageError
-from hkvprof.evaluate.risk import Claim
+from hkvprof.evaluate.certify import Claim
+from hkvprof.profile.certificate import MOST_ALPHA, MOST_DELTA, Level, fixed_sequence
 
 ALPHA, DELTA = 0.05, 0.1
 BUDGETS = (0.5, 0.3, 0.2, 0.1, 0.05)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import hkvprof
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.cli import run
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.tasks import load_tasks
-from hkvprof.profile.uniform import uniform_profile
 from tests.evaluate.datasets.disk import docvqa, images_of, vatex
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hkvprof.profile.samples import FILE_NAME, LoadedSamples, load_samples, open_images
+from hkvprof.samples.read import FILE_NAME, LoadedSamples, load_samples, open_images
 from tests.fuzz import images, jsons
 from tests.fuzz.raw import bytes_mutated
 

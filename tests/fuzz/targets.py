@@ -13,15 +13,15 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from hkvprof.artifact import METADATA_KEY, Profile, load_profile
+from hkvprof.calibration.merge import merge
+from hkvprof.calibration.rows import CONDITIONS, RowFolder
 from hkvprof.errors import HkvError
 from hkvprof.heads import HeadGrid
-from hkvprof.profile.merge import merge
-from hkvprof.profile.rows import CONDITIONS, RowFolder
+from hkvprof.profile.record import METADATA_KEY, Profile, load_profile
 from hkvprof.report import summary, terminal
+from tests.calibration.made_rows import CONDITIONS as MADE_CONDITIONS
+from tests.calibration.made_rows import GRID, TYPES, make_row
 from tests.fuzz import jsons, tensors
-from tests.profile.made_rows import CONDITIONS as MADE_CONDITIONS
-from tests.profile.made_rows import GRID, TYPES, make_row
 from tests.profiles import FOLDER, index_tables, make_profile, plain_profile, with_confidence
 
 BUDGETS: tuple[float | int | str, ...] = (0.001, 0.05, 0.5, 1.0, 64, "1MiB", "3%")

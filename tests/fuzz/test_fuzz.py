@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from hkvprof.artifact import METADATA_KEY
+from hkvprof.profile.record import METADATA_KEY
 from tests.fuzz import jsons, tensors
 from tests.fuzz import run as runner
 from tests.fuzz.run import fuzz, make_target

@@ -24,8 +24,12 @@ from torch import Tensor
 from hkvprof.models.architectures import adapter_for
 from hkvprof.models.conversation import Conversation, images_of
 from hkvprof.models.processing import ChatProcessor, Encoded, TextProcessor
-from hkvprof.models.vision import AutoVisionProcessor, PillowVisionProcessor, VisionProcessor
-from hkvprof.models.vision_backend import torchvision_works
+from hkvprof.models.vision import (
+    AutoVisionProcessor,
+    PillowVisionProcessor,
+    VisionProcessor,
+    torchvision_works,
+)
 
 IMAGE, VIDEO, BEGIN, END = 5, 6, 7, 8
 """Ids of the tokens around an image, as the tiny configs have them."""

@@ -13,9 +13,9 @@ from torch import nn
 from hkvprof.errors import ModelError
 from hkvprof.heads import HeadGrid
 from hkvprof.models.adapter import view_model
-from hkvprof.models.aliases import TINYVL_FOLDER
 from hkvprof.models.architectures import Adapter
 from hkvprof.models.load import load_model
+from hkvprof.models.sources import TINYVL_FOLDER
 from tests.models.tiny import COVERED, REFUSED, SLIDING, TEXT, build, build_covered
 from tests.models_for_tests import random_llama
 

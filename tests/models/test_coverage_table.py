@@ -13,7 +13,7 @@ import pytest
 from hkvprof.models.adapter import view_model
 from hkvprof.models.architectures.families import FAMILIES as ADAPTERS
 from hkvprof.models.coverage import COVERAGE, markdown
-from hkvprof.models.vision_backend import torchvision_works
+from hkvprof.models.vision import torchvision_works
 from tests.models.families import FAMILIES, processor_of
 from tests.models.tiny import COVERED, build_covered
 

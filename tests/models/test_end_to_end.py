@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 import hkvprof
-from hkvprof.artifact import Profile
 from hkvprof.heads import Modality
 from hkvprof.models.adapter import view_model
-from hkvprof.models.calls import with_cache
-from hkvprof.models.forward import rope_holder
+from hkvprof.models.calls import rope_holder, with_cache
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.profile.samples import Sample
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import measure_storage
+from hkvprof.samples.read import Sample
 from tests.models.conversations import picture, user
 from tests.models.families import FAMILIES, processor_of, words
 from tests.models.tiny import COVERED, build_covered

@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from hkvprof import load_model
 from hkvprof.errors import ModelError, UsageError
 from hkvprof.models import load
-from hkvprof.models.aliases import ALIASES, TINYVL_FOLDER
 from hkvprof.models.load import resolve_source
+from hkvprof.models.sources import ALIASES, TINYVL_FOLDER
 
 
 @pytest.fixture

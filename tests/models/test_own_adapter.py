@@ -16,7 +16,7 @@ from hkvprof.heads import HeadGrid
 from hkvprof.models import Adapter, register_adapter
 from hkvprof.models.adapter import view_model
 from hkvprof.models.architectures import registry
-from hkvprof.profile.samples import Sample
+from hkvprof.samples.read import Sample
 from tests.models.conversations import user
 from tests.models.families import processor_of, words
 from tests.models.tiny import build_covered

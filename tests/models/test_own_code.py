@@ -14,9 +14,9 @@ import pytest
 
 from hkvprof.cli import run
 from hkvprof.errors import ModelError
-from hkvprof.models.aliases import TINYVL_FOLDER
 from hkvprof.models.load import load_empty, load_model, model_fingerprint
 from hkvprof.models.processors import load_processor
+from hkvprof.models.sources import TINYVL_FOLDER
 from tests.plugins.checkpoints import CHAT, save_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from hkvprof.errors import ModelError, SampleError
 from hkvprof.heads import Modality
-from hkvprof.models import processors, vision_backend
-from hkvprof.models.aliases import TINYVL_FOLDER
+from hkvprof.models import processors
+from hkvprof.models import vision as vision_backend
 from hkvprof.models.processing import TextProcessor
+from hkvprof.models.sources import TINYVL_FOLDER
 from hkvprof.models.vision import AutoVisionProcessor, PillowVisionProcessor
 from tests.models.conversations import VISION_CASES, Messages, assistant, picture, user
 

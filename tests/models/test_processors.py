@@ -13,7 +13,8 @@ import torch
 from hkvprof import load_model
 from hkvprof.errors import ModelError
 from hkvprof.heads import Modality
-from hkvprof.models import processors, vision_backend
+from hkvprof.models import processors
+from hkvprof.models import vision as vision_backend
 from hkvprof.models.vision import AutoVisionProcessor
 from tests.models.conversations import assistant, picture, user
 from tests.models.families import FAMILIES, processor_of, words

@@ -13,18 +13,23 @@ import pytest
 import torch
 
 import hkvprof
-from hkvprof.artifact import Profile
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.doctor.examine import examine
 from hkvprof.errors import ModelError, ProfileError
 from hkvprof.models.adapter import view_model
-from hkvprof.models.gradients import passing_gradients, require_gradients, rounds_activations
 from hkvprof.models.load import _empty_model
 from hkvprof.models.outline import outline
 from hkvprof.models.quantised import quantisation_of, untested
-from hkvprof.models.weights import effective_weight, passes_gradients
-from hkvprof.profile.samples import Sample
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.models.weights import (
+    effective_weight,
+    passes_gradients,
+    passing_gradients,
+    require_gradients,
+    rounds_activations,
+)
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
+from hkvprof.samples.read import Sample
 from tests.models.conversations import user
 from tests.models.families import processor_of, words
 from tests.models.packed import CurvedLinear, PackedLinear, RoundingLinear, dequantise, pack
@@ -182,7 +187,7 @@ def test_rounded_activations_are_found_and_their_logits_not_compared() -> None:
 
 
 def test_plain_models_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hkvprof.models.gradients.passes_gradients", None)
+    monkeypatch.setattr("hkvprof.models.weights.passes_gradients", None)
     require_gradients(build_covered("qwen2"))
 
 

@@ -17,8 +17,8 @@ import transformers as hf
 import hkvprof
 from hkvprof.doctor.examine import examine
 from hkvprof.models.adapter import view_model
-from hkvprof.profile.samples import Sample
 from hkvprof.runtime import apply
+from hkvprof.samples.read import Sample
 from tests.models.conversations import picture, user
 from tests.models.families import processor_of, words
 from tests.models.tiny import build_covered

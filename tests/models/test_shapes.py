@@ -9,7 +9,7 @@ import torch
 from hkvprof.errors import UsageError
 from hkvprof.models import shapes
 from hkvprof.models.adapter import view_model
-from hkvprof.models.limits import context_limit, vocabulary
+from hkvprof.models.outline import context_limit, vocabulary
 from hkvprof.models.shapes import SHAPES, VOCABULARY, build_shape
 from tests.models_for_tests import random_llama
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hkvprof.errors import ModelError
-from hkvprof.files import user_cache
+from hkvprof.files.atomic import user_cache
 from hkvprof.models import smollm2
 
 HAVE_WHEEL = importlib.util.find_spec(smollm2.PACKAGE) is not None

@@ -28,7 +28,7 @@ from tests.models.tiny import REFUSED, TEXT, build, build_covered
 
 CACHE = "hkvprof/runtime/cache.py"
 HANDLE = "hkvprof/runtime/handle.py"
-OBSERVE = "hkvprof/profile/observe.py"
+OBSERVE = "hkvprof/calibration/observe.py"
 SEAM = "hkvprof/models/attention.py"
 ADAPTER = "hkvprof/models/architectures/base.py"
 FINGERPRINT = "hkvprof/models/fingerprint.py"
@@ -36,7 +36,7 @@ INPUT = "hkvprof/models/decoder_input.py"
 LOAD = "hkvprof/models/load.py"
 PROCESSING = "hkvprof/models/processors.py"
 VISION = "hkvprof/models/vision.py"
-BACKEND = "hkvprof/models/vision_backend.py"
+BACKEND = "hkvprof/models/vision.py"
 ROOT = Path(__file__).parents[2]
 
 
@@ -474,7 +474,7 @@ def test_a_forward_hook_sees_and_changes_the_cache() -> None:
     assert seen == [None], moved("forward's keyword arguments", HANDLE)
     assert cache_of(output) is cache, moved("forward(cache=...)", HANDLE)
     assert "logits_to_keep" in parameters(model.forward), moved(
-        "forward knows no logits_to_keep", "hkvprof/models/forward.py"
+        "forward knows no logits_to_keep", "hkvprof/models/calls.py"
     )
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import hkvprof
-from hkvprof.artifact import Profile
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import ModelError
 from hkvprof.heads import ModelFingerprint
 from hkvprof.models.adapter import view_model
-from hkvprof.models.gradients import require_gradients
-from hkvprof.profile.samples import Sample
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.models.weights import require_gradients
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
+from hkvprof.samples.read import Sample
 from tests.models.conversations import user
 from tests.models.families import processor_of, words
 from tests.models.packed import pack

@@ -12,8 +12,8 @@ import torch
 import hkvprof
 from hkvprof.errors import SampleError
 from hkvprof.heads import Modality
-from hkvprof.models.vision_backend import torchvision_works
-from hkvprof.profile.samples import Sample
+from hkvprof.models.vision import torchvision_works
+from hkvprof.samples.read import Sample
 from tests.models.conversations import picture, user
 from tests.models.families import processor_of, words
 from tests.models.test_processing import TORCHVISION, run_python

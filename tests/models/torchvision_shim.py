@@ -41,8 +41,8 @@ def main(out: Path) -> None:
     import torchvision
     from transformers import AutoConfig
 
-    from hkvprof.models.aliases import TINYVL_FOLDER
     from hkvprof.models.processors import load_processor
+    from hkvprof.models.sources import TINYVL_FOLDER
     from hkvprof.models.vision import AutoVisionProcessor
     from tests.models.conversations import VISION_CASES
 

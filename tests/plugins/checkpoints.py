@@ -9,8 +9,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.heads import KeepRule
-from hkvprof.profile.uniform import uniform_profile
 from tests.models_for_tests import random_llama
 
 WORDS = 64

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hkvprof.errors import UsageError
-from hkvprof.plugins.arguments import MIN_TOKENS, Arguments, refuse_processes
+from hkvprof.plugins.session import MIN_TOKENS, Arguments, refuse_processes
 
 GIVEN: dict[str, Any] = {"pretrained": "tinyvl", "profile": "p.safetensors"}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError
-from hkvprof.plugins.counting import Counts, compressed_rows
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.plugins.generation import Counts, compressed_rows
 from hkvprof.runtime.receipt import Receipt
 from tests.models_for_tests import apply, left_padded, random_llama
 

@@ -16,8 +16,8 @@ import torch
 
 import hkvprof
 from hkvprof.errors import BudgetError, CompressionError, SampleError, UsageError
-from hkvprof.profile.samples import open_images
 from hkvprof.runtime import apply
+from hkvprof.samples.read import open_images
 from hkvprof.testbed.generator import make_sample
 
 REASON = "lmms-eval is not installed: pip install 'hkvprof[lmms-eval]'"

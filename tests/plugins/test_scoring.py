@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import SampleError
 from hkvprof.models.calls import with_cache
-from hkvprof.plugins.counting import compressed_rows
+from hkvprof.plugins.generation import compressed_rows
 from hkvprof.plugins.scoring import Pair, Score, batches, score
-from hkvprof.profile.uniform import uniform_profile
 from tests.models_for_tests import apply, random_llama, token_ids
 
 torch.set_num_threads(1)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from hkvprof.head_statistics import CLASSES
 from hkvprof.heads import HeadGrid
+from hkvprof.profile.tables import CLASSES
 from hkvprof.report import summary
 from hkvprof.report.attention import attention, most_on, recorded
 from tests.profiles import GRID, head_statistics, make_profile

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hkvprof.artifact import Profile
+from hkvprof.profile.record import Profile
 from hkvprof.report import summary, terminal
 from hkvprof.report.certainty import certainty, recorded, type_agreements
 from tests.profiles import make_profile, with_confidence

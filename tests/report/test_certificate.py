@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hkvprof.cli.output import stdout
-from hkvprof.report.certificate import certificate_json, page, section
+from hkvprof.report.certainty import certificate_json, page, section
 from hkvprof.report.summary import summarise
 from hkvprof.report.terminal import overview
 from tests.profiles import make_certificate, make_profile, with_certificate

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from hkvprof.artifact import Profile
 from hkvprof.heads import HeadGrid
-from hkvprof.policy.fit import Room, find_fit
-from hkvprof.policy.forecast import Plan
+from hkvprof.profile.capacity import Room, find_fit
+from hkvprof.profile.forecast import Plan
+from hkvprof.profile.record import Profile
 from hkvprof.report.forecast import Outlook, page, sentences, to_json
 from hkvprof.report.summary import human
 from tests.profiles import make_profile

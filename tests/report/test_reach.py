@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hkvprof.artifact import Profile
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.cli.calibrate import announce
 from hkvprof.errors import BudgetError
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.profile.record import Profile
 from hkvprof.report.reach import reach, unserved
 from hkvprof.report.summary import summarise
 from hkvprof.report.terminal import overview

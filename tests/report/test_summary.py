@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hkvprof.artifact import Profile
 from hkvprof.errors import UsageError
 from hkvprof.heads import HeadGrid
-from hkvprof.policy.budget import INFEASIBLE
+from hkvprof.profile.budgets import INFEASIBLE
+from hkvprof.profile.record import Profile
 from hkvprof.report import summary
 from tests.profiles import make_profile, plain_profile
 

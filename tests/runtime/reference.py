@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from hkvprof.models.attention import AttentionCall, hooked_attention
+from hkvprof.models.attention import AttentionCall, MarkedLayer, hooked_attention
 from hkvprof.models.calls import with_cache
-from hkvprof.models.marked import MarkedLayer
 from hkvprof.runtime.layer import CompressedLayer
 
 EXACT = "donot_use_mm_for_euclid_dist"

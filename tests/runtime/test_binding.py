@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, pipeline
 
 import hkvprof
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError, HkvError, HkvWarning, ModelError, UsageError
-from hkvprof.models.calls import NAMES, OLD, cache_keyword, cache_of, with_cache
-from hkvprof.models.forward import rope_holder
+from hkvprof.models.calls import NAMES, OLD, cache_keyword, cache_of, rope_holder, with_cache
 from hkvprof.models.wrappers import unwrap
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import CompressedCache
 from tests.models_for_tests import apply, random_llama, tiny_prompts, token_ids
 

@@ -10,10 +10,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import hkvprof
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import measure_storage
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime.compiled import StaticStep
 from tests.models_for_tests import apply, random_llama, token_ids
 

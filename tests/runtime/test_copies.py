@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hkvprof
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import measure_storage
-from hkvprof.runtime.prefetch import InOrder
+from hkvprof.runtime.retrieval import InOrder
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.test_handle import TYPES, profile_of
@@ -256,7 +256,7 @@ def test_pickling_says_what_to_do(llama: Any, steps: int) -> None:
 def test_prefetch_goes_on_from_the_last_query(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its state is part of a copy: attention would else see a newer selection than a fresh run."""
     from hkvprof.runtime import handle as handles
-    from hkvprof.runtime import retrieving
+    from hkvprof.runtime import retrieval as retrieving
 
     monkeypatch.setattr(retrieving, "queues_for", lambda device: InOrder())
     monkeypatch.setattr(handles, "queues_for", lambda device: InOrder())

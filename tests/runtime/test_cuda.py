@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hkvprof.bench.gpu.run import Setup, benchmark
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime.graph import GraphDecoder
 from hkvprof.runtime.host import HostChunks
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids

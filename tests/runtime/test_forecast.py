@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import hkvprof
-from hkvprof.artifact import Profile
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
-from hkvprof.policy.costs import TOO_SHORT
-from hkvprof.policy.forecast import Plan
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.profile.costs import TOO_SHORT
+from hkvprof.profile.forecast import Plan
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
 from hkvprof.runtime.receipt import Receipt
 from hkvprof.testbed.generator import make_sample

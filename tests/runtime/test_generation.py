@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import measure_storage
 from hkvprof.runtime.receipt import measure_queries
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids

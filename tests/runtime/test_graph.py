@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import ragged
 from hkvprof.runtime.graph import GraphDecoder
 from hkvprof.runtime.kernels import Extents

@@ -13,15 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import hkvprof
-from hkvprof.errors import (
-    BudgetError,
-    CompressionError,
-    ModelError,
-    ProfileError,
-    UsageError,
-)
+from hkvprof.calibration.uniform import uniform_profile
+from hkvprof.errors import BudgetError, CompressionError, ModelError, ProfileError, UsageError
 from hkvprof.models.calls import cache_keyword, cache_of, with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import CompressedCache, measure_storage
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from hkvprof.errors import CompressionError, ModelError
-from hkvprof.models.attention import AttentionCall
+from hkvprof.models.attention import AttentionCall, MarkedLayer
 from hkvprof.models.calls import with_cache
-from hkvprof.models.marked import MarkedLayer
 from hkvprof.runtime import measure_storage
 from hkvprof.runtime.masks import own_block, read_view, row_starts
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids

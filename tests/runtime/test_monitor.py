@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 import hkvprof
-from hkvprof.artifact import Profile
+from hkvprof.calibration.rows import SampleRow, gather
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import HkvWarning, ProfileError, UsageError
 from hkvprof.models.calls import with_cache
 from hkvprof.models.processing import Encoded
-from hkvprof.policy.domain import KEY, Domain, DomainCheck
-from hkvprof.profile.gather import gather
-from hkvprof.profile.rows import SampleRow
-from hkvprof.profile.samples import Sample
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.profile.domain import KEY, Domain, DomainCheck
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import monitor
 from hkvprof.runtime.layer import CompressedLayer
+from hkvprof.samples.read import Sample
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, left_padded, random_llama
 

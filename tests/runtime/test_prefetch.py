@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import UsageError
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import handle as handles
-from hkvprof.runtime import prefetch, retrieving
+from hkvprof.runtime import retrieval as prefetch
+from hkvprof.runtime import retrieval as retrieving
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.options import Options
-from hkvprof.runtime.prefetch import InOrder, Prefetch, Queues
+from hkvprof.runtime.retrieval import InOrder, Prefetch, Queues
 from tests.models_for_tests import apply, random_llama, token_ids
 from tests.runtime.kernels.cases import Layer, make_layer
 from tests.runtime.kernels.triton_cases import DEVICES, QUIET, moved, triton_kernels

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import hkvprof
 import hkvprof.runtime
-from hkvprof.artifact import Profile
 from hkvprof.errors import BudgetError
 from hkvprof.models.calls import with_cache
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import measure_storage
 from hkvprof.runtime.receipt import HeadAccount, Receipt
 from hkvprof.testbed.generator import make_sample

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.cli import run
 from hkvprof.errors import HkvWarning, ModelError
-from hkvprof.models import tested
-from hkvprof.models.tested import TESTED
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.models import approval as tested
+from hkvprof.models.approval import TESTED
 from hkvprof.runtime import apply, selfcheck
 from hkvprof.runtime.selfcheck.examine import examine
 from tests.models.tiny import build_covered
@@ -127,7 +127,7 @@ def test_a_broken_cache_folder_is_no_failure(
     if broken == "a file":
         untested.write_bytes(b"")
     else:
-        monkeypatch.setattr("hkvprof.models.passed.user_cache", _homeless)
+        monkeypatch.setattr("hkvprof.models.approval.user_cache", _homeless)
     for _ in range(2):
         monkeypatch.setattr(selfcheck, "_OUTCOME", selfcheck._Outcome())
         use(llama)

@@ -1,4 +1,4 @@
-"""Requests leave nothing behind; `benchmarks/soak.py` is the long form."""
+"""Requests leave nothing behind; `tools/studies/soak.py` is the long form."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import random
 
 import torch
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import BudgetError
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import CompressedCache, Handle
 from tests.models_for_tests import apply, left_padded, random_llama
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import hkvprof
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import BudgetError
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import CompressedCache
 from hkvprof.runtime.kernels import loading
 from hkvprof.testbed.generator import make_sample

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError, HkvError, ModelError, UsageError
 from hkvprof.models.calls import cache_of, with_cache
-from hkvprof.profile.uniform import uniform_profile
 from tests.models_for_tests import apply, random_llama, token_ids
 
 IDS, STEP = token_ids(1, 200), token_ids(1, 1, 5)

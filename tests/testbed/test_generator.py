@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkvprof.errors import UsageError
-from hkvprof.profile.samples import Sample
+from hkvprof.samples.read import Sample
 from hkvprof.testbed.generator import (
+    TASKS,
+    Question,
+    ask_questions,
     draw_question,
     heldout_samples,
     make_sample,
     scene_split,
 )
-from hkvprof.testbed.questions import TASKS, Question, ask_questions
 from hkvprof.testbed.scenes import Scene, consecutive_labels, draw_scene, random_labels
 from hkvprof.testbed.vocabulary import COLOUR_NAMES, ROW_NAMES, SHAPE_NAMES, cell_name
 

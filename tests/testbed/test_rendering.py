@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hkvprof.models.aliases import TINYVL_FOLDER
+from hkvprof.models.sources import TINYVL_FOLDER
 from hkvprof.testbed.rendering import (
     BAND,
     CELL_PIXELS,

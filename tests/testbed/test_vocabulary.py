@@ -7,13 +7,12 @@ import random
 
 from transformers import AutoTokenizer
 
-from hkvprof.models.aliases import TINYVL_FOLDER
 from hkvprof.models.load import load_model
+from hkvprof.models.sources import TINYVL_FOLDER
 from hkvprof.testbed import vocabulary
-from hkvprof.testbed.batching import pack_scene
-from hkvprof.testbed.generator import scene_messages
-from hkvprof.testbed.questions import TASKS, ask_questions
+from hkvprof.testbed.generator import TASKS, ask_questions, scene_messages
 from hkvprof.testbed.scenes import draw_scene, random_labels
+from tools.tinyvl.batching import pack_scene
 
 
 def test_token_ids_are_those_of_the_checkpoint() -> None:

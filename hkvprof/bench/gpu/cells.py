@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from hkvprof.artifact import Profile
 from hkvprof.bench.gpu.entrants import WHOLE, Entrant, Hosts, Method, methods
 from hkvprof.bench.gpu.links import Links
 from hkvprof.bench.gpu.machine import Lap, Machine, host_free
@@ -20,6 +19,7 @@ from hkvprof.bench.gpu.material import Keys, drifting_tokens
 from hkvprof.bench.gpu.records import Cell, Regime, Row
 from hkvprof.errors import HkvError
 from hkvprof.models.adapter import ModelView
+from hkvprof.profile.record import Profile
 
 WARM = 3
 """Steps before the first timed one; kernels are compiled and graphs recorded in them."""

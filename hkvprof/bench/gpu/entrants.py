@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hkvprof.artifact import Profile
 from hkvprof.bench.gpu.dense import DenseSteps, dense_cache
 from hkvprof.bench.gpu.machine import Machine
 from hkvprof.bench.gpu.material import TYPES
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import AttentionCall
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply, measure_storage
 from hkvprof.runtime.graph import GraphDecoder
 from hkvprof.runtime.host import HostChunks

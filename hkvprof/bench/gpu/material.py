@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hkvprof.artifact import Profile, ProjectedIndexTables
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.adapter import ModelView
-from hkvprof.policy.quantiser import CHANNELS, fit_codebook, fit_projection
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.profile.record import Profile, ProjectedIndexTables
+from hkvprof.selection.quantiser import CHANNELS, fit_codebook, fit_projection
 
 DRIFT = 0.95
 BITS, RERANK = 32, 64

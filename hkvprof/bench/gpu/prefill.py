@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from hkvprof.artifact import Profile
 from hkvprof.bench.gpu.machine import Machine
 from hkvprof.bench.gpu.records import Prefill
 from hkvprof.models.adapter import ModelView
-from hkvprof.models.calls import with_cache
-from hkvprof.models.forward import last_row_only
-from hkvprof.models.limits import vocabulary
+from hkvprof.models.calls import last_row_only, with_cache
+from hkvprof.models.outline import vocabulary
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
 
 ROUNDS = 3

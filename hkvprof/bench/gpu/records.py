@@ -10,7 +10,7 @@ from typing import Any
 from hkvprof.bench.gpu.links import Links
 from hkvprof.bench.gpu.machine import CPU
 from hkvprof.errors import UsageError
-from hkvprof.files import write_atomically
+from hkvprof.files.atomic import write_atomically
 
 FORMAT = 1
 FILLED = (

@@ -23,7 +23,7 @@ from hkvprof.errors import UsageError
 from hkvprof.lazy import no_triton
 from hkvprof.models.adapter import view_model
 from hkvprof.models.shapes import SHAPES, build_shape
-from hkvprof.policy.budget import Budget
+from hkvprof.profile.budgets import Budget
 from hkvprof.runtime.graph import AHEAD
 
 CAUTION = 1.5

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import best_of_all, keep_marked
-from hkvprof.evaluate.baselines.scores import recent_count, snapkv_of
+from hkvprof.evaluate.baselines.scores import best_of_all, keep_marked, recent_count, snapkv_of
 
 SAFEGUARD = 0.2
 """Share of an even budget that every head has for sure."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,10 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.artifact import Profile
+from hkvprof.calibration.observe import ObservedCache, Watch
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.heads import HeadGrid, KeepRule
+from hkvprof.models.adapter import ModelView
+from hkvprof.models.attention import hooked_attention
+from hkvprof.models.calls import rope_holder
+from hkvprof.profile.record import Profile
 from hkvprof.runtime.options import SMOOTHING
 from hkvprof.runtime.plan import HeadPlan
 
@@ -200,3 +205,19 @@ def _register(method: Baseline) -> None:
 def registered() -> dict[str, Baseline]:
     """All that has been registered so far."""
     return dict(_REGISTRY)
+
+
+@contextmanager
+def watched(model: Any, view: ModelView, watch: Watch) -> Iterator[ObservedCache]:
+    """Within: a cache whose layers show their attention calls. Gradients are off.
+
+    Qwen-VL's position offset of the current conversation, which is on the model, is put back.
+    """
+    holder = rope_holder(model)
+    deltas = getattr(holder, "rope_deltas", None)
+    try:
+        with torch.no_grad(), hooked_attention(model):
+            yield ObservedCache(view, watch)
+    finally:
+        if holder is not None:
+            holder.rope_deltas = deltas

@@ -7,9 +7,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import rows
 from hkvprof.evaluate.baselines.offline import full_heads, static_loss
-from hkvprof.evaluate.baselines.scores import SINKS
+from hkvprof.evaluate.baselines.scores import SINKS, rows
 
 LOCAL = 20
 """Tokens that a streaming head holds at least, sinks included (no more than half of the room)."""

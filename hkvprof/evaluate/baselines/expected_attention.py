@@ -8,8 +8,13 @@ from torch import Tensor
 
 from hkvprof.errors import ModelError
 from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import best_of_all, keep_marked
-from hkvprof.evaluate.baselines.scores import SINKS, with_recent, with_sinks
+from hkvprof.evaluate.baselines.scores import (
+    SINKS,
+    best_of_all,
+    keep_marked,
+    with_recent,
+    with_sinks,
+)
 from hkvprof.models.decoder_input import Rotation
 
 AHEAD = 512

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hkvprof.calibration.decide import allocate_by_sparsity, types_by_sparsity
 from hkvprof.evaluate.baselines.base import Choice, LayerPrompt, Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import rows, spread
+from hkvprof.evaluate.baselines.scores import rows, spread
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.policy.budget import token_floor
-from hkvprof.policy.costs import dynamic_layout
-from hkvprof.policy.static import rank_tokens, select_tokens, window_attention
-from hkvprof.policy.text_rows import sample_text_rows, text_sparsity
-from hkvprof.profile.classify import allocate_by_sparsity, types_by_sparsity
+from hkvprof.profile.budgets import token_floor
+from hkvprof.profile.costs import dynamic_layout
 from hkvprof.runtime.plan import HeadPlan
+from hkvprof.selection.sparsity import sample_text_rows, text_sparsity
+from hkvprof.selection.static import rank_tokens, select_tokens, window_attention
 
 THETA, KAPPA = 0.9, 0.02
 """A head is static when the top 2% of its tokens get 0.9 of the attention; 0.9 is published."""

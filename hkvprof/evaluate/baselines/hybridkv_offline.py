@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.artifact import Profile
+from hkvprof.calibration.decide import classify_by_sparsity
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
 from hkvprof.evaluate.baselines.hybridkv import KAPPA, KEEP, THETA, by_types
-from hkvprof.profile.classify import classify_by_sparsity
+from hkvprof.profile.record import Profile
 
 
 @baseline(

@@ -9,13 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.errors import ModelError
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import best_of_all, keep_marked
-from hkvprof.evaluate.baselines.passes import watched
-from hkvprof.evaluate.baselines.scores import SINKS, with_recent, with_sinks
+from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline, watched
+from hkvprof.evaluate.baselines.scores import (
+    SINKS,
+    best_of_all,
+    keep_marked,
+    with_recent,
+    with_sinks,
+)
 from hkvprof.models.attention import AttentionCall
-from hkvprof.models.calls import with_cache
-from hkvprof.models.forward import last_row_only
+from hkvprof.models.calls import last_row_only, with_cache
 
 CHUNK = 1024
 """Tokens repeated at a time (2048 as published)."""

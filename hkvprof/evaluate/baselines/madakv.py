@@ -7,15 +7,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import spread
 from hkvprof.evaluate.baselines.scores import (
     POOL,
     best_tokens,
     recent_count,
     snapkv_scores,
+    spread,
     with_recent,
 )
-from hkvprof.policy.static import pool
+from hkvprof.selection.static import pool
 
 THETA = 0.9
 """Share of a modality's attention that its needed tokens cover."""

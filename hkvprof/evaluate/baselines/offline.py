@@ -11,14 +11,12 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hkvprof.artifact import Profile
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.baselines.base import Prompt
-from hkvprof.evaluate.baselines.passes import watched
+from hkvprof.evaluate.baselines.base import Prompt, watched
 from hkvprof.heads import HeadType
 from hkvprof.models.attention import AttentionCall
-from hkvprof.models.calls import with_cache
-from hkvprof.models.forward import last_row_only
+from hkvprof.models.calls import last_row_only, with_cache
+from hkvprof.profile.record import Profile
 
 DISTINCT, REPEATS = 256, 4
 """RazorAttention repeats 2500 tokens four times; fewer here, as vocabularies and limits allow."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import spread
-from hkvprof.evaluate.baselines.scores import keep_best, recent_count, snapkv_of
+from hkvprof.evaluate.baselines.scores import keep_best, recent_count, snapkv_of, spread
 
 BETA = 20
 """The last layer gets 1/20 of the mean beside the window, the first one what that leaves."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from hkvprof.evaluate.baselines.base import Kept, LayerPrompt, Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import rows
 from hkvprof.evaluate.baselines.duo_attention import LOCAL, ends
 from hkvprof.evaluate.baselines.offline import Habits, full_heads, habits
+from hkvprof.evaluate.baselines.scores import rows
 
 INDUCTION_HEADS, ECHO_HEADS = 14, 1
 """Heads are taken in the proportion of the published shares, 14% and 1%."""

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hkvprof.artifact import Profile
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.evaluate.baselines.base import Baseline, Choice, Kept, Prompt, Selection
 from hkvprof.evaluate.baselines.registry import find
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.heads import HeadType, Strategy
-from hkvprof.profile.uniform import uniform_profile
+from hkvprof.profile.record import Profile
 from hkvprof.runtime import CompressedCache, Handle, apply
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.plan import HeadPlan

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.scores import (
-    keep_best,
-    same_room,
-    snapkv_scores,
-    with_recent,
-)
+from hkvprof.evaluate.baselines.scores import keep_best, same_room, snapkv_scores, with_recent
 
 
 @baseline("snapkv", "SnapKV", "arXiv 2404.14469")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection, baseline
 from hkvprof.evaluate.baselines.scores import WINDOW, keep_best, same_room, with_recent
-from hkvprof.policy.static import pool, window_attention
+from hkvprof.selection.static import pool, window_attention
 
 WIDTH = 31
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
-from hkvprof.evaluate.baselines.budgets import rows, spread
 from hkvprof.evaluate.baselines.offline import static_loss
-from hkvprof.evaluate.baselines.scores import keep_best, recent_count, snapkv_of
+from hkvprof.evaluate.baselines.scores import keep_best, recent_count, rows, snapkv_of, spread
 
 RHO = 0.1
 """Share of the room beside the window that all heads get alike."""

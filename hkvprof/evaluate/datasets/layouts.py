@@ -18,8 +18,8 @@ from hkvprof.evaluate.datasets import (
 from hkvprof.evaluate.datasets.source import Entry, Layout, Question, Source
 from hkvprof.evaluate.metrics import EXACT_MATCH
 from hkvprof.evaluate.taskset import TaskSet
-from hkvprof.profile.sample_parse import MAX_ID_CHARACTERS, MAX_PARTS
-from hkvprof.profile.samples import Sample, choose
+from hkvprof.samples.parse import MAX_ID_CHARACTERS, MAX_PARTS
+from hkvprof.samples.read import Sample, choose
 
 LAYOUTS: dict[str, Layout] = {
     "milebench": milebench.LAYOUT,

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.choices import LETTERS, multiple_choice
 from hkvprof.evaluate.datasets.records import Record, as_record, read_json
 from hkvprof.evaluate.datasets.source import (
     Entry,
@@ -28,7 +27,7 @@ from hkvprof.evaluate.datasets.source import (
     interleave,
     text_part,
 )
-from hkvprof.evaluate.metrics import ROUGE_L, SUBSTRING, WORDS, fold
+from hkvprof.evaluate.metrics import LETTERS, ROUGE_L, SUBSTRING, WORDS, fold, multiple_choice
 from hkvprof.evaluate.taskset import Gold
 
 _MARK = re.compile(r"\{(?:image|table)#([0-9]{1,6})\}")

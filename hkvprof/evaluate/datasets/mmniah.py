@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from functools import partial
 
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.choices import LETTERS, multiple_choice
 from hkvprof.evaluate.datasets.records import Record, read_lines
 from hkvprof.evaluate.datasets.source import (
     Entry,
@@ -27,7 +26,7 @@ from hkvprof.evaluate.datasets.source import (
     interleave,
     text_part,
 )
-from hkvprof.evaluate.metrics import POSITIONS, WORDS
+from hkvprof.evaluate.metrics import LETTERS, POSITIONS, WORDS, multiple_choice
 from hkvprof.evaluate.taskset import Gold
 
 _MARK = re.compile("<image>")

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.choices import LETTERS, multiple_choice
 from hkvprof.evaluate.datasets.frames import frame_parts
 from hkvprof.evaluate.datasets.records import Record, as_record, read_csv, read_json
 from hkvprof.evaluate.datasets.source import Entry, Layout, Question, Source, ask, text_part
-from hkvprof.evaluate.metrics import ROUGE_L
+from hkvprof.evaluate.metrics import LETTERS, ROUGE_L, multiple_choice
 from hkvprof.evaluate.taskset import Gold
 
 FOLDERS = ("", "MC/", "OE/", "dataset/nextqa/")

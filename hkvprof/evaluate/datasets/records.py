@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hkvprof import strict_json
 from hkvprof.errors import SampleError
+from hkvprof.files import strict_json
 
 MAX_FILE_BYTES = 512 * 2**20
 """Largest annotation file; the largest published one of the layouts has about 100 MB."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.evaluate.taskset import Gold
-from hkvprof.profile.images import find_image
+from hkvprof.samples.images import find_image
 
 Part = dict[str, Any]
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from hkvprof.evaluate.choices import LETTERS, multiple_choice
 from hkvprof.evaluate.datasets.frames import frame_parts
 from hkvprof.evaluate.datasets.records import Record, as_records, read_json, read_parquet
 from hkvprof.evaluate.datasets.source import Entry, Layout, Question, Source, ask, text_part
+from hkvprof.evaluate.metrics import LETTERS, multiple_choice
 from hkvprof.evaluate.taskset import Gold
 
 PARQUET = ("videomme/test-*.parquet", "test-*.parquet")

@@ -31,7 +31,7 @@ class ImageTextDecoder(Adapter):
 
 
 class QwenVL(Adapter):
-    """Rotary positions in three sections, kept as an offset on the model (models.forward)."""
+    """Rotary positions in three sections, kept as an offset on the model (models.calls)."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl")
     pillow = "Qwen2VLImageProcessor"

@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 
 from hkvprof.errors import HkvError
-from hkvprof.files import user_cache, write_atomically
+from hkvprof.files.atomic import user_cache, write_atomically
 
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("*"), key=lambda path: path.name)
 FLAGS = (

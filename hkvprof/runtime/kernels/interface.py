@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.policy.index import KeyIndex
+from hkvprof.selection.index import KeyIndex
 
 
 def device_integers(

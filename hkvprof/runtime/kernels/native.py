@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.policy.index import MeanIndex, MinMaxIndex
 from hkvprof.runtime.kernels import loading
-from hkvprof.runtime.kernels.bounds import (
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.loading import (
     check_extents,
     check_head,
     check_slots,
@@ -21,8 +21,8 @@ from hkvprof.runtime.kernels.bounds import (
     check_subspaces,
     require,
 )
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
 from hkvprof.runtime.kernels.reference import TorchKernels, counter
+from hkvprof.selection.index import MeanIndex, MinMaxIndex
 
 MAX_GROUP, MAX_DIM = 16, 512
 """What csrc handles; widths are multiples of 8."""

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.policy.quantiser import encode
-from hkvprof.runtime.kernels.bounds import require
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents
+from hkvprof.runtime.kernels.loading import require
+from hkvprof.selection.quantiser import encode
 
 HIDDEN = -2.0
 """The score of items that a mask hides: below that of every other, NaN (-1) included."""

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hkvprof.policy.index import MeanIndex, MinMaxIndex, ProjectedIndex
 from hkvprof.runtime.kernels import triton_attend
-from hkvprof.runtime.kernels.bounds import require
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.loading import require
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.kernels.triton_common import DTYPES, INTERPRETED
 from hkvprof.runtime.kernels.triton_retrieval import TritonRetrieval
+from hkvprof.selection.index import MeanIndex, MinMaxIndex, ProjectedIndex
 
 MAX_GROUP, MAX_DIM = 64, 256
 CODES = (2, 4, 8)

@@ -10,17 +10,25 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.policy.index import ProjectedIndex
 from hkvprof.runtime.kernels import triton_scores as scores_of
 from hkvprof.runtime.kernels import triton_select as selection
-from hkvprof.runtime.kernels.bounds import check_head, check_storage, require
 from hkvprof.runtime.kernels.interface import DynamicSegment, device_integers
+from hkvprof.runtime.kernels.loading import check_head, check_storage, require
 from hkvprof.runtime.kernels.reference import counter
 from hkvprof.runtime.kernels.triton_attend import LOG2_E, TILE_BYTES
-from hkvprof.runtime.kernels.triton_common import ACTIVE, FIELDS, INTERPRETED, blocks, padded
-from hkvprof.runtime.kernels.triton_gather import gather_kernel
-from hkvprof.runtime.kernels.triton_launch import Launch, items_of, kind_of, picked_of
-from hkvprof.runtime.kernels.triton_rerank import exact_kernel
+from hkvprof.runtime.kernels.triton_common import (
+    ACTIVE,
+    FIELDS,
+    INTERPRETED,
+    Launch,
+    blocks,
+    items_of,
+    kind_of,
+    padded,
+    picked_of,
+)
+from hkvprof.runtime.kernels.triton_items import exact_kernel, gather_kernel
+from hkvprof.selection.index import ProjectedIndex
 
 CODED_ITEMS = 512
 """Items of a projected index per program."""

@@ -18,7 +18,7 @@ from typing import Any
 import transformers
 
 from hkvprof.errors import HkvWarning, ModelError
-from hkvprof.models.tested import TESTED, has_passed, is_tested, remember
+from hkvprof.models.approval import TESTED, has_passed, is_tested, remember
 
 OVERRIDE = "HKVPROF_UNTESTED"
 """Set to 1: what the check finds is a warning."""
@@ -42,7 +42,7 @@ def require_tested_seam(apply: Callable[..., Any]) -> None:
 
     `apply` is hkvprof's own; what the check applies is not checked again. The check runs once in a
     process, and once on a machine for the same versions of hkvprof, transformers and torch
-    (models.tested). With HKVPROF_UNTESTED=1 a failure warns (HkvWarning, once).
+    (models.approval). With HKVPROF_UNTESTED=1 a failure warns (HkvWarning, once).
     """
     if is_tested() or _CHECKING.get():
         return

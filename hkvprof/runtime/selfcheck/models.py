@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hkvprof.artifact import Profile
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.adapter import view_model
+from hkvprof.profile.record import Profile
 
 PROMPT = 48
 PADDED = 5

@@ -16,10 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from hkvprof.models.attention import AttentionCall, guarded, hooked_attention
-from hkvprof.models.calls import NAMES, cache_keyword, cache_of, with_cache
-from hkvprof.models.forward import rope_holder
-from hkvprof.models.marked import MarkedLayer
+from hkvprof.models.attention import AttentionCall, MarkedLayer, guarded, hooked_attention
+from hkvprof.models.calls import NAMES, cache_keyword, cache_of, rope_holder, with_cache
 from hkvprof.runtime.selfcheck.models import OFFSET, PROMPT, SCALING, Talk
 
 FORGOTTEN = 7

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hkvprof
-from hkvprof.artifact import Profile, load_profile
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.baselines import Prompt, baselines, compress, find
 from hkvprof.evaluate.baselines.base import Kept, Selection
 from hkvprof.evaluate.baselines.session import decide
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.models.calls import with_cache
+from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime import measure_storage
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.testbed.generator import make_sample

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkvprof.evaluate.baselines.budgets import best_of_all, rows, spread
+from hkvprof.evaluate.baselines.scores import best_of_all, rows, spread
 
 
 def test_in_proportion_beyond_the_least() -> None:

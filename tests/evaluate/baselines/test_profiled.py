@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import hkvprof
-from hkvprof.artifact import Profile, load_profile
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.baselines import Prompt, find, session
 from hkvprof.evaluate.baselines import sparsemm as sparsemm_file
+from hkvprof.evaluate.baselines.ablations import even, loss_at, only
 from hkvprof.evaluate.baselines.base import Kept, Selection
 from hkvprof.evaluate.baselines.hybridkv import KAPPA, request_sparsity
 from hkvprof.evaluate.baselines.offline import static_loss
-from hkvprof.evaluate.baselines.planned import even, loss_at, only
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.heads import HeadType
+from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.options import SMOOTHING
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.testbed.generator import make_sample

@@ -20,8 +20,8 @@ from hkvprof.evaluate.baselines.base import Kept
 from hkvprof.evaluate.baselines.scores import with_recent
 from hkvprof.heads import HeadType
 from hkvprof.models.decoder_input import DecoderInput, Rotation
-from hkvprof.policy.static import window_attention
 from hkvprof.runtime.plan import HeadPlan
+from hkvprof.selection.static import window_attention
 from tests.evaluate.baselines.synthetic import (
     counts,
     kept,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hkvprof.evaluate.datasets.layouts import load_layout
 from hkvprof.evaluate.taskset import TaskSet
-from hkvprof.profile.samples import Sample
+from hkvprof.samples.read import Sample
 
 
 @dataclass

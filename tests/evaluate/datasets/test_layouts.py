@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hkvprof.errors import HkvError, SampleError, UsageError
 from hkvprof.evaluate.datasets.layouts import LAYOUTS, load_layout
-from hkvprof.profile.samples import open_images
+from hkvprof.samples.read import open_images
 from tests.evaluate.datasets.disk import BUILDERS, Disk, docvqa, images_of, vatex, write_file
 
 EVERY = pytest.mark.parametrize("name", BUILDERS)

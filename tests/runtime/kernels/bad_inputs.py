@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from hkvprof.policy.index import MeanIndex, MinMaxIndex, ProjectedIndex
 from hkvprof.runtime.kernels import Extents
 from hkvprof.runtime.kernels.interface import Kernels, Retrieval
+from hkvprof.selection.index import MeanIndex, MinMaxIndex, ProjectedIndex
 from tests.runtime.kernels.cases import Layer, make_layer
 
 DTYPE = torch.float32

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkvprof.policy.index import HeadTables, KeyIndex, MeanIndex, MinMaxIndex, ProjectedIndex
 from hkvprof.runtime.kernels import DynamicSegment
+from hkvprof.selection.index import HeadTables, KeyIndex, MeanIndex, MinMaxIndex, ProjectedIndex
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRECISION = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}

@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from hkvprof.policy.triton_mass import top_mass
 from hkvprof.runtime.kernels import Extents
 from hkvprof.runtime.kernels.triton_backend import TritonKernels
+from hkvprof.selection.triton_mass import top_mass
 from tests.runtime.kernels.cases import make_layer
 
 TYPES = {

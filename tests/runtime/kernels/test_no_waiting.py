@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hkvprof.bench.gpu.material import Keys, profiles
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import handle as handles
-from hkvprof.runtime import plan, ragged, retrieving
+from hkvprof.runtime import plan, ragged
+from hkvprof.runtime import retrieval as retrieving
 from hkvprof.runtime.graph import GraphDecoder
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels
-from hkvprof.runtime.prefetch import InOrder
+from hkvprof.runtime.retrieval import InOrder
 from tests.models_for_tests import apply, random_llama, token_ids
 from tests.runtime.kernels.triton_cases import INTERPRETED, triton_kernels
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime.kernels import Extents
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.storage import RaggedStorage

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import hkvprof
+from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.lazy import no_triton
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.uniform import uniform_profile
 from hkvprof.runtime import kernels, ragged
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels

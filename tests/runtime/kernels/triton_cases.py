@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hkvprof.policy.index import MeanIndex, MinMaxIndex
 from hkvprof.runtime.kernels import DynamicSegment, Kernels
+from hkvprof.selection.index import MeanIndex, MinMaxIndex
 from tests.runtime.kernels.cases import Layer
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

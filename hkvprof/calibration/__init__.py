@@ -1,0 +1,1 @@
+"""Offline: from samples and a model to a profile."""

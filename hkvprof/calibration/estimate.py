@@ -1,0 +1,139 @@
+"""What a calibration will take, before it runs: tokens, memory and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from hkvprof.calibration.index_fit import Moments
+from hkvprof.calibration.probe import MAX_CONTINUATION, Bench, Probe
+from hkvprof.calibration.run import is_enough, spread
+from hkvprof.errors import SampleError
+from hkvprof.models.attention import hooked_attention
+from hkvprof.models.outline import Outline
+from hkvprof.models.processing import ChatProcessor
+from hkvprof.samples.read import Sample, open_images
+
+T = TypeVar("T")
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Prompt tokens by sample id, and why samples cannot be used, by id."""
+
+    tokens: dict[str, int]
+    unusable: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the model's device while the longest sample is measured.
+
+    `cache`: its dense keys and values; `prompt`: activations of one layer over the prompt; `reply`:
+    what the pass over the reply holds for its gradients, among it keys and values repeated for
+    every query head; `statistics`: attention of one KV head's group. `prompt` and `reply` never
+    exist at the same time.
+    """
+
+    weights: int
+    cache: int
+    prompt: int
+    reply: int
+    statistics: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return self.weights + self.cache + max(self.prompt, self.reply) + self.statistics
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one sample of `tokens` tokens took: seconds per token of the pass over samples that the
+    index is fitted to (`look`) and of the one that measures heads, seconds of the fit itself."""
+
+    tokens: int
+    look: float
+    fit: float
+    measure: float
+
+
+def lengths(
+    processor: ChatProcessor, samples: Iterable[Sample], on_error: Literal["raise", "skip"]
+) -> Lengths:
+    """Encode all samples, images included. Raises SampleError, with "raise", for a bad one."""
+    tokens, unusable = {}, {}
+    for sample in samples:
+        try:
+            tokens[sample.id] = processor.encode([tuple(open_images(sample))]).tokens
+        except SampleError as error:
+            if on_error == "raise":
+                raise
+            unusable[sample.id] = str(error)
+    if not tokens:
+        raise SampleError(f"no sample could be used: {next(iter(unusable.values()))}")
+    return Lengths(tokens, unusable)
+
+
+def memory(model: Outline, longest: int) -> Memory:
+    """Peak bytes for a prompt of `longest` tokens, counted from shapes; a vision tower's own
+    activations and the allocator's reserve come on top."""
+    grid, size, new = model.grid, model.itemsize, MAX_CONTINUATION
+    layer_cache = 2 * grid.kv_heads * grid.head_dim * (longest + new) * size
+    per_row = 4 * model.intermediate + 6 * model.hidden
+    # All layers' repeated keys and values stay until the gradients have passed; of the layer where
+    # they are, so do the gradients of both, before and after they are summed over the group.
+    held = grid.group * layer_cache * (model.layers + 4)
+    rows = new * (per_row * model.layers * size + 4 * model.vocabulary * _FLOAT)
+    return Memory(
+        weights=model.weight_bytes,
+        cache=model.layers * layer_cache,
+        prompt=longest * per_row * size,
+        reply=held + rows,
+        statistics=4 * grid.group * 64 * (longest + new) * _FLOAT,
+    )
+
+
+def time_one(bench: Bench, sample: Sample) -> Timing:
+    """Do with one sample what a calibration does with all of them, after a pass that warms up."""
+    moments = Moments(bench.view.grid)
+    with hooked_attention(bench.model):
+        Probe(bench, sample).add_moments(Moments(bench.view.grid))
+        look, _ = _timed(lambda: Probe(bench, sample).add_moments(moments))
+        sizes = tuple(sorted({s.bits for s in bench.menu if s.index == "projected"}))
+        fit, tables = _timed(lambda: moments.fit(sizes) if sizes else None)
+        measure, row = _timed(lambda: Probe(bench, sample).measure(tables))
+    return Timing(row.tokens, look / row.tokens, fit, measure / row.tokens)
+
+
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
+    started = time.perf_counter()
+    made = work()
+    return time.perf_counter() - started, made
+
+
+def middle(found: Lengths, samples: Sequence[Sample]) -> Sample:
+    """The usable sample of median length."""
+    usable = [sample for sample in samples if sample.id in found.tokens]
+    return sorted(usable, key=lambda sample: found.tokens[sample.id])[len(usable) // 2]
+
+
+def fitted_tokens(found: Lengths, samples: Sequence[Sample]) -> int:
+    """Tokens of the samples that the index will be fitted to."""
+    used = total = 0
+    for sample in spread(sorted(samples, key=lambda sample: sample.id)):
+        if is_enough(used, total):
+            break
+        if sample.id in found.tokens:
+            used, total = used + 1, total + found.tokens[sample.id]
+    return total
+
+
+def seconds(timing: Timing, fitted: int, measured: int) -> float:
+    """Time for so many tokens to fit the index to (0: it is there) and to measure."""
+    fit = timing.fit if fitted else 0.0
+    return timing.look * fitted + fit + timing.measure * measured

@@ -1,0 +1,301 @@
+"""One sample on the model: prefill, reply, and what the layers showed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hkvprof.calibration.attention import (
+    Phase,
+    SampleStatistics,
+    TextStatistics,
+    compared,
+    layer_drift,
+    text_statistics,
+    token_classes,
+)
+from hkvprof.calibration.continuation import Continuation, answered, build_continuation
+from hkvprof.calibration.index_fit import Moments, tables_of_layer
+from hkvprof.calibration.losses import DecodeRows, layer_losses
+from hkvprof.calibration.observe import ObservedCache, Observer
+from hkvprof.calibration.rows import SampleRow
+from hkvprof.errors import SampleError
+from hkvprof.heads import KeepRule, Modality, Strategy
+from hkvprof.models.adapter import ModelView
+from hkvprof.models.attention import AttentionCall
+from hkvprof.models.calls import last_row_only, with_cache
+from hkvprof.models.processing import ChatProcessor, Encoded
+from hkvprof.models.weights import passing_gradients
+from hkvprof.models.wrappers import unwrap
+from hkvprof.profile.record import ProjectedIndexTables
+from hkvprof.profile.tables import PAIRS
+from hkvprof.samples.read import Sample, open_images
+from hkvprof.selection.sparsity import sample_text_rows
+
+RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
+KAPPAS = (0.02, 0.05, 0.10, 0.20)
+VISION = (Modality.IMAGE, Modality.VIDEO)
+MAX_CONTINUATION = 192
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all probes of a run share.
+
+    With the whole prompt alone in `ratios`, no losses are measured, and no replies are needed.
+    `answered` holds samples whose replies were generated, so that a second pass need not do it
+    again.
+    """
+
+    model: Any
+    processor: ChatProcessor
+    view: ModelView
+    menu: tuple[Strategy, ...]
+    kappas: tuple[float, ...]
+    ratios: tuple[float, ...]
+    keep: KeepRule
+    own_replies: bool
+    answered: dict[str, Sample] = field(default_factory=dict)
+
+
+def content_digest(sample: Sample, encoded: Encoded) -> str:
+    """Of what a measurement depends on: tokens and pixels of the prompt, given replies, turns."""
+    said = json.dumps([sample.reply, [vars(turn) for turn in sample.followups]])
+    digest = hashlib.sha256(said.encode())
+    for name in sorted(encoded.inputs):
+        digest.update(name.encode())
+        digest.update(encoded.inputs[name].contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Probe:
+    """One sample on the model: prefill, reply, and what the layers showed."""
+
+    def __init__(self, bench: Bench, sample: Sample) -> None:
+        self.bench, self.sample = bench, sample
+        opened = replace(sample, messages=tuple(open_images(sample)))
+        self.encoded = bench.processor.encode([opened.messages])
+        self.text = (self.encoded.modality[0] == Modality.TEXT).to(bench.model.device)
+        self.observer = Observer(bench.keep.window)
+        self.cache = ObservedCache(bench.view, self.observer)
+        if self.encoded.tokens < bench.keep.floor_tokens + bench.keep.window:
+            raise SampleError(
+                f"sample {sample.id}: the prompt has {self.encoded.tokens} tokens, too few to "
+                f"calibrate on (at least {bench.keep.floor_tokens + bench.keep.window})"
+            )
+        self.opened = opened
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the sample as it was given; see `content_digest`."""
+        return content_digest(self.sample, self.encoded)
+
+    # -- first pass -------------------------------------------------------------------------
+
+    def add_moments(self, moments: Moments) -> None:
+        """Queries of the rows that decode, and prompt keys.
+
+        Queries of prompt rows look for other things: an index fitted to them too is worse
+        (docs/experiments.md).
+        """
+        with torch.no_grad():
+            self._prefill(None)
+            continuation = self._continuation()
+            self._continue(continuation)
+        for layer, trace in self.observer.traces.items():
+            keys = self.cache.covered[layer].keys
+            assert keys is not None
+            moments.add_keys(layer, keys[0, :, : self.encoded.tokens], self.sample.id)
+            moments.add_queries(layer, trace.query[:, continuation.rows], trace.scaling)
+
+    # -- second pass ------------------------------------------------------------------------
+
+    def measure(self, tables: ProjectedIndexTables | None) -> SampleRow:
+        """What text rows attend to during prefill; losses and drift over the continuation."""
+        found: dict[int, TextStatistics] = {}
+        rows = sample_text_rows(self.text)
+        held = self.encoded.modality[0]
+        classes = token_classes(held.to(self.text.device), self.bench.keep)
+
+        def watch(layer: int, call: AttentionCall, output: Tensor) -> None:
+            found[layer] = text_statistics(
+                call.query[0], call.key[0], rows, call.scaling, self.bench.kappas, classes,
+                self.bench.keep.recent,
+            )  # fmt: skip
+
+        with torch.no_grad():
+            self._prefill(watch)
+        shown = [found[layer] for layer in sorted(found)]
+        losses, drift, pairs = self._after_prompt(tables)
+        return SampleRow(
+            id=self.sample.id,
+            task=self.sample.task,
+            tokens=self.encoded.tokens,
+            sparsity=_stacked([layer.sparsity for layer in shown]),
+            losses=losses,
+            statistics=SampleStatistics(
+                modality_mass=_stacked([layer.mass for layer in shown]),
+                entropy=_stacked([layer.entropy[None] for layer in shown])[0],
+                drift=drift,
+                compared=pairs,
+            ),
+            digest=self.digest,
+            vision_tokens=int(sum((held == kind).sum() for kind in VISION)),
+            context_tokens=int((held == Modality.CONTEXT).sum()),
+        )
+
+    def _after_prompt(
+        self, tables: ProjectedIndexTables | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
+        """Losses [3 terms, strategies, layers, kv_heads, ratios], drift [PAIRS, layers,
+        query_heads], and which of PAIRS there are."""
+        grid, bench = self.bench.view.grid, self.bench
+        if bench.ratios == (1.0,):  # the whole prompt loses nothing
+            return (
+                np.zeros((3, len(bench.menu), grid.layers, grid.kv_heads, 1), np.float32),
+                np.zeros((len(PAIRS), grid.layers, grid.query_heads), np.float32),
+                np.zeros(len(PAIRS), np.uint8),
+            )
+        continuation = self._continuation()
+        with torch.enable_grad(), passing_gradients(unwrap(bench.model)):
+            logits = self._continue(continuation)
+            margins = _margins(logits, continuation)
+            # Gradients for the traced outputs alone: none are left on the model's parameters.
+            margins.sum().backward(inputs=[t.output for t in self.observer.traces.values()])
+        with torch.no_grad():
+            layers = range(grid.layers)
+            losses = [self._layer_losses(i, continuation, margins, tables) for i in layers]
+            phases = [self._phases(i, continuation) for i in layers]
+            drift = [self._layer_drift(i, phases[i]) for i in layers]
+        pairs = compared(phases[0]).numpy().astype(np.uint8)
+        return torch.stack(losses, dim=2).cpu().numpy(), _stacked(drift), pairs
+
+    def _phases(self, layer: int, continuation: Continuation) -> list[Phase]:
+        """The prompt's last rows, those that decode the reply, those of later questions."""
+        window, trace = self.observer.window_query[layer], self.observer.traces[layer]
+        tokens, count = self.encoded.tokens, window.shape[1]
+        turns = continuation.exact.nonzero()[:, 0].tolist()  # the last row of every later question
+        reply, later = continuation.rows.split(
+            [turns[0], len(continuation.rows) - turns[0]] if turns else [len(continuation.rows), 0]
+        )
+        device = window.device
+        return [
+            Phase(window, torch.arange(tokens - count, tokens, device=device)),
+            *(Phase(trace.query[:, at], tokens + at.to(device)) for at in (reply, later)),
+        ]
+
+    def _layer_drift(self, layer: int, phases: list[Phase]) -> Tensor:
+        keys, scaling = self.cache.covered[layer].keys, self.observer.traces[layer].scaling
+        assert keys is not None
+        return layer_drift(phases, keys[0], self.encoded.tokens, scaling, self.bench.keep)
+
+    def _layer_losses(
+        self,
+        layer: int,
+        continuation: Continuation,
+        margins: Tensor,
+        tables: ProjectedIndexTables | None,
+    ) -> Tensor:
+        """[3 terms, strategies, kv_heads, ratios] of one layer."""
+        trace, cached = self.observer.traces[layer], self.cache.covered[layer]
+        assert cached.keys is not None
+        assert cached.values is not None
+        keys, values = cached.keys[0].detach(), cached.values[0].detach()
+        prompt, device = self.encoded.tokens, keys.device
+        rows = continuation.rows.to(device)
+        projection = self.bench.view.output_projection(layer).detach()
+        output = trace.output[0].detach()[rows].float()
+        assert trace.output.grad is not None, "the reply's margin does not depend on this layer"
+        judged = DecodeRows(
+            query=trace.query[:, rows],
+            key=keys[:, :prompt],
+            value=values[:, :prompt],
+            new_key=keys[:, prompt:],
+            new_value=values[:, prompt:],
+            positions=rows,
+            gradient=trace.output.grad[0][rows] / margins.abs().clamp(min=1)[:, None, None],
+            projection=projection,
+            output_norm=_projected(output, projection, self.bench.view.grid.group).norm(dim=-1),
+            exact=continuation.exact.to(device),
+            scaling=trace.scaling,
+        )
+        losses = layer_losses(
+            judged,
+            self.observer.window_query[layer],
+            self.bench.menu,
+            self.bench.ratios,
+            self.bench.keep,
+            tables_of_layer(tables, layer, device) if tables else {},
+            self.text,
+            keys.element_size(),
+        )
+        return torch.stack([losses.output, losses.square, losses.reply])
+
+    # -- the model --------------------------------------------------------------------------
+
+    def _prefill(self, watch: Any) -> None:
+        """Run the prompt."""
+        model = self.bench.model
+        self.observer.on_prefill = watch
+        with self.observer.phase("prefill"):
+            inputs = self.encoded.to(model.device, model.dtype)
+            output = model(**inputs, **with_cache(model, self.cache), **last_row_only(model))
+        self.next_token = output.logits[:, -1:].argmax(-1)
+
+    def _continuation(self) -> Continuation:
+        """What follows the prompt: the given reply, else the model's own."""
+        if self.opened.reply is None or self.bench.own_replies:
+            said = self.bench.answered.get(self.sample.id)
+            if said is None:
+                said = answered(
+                    self.bench.model, self.bench.processor, self.opened, self.cache,
+                    self.next_token, later=self.bench.own_replies,
+                )  # fmt: skip
+                self.bench.answered[self.sample.id] = replace(said, messages=())
+            self.opened = replace(self.opened, reply=said.reply, followups=said.followups)
+        assert self.opened.reply is not None
+        return build_continuation(
+            self.bench.processor, self.opened, self.opened.reply, MAX_CONTINUATION
+        )
+
+    def _continue(self, continuation: Continuation) -> Tensor:
+        """Teacher-force the continuation; logits [T, vocabulary]."""
+        model = self.bench.model
+        with self.observer.phase("trace"):
+            ids = continuation.ids[None].to(model.device)
+            output = model(input_ids=ids, **with_cache(model, self.cache))
+        return output.logits[0]
+
+
+def _stacked(layers: list[Tensor]) -> NDArray[np.float32]:
+    """[figures, layers, heads] on the host, of [figures, heads] each."""
+    return torch.stack(layers, dim=1).cpu().numpy()
+
+
+def _projected(
+    output: Float[Tensor, "rows query_heads dim"], projection: Tensor, group: int
+) -> Float[Tensor, "rows hidden"]:
+    """A layer's attention output, a few heads at a time: W_O in float32 would be a large copy."""
+    total = output.new_zeros(len(output), len(projection))
+    step = group * output.shape[-1]
+    for first in range(0, projection.shape[1], step):
+        part = slice(first, first + step)
+        total += output.flatten(1)[:, part] @ projection[:, part].float().T
+    return total
+
+
+def _margins(logits: Tensor, continuation: Continuation) -> Tensor:
+    """Log-odds of every reply token against all others, per judged row."""
+    rows = logits[continuation.rows.to(logits.device)].float()
+    targets = continuation.targets.to(logits.device)[:, None]
+    log_p = rows.log_softmax(dim=-1).gather(-1, targets)[:, 0]
+    return log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))

@@ -1,0 +1,326 @@
+"""Rows on disk: a folder with one small file per measured sample.
+
+A run that was stopped goes on from its folder, several processes may fill one (each with a shard of
+the samples), and `merge` makes a profile of folders without a model. Files are safetensors, written
+whole or not at all, and checked when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from hkvprof.calibration.attention import SampleStatistics
+from hkvprof.calibration.conditions import ROW_SCHEMA, Conditions
+from hkvprof.errors import ProfileError, UsageError
+from hkvprof.files import strict_json
+from hkvprof.files.atomic import (
+    is_part,
+    read_limited,
+    remove_stale,
+    writable,
+    write_atomically,
+    write_once,
+)
+from hkvprof.files.container import read_container
+from hkvprof.profile.bounds import check_index, expect, expect_shares, require
+from hkvprof.profile.record import ProjectedIndexTables
+
+CONDITIONS = "conditions.json"
+INDEX = "index.safetensors"
+MAX_TOKENS = 2**31
+_KEY = "hkvprof_row"
+_MOST_BYTES = 64 * 2**20
+_MOST_CONDITIONS_BYTES = 4 * 2**20
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ProfileError)
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What one sample contributes.
+
+    `tokens` of the prompt, `vision_tokens` of them hold an image or a video, `context_tokens` long
+    text that plays their part;
+    `sparsity` [kappas, layers, query_heads]; `losses` [3 terms, strategies, layers, kv_heads,
+    ratios] (statistics.LayerLosses); `statistics` are what profiles show of heads; `digest` of the
+    prompt's tokens and pixels and the replies.
+    """
+
+    id: str
+    task: str
+    tokens: int
+    sparsity: NDArray[np.float32]
+    losses: NDArray[np.float32]
+    statistics: SampleStatistics
+    digest: str = ""
+    vision_tokens: int = 0
+    context_tokens: int = 0
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names in the file."""
+        figures = {"sparsity": self.sparsity, "losses": self.losses}
+        return {**figures, **self.statistics.tensors()}
+
+
+class RowFolder:
+    """Rows measured under the same conditions, and the index tables they were measured with."""
+
+    def __init__(self, path: Path, conditions: Conditions) -> None:
+        """Open or, with the first row, create; what killed writers left there is removed.
+
+        Raises UsageError for other conditions' folders and other things' places.
+        """
+        self.path, self.conditions = path, conditions
+        check_rows_folder(path)
+        remove_stale(path)
+        self._known = (path / CONDITIONS).exists()
+        if self._known:
+            self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        if differing := self.conditions.differences(read_conditions(self.path)):
+            raise UsageError(
+                f"{self.path} holds rows that were measured under other conditions "
+                f"({', '.join(differing)}): give another folder with --rows, or start anew with "
+                "--no-resume"
+            )
+
+    def find(self, sample: str, digest: str) -> SampleRow | None:
+        """The row of a sample, if it is there and of the same content."""
+        file = self.path / _file_name(sample)
+        if not file.exists():
+            return None
+        row = read_row(file, self.conditions)
+        return row if row.digest == digest else None
+
+    def add(self, row: SampleRow) -> None:
+        """Write a row. Raises HkvError."""
+        self._begin()
+        about = {"id": row.id, "task": row.task, "tokens": row.tokens, "digest": row.digest,
+                 "vision_tokens": row.vision_tokens, "context_tokens": row.context_tokens,
+                 "conditions": self.conditions.digest}  # fmt: skip
+        data = save(row.tensors(), {_KEY: json.dumps(about, sort_keys=True)})
+        write_atomically(self.path / _file_name(row.id), data)
+
+    def tables(self, fitted_on: str) -> ProjectedIndexTables | None:
+        """The index tables; None where there are none yet.
+
+        `fitted_on` is a digest of the samples. Raises UsageError where it was others.
+        """
+        if not (self.path / INDEX).exists():
+            return None
+        found, samples = read_tables(self.path, self.conditions)
+        if samples != fitted_on:
+            raise UsageError(
+                f"{self.path}: its index was fitted on other samples, and rows depend on the index:"
+                " give another folder with --rows (or the same --data and --max-samples)"
+            )
+        return found
+
+    def keep_tables(self, tables: ProjectedIndexTables, fitted_on: str) -> ProjectedIndexTables:
+        """Write the index tables, or read those of a process that was faster. Raises as `tables`
+        does, and HkvError."""
+        self._begin()
+        about = json.dumps({"sizes": list(tables.sizes), "fitted_on": fitted_on})
+        write_once(self.path / INDEX, save(tables.tensors(), {_KEY: about}))
+        kept = self.tables(fitted_on)
+        assert kept is not None
+        return kept
+
+    def _begin(self) -> None:
+        """Write the conditions, unless another process did; they must be the same."""
+        if self._known:
+            return
+        if not write_once(self.path / CONDITIONS, self.conditions.to_json().encode()):
+            self._check_conditions()
+        self._known = True
+
+
+def check_rows_folder(path: Path) -> None:
+    """Raise UsageError unless `path` holds rows, or nothing, and can be written."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file: expected a folder for --rows")
+    theirs = path.is_dir() and any(not is_part(entry) for entry in path.iterdir())
+    if theirs and not (path / CONDITIONS).exists():
+        raise UsageError(f"{path} is no folder of rows and not empty: give another with --rows")
+    if not writable(path):
+        raise UsageError(f"cannot write into {path}: give another folder with --rows")
+
+
+def has_row(path: Path, sample: str) -> bool:
+    """Whether the sample of that id has a row in `path`, be it of other content (`find`)."""
+    return (path / _file_name(sample)).exists()
+
+
+def forget(path: Path) -> None:
+    """Remove what a RowFolder writes, and the folder if nothing else is in it.
+
+    The conditions go last: whatever stops this, the folder stays one that can be forgotten.
+    """
+    remove_stale(path)
+    for file in [*path.glob("row-*.safetensors"), path / INDEX, path / CONDITIONS]:
+        file.unlink(missing_ok=True)
+    if path.exists() and not any(path.iterdir()):
+        path.rmdir()
+
+
+def _file_name(sample: str) -> str:
+    return f"row-{hashlib.sha256(sample.encode()).hexdigest()[:32]}.safetensors"
+
+
+def read_conditions(path: Path) -> Conditions:
+    """The conditions of a folder. Raises UsageError."""
+    file = path / CONDITIONS
+    try:
+        return Conditions.from_json(read_limited(file, _MOST_CONDITIONS_BYTES).decode("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path} holds no rows: expected a folder made by `hkvprof calibrate --rows`"
+        ) from None
+    except _UNREADABLE as error:
+        raise UsageError(f"{file} cannot be read ({error}): measure again") from None
+
+
+def read_rows(path: Path, conditions: Conditions) -> list[SampleRow]:
+    """All rows of a folder. Raises UsageError for damaged ones."""
+    return [read_row(file, conditions) for file in sorted(path.glob("row-*.safetensors"))]
+
+
+def read_row(file: Path, conditions: Conditions) -> SampleRow:
+    """One row, checked. Raises UsageError."""
+    grid = conditions.grid
+    shapes = {
+        "sparsity": (len(conditions.kappas), grid.layers, grid.query_heads),
+        "losses": (3, len(conditions.strategies), grid.layers, grid.kv_heads,
+                   len(conditions.ratios)),
+    }  # fmt: skip
+    try:
+        about, tensors = _read(file)
+        names = {*shapes, *SampleStatistics.names()}
+        require(set(tensors) == names, f"expected {sorted(names)}, found {sorted(tensors)}")
+        statistics = SampleStatistics.take(tensors)
+        statistics.check(grid)
+        for name, shape in shapes.items():
+            expect(name, tensors[name], shape, np.float32)
+        require(bool((tensors["losses"] >= 0).all()), "losses holds negative values")
+        expect_shares("sparsity", tensors["sparsity"])
+        require(about["conditions"] == conditions.digest, "the row is of other conditions")
+        row = SampleRow(
+            id=about["id"], task=about["task"], tokens=about["tokens"], digest=about["digest"],
+            vision_tokens=about["vision_tokens"], context_tokens=about["context_tokens"],
+            statistics=statistics, **tensors,
+        )  # fmt: skip
+        texts = (row.id, row.task, row.digest)
+        require(all(isinstance(text, str) for text in texts), "id, task and digest must be texts")
+        require(
+            type(row.tokens) is int and 0 < row.tokens <= MAX_TOKENS,
+            f"tokens must be a number from 1 to {MAX_TOKENS:,}, found {row.tokens!r}",
+        )
+        for name in ("vision_tokens", "context_tokens"):
+            count = getattr(row, name)
+            require(
+                type(count) is int and 0 <= count <= row.tokens,
+                f"{name} must be a number from 0 to {row.tokens}, found {count!r}",
+            )
+        require(file.name == _file_name(row.id), "the file's name does not go with its sample")
+        return row
+    except _UNREADABLE as error:
+        raise UsageError(
+            f"{file} is not a sound row ({error}): delete it, and run `hkvprof calibrate` with the "
+            "same options again"
+        ) from None
+
+
+def read_tables(path: Path, conditions: Conditions) -> tuple[ProjectedIndexTables, str]:
+    """The index tables of a folder and the digest of the samples they were fitted on."""
+    try:
+        about, tensors = _read(path / INDEX)
+        tables = ProjectedIndexTables.take(tuple(about["sizes"]), tensors)
+        require(not tensors, f"unknown tensors {sorted(tensors)}")
+        check_index(tables, conditions.grid)
+        return tables, str(about["fitted_on"])
+    except _UNREADABLE as error:
+        raise UsageError(f"{path / INDEX} cannot be read ({error}): measure again") from None
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    container = read_container(file, _MOST_BYTES)
+    return strict_json.loads(container.metadata[_KEY]), container.tensors()
+
+
+_MOST_NAMED = 5
+Gathered = tuple[Conditions, list[SampleRow], ProjectedIndexTables | None]
+
+
+def gather(folders: Iterable[Path]) -> Gathered:
+    """Conditions, rows (sorted by id) and index tables of folders that belong together.
+
+    Raises UsageError where conditions or tables differ, or a sample lies in two folders.
+    """
+    paths = list(folders)
+    _check_distinct(paths)
+    conditions = read_conditions(paths[0])
+    if conditions.row_schema != ROW_SCHEMA:
+        raise UsageError(
+            f"{paths[0]} holds rows of version {conditions.row_schema}, and this hkvprof reads "
+            f"{ROW_SCHEMA}: measure again"
+        )
+    rows: dict[str, SampleRow] = {}
+    origin: dict[str, Path] = {}
+    tables: tuple[ProjectedIndexTables, str] | None = None
+    for path in paths:
+        if differing := conditions.differences(read_conditions(path)):
+            raise UsageError(
+                f"{paths[0]} and {path} were measured under different conditions "
+                f"({', '.join(differing)}): their rows cannot be merged"
+            )
+        found = read_rows(path, conditions)
+        _check_overlap([row.id for row in found], origin, path)
+        rows |= {row.id: row for row in found}
+        origin |= {row.id: path for row in found}
+        if (path / INDEX).exists():
+            mine = read_tables(path, conditions)
+            if tables is not None and not _same_tables(tables[0], mine[0]):
+                raise UsageError(
+                    f"{path}: its index differs from that of the folders before it, and rows "
+                    "depend on the index: measure all shards with the same --data"
+                )
+            tables = mine
+    if not rows:
+        raise UsageError(f"{', '.join(map(str, paths))}: no rows yet")
+    return conditions, sorted(rows.values(), key=lambda row: row.id), tables and tables[0]
+
+
+def _check_distinct(paths: list[Path]) -> None:
+    if not paths:
+        raise UsageError("there is nothing to merge: name one or more folders of rows")
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise UsageError(f"{path} is given {places.count(place)} times: name each folder once")
+
+
+def _check_overlap(samples: list[str], origin: dict[str, Path], path: Path) -> None:
+    """A sample must count once: also where its rows are equal, the folders overlap by mistake."""
+    twice = [sample for sample in samples if sample in origin]
+    if not twice:
+        return
+    named = ", ".join(map(repr, twice[:_MOST_NAMED]))
+    more = f" and {len(twice) - _MOST_NAMED} more" if len(twice) > _MOST_NAMED else ""
+    raise UsageError(
+        f"{origin[twice[0]]} and {path} both hold sample{'s'[: len(twice) > 1]} {named}{more}: a "
+        "sample counts once; give different samples different ids, or leave one folder out"
+    )
+
+
+def _same_tables(first: ProjectedIndexTables, second: ProjectedIndexTables) -> bool:
+    mine, theirs = first.tensors(), second.tensors()
+    return mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)

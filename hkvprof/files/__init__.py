@@ -1,0 +1,1 @@
+"""Bytes from strangers, read within limits, and bytes that survive kills."""

@@ -1,0 +1,312 @@
+"""Bounds of everything a profile holds: a profile is data from strangers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.errors import ProfileError
+from hkvprof.heads import MOST_ADAPTERS, HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.profile.certificate import recorded
+
+MAX_RATIOS = 1024
+_LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
+MOST_LENGTHS, MOST_TOKENS = 16, 2**40
+_FINGERPRINT_TEXTS = (
+    "architecture", "config_hash", "weights_digest", "hub_id", "commit", "quantisation",
+)  # fmt: skip
+_RECIPES = ("paper", "measured", "uniform")
+_INDEXES = ("mean", "minmax", "projected")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ProfileError with `message` unless `condition` holds."""
+    if not condition:
+        raise ProfileError(message)
+
+
+def expect(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> None:
+    """Raise ProfileError unless `array` has that shape and dtype and finite values."""
+    found = (getattr(array, "shape", None), getattr(array, "dtype", None))
+    wanted = np.dtype(dtype)
+    require(
+        found == (shape, wanted),
+        f"tensor {name} should be {wanted.name} of shape {shape}, found {found[1]} {found[0]}",
+    )
+    if array.dtype.kind == "f":
+        require(bool(np.isfinite(array).all()), f"tensor {name} holds NaN or infinite values")
+
+
+def expect_shares(name: str, array: NDArray[np.float32]) -> None:
+    """Raise ProfileError unless all values lie in [0, 1], with room for rounding of sums."""
+    sound = bool((array >= 0).all()) and bool((array <= 1 + 1e-3).all())
+    require(sound, f"tensor {name} holds values outside [0, 1]")
+
+
+class Setting(Protocol):
+    """What is measured of which model; see hkvprof.profile.record.Profile."""
+
+    @property
+    def fingerprint(self) -> ModelFingerprint: ...
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def keep(self) -> KeepRule: ...
+    @property
+    def strategies(self) -> tuple[Strategy, ...]: ...
+    @property
+    def kappas(self) -> tuple[float, ...]: ...
+
+
+class Header(Setting, Protocol):
+    """What a profile says besides its arrays; see hkvprof.profile.record.Profile."""
+
+    @property
+    def default_budget(self) -> float: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+
+def check_setting(setting: Setting) -> None:
+    """Raise ProfileError unless every field is of its kind and within bounds."""
+    _check_grid(setting.fingerprint.grid)
+    _check_fingerprint(setting.fingerprint)
+    _check_rules(setting.recipe, setting.keep)
+    _check_menu(setting.strategies, setting.kappas)
+
+
+def _check_metadata(header: Header) -> None:
+    """Raise ProfileError unless every field is of its kind and within bounds."""
+    check_setting(header)
+    budget = header.default_budget
+    require(
+        _is_number(budget) and 0 < budget <= 1,
+        f"default_budget must lie in (0, 1], found {budget!r}",
+    )
+    require(isinstance(header.provenance, Mapping), "provenance must be an object")
+    recorded(header.provenance)
+
+
+def _check_grid(grid: HeadGrid) -> None:
+    """Raise ProfileError unless the geometry is possible and of sane size."""
+    for name in ("layers", "query_heads", "kv_heads", "head_dim"):
+        value, limit = getattr(grid, name), getattr(_LIMITS, name)
+        message = f"{name} must be an integer from 1 to {limit}, found {value!r}"
+        require(_is_int(value, 1, limit), message)
+    require(
+        grid.query_heads % grid.kv_heads == 0,
+        f"{grid.query_heads} query heads cannot share {grid.kv_heads} KV heads evenly",
+    )
+
+
+def _check_fingerprint(fingerprint: ModelFingerprint) -> None:
+    """Raise ProfileError unless every field has its kind."""
+    for name in _FINGERPRINT_TEXTS:
+        message = f"fingerprint.{name} must be a string of at most 1024 printable characters"
+        require(_is_text(getattr(fingerprint, name)), message)
+    require(
+        len(fingerprint.adapters) <= MOST_ADAPTERS and all(map(_is_text, fingerprint.adapters)),
+        f"fingerprint.adapters must be at most {MOST_ADAPTERS} strings of at most 1024 printable "
+        "characters",
+    )
+    for name in ("rope", "vision"):
+        message = f"fingerprint.{name} must be an object"
+        require(isinstance(getattr(fingerprint, name), dict), message)
+
+
+def _check_rules(recipe: object, keep: KeepRule) -> None:
+    """Raise ProfileError unless recipe and keep rule are within bounds."""
+    require(recipe in _RECIPES, f"unknown recipe {recipe!r}: expected one of {', '.join(_RECIPES)}")
+    for name, low, high in (("sinks", 0, 4096), ("recent", 1, 65536), ("window", 1, 4096)):
+        value = getattr(keep, name)
+        message = f"keep.{name} must be an integer from {low} to {high}, found {value!r}"
+        require(_is_int(value, low, high), message)
+
+
+def _check_menu(strategies: tuple[Strategy, ...], kappas: tuple[float, ...]) -> None:
+    """Raise ProfileError unless all strategies and kappas are within bounds."""
+    require(1 <= len(strategies) <= 64, f"expected 1 to 64 strategies, found {len(strategies)}")
+    for strategy in strategies:
+        _check_strategy(strategy)
+    require(
+        len(kappas) <= 16 and all(_is_number(kappa) and 0 < kappa <= 1 for kappa in kappas),
+        "kappas must lie in (0, 1], at most 16 of them",
+    )
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    whole = all(_is_int(v, 0, 65536) for v in (strategy.pool, strategy.chunk, strategy.bits))
+    require(whole, f"strategy {strategy} has a size that is no integer in 0..65536")
+    prior = strategy.text_prior
+    require(_is_number(prior) and 0 <= prior <= 1, f"text_prior {prior!r} is not in [0, 1]")
+    if strategy.head_type is HeadType.STATIC:
+        require(strategy.pool % 2 == 1, f"pooling width {strategy.pool} must be odd")
+        plain = strategy.index == "" and type(strategy.rerank) is int and strategy.rerank == 0
+        require(plain, "a static strategy has neither index nor rerank")
+        return
+    known = isinstance(strategy.index, str) and strategy.index in _INDEXES
+    require(known, f"unknown index {strategy.index!r}: expected one of {', '.join(_INDEXES)}")
+    require(strategy.chunk >= 1, "chunk must be at least 1")
+    require(
+        strategy.index != "projected" or (strategy.bits in (16, 32, 64) and strategy.chunk == 1),
+        "a projected index has 16, 32 or 64 bits per token and chunks of one token",
+    )
+    require(
+        _is_int(strategy.rerank, 0, 4096)
+        and (not strategy.rerank or strategy.index == "projected"),
+        f"rerank {strategy.rerank!r} is not 0, and at most 4096 with a projected index",
+    )
+
+
+def check_ratios(ratios: NDArray[np.float32]) -> None:
+    """Raise ProfileError unless the curves' abscissae [R] rise to 1."""
+    sound = 1 <= len(ratios) <= MAX_RATIOS and bool((ratios > 0).all()) and ratios[-1] == 1
+    require(
+        sound and bool((np.diff(ratios) > 0).all()),
+        f"ratios must rise strictly from above 0 to exactly 1, at most {MAX_RATIOS} of them",
+    )
+
+
+def _check_lengths(lengths: NDArray[np.int64]) -> None:
+    """Raise ProfileError unless the prompt lengths [A] of the curves are possible and rise."""
+    require(
+        1 <= len(lengths) <= MOST_LENGTHS, f"expected 1 to {MOST_LENGTHS} prompt lengths of curves"
+    )
+    require(
+        bool((lengths >= 1).all())
+        and bool((lengths <= MOST_TOKENS).all())
+        and bool((lengths[1:] > lengths[:-1]).all()),
+        "lengths must rise strictly from at least 1 token",
+    )
+
+
+class IndexTables(Protocol):
+    """Constants of the projected index; see hkvprof.profile.record.ProjectedIndexTables."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    @property
+    def key_projection(self) -> NDArray[np.float16]: ...
+    @property
+    def query_projection(self) -> NDArray[np.float16]: ...
+    @property
+    def key_mean(self) -> NDArray[np.float32]: ...
+    @property
+    def deviation(self) -> NDArray[np.float32]: ...
+    @property
+    def codebooks(self) -> tuple[NDArray[np.int8], ...]: ...
+    @property
+    def subspaces(self) -> tuple[NDArray[np.uint8], ...]: ...
+
+
+def check_index(index: IndexTables, grid: HeadGrid) -> None:
+    """Raise ProfileError unless sizes, shapes and the numbers of codes are possible."""
+    heads = (grid.layers, grid.kv_heads)
+    known = all(type(size) is int and size in (16, 32, 64) for size in index.sizes)
+    require(
+        known and len(set(index.sizes)) == len(index.sizes),
+        f"index sizes must be different ones of 16, 32, 64 bits, found {index.sizes!r}",
+    )
+    channels = _last(index.deviation, 3)
+    require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
+    for name in ("key_projection", "query_projection"):
+        expect(f"index.{name}", getattr(index, name), (*heads, grid.head_dim, channels), np.float16)
+    expect("index.key_mean", index.key_mean, (*heads, grid.head_dim), np.float32)
+    expect("index.deviation", index.deviation, (*heads, channels), np.float32)
+    require(bool((index.deviation >= 0).all()), "index.deviation holds negative values")
+    require(
+        len(index.codebooks) == len(index.subspaces) == len(index.sizes),
+        f"expected a codebook and its subspaces for each of {len(index.sizes)} index sizes",
+    )
+    for size, codebook, owner in zip(index.sizes, index.codebooks, index.subspaces, strict=True):
+        used = _last(owner, 3)
+        require(
+            1 <= used <= channels,
+            f"index.subspace_{size} has {used} channels, expected 1 to {channels}",
+        )
+        expect(f"index.subspace_{size}", owner, (*heads, used), np.uint8)
+        expect(f"index.codebook_{size}", codebook, (*heads, 256, used), np.int8)
+        require(
+            bool((owner < size // 8).all()),
+            f"index.subspace_{size} holds numbers beyond its {size // 8} codes",
+        )
+
+
+class Content(Header, Protocol):
+    """All of a profile; see hkvprof.profile.record.Profile."""
+
+    @property
+    def strategy(self) -> NDArray[np.uint8]: ...
+    @property
+    def budget(self) -> NDArray[np.float32]: ...
+    @property
+    def ratios(self) -> NDArray[np.float32]: ...
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def sparsity_mean(self) -> NDArray[np.float32]: ...
+    @property
+    def sparsity_std(self) -> NDArray[np.float32]: ...
+    @property
+    def static_margin(self) -> NDArray[np.float32] | None: ...
+    @property
+    def index(self) -> IndexTables | None: ...
+
+
+def check_profile(profile: Content) -> None:
+    """Raise ProfileError unless every bound holds; called for built and for loaded profiles."""
+    _check_metadata(profile)
+    grid, menu = profile.fingerprint.grid, len(profile.strategies)
+    heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
+    ratios, kappas = len(profile.ratios), len(profile.kappas)
+    lengths = len(profile.lengths)
+    expect("ratios", profile.ratios, (ratios,), np.float32)
+    expect("lengths", profile.lengths, (lengths,), np.int64)
+    expect("strategy", profile.strategy, heads, np.uint8)
+    expect("budget", profile.budget, heads, np.float32)
+    for name in ("sparsity_mean", "sparsity_std"):
+        expect(name, getattr(profile, name), (kappas, *queries), np.float32)
+        expect_shares(name, getattr(profile, name))
+    for name in ("loss", "output_error"):
+        expect(name, getattr(profile, name), (lengths, menu, *heads, ratios), np.float32)
+        require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
+    if profile.static_margin is not None:
+        expect("static_margin", profile.static_margin, (lengths, *heads, ratios), np.float32)
+        require(bool((profile.static_margin >= 0).all()), "static_margin holds negative values")
+    check_ratios(profile.ratios)
+    _check_lengths(profile.lengths)
+    require(
+        bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"
+    )
+    require(
+        bool((profile.budget > 0).all()) and bool((profile.budget <= 1).all()),
+        "budget holds shares outside (0, 1]",
+    )
+    if profile.index is not None:
+        check_index(profile.index, grid)
+    needed = {s.bits for s in profile.strategies if s.index == "projected"}
+    have = set(profile.index.sizes) if profile.index else set()
+    require(
+        needed <= have,
+        f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
+    )
+
+
+def _last(array: NDArray[Any], dimensions: int) -> int:
+    """The last extent of an array of so many dimensions, else 0."""
+    return int(array.shape[-1]) if array.ndim == dimensions else 0
+
+
+def _is_int(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 1024 and value.isprintable()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

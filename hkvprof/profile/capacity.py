@@ -1,0 +1,130 @@
+"""Does it fit? Searches over plans for the largest budget, prompt and batch that a device holds.
+
+Pure: a plan is asked for by a function of budget, tokens and rows (artifact.Profile.plan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hkvprof.errors import BudgetError
+from hkvprof.profile.forecast import Plan
+
+SHARES = 10_000
+"""Budgets are searched in steps of one part in so many: 0.01%."""
+CONTEXT_STEP = 256
+_MOST_CONTEXT, _MOST_ROWS = 2**24, 2**16
+
+Ask = Callable[[float, int, int], Plan]
+"""(share, tokens, rows) -> Plan; raises BudgetError where the share is too small."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A device's memory and what is taken of it already, in bytes."""
+
+    gpu: int
+    weights: int
+    reserve: int
+
+    @property
+    def left(self) -> int:
+        """What keys, values and index tables may take; negative where nothing is left."""
+        return self.gpu - self.weights - self.reserve
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a device holds of `rows` prompts of `tokens` tokens (`dense_bytes`, uncompressed).
+
+    `best` is the largest plan that fits at its peak (the dense cache itself, where that fits), None
+    where none does; `smallest` the least budget that the profile can plan, None where it can plan
+    none. `context` and `batch` are the longest prompt at `rows` and the largest batch at `tokens`
+    that fit at `budget`; 0 where none does.
+    """
+
+    room: Room
+    tokens: int
+    rows: int
+    dense_bytes: int
+    best: Plan | None
+    smallest: Plan | None
+    budget: float
+    context: int
+    batch: int
+
+    @property
+    def dense_fits(self) -> bool:
+        """Whether nothing needs to be compressed."""
+        return self.dense_bytes <= self.room.left
+
+    @property
+    def dense_context(self) -> int:
+        """The longest prompt that fits uncompressed, in steps of CONTEXT_STEP."""
+        longest = max(0, self.room.left) * self.tokens // self.dense_bytes
+        return min(_MOST_CONTEXT, longest // CONTEXT_STEP * CONTEXT_STEP)
+
+    @property
+    def dense_batch(self) -> int:
+        """The largest batch that fits uncompressed."""
+        return min(_MOST_ROWS, max(0, self.room.left) * self.rows // self.dense_bytes)
+
+
+def find_fit(ask: Ask, tokens: int, rows: int, budget: float, room: Room) -> Fit:
+    """Search by bisection: a fixed share of more tokens, rows or bytes needs more.
+
+    Every plan that is returned was made, and fits.
+    """
+    dense = ask(1.0, tokens, rows)
+
+    def holds(share: float, tokens: int, rows: int) -> bool:
+        plan = _attempt(ask, share, tokens, rows) or ask(1.0, tokens, rows)  # short prompts: dense
+        return plan.peak_bytes <= room.left
+
+    steps = _last(lambda n: holds(budget, n * CONTEXT_STEP, rows), _MOST_CONTEXT // CONTEXT_STEP)
+    smallest, best = _budgets(ask, tokens, rows, room.left)
+    return Fit(
+        room=room,
+        tokens=tokens,
+        rows=rows,
+        dense_bytes=dense.dense_bytes,
+        best=dense if dense.peak_bytes <= room.left else best,
+        smallest=smallest,
+        budget=budget,
+        context=steps * CONTEXT_STEP,
+        batch=_last(lambda n: holds(budget, tokens, n), _MOST_ROWS),
+    )
+
+
+def _budgets(ask: Ask, tokens: int, rows: int, left: int) -> tuple[Plan | None, Plan | None]:
+    """The least plan below the whole, and the largest one that fits into `left` bytes."""
+
+    def plan(step: int) -> Plan | None:
+        return _attempt(ask, step / SHARES, tokens, rows)
+
+    refused = _last(lambda step: plan(step) is None, SHARES - 1)
+    smallest = plan(refused + 1) if refused + 1 < SHARES else None
+
+    def fits(step: int) -> bool:
+        found = plan(step) if step > refused else smallest
+        return found is not None and found.peak_bytes <= left
+
+    best = _last(fits, SHARES - 1) if smallest else 0
+    return smallest, plan(max(best, refused + 1)) if best else None
+
+
+def _attempt(ask: Ask, share: float, tokens: int, rows: int) -> Plan | None:
+    try:
+        return ask(share, tokens, rows)
+    except BudgetError:
+        return None
+
+
+def _last(holds: Callable[[int], bool], most: int) -> int:
+    """The last number from 1 to `most` for which `holds`, true up to it; 0 if 1 does not hold."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,224 @@
+"""How many tokens a share of a head's dense bytes buys, everything counted (plain integers)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.profile.budgets import token_floor
+
+SLOT_BYTES = 4
+"""Bytes of the device-side slot map per hot item (int32 item number)."""
+SCORE_BYTES = 4
+"""More of them where scores are smoothed over steps (float32)."""
+END_BYTES = 8
+"""Bytes per segment, one (batch row, KV head): where it starts and ends (int32 each)."""
+CENTROIDS = 256
+"""Values of a one-byte code of the projected index (selection.quantiser)."""
+TOO_SHORT = "static (row too short for its index)"
+"""What a dynamic head is called whose prompt leaves no room for index and hot items."""
+
+
+@dataclass(frozen=True)
+class DynamicLayout:
+    """How a dynamic head's prompt of `tokens` tokens is divided.
+
+    The first `sinks` and the last `recent` tokens stay resident; between them lie `items` chunks of
+    `chunk` tokens in host memory, of which `hot` have a resident copy.
+    """
+
+    sinks: int
+    recent: int
+    items: int
+    chunk: int
+    hot: int
+
+    @property
+    def resident_tokens(self) -> int:
+        """Tokens with K/V on the device: sinks, recent and the hot buffer."""
+        return self.sinks + self.recent + self.hot * self.chunk
+
+
+def static_tokens(ratio: float, tokens: int, keep: KeepRule) -> int:
+    """Tokens a static head keeps of `tokens`: floor(ratio * tokens), at least sinks and recent."""
+    return min(tokens, max(int(ratio * tokens + 1e-6), keep.sinks + keep.recent))
+
+
+def index_item_bytes(strategy: Strategy, head_dim: int, itemsize: int) -> int:
+    """Device bytes that the index spends on one item (a chunk, or a token when `chunk` is 1)."""
+    match strategy.index:
+        case "mean":
+            return head_dim * itemsize
+        case "minmax":
+            return 2 * head_dim * itemsize
+        case "projected":
+            return strategy.bits // 8
+    raise AssertionError(f"no index named {strategy.index!r}")
+
+
+def table_bytes(head_dim: int, channels: int) -> int:
+    """Device bytes of one head's projected-index tables, as float32 (selection.index.HeadTables).
+
+    Projections of queries and keys, the keys' mean, the codebook.
+    """
+    return 4 * (2 * head_dim * channels + head_dim + CENTROIDS * channels)
+
+
+def dynamic_layout(
+    strategy: Strategy,
+    ratio: float,
+    tokens: int,
+    keep: KeepRule,
+    head_dim: int,
+    itemsize: int,
+    slot_bytes: int = SLOT_BYTES,
+) -> DynamicLayout | None:
+    """The layout a dynamic head gets for `ratio` of its dense bytes, or None if nothing is left.
+
+    Index and slot map (`slot_bytes` per hot item) come out of the share. The chunked region starts
+    after the sinks; what does not fill a chunk joins the recent tokens.
+    """
+    assert strategy.head_type is HeadType.DYNAMIC
+    items, recent = _chunked(strategy, tokens, keep)
+    unit = 2 * head_dim * itemsize
+    left = ratio * tokens * unit - (keep.sinks + recent) * unit
+    left -= items * index_item_bytes(strategy, head_dim, itemsize)
+    hot = int(left // (strategy.chunk * unit + slot_bytes))
+    if items < 1 or hot < 1:
+        return None
+    return DynamicLayout(keep.sinks, recent, items, strategy.chunk, min(hot, items))
+
+
+def least_layout(strategy: Strategy, tokens: int, keep: KeepRule) -> DynamicLayout:
+    """All full chunks on the host and one hot item: what a dynamic head needs at least."""
+    items, recent = _chunked(strategy, tokens, keep)
+    return DynamicLayout(keep.sinks, recent, items, strategy.chunk, 1)
+
+
+def _chunked(strategy: Strategy, tokens: int, keep: KeepRule) -> tuple[int, int]:
+    """Full chunks between sinks and recent tokens, and recent tokens with what fills no chunk."""
+    items = max(0, tokens - keep.sinks - keep.recent) // strategy.chunk
+    return items, tokens - keep.sinks - items * strategy.chunk
+
+
+def held_bytes(
+    strategy: Strategy,
+    ratio: float,
+    tokens: int,
+    keep: KeepRule,
+    head_dim: int,
+    itemsize: int,
+    slot_bytes: int,
+) -> int:
+    """Device bytes of a head that was compressed again at `tokens` tokens (runtime.packing)."""
+    unit = 2 * head_dim * itemsize
+    if ratio >= 1:
+        return tokens * unit + END_BYTES
+    if strategy.head_type is HeadType.STATIC:
+        return static_tokens(ratio, tokens, keep) * unit + END_BYTES
+    layout = dynamic_layout(strategy, ratio, tokens, keep, head_dim, itemsize, slot_bytes)
+    layout = layout or least_layout(strategy, tokens, keep)
+    index = layout.items * index_item_bytes(strategy, head_dim, itemsize)
+    return layout.resident_tokens * unit + index + layout.hot * slot_bytes + END_BYTES
+
+
+OVER = 0.05
+"""What may be held over the budget, as a share of it."""
+LEAST = 128
+"""Where the budget is worth fewer tokens per head, the same share of this many: 6.4 tokens."""
+RESERVE = 1 / 16
+"""Most of the budget that a later compression leaves free for tokens to come."""
+LEAST_ROOM = 4
+"""Tokens between two compressions at least, also where indexes alone exceed the budget."""
+QUIET = 1 << 30
+"""Tokens without an end."""
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a budget is worth: `now`, and `slope` more with every further token of the row."""
+
+    now: float
+    slope: float = 0.0
+
+    def at(self, tokens: int) -> float:
+        """After so many more tokens."""
+        return self.now + self.slope * tokens
+
+    def limit(self, tokens: int) -> float:
+        """What may be held then."""
+        return self.at(tokens) + OVER * max(self.at(tokens), LEAST)
+
+    def room(self, held: float, every: int) -> int:
+        """Tokens that may come, at most `every`, where `held` are held now.
+
+        After n of them held + n <= limit(n), unless so much is held that not even LEAST_ROOM fits.
+        """
+        relative = _steps((1 + OVER) * self.now - held, 1 - (1 + OVER) * self.slope)
+        absolute = _steps(self.now + OVER * LEAST - held, 1 - self.slope)
+        return min(every, max(LEAST_ROOM, relative, absolute))
+
+    def spare(self, held: float, tokens: int) -> int:
+        """Tokens for which there may be memory after so many, without waiting for the budget to
+        grow."""
+        return max(0, math.floor(self.limit(tokens) - held - tokens + 1e-9))
+
+    def target(self, every: int) -> float:
+        """What a later compression should leave held at most, so that `every` tokens have room; it
+        takes no more than RESERVE of the budget for them."""
+        return max((1 - RESERVE) * self.now, self.limit(every) - every)
+
+
+def _steps(left: float, each: float) -> int:
+    if left < -1e-9:
+        return 0
+    return QUIET if each <= 0 else min(QUIET, math.floor(left / each + 1e-9))
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Strategies for prompts of `tokens` tokens with `itemsize` bytes per K/V element."""
+
+    strategies: tuple[Strategy, ...]
+    keep: KeepRule
+    head_dim: int
+    tokens: int
+    itemsize: int
+
+    @property
+    def floor(self) -> float:
+        """The least ratio of any head."""
+        return token_floor(self.keep.floor_tokens, self.tokens)
+
+    def fits(self, strategy: Strategy, ratio: float) -> bool:
+        """Whether the strategy's fixed bytes leave room for tokens at `ratio`."""
+        if strategy.head_type is HeadType.STATIC:
+            return True
+        return self.layout(strategy, ratio) is not None
+
+    def layout(self, strategy: Strategy, ratio: float) -> DynamicLayout | None:
+        """How a dynamic strategy divides the prompt at `ratio`; None if it does not fit."""
+        return dynamic_layout(strategy, ratio, self.tokens, self.keep, self.head_dim, self.itemsize)
+
+
+TURNOVER = 0.5
+"""Part of the hot items that change per step: an upper bound, hit rates were 55% to 76% where every
+step selects and nothing is smoothed (docs/retrieval.md)."""
+
+
+def fetched_share(menu: Menu, strategy: Strategy, ratio: float) -> float:
+    """Bytes a head fetches per decoding step at `ratio`, over the bytes of its dense K/V.
+
+    Items that enter the hot buffer, and the exact keys that reranking reads. 0 for static heads,
+    and for dynamic ones whose index leaves no room at this ratio or that hold everything.
+    """
+    if strategy.head_type is HeadType.STATIC or ratio >= 1:
+        return 0.0
+    layout = menu.layout(strategy, ratio)
+    if layout is None:
+        return 0.0
+    items = TURNOVER * layout.hot
+    if strategy.rerank:
+        items += min(layout.items, layout.hot + strategy.rerank) / 2  # keys, not values
+    return items * layout.chunk / menu.tokens

@@ -1,0 +1,275 @@
+"""What a budget will hold, in tokens and bytes, before any model is loaded (plain numbers).
+
+The figures are those of the runtime's receipt after a prompt, with its default options: computed
+from the same layouts (profile.costs), compared with real caches in tests/runtime/test_forecast.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.errors import UsageError
+from hkvprof.heads import HeadType, Strategy
+from hkvprof.profile.budgets import Allocation
+from hkvprof.profile.costs import (
+    END_BYTES,
+    SCORE_BYTES,
+    SLOT_BYTES,
+    TOO_SHORT,
+    dynamic_layout,
+    index_item_bytes,
+    static_tokens,
+)
+from hkvprof.profile.planning import Menu, poorest_loss
+
+WHOLE = "whole"
+"""Strategy and kind of a head that keeps every token, as the receipt calls it."""
+
+
+@dataclass(frozen=True)
+class HeadForecast:
+    """One KV head: `kind` is static, dynamic or whole; bytes are those of all rows.
+
+    `ratio` is its share of its dense bytes, `resident_tokens` the tokens per row with K/V on the
+    device (hot copies included), `resident_bytes` K/V, index and slot map, `host_bytes` the items
+    in host memory. `table_bytes` are loaded once per model; `loss` is NaN where not measured.
+    """
+
+    kind: str
+    strategy: str
+    ratio: float
+    resident_tokens: int
+    resident_bytes: int
+    host_bytes: int
+    table_bytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class LayerForecast:
+    """A layer's heads and their sums."""
+
+    heads: tuple[HeadForecast, ...]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Request bytes on the device, all rows."""
+        return sum(head.resident_bytes for head in self.heads)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in host memory, all rows."""
+        return sum(head.host_bytes for head in self.heads)
+
+    @property
+    def table_bytes(self) -> int:
+        """Device bytes of the index tables that the layer's strategies need."""
+        return sum(head.table_bytes for head in self.heads)
+
+    @property
+    def loss(self) -> float:
+        """Expected loss; NaN where a head's is."""
+        return sum(head.loss for head in self.heads)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A profile's answer to one budget, for `rows` prompts of `tokens` tokens each.
+
+    `share` is the budget as a share of dense bytes, `itemsize` bytes per K/V element. `loss` is
+    what planning minimises (docs/method.md), `reference_loss` that of a cache of `least_share`, the
+    least that was measured, with static heads alone (planning.poorest_loss).
+    """
+
+    share: float
+    tokens: int
+    rows: int
+    itemsize: int
+    dense_bytes: int
+    layers: tuple[LayerForecast, ...]
+    least_share: float
+    reference_loss: float | None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every head keeps everything: the runtime then leaves the cache as it is."""
+        return all(head.kind == WHOLE for head in self._heads())
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the requests hold on the device after the prompt (Receipt.resident_bytes)."""
+        return sum(layer.resident_bytes for layer in self.layers)
+
+    @property
+    def host_bytes(self) -> int:
+        """What they hold in host memory (Receipt.host_bytes)."""
+        return sum(layer.host_bytes for layer in self.layers)
+
+    @property
+    def table_bytes(self) -> int:
+        """Index tables on the device, once per model (Receipt.shared_bytes)."""
+        return sum(layer.table_bytes for layer in self.layers)
+
+    @property
+    def device_bytes(self) -> int:
+        """Resident bytes and index tables together."""
+        return self.resident_bytes + self.table_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most device bytes at once, tables included (Receipt.peak_bytes and shared_bytes).
+
+        While the last layer is compressed, its dense K/V lie beside everything that is kept.
+        """
+        layer = 0 if self.is_dense else self.dense_bytes // len(self.layers)
+        return self.device_bytes + layer
+
+    @property
+    def resident_share(self) -> float:
+        """Resident bytes over dense bytes."""
+        return self.resident_bytes / self.dense_bytes
+
+    @property
+    def expected_loss(self) -> float | None:
+        """Sum over heads; None where nothing was measured."""
+        total = sum(layer.loss for layer in self.layers)
+        return None if math.isnan(total) else total
+
+    @property
+    def relative_loss(self) -> float | None:
+        """`expected_loss` over `reference_loss`: 0 loses nothing, 1 as much as the reference."""
+        if self.expected_loss is None or not self.reference_loss:
+            return None
+        return self.expected_loss / self.reference_loss
+
+    @property
+    def below_measured(self) -> int:
+        """Heads that keep less than the least measured share: their loss is at least what is said.
+
+        The runtime rounds ratios down to float32; that much does not count.
+        """
+        return sum(head.ratio < self.least_share * (1 - 1e-6) for head in self._heads())
+
+    def to_json(self, with_layers: bool = True) -> dict[str, Any]:
+        """A JSON-ready dict; a loss that was not measured is None."""
+        sums = ("resident_bytes", "host_bytes", "table_bytes")
+        record: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "share", "tokens", "rows", "itemsize", "dense_bytes", *sums, "device_bytes",
+                "peak_bytes", "resident_share", "is_dense", "expected_loss",
+                "relative_loss", "reference_loss", "least_share", "below_measured",
+            )
+        }  # fmt: skip
+        if with_layers:
+            record["layers"] = [
+                {
+                    **{name: getattr(layer, name) for name in sums},
+                    "loss": _known(layer.loss),
+                    "heads": [{**asdict(h), "loss": _known(h.loss)} for h in layer.heads],
+                }
+                for layer in self.layers
+            ]
+        return record
+
+    def _heads(self) -> Iterator[HeadForecast]:
+        return (head for layer in self.layers for head in layer.heads)
+
+
+def _known(loss: float) -> float | None:
+    return None if math.isnan(loss) else loss
+
+
+def forecast(
+    menu: Menu,
+    allocation: Allocation,
+    share: float,
+    rows: int,
+    tables: Mapping[int, int],
+    ratios: NDArray[np.float32],
+    curves: NDArray[np.float32] | None,
+) -> Plan:
+    """The plan of an allocation; `tables` are the bytes of a head's index tables by their bits.
+
+    `curves` [S, L, Hkv, R] are the losses at `ratios`, None where they were not measured. Raises
+    UsageError.
+    """
+    if menu.tokens < 1 or rows < 1:
+        raise UsageError(
+            f"a plan is for at least one prompt of one token, found {rows} of {menu.tokens}"
+        )
+    assert allocation.head_loss is not None
+    losses = allocation.head_loss if curves is not None else np.full(allocation.ratio.shape, np.nan)
+    whole = bool((allocation.ratio >= 1).all())  # then there is no compressed storage
+    end, tables = (0, {}) if whole else (END_BYTES, tables)
+    decisions = zip(
+        allocation.strategy.tolist(),
+        allocation.ratio.tolist(),
+        losses.tolist(),
+        strict=True,
+    )
+    layers = tuple(
+        LayerForecast(
+            tuple(
+                _head(menu, menu.strategies[choice], ratio, loss, rows, end, tables)
+                for choice, ratio, loss in zip(*layer, strict=True)
+            )
+        )
+        for layer in decisions
+    )
+    unit = 2 * menu.head_dim * menu.itemsize
+    return Plan(
+        share=share,
+        tokens=menu.tokens,
+        rows=rows,
+        itemsize=menu.itemsize,
+        dense_bytes=rows * menu.tokens * unit * allocation.ratio.size,
+        layers=layers,
+        least_share=float(ratios[0]),
+        reference_loss=None if curves is None else poorest_loss(menu.strategies, curves),
+    )
+
+
+def _head(
+    menu: Menu,
+    strategy: Strategy,
+    ratio: float,
+    loss: float,
+    rows: int,
+    end: int,
+    tables: Mapping[int, int],
+) -> HeadForecast:
+    """One head, as runtime.packing packs it; every segment has `end` bytes beside its tokens."""
+    kind, name, more, host = "static", strategy.name, end, 0
+    tokens = static_tokens(ratio, menu.tokens, menu.keep)
+    unit = 2 * menu.head_dim * menu.itemsize
+    if ratio >= 1:
+        kind, name, tokens, loss = WHOLE, WHOLE, menu.tokens, 0.0
+    elif strategy.head_type is HeadType.DYNAMIC:
+        slot = SLOT_BYTES + SCORE_BYTES
+        layout = dynamic_layout(
+            strategy, ratio, menu.tokens, menu.keep, menu.head_dim, menu.itemsize, slot
+        )
+        if layout is None:
+            name = TOO_SHORT
+        else:
+            kind, tokens = "dynamic", layout.resident_tokens
+            more += layout.items * index_item_bytes(strategy, menu.head_dim, menu.itemsize)
+            more += layout.hot * slot
+            host = layout.items * layout.chunk * unit
+    return HeadForecast(
+        kind=kind,
+        strategy=name,
+        ratio=ratio,
+        resident_tokens=tokens,
+        resident_bytes=rows * (tokens * unit + more),
+        host_bytes=rows * host,
+        table_bytes=tables.get(strategy.bits, 0) if strategy.index == "projected" else 0,
+        loss=loss,
+    )

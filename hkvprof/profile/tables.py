@@ -1,0 +1,131 @@
+"""What query heads attend to, over the samples of a calibration: a part of a profile. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.heads import HeadGrid
+from hkvprof.profile.bounds import expect, require
+from hkvprof.profile.costs import table_bytes
+
+_KEYS = ("key_projection", "query_projection", "key_mean", "deviation")
+
+
+@dataclass(frozen=True)
+class ProjectedIndexTables:
+    """Constants of the projected index, per KV head (method: docs/method.md).
+
+    `key_projection`, `query_projection` [layers, kv_heads, head_dim, channels] float16; `key_mean`
+    [layers, kv_heads, head_dim] float32; `deviation` [layers, kv_heads, channels] float32, the
+    standard deviation of every projected key channel. Per size in `sizes` (bits per token), for its
+    leading channels C: `codebooks` int8 [layers, kv_heads, 256, C], centroids in CODE_UNITs of the
+    deviation (selection.quantiser); `subspaces` uint8 [layers, kv_heads, C], a channel's code.
+    """
+
+    sizes: tuple[int, ...]
+    key_projection: NDArray[np.float16]
+    query_projection: NDArray[np.float16]
+    key_mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+    codebooks: tuple[NDArray[np.int8], ...]
+    subspaces: tuple[NDArray[np.uint8], ...]
+
+    @property
+    def head_bytes(self) -> dict[int, int]:
+        """Device bytes of one head's tables by index size (bits per token)."""
+        dim = self.key_mean.shape[-1]
+        used = (owner.shape[-1] for owner in self.subspaces)
+        return {size: table_bytes(dim, n) for size, n in zip(self.sizes, used, strict=True)}
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names in the file."""
+        named: dict[str, NDArray[Any]] = {f"index.{key}": getattr(self, key) for key in _KEYS}
+        per_size = zip(self.sizes, self.codebooks, self.subspaces, strict=True)
+        for size, codebook, owner in per_size:
+            named |= {f"index.codebook_{size}": codebook, f"index.subspace_{size}": owner}
+        return named
+
+    @classmethod
+    def take(cls, sizes: tuple[int, ...], named: dict[str, NDArray[Any]]) -> ProjectedIndexTables:
+        """Move the arrays of these sizes out of `named`. Raises KeyError."""
+        return cls(
+            sizes=sizes,
+            codebooks=tuple(named.pop(f"index.codebook_{size}") for size in sizes),
+            subspaces=tuple(named.pop(f"index.subspace_{size}") for size in sizes),
+            **{key: named.pop(f"index.{key}") for key in _KEYS},
+        )
+
+
+CLASSES = ("sinks", "text", "image", "video", "recent")
+"""Where attention goes, disjoint: the first tokens of the prompt, the last ones that the row sees
+(KeepRule), and by modality what lies between."""
+PAIRS = ("window_decoding", "window_later", "decoding_later")
+"""Whose kept sets are compared: the prompt's last rows, the rows that decode the reply, and those
+that decode answers to later questions."""
+PREFIX = "statistics."
+_SUM = 1e-3
+"""By how much float32 means of masses may miss a sum of 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStatistics:
+    """Means and standard deviations over samples; L layers, Hq query heads.
+
+    - `modality_mass_mean`, `modality_mass_std` [CLASSES, L, Hq] float32: share of the attention of
+      text rows, over the classes 1 in all.
+    - `entropy_mean`, `entropy_std` [L, Hq] float32: entropy of these rows over the logarithm of the
+      number of visible keys, in [0, 1].
+    - `drift_mean` [PAIRS, L, Hq] float32: overlap of two kept sets, in [0, 1], over the
+      `drift_samples` [PAIRS] int32 that have both; 0 where none has.
+    """
+
+    modality_mass_mean: NDArray[np.float32]
+    modality_mass_std: NDArray[np.float32]
+    entropy_mean: NDArray[np.float32]
+    entropy_std: NDArray[np.float32]
+    drift_mean: NDArray[np.float32]
+    drift_samples: NDArray[np.int32]
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names in the file."""
+        return {PREFIX + entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    @classmethod
+    def take(cls, named: dict[str, NDArray[Any]]) -> HeadStatistics | None:
+        """Move the arrays out of `named`; None where it has none. Raises KeyError."""
+        if not any(name.startswith(PREFIX) for name in named):
+            return None
+        return cls(**{entry.name: named.pop(PREFIX + entry.name) for entry in fields(cls)})
+
+    def check(self, grid: HeadGrid) -> None:
+        """Raise ProfileError unless shapes and bounds hold."""
+        heads = (grid.layers, grid.query_heads)
+        shapes = {
+            "modality_mass_mean": (len(CLASSES), *heads),
+            "modality_mass_std": (len(CLASSES), *heads),
+            "entropy_mean": heads,
+            "entropy_std": heads,
+            "drift_mean": (len(PAIRS), *heads),
+        }
+        for name, shape in shapes.items():
+            values = getattr(self, name)
+            expect(PREFIX + name, values, shape, np.float32)
+            within = bool((values >= 0).all()) and bool((values <= 1).all())
+            require(within, f"{PREFIX}{name} holds values outside [0, 1]")
+        check_sums(PREFIX + "modality_mass_mean", self.modality_mass_mean)
+        expect(PREFIX + "drift_samples", self.drift_samples, (len(PAIRS),), np.int32)
+        require(bool((self.drift_samples >= 0).all()), f"{PREFIX}drift_samples holds less than 0")
+        require(
+            not self.drift_mean[self.drift_samples == 0].any(),
+            f"{PREFIX}drift_mean is not 0 for a pair that no sample has",
+        )
+
+
+def check_sums(name: str, mass: NDArray[np.float32]) -> None:
+    """Raise ProfileError unless masses [CLASSES, ...] add up to 1."""
+    total = mass.astype(np.float64).sum(axis=0)
+    require(bool((abs(total - 1) <= _SUM).all()), f"{name} does not sum to 1 over its classes")

@@ -1,0 +1,56 @@
+"""Profiles of older schema versions, brought to what today's hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hkvprof.profile.bounds import MOST_TOKENS, require
+from hkvprof.profile.planning import Rules
+
+_OLD_INDEX = (
+    "its index was quantised in a way that this hkvprof no longer reads (schema version 1): "
+    "make the profile again with `hkvprof calibrate`"
+)
+
+
+def upgrade(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
+    """Change a file's content in place. Raises ProfileError, or KeyError and TypeError if damaged.
+
+    Version 1 quantised its index otherwise; versions 1 and 2 have one curve for prompts of all
+    lengths and were planned by loss alone: they are planned as profiles are today.
+    """
+    schema = metadata["schema"]
+    if schema < 2:
+        require(not any(key.startswith("index.") for key in tensors), _OLD_INDEX)
+    if schema < 3:
+        for name, found in (("lengths", tensors), ("planning", metadata)):
+            require(name not in found, f"{name} in a file of schema version {schema}")
+        require(
+            not any(key.startswith("statistics.") for key in tensors),
+            f"statistics.* tensors in a file of schema version {schema}, which has none",
+        )
+        metadata["planning"] = asdict(Rules())
+        length = mean_tokens(metadata["provenance"]) or 1
+        tensors["lengths"] = np.array([length], dtype=np.int64)
+        for name in ("loss", "output_error"):
+            tensors[name] = tensors[name][None]
+
+
+def mean_tokens(provenance: Mapping[str, Any]) -> int | None:
+    """Mean prompt length in a provenance, which anyone may have written; None if it has none."""
+    return tokens_told(provenance, "mean")
+
+
+def tokens_told(provenance: Mapping[str, Any], name: str) -> int | None:
+    """The `min`, `mean` or `max` of prompt lengths in a provenance; None if it has none."""
+    tokens = provenance.get("tokens")
+    told = tokens.get(name) if isinstance(tokens, Mapping) else None
+    if isinstance(told, bool) or not isinstance(told, int | float):
+        return None
+    return math.ceil(told) if 1 <= told <= MOST_TOKENS else None

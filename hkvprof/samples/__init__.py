@@ -1,0 +1,1 @@
+"""Samples of users: records, layouts, images."""

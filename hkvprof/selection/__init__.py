@@ -1,0 +1,1 @@
+"""Which tokens stay: static scores, indexes, sparsity; what calibration and runtime share."""
