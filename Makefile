@@ -111,7 +111,7 @@ test-torchvision:
 	$(PAIR)/bin/python -m pip install $(PIP_FLAGS) -c $(PAIR)/constraints.txt torch==2.14.1 torchvision==0.29.1 -e '.[dev,video]'
 	$(TEST_ENV) $(PAIR)/bin/python $(PYTEST) tests/models tests/profile tests/doctor
 
-# By hand: `make test-random TESTS=tests/policy EXAMPLES=1000`, and the same again with SEED=...
+# By hand: `make test-random TESTS=tests/profile EXAMPLES=1000`, and the same again with SEED=...
 test-random: $(STAMP)
 	seed=$${SEED:-$$(date +%s)}; echo "SEED=$$seed"; \
 	$(TEST_ENV) $(BIN)/python $(PYTEST) -m 'hypothesis and not slow and not gpu' --hypothesis-profile random \
