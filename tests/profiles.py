@@ -2,8 +2,8 @@
 
 `python -m tests.profiles` writes tests/golden/profile-v3.safetensors again; its bytes are pinned
 by tests/profile/test_golden.py, so that a change of the format cannot pass unseen. The files of
-versions 1 and 2 are as those wrote them: `one_length(make_profile())` without statistics, and of version 1
-also `plain_profile` of that.
+versions 1 and 2 are as those wrote them: `one_length(make_profile())` without statistics, and of
+version 1 also `plain_profile` of that.
 """
 
 from __future__ import annotations
