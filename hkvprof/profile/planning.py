@@ -1,4 +1,8 @@
-"""From a profile's curves to decisions for one prompt length: what fits, then who gets what."""
+"""Planning: from curves, a budget and a prompt length to the strategy and share of every head.
+
+What the strategies of a menu cost and whether they fit is in `costs`, how a budget is dealt out in
+`budgets`. Works on arrays, and knows no profile (record.Profile.allocation asks it).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.errors import BudgetError, UsageError
-from hkvprof.heads import HeadType, Strategy
+from hkvprof.errors import BudgetError
+from hkvprof.heads import HeadType, Rules, Strategy
 from hkvprof.profile.budgets import INFEASIBLE, NEAR, Allocation, allocate, losses_of, scale_ratios
 from hkvprof.profile.costs import Menu, fetched_share
+
+__all__ = ["DEFAULT", "Menu", "Rules", "plan_anew", "plan_scaled", "poorest_loss"]
+
+DEFAULT = Rules()
 
 
 def loss_between(
@@ -32,37 +40,6 @@ def loss_between(
     low, high = loss[after - 1].astype(np.float64), loss[after].astype(np.float64)
     blend = np.where(high >= INFEASIBLE, low, (1 - part) * low + part * high)
     return np.where(low >= INFEASIBLE, high, blend).astype(np.float32)
-
-
-__all__ = ["Menu", "Rules", "plan_anew", "plan_scaled", "poorest_loss"]
-
-EVEN = 0.75
-"""Part of the budget that all heads get alike (docs/experiments.md, "Budgets dealt evenly")."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How curves become budgets and types.
-
-    The part `even` of the budget is dealt evenly, the rest by loss. At its ratio a head then takes
-    the strategy of the least loss, to which is added `transfer_weight` times the share of its dense
-    bytes that it reads from the host per step (transfer.fetched_share). Raises UsageError for
-    numbers out of range.
-    """
-
-    even: float = EVEN
-    transfer_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.even <= 1:
-            raise UsageError(f"the part dealt evenly must lie in [0, 1], found {self.even}")
-        if not 0 <= self.transfer_weight <= 1e9:
-            raise UsageError(
-                f"the weight of transfers must lie in [0, 1e9], found {self.transfer_weight}"
-            )
-
-
-DEFAULT = Rules()
 
 
 def plan_anew(

@@ -164,7 +164,7 @@ def section(profile: Profile) -> list[str]:
     found = recorded_certificate(profile.provenance)
     if found is None:
         return []
-    if not found.covers(profile):
+    if found.content != profile.content_digest:
         return ["Certificate: none; the one recorded is of other curves, budgets or tables"]
     return page(found)
 
@@ -172,7 +172,9 @@ def section(profile: Profile) -> list[str]:
 def certificate_json(profile: Profile) -> dict[str, Any] | None:
     """For `inspect --json`: the record, and whether it is of this very content."""
     found = recorded_certificate(profile.provenance)
-    return None if found is None else {**found.to_json(), "valid": found.covers(profile)}
+    if found is None:
+        return None
+    return {**found.to_json(), "valid": found.content == profile.content_digest}
 
 
 def _verdict(found: Certificate) -> str:

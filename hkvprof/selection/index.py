@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,29 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.heads import Strategy
+from hkvprof.profile.tables import ProjectedIndexTables
 from hkvprof.selection.quantiser import CODE_UNIT, Encoder, Subspaces, encode
 
 CHUNK_TOKENS = 8192
 """Tokens projected and encoded at a time: about 20 MiB of temporary memory at width 128."""
-
-
-class IndexArrays(Protocol):
-    """The profile's arrays of projected-index constants (artifact.ProjectedIndexTables)."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-    @property
-    def key_projection(self) -> NDArray[Any]: ...
-    @property
-    def query_projection(self) -> NDArray[Any]: ...
-    @property
-    def key_mean(self) -> NDArray[Any]: ...
-    @property
-    def deviation(self) -> NDArray[Any]: ...
-    @property
-    def codebooks(self) -> tuple[NDArray[Any], ...]: ...
-    @property
-    def subspaces(self) -> tuple[NDArray[Any], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,7 @@ class HeadTables:
     @classmethod
     def load(
         cls,
-        arrays: IndexArrays,
+        arrays: ProjectedIndexTables,
         layer: int,
         head: int,
         bits: int,
