@@ -47,7 +47,7 @@ def _global(
         bool, typer.Option("--debug", help="Show the traceback of an error (at any place).")
     ] = False,
 ) -> None:
-    """See `help` above; `--debug` is taken out by `run` before parsing."""
+    """See `help` above; `run` takes `--debug` out before typer parses the rest."""
 
 
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)

@@ -55,7 +55,7 @@ def doctor(
 
 
 def _shown(checks: Iterable[Any], count: int) -> Iterable[Any]:
-    """Progress on stderr."""
+    """The checks one by one, each named on stderr as it begins."""
     from hkvprof.cli.progress import track
 
     return track(checks, "examining", count)

@@ -103,7 +103,7 @@ def plan(
 def _plan(
     profile: Profile, budget: str | float, tokens: int, itemsize: int, rows: int
 ) -> Forecast | str:
-    """The plan, or why the budget is too small for it."""
+    """The forecast of a budget, or why the budget is too small."""
     try:
         return profile.plan(budget, tokens, itemsize, rows)
     except BudgetError as error:

@@ -91,7 +91,7 @@ class Certificate:
 
     @classmethod
     def from_json(cls, data: Any) -> Certificate:
-        """Checked, down to the verdict. Raises ProfileError."""
+        """Build from JSON, checked down to the verdict. Raises ProfileError."""
         data = _object(data, "the record")
         unknown = data.keys() ^ cls.__dataclass_fields__.keys()
         if unknown:

@@ -151,11 +151,11 @@ class Worth:
     slope: float = 0.0
 
     def at(self, tokens: int) -> float:
-        """After so many more tokens."""
+        """The budget's worth after so many more tokens."""
         return self.now + self.slope * tokens
 
     def limit(self, tokens: int) -> float:
-        """What may be held then."""
+        """The most that may be held after so many more tokens."""
         return self.at(tokens) + OVER * max(self.at(tokens), LEAST)
 
     def room(self, held: float, every: int) -> int:

@@ -72,7 +72,7 @@ def plan_anew(
 
 @dataclass(frozen=True)
 class _Extra:
-    """What strategies cost at a ratio beside their loss (budget.Extra)."""
+    """What strategies cost at a ratio beside their loss (budgets.Extra)."""
 
     menu: Menu
     rules: Rules
@@ -81,7 +81,7 @@ class _Extra:
 
     @property
     def matters(self) -> bool:
-        """Whether it is anything but 0."""
+        """Whether any strategy costs anything beside its loss."""
         return self.margin is not None or self.rules.transfer_weight > 0
 
     def __call__(self, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -162,7 +162,7 @@ class Reach:
 
 
 def find_reach(ask: Ask, budget: float, calibrated: int, ends: int, chunks: Sequence[int]) -> Reach:
-    """Search by bisection.
+    """The shortest prompt, and the budget that the calibration's own prompts need, by bisection.
 
     What does not fill a chunk stays resident beside the `ends` (sinks and recent tokens): of each
     of the `chunks` the next length that leaves most has to be possible, and then all between are.

@@ -28,10 +28,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Outlook:
-    """Everything `plan` says: budgets as asked, each with its plan or why there is none.
+    """All that `plan` says: budgets as asked, each with its forecast or why there is none.
 
-    `dense` is the plan of the whole cache, `drawn` the one whose layers are shown (None: there is
-    none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time.
+    `dense` is the forecast of the whole cache, `drawn` the one whose layers are shown (None: there
+    is none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time.
     """
 
     dtype: str
@@ -43,7 +43,7 @@ class Outlook:
 
 
 def to_json(outlook: Outlook) -> dict[str, Any]:
-    """JSON-ready; sizes in bytes."""
+    """All of it as a JSON-ready dict; sizes are in bytes."""
     dense, fit = outlook.dense, outlook.fit
     return {
         "schema": SCHEMA_VERSION,

@@ -106,7 +106,7 @@ class KeyIndex(ABC):
         """The device tensors that this index holds per request."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyIndex:
-        """Itself: an index never changes."""
+        """The index itself: it never changes, so copies of a cache share it."""
         return self
 
     def score(
@@ -129,11 +129,11 @@ class MeanIndex(KeyIndex):
 
     @property
     def items(self) -> int:
-        """Chunks."""
+        """How many chunks are indexed."""
         return len(self.mean)
 
     def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> MeanIndex:
-        """Digest these chunks too."""
+        """An index that holds these chunks, too."""
         return MeanIndex(torch.cat([self.mean, self.build(keys).mean]))
 
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
@@ -141,7 +141,7 @@ class MeanIndex(KeyIndex):
         return query @ self.mean.float().T
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The means."""
+        """The mean keys, one tensor [chunks, dim]."""
         return (self.mean,)
 
 
@@ -159,11 +159,11 @@ class MinMaxIndex(KeyIndex):
 
     @property
     def items(self) -> int:
-        """Chunks."""
+        """How many chunks are indexed."""
         return len(self.low)
 
     def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> MinMaxIndex:
-        """Digest these chunks too."""
+        """An index that holds these chunks, too."""
         new = self.build(keys)
         return MinMaxIndex(torch.cat([self.low, new.low]), torch.cat([self.high, new.high]))
 
@@ -172,7 +172,7 @@ class MinMaxIndex(KeyIndex):
         return query.clamp(min=0) @ self.high.float().T + query.clamp(max=0) @ self.low.float().T
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Both bounds."""
+        """Smallest and largest keys, two tensors [chunks, dim]."""
         return (self.low, self.high)
 
 
@@ -192,11 +192,11 @@ class ProjectedIndex(KeyIndex):
 
     @property
     def items(self) -> int:
-        """Tokens."""
+        """How many tokens are indexed."""
         return len(self.codes)
 
     def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> ProjectedIndex:
-        """Encode these tokens too (a chunk is one token)."""
+        """An index that holds these tokens, too (a chunk is one token)."""
         return replace(self, codes=torch.cat([self.codes, self.tables.encode(keys[:, 0])]))
 
     def lut(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows codes 256"]:
