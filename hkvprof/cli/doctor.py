@@ -11,7 +11,7 @@ import typer
 
 from hkvprof.cli import options
 from hkvprof.cli.errors import FAILURE
-from hkvprof.cli.validate import OTHER_CONFIG, OTHER_MODEL
+from hkvprof.cli.profiles import OTHER_CONFIG, OTHER_MODEL
 
 EXAMPLES = """\b
 Examples:

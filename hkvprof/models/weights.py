@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hkvprof.errors import ModelError, out_of_memory
-from hkvprof.models.tuners import base_layer, is_tuner, runs_adapters
+from hkvprof.models.wrappers import base_layer, is_tuner, runs_adapters
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _AT_ONCE = 1024
