@@ -1,10 +1,15 @@
-"""Plain records about attention heads and the model they belong to. No torch, no numpy."""
+"""Plain records: attention heads, the model they belong to, and the rules that they are treated by.
+
+No torch, no numpy.
+"""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from hkvprof.errors import UsageError
 
 
 class HeadType(enum.IntEnum):
@@ -194,3 +199,29 @@ class KeepRule:
     def floor_tokens(self) -> int:
         """Fewest tokens a compressed head may hold: sinks, recent and one more."""
         return self.sinks + self.recent + 1
+
+
+EVEN = 0.75
+"""Part of the budget that all heads get alike (docs/experiments.md, "Budgets dealt evenly")."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a measured profile is planned with: from curves to the budgets and types of heads.
+
+    The part `even` of the budget is dealt evenly, the rest by loss. At its ratio a head then takes
+    the strategy of the least loss, to which is added `transfer_weight` times the share of its dense
+    bytes that it reads from the host per step (profile.costs.fetched_share). Raises UsageError for
+    numbers out of range.
+    """
+
+    even: float = EVEN
+    transfer_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.even <= 1:
+            raise UsageError(f"the part dealt evenly must lie in [0, 1], found {self.even}")
+        if not 0 <= self.transfer_weight <= 1e9:
+            raise UsageError(
+                f"the weight of transfers must lie in [0, 1e9], found {self.transfer_weight}"
+            )

@@ -16,7 +16,7 @@ import numpy as np
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.profile.certificate import KEY as CERTIFICATE
-from hkvprof.profile.certificate import Certificate, Level, content_digest
+from hkvprof.profile.certificate import Certificate, Level
 from hkvprof.profile.confidence import KEY, MEASURES, Comparison, Confidence, Interval
 from hkvprof.profile.planning import Rules
 from hkvprof.profile.record import Profile, ProjectedIndexTables
@@ -167,7 +167,7 @@ def make_certificate(profile: Profile) -> Certificate:
         reason="",
         regimes=("inside", "later"),
         full_score=0.9,
-        content=content_digest(profile),
+        content=profile.content_digest,
         weights_digest="fedcba9876543210",
         dtype="bfloat16",
         data="held-out",

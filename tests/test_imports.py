@@ -148,6 +148,14 @@ def test_profiles_are_read_without_torch() -> None:
         assert not loaded_by(statement) & {"torch", "transformers", "datasets", "PIL", "typer"}
 
 
+def test_the_record_knows_no_planning() -> None:
+    names = "{name for name in sys.modules if name.startswith('hkvprof')}"
+    code = f"import hkvprof.profile.record, sys; print(*{names})"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    planning = {f"hkvprof.profile.{name}" for name in ("planning", "budgets", "forecast")}
+    assert not planning & set(told.stdout.split())
+
+
 def test_the_package_itself_loads_nothing() -> None:
     assert not loaded_by("import hkvprof; dir(hkvprof)") & {"torch", "transformers", "numpy"}
 

@@ -75,7 +75,7 @@ class Conditions:
             versions=tuple(sorted((str(k), str(v)) for k, v in data["versions"].items())),
             row_schema=int(data.get("row_schema", 1)),
         )
-        check_setting(found)
+        check_setting(found.fingerprint, found.recipe, found.keep, found.strategies, found.kappas)
         require(all(0 < ratio <= 1 for ratio in found.ratios), "ratios must lie in (0, 1]")
         check_ratios(np.array(found.ratios, dtype=np.float32))
         require(found.dtype in DTYPES, f"unknown dtype {found.dtype[:40]!r}")

@@ -31,7 +31,7 @@ from hkvprof.files.atomic import (
     write_once,
 )
 from hkvprof.files.container import read_container
-from hkvprof.profile.bounds import check_index, expect, expect_shares, require
+from hkvprof.profile.bounds import expect, expect_shares, require
 from hkvprof.profile.record import ProjectedIndexTables
 
 CONDITIONS = "conditions.json"
@@ -245,7 +245,7 @@ def read_tables(path: Path, conditions: Conditions) -> tuple[ProjectedIndexTable
         about, tensors = _read(path / INDEX)
         tables = ProjectedIndexTables.take(tuple(about["sizes"]), tensors)
         require(not tensors, f"unknown tensors {sorted(tensors)}")
-        check_index(tables, conditions.grid)
+        tables.check(conditions.grid)
         return tables, str(about["fitted_on"])
     except _UNREADABLE as error:
         raise UsageError(f"{path / INDEX} cannot be read ({error}): measure again") from None

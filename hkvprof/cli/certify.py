@@ -136,7 +136,7 @@ def _samples(
     tokens: str,
     max_samples: int | None,
 ) -> TaskSet:
-    """The samples of which the loss can be taken. Raises UsageError, SampleError."""
+    """Samples whose answers the claim's loss can judge. Raises UsageError, SampleError."""
     from hkvprof.cli.output import say
     from hkvprof.evaluate.certify import judged
     from hkvprof.evaluate.tasks import load_tasks, whole_folder
@@ -157,7 +157,7 @@ def _samples(
 
 
 def _checked(profile: Profile, source: str, tasks: TaskSet, claim: Claim, given: bool) -> Claim:
-    """The claim, as far as the samples have questions for it. Raises UsageError."""
+    """The claim without the regimes that no sample has a question for. Raises UsageError."""
     from hkvprof.evaluate.certify import fitting
     from hkvprof.evaluate.heldout import check_source
 

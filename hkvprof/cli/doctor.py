@@ -11,7 +11,7 @@ import typer
 
 from hkvprof.cli import options
 from hkvprof.cli.errors import FAILURE
-from hkvprof.cli.validate import OTHER_CONFIG, OTHER_MODEL
+from hkvprof.cli.profiles import OTHER_CONFIG, OTHER_MODEL
 
 EXAMPLES = """\b
 Examples:
@@ -55,7 +55,7 @@ def doctor(
 
 
 def _shown(checks: Iterable[Any], count: int) -> Iterable[Any]:
-    """Progress on stderr."""
+    """The checks one by one, each named on stderr as it begins."""
     from hkvprof.cli.progress import track
 
     return track(checks, "examining", count)

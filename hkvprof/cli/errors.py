@@ -75,7 +75,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 
 def notes(error: BaseException) -> list[str]:
-    """What our own code added to an exception on its way: where it happened, what is kept."""
+    """What hkvprof added to an exception as it passed: where it happened, what is kept on disk."""
     return list(getattr(error, "__notes__", ()))
 
 

@@ -31,7 +31,7 @@ _SHARD_HELP = "Part I of N of the samples, as I/N: several processes may fill on
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What is printed and written; `public` are the baselines that are peers' methods."""
+    """What is printed and written; `public` names the published methods among the baselines."""
 
     conditions: dict[str, Any]
     summaries: tuple[MethodSummary, ...]

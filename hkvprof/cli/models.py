@@ -37,7 +37,7 @@ def models(
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows as aligned columns."""
+    """The rows as lines of text, columns aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)

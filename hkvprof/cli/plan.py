@@ -13,7 +13,7 @@ from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
     from hkvprof.profile.capacity import Fit, Room
-    from hkvprof.profile.forecast import Plan
+    from hkvprof.profile.forecast import Forecast
     from hkvprof.profile.record import Profile
 
 EXAMPLES = """\b
@@ -77,7 +77,7 @@ def plan(
     asked = _budgets(budget)
     loaded = load_profile(profile)
 
-    def ask(share: float, tokens: int, rows: int) -> Plan:
+    def ask(share: float, tokens: int, rows: int) -> Forecast:
         return loaded.plan(share, tokens, itemsize, rows)
 
     fit = None if room is None else find_fit(ask, context, batch, loaded.default_budget, room)
@@ -102,15 +102,17 @@ def plan(
 
 def _plan(
     profile: Profile, budget: str | float, tokens: int, itemsize: int, rows: int
-) -> Plan | str:
-    """The plan, or why the budget is too small for it."""
+) -> Forecast | str:
+    """The forecast of a budget, or why the budget is too small."""
     try:
         return profile.plan(budget, tokens, itemsize, rows)
     except BudgetError as error:
         return f"{budget}: {error}"
 
 
-def _drawn(profile: Profile, first: Plan | str | None, dense: Plan, fit: Fit | None) -> Plan | None:
+def _drawn(
+    profile: Profile, first: Forecast | str | None, dense: Forecast, fit: Fit | None
+) -> Forecast | None:
     """The first budget asked for; else the largest that fits, else the default one."""
     if first is None and fit is not None and not fit.dense_fits and fit.best is not None:
         return fit.best

@@ -60,7 +60,7 @@ class Patient:
 
     @cached_property
     def limit(self) -> int:
-        """The longest context."""
+        """The longest context of the model in tokens; 4096 where its config does not say."""
         return context_limit(self.model) or 4096
 
     @cached_property
@@ -70,7 +70,7 @@ class Patient:
 
     @cached_property
     def _ordinary(self) -> Int[Tensor, " ids"]:
-        """Ids of the vocabulary that mean nothing special."""
+        """Token ids of the vocabulary other than begin, end, padding and such."""
         size = vocabulary(self.model)
         special = special_tokens(self.model)
         special |= {i for i in self.view.fingerprint.vision.values() if isinstance(i, int)}
@@ -177,7 +177,7 @@ class Script:
 
     @property
     def rows(self) -> int:
-        """The batch."""
+        """How many prompts the batch has."""
         return int(self.inputs["input_ids"].shape[0])
 
     @property

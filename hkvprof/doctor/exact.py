@@ -26,7 +26,7 @@ def stock_cache(patient: Patient) -> DynamicCache:
 
 
 def kept_whole(patient: Patient) -> Handle:
-    """The model with everything applied and everything kept."""
+    """Within: the model with a profile applied at a budget of 1, so that everything is kept."""
     return apply(patient.model, uniform_profile(patient.model), budget=1.0, min_tokens=1)
 
 
@@ -51,7 +51,7 @@ def expect_same(name: str, expected: Sequence[Tensor], found: Sequence[Tensor], 
 
 
 def _alone(patient: Patient, script: Script, name: str, cause: str, own_cache: bool = True) -> str:
-    """One script on the stock model and on the hooked one."""
+    """Logits of one script played alone, on the unmodified model and on the hooked one."""
     model = patient.model
     expected = play(model, script, stock_cache(patient))
     with kept_whole(patient) as handle:

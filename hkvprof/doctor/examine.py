@@ -28,14 +28,14 @@ from hkvprof.profile.record import Profile
 
 @dataclass(frozen=True)
 class Check:
-    """A name for `--only`, and what says what it found, or raises."""
+    """A check by its name for `--only`: a function that says what it found, or raises."""
 
     name: str
     run: Callable[[Patient], str]
 
     @property
     def about(self) -> str:
-        """What it looks at, in one line."""
+        """What the check looks at, in one line."""
         return (self.run.__doc__ or "").splitlines()[0]
 
 

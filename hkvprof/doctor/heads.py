@@ -49,16 +49,16 @@ class HeadJudge:
         self._places: dict[int, Places] = {}
 
     def remember(self, seen: Seen) -> None:
-        """A pass has attended: later compressions look at its last queries."""
+        """Note the last queries of a pass that has attended: later compressions look at them."""
         self._queries[seen.number].append(seen.query[:, :, -self._keep.window :])
 
     def after_prompt(self, seen: Seen, call: Call) -> None:
-        """The layer was just compressed. Raises FaultError."""
+        """Judge what a layer kept when its prompt was compressed. Raises FaultError."""
         self._compressed_at[seen.number] = seen.key.shape[2]
         self._judge(seen, call, self._window(seen.number), first=True)
 
     def at_step(self, seen: Seen, call: Call) -> Places:
-        """The layer attended compressed: what to. Raises FaultError."""
+        """Judge what a compressed layer holds in one pass, and return it. Raises FaultError."""
         before = seen.key.shape[2] - seen.query.shape[2]
         every = self._recording.options.get("compress_every", 0)
         joins = self._recording.options.get("decode_compression", True)
@@ -119,7 +119,7 @@ class HeadJudge:
         return _Head(segment, seen.key[row, head, start:], window, seen.scaling, strategy, ratio)
 
     def _after_prompt(self, head: _Head, kept: set[int]) -> None:
-        """As many tokens as planned, and the best ones."""
+        """Raise FaultError unless the head kept as many tokens as planned, and the best ones."""
         smooth = self._recording.options.get("smoothing", 1.0) > 0
         tokens = len(head.key)
         selection.check_count(head.segment, head.strategy, head.ratio, tokens, self._keep, smooth)
@@ -162,7 +162,10 @@ class HeadJudge:
             raise
 
     def _hot(self, seen: Seen, segment: Segment, row: int, head: int, start: int) -> None:
-        """A step's query alone decides what is hot, where scores are not smoothed."""
+        """Raise FaultError unless the best items by a step's own query are hot.
+
+        Not judged where scores are smoothed over steps.
+        """
         alone = self._recording.options.get("smoothing") == 0 and self._mean_digests
         if segment.layout is None or seen.query.shape[2] != 1 or not alone:
             return

@@ -207,7 +207,7 @@ def _same(mask: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _explain(seen: Seen, call: Call, visible: Tensor) -> str:
-    """Which mistake would give what the runtime computed?"""
+    """The likely cause: the first known mistake that gives what was computed, else the kernel."""
     heads = seen.key.shape[1]
     for shift in range(1, heads):
         key, value, mask = (x.roll(shift, dims=1) for x in (seen.key, seen.value, visible))
@@ -220,6 +220,6 @@ def _explain(seen: Seen, call: Call, visible: Tensor) -> str:
 
 
 def _fits(call: Call, exact: Exact, seen: Seen) -> bool:
-    """Whether at least one query head is as this says."""
+    """Whether at least one query head's output is this attention, up to rounding."""
     fine = exact.error(call.output) <= exact.tolerance(seen.query.dtype)
     return bool(fine.all(dim=(0, 1)).any())

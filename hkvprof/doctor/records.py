@@ -73,7 +73,7 @@ class Report:
         return tuple(o for o in self.outcomes if o.status is Status.FAILED)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """All outcomes and facts as a JSON-ready dict."""
         return {
             "passed": not self.failures,
             "checks": [asdict(outcome) for outcome in self.outcomes],

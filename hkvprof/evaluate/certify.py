@@ -32,7 +32,6 @@ from hkvprof.profile.certificate import (
     MOST_DELTA,
     Certificate,
     Level,
-    content_digest,
     fixed_sequence,
 )
 from hkvprof.profile.record import Profile
@@ -137,7 +136,7 @@ def conditions(model: Any, profile: Profile, tasks: TaskSet, claim: Claim) -> di
     return {
         "model": view_model(model).fingerprint.weights_digest,
         "dtype": _dtype(model),
-        "profile": content_digest(profile),
+        "profile": profile.content_digest,
         "data": samples_digest(tasks.samples),
         "max_new_tokens": tasks.max_new_tokens,
         "regimes": list(claim.regimes),
@@ -183,7 +182,7 @@ def certify(
         reason=_reason(levels[0], claim, samples) if certified is None else "",
         regimes=claim.regimes,
         full_score=tally.full_score(),
-        content=content_digest(profile),
+        content=profile.content_digest,
         weights_digest=view_model(model).fingerprint.weights_digest,
         dtype=_dtype(model),
         data=tasks.name,

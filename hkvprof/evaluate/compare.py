@@ -66,7 +66,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question in its scene, and what the full cache says to it."""
+    """A question, the prompt that is compressed for it, and the full cache's reply to it."""
 
     scene: Scene
     question: Question
@@ -79,7 +79,7 @@ class _Asked:
 
 
 class _Round:
-    """One sample under all methods."""
+    """One sample asked of the full cache, and then of every method."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class _Round:
         return refused
 
     def _refer(self) -> list[_Asked]:
-        """The questions of all regimes, and the full cache's replies."""
+        """The sample's questions in all regimes, each with the full cache's reply."""
         stage = Stage(self.model, self.processor, self.sample, self.tasks)
         asked: list[_Asked] = []
         first_reply: str | None = None

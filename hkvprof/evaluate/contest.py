@@ -29,7 +29,7 @@ class Caches:
     seconds: float
 
     def __call__(self) -> CompressedCache:
-        """A new cache with the prompt in it."""
+        """A new cache that holds the prompt, compressed by this entry."""
         return self.make()
 
 

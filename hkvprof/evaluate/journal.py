@@ -51,7 +51,7 @@ class Journal:
 
     @property
     def done(self) -> set[Unit]:
-        """What need not be done again."""
+        """The units whose answers are on disk: they need not be asked again."""
         return {_unit(answer) for answer in self.answers}
 
     def add(self, answers: Iterable[Answer]) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison compares."""
+"""What a comparison compares: methods, budgets and regimes."""
 
 from __future__ import annotations
 

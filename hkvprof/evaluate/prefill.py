@@ -138,5 +138,5 @@ def capture(model: Any, encoded: Encoded) -> Prefill:
 
 
 def _nothing() -> tuple[Any, Any]:
-    """The dense attention of a captured call: its result is not needed any more."""
+    """Stand in for the dense attention of a captured call, whose result is not needed any more."""
     return None, None

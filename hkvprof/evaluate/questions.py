@@ -105,6 +105,6 @@ class Stage:
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """Length of the common beginning."""
+    """How many tokens two prompts have in common at their beginning."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -17,7 +17,7 @@ class Gold:
     metric: Metric
 
     def score(self, answer: str) -> float:
-        """Between 0 and 1."""
+        """The score of an answer, from 0 to 1: that against the best of the correct ones."""
         return self.metric(answer, self.references)
 
 

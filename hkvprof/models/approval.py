@@ -29,7 +29,7 @@ _LONGEST = 4096
 
 
 def versions() -> dict[str, str]:
-    """What every record is bound to."""
+    """The versions of hkvprof, torch and transformers, to which every record is bound."""
     return {
         "hkvprof": hkvprof.__version__,
         "torch": str(torch.__version__),
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def record_path(folder: str, bound_to: Mapping[str, Any]) -> Path:
-    """Where the record is. Raises RuntimeError where the user has no cache folder."""
+    """The file of the record bound to these facts. Raises RuntimeError without a cache folder."""
     digest = hashlib.sha256(json.dumps(bound_to, sort_keys=True).encode()).hexdigest()[:24]
     return user_cache().absolute() / folder / f"{digest}.json"
 
@@ -50,7 +50,7 @@ def is_recorded(path: Path, bound_to: Mapping[str, Any]) -> bool:
 
 
 def record(path: Path, bound_to: Mapping[str, Any]) -> None:
-    """Write the record. Raises HkvError, OSError where it cannot be written."""
+    """Write the record of what passed. Raises HkvError, OSError where it cannot be written."""
     text = json.dumps(_record(bound_to), indent=2, sort_keys=True)
     write_atomically(path, text.encode() + b"\n")
 

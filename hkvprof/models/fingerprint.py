@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hkvprof.heads import MOST_ADAPTERS, HeadGrid, ModelFingerprint
-from hkvprof.models.architectures.base import Adapter
+from hkvprof.models.architectures import Adapter
 from hkvprof.models.quantised import quantisation_of
-from hkvprof.models.tuners import adapter_names, is_tuner, running_weights
 from hkvprof.models.weights import columns_of, is_opaque, whole_weight
+from hkvprof.models.wrappers import adapter_names, is_tuner, running_weights
 
 _VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id")
 _VISION_GEOMETRY = ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size")

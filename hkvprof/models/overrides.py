@@ -111,5 +111,5 @@ class _State:
 
 
 def _empty(kind: type[Any]) -> Any:
-    """A model without attributes."""
+    """A new object of a model's class without any attribute; its `__init__` does not run."""
     return object.__new__(kind)

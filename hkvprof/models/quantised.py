@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hkvprof.models.tuners import base_layer
 from hkvprof.models.weights import is_compressed, is_opaque
+from hkvprof.models.wrappers import base_layer
 
 TESTED = ("awq", "bitsandbytes", "compressed-tensors", "gptq", "quanto", "torchao")
 """Methods whose packed weights the tests run through calibration and generation (docs/models.md).

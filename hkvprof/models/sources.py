@@ -64,7 +64,7 @@ def needs_own_code(error: BaseException) -> bool:
 
 
 def own_code_refused(name: str) -> ModelError:
-    """What to raise then."""
+    """The error for a checkpoint that only its own code could load."""
     return ModelError(
         f"cannot load {name!r}: it needs code of its own (auto_map in its configs), which hkvprof "
         "never runs. Expected an architecture, tokenizer and processor of transformers itself "

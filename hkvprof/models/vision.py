@@ -17,16 +17,18 @@ from torch import Tensor
 
 from hkvprof.errors import SampleError
 from hkvprof.models.architectures import adapter_for
-from hkvprof.models.conversation import (
+from hkvprof.models.processing import (
+    ChatProcessor,
     Conversation,
+    Encoded,
     Video,
+    apply_template,
     images_of,
     parts_of,
     refuse_context,
     refuse_placeholder,
     videos_of,
 )
-from hkvprof.models.processing import ChatProcessor, Encoded, apply_template
 
 
 @cache

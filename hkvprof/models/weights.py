@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hkvprof.errors import ModelError, out_of_memory
-from hkvprof.models.tuners import base_layer, is_tuner, runs_adapters
+from hkvprof.models.wrappers import base_layer, is_tuner, runs_adapters
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _AT_ONCE = 1024
@@ -81,7 +81,7 @@ def columns_of(layer: nn.Module, columns: Int[Tensor, " n"]) -> Float[Tensor, "n
 
 
 def passes_gradients(layer: nn.Module) -> bool:
-    """Whether a linear layer is one, and its gradients are those of what it computes.
+    """Whether a layer computes a linear function, and its gradients are those of that function.
 
     Kernels for inference give none, or (through rounded activations) zeros.
     """
@@ -154,7 +154,7 @@ def _answering(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _without_bias(layer: nn.Module) -> nn.Module:
-    """A shallow copy: a large bias would drown the weights in rounding."""
+    """A shallow copy without bias: a large one would drown the weights in rounding."""
     if is_compressed(layer):
         return _decompressed(layer)
     bare = copy.copy(layer)
@@ -242,7 +242,7 @@ class _OfWeights(torch.autograd.Function):
 
 
 def _kinds(model: nn.Module) -> list[list[nn.Module]]:
-    """The layers that are not plain, kind by kind."""
+    """One linear layer of every kind that does not store plain weights."""
     found: dict[Any, list[nn.Module]] = {}
     for layer in model.modules():
         if hasattr(layer, "in_features") and _is_special(layer):

@@ -31,7 +31,7 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """Requests answered."""
+        """Requests that were answered, compressed or not."""
         return self.compressed + self.dense
 
     def add(self, receipt: Receipt, requests: int) -> None:
@@ -62,7 +62,7 @@ class Counts:
             )
 
     def to_json(self) -> dict[str, int]:
-        """Compressed and dense requests."""
+        """The numbers of compressed and of dense requests as a JSON-ready dict."""
         return {"compressed": self.compressed, "dense": self.dense}
 
     def __str__(self) -> str:

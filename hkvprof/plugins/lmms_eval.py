@@ -40,7 +40,7 @@ class HkvVLM(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that inputs are moved to."""
         device: torch.device = self.session.model.device
         return device
 
@@ -50,15 +50,15 @@ class HkvVLM(lmms):
         return self.session.counts
 
     def loglikelihood(self, requests: Any) -> NoReturn:
-        """Refused: see generate_until."""
+        """Refused with an error: the plug-in answers `generate_until` requests alone."""
         raise _unsupported("loglikelihood", "use the generative variant of the task", requests)
 
     def generate_until_multi_round(self, requests: Any) -> NoReturn:
-        """Refused: see generate_until."""
+        """Refused with an error: the plug-in answers `generate_until` requests alone."""
         raise _unsupported("generate_until_multi_round", "leave the task out", requests)
 
     def generate_visual_cot(self, requests: Any) -> NoReturn:
-        """Refused: see generate_until."""
+        """Refused with an error: the plug-in answers `generate_until` requests alone."""
         raise _unsupported("generate_visual_cot", "leave the task out", requests)
 
     def generate_until(self, requests: Any) -> list[GenerationResult]:

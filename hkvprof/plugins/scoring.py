@@ -156,6 +156,6 @@ def _left_padded(
 
 
 def _right_padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "rows tokens"]:
-    """Ids; what follows a finished row is never counted."""
+    """Token ids, rows filled up on the right: what follows a finished row is never counted."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])

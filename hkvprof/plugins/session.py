@@ -118,7 +118,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Session:
-    """`model` compresses all it generates.
+    """A loaded model (`model`) that compresses all it generates, and the account of its requests.
 
     `counts` are the requests of all calls so far, `latest` those of the latest call.
     """

@@ -1,16 +1,14 @@
-"""Bounds of everything a profile holds: a profile is data from strangers."""
+"""Bounds of what a profile holds, as checks of plain values: a profile is data from strangers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import ProfileError
 from hkvprof.heads import MOST_ADAPTERS, HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
-from hkvprof.profile.certificate import recorded
 
 MAX_RATIOS = 1024
 _LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
@@ -46,48 +44,29 @@ def expect_shares(name: str, array: NDArray[np.float32]) -> None:
     require(sound, f"tensor {name} holds values outside [0, 1]")
 
 
-class Setting(Protocol):
-    """What is measured of which model; see hkvprof.profile.record.Profile."""
+def check_setting(
+    fingerprint: ModelFingerprint,
+    recipe: str,
+    keep: KeepRule,
+    strategies: tuple[Strategy, ...],
+    kappas: tuple[float, ...],
+) -> None:
+    """Raise ProfileError unless what is measured, and of which model, is of its kind and in bounds.
 
-    @property
-    def fingerprint(self) -> ModelFingerprint: ...
-    @property
-    def recipe(self) -> str: ...
-    @property
-    def keep(self) -> KeepRule: ...
-    @property
-    def strategies(self) -> tuple[Strategy, ...]: ...
-    @property
-    def kappas(self) -> tuple[float, ...]: ...
-
-
-class Header(Setting, Protocol):
-    """What a profile says besides its arrays; see hkvprof.profile.record.Profile."""
-
-    @property
-    def default_budget(self) -> float: ...
-    @property
-    def provenance(self) -> Mapping[str, Any]: ...
+    The arguments are fields of a profile (profile.record.Profile) and of a folder of rows.
+    """
+    _check_grid(fingerprint.grid)
+    _check_fingerprint(fingerprint)
+    _check_rules(recipe, keep)
+    _check_menu(strategies, kappas)
 
 
-def check_setting(setting: Setting) -> None:
-    """Raise ProfileError unless every field is of its kind and within bounds."""
-    _check_grid(setting.fingerprint.grid)
-    _check_fingerprint(setting.fingerprint)
-    _check_rules(setting.recipe, setting.keep)
-    _check_menu(setting.strategies, setting.kappas)
-
-
-def _check_metadata(header: Header) -> None:
-    """Raise ProfileError unless every field is of its kind and within bounds."""
-    check_setting(header)
-    budget = header.default_budget
+def check_budget(budget: object) -> None:
+    """Raise ProfileError unless a default budget is a share in (0, 1]."""
     require(
         _is_number(budget) and 0 < budget <= 1,
         f"default_budget must lie in (0, 1], found {budget!r}",
     )
-    require(isinstance(header.provenance, Mapping), "provenance must be an object")
-    recorded(header.provenance)
 
 
 def _check_grid(grid: HeadGrid) -> None:
@@ -170,7 +149,7 @@ def check_ratios(ratios: NDArray[np.float32]) -> None:
     )
 
 
-def _check_lengths(lengths: NDArray[np.int64]) -> None:
+def check_lengths(lengths: NDArray[np.int64]) -> None:
     """Raise ProfileError unless the prompt lengths [A] of the curves are possible and rise."""
     require(
         1 <= len(lengths) <= MOST_LENGTHS, f"expected 1 to {MOST_LENGTHS} prompt lengths of curves"
@@ -183,123 +162,6 @@ def _check_lengths(lengths: NDArray[np.int64]) -> None:
     )
 
 
-class IndexTables(Protocol):
-    """Constants of the projected index; see hkvprof.profile.record.ProjectedIndexTables."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-    @property
-    def key_projection(self) -> NDArray[np.float16]: ...
-    @property
-    def query_projection(self) -> NDArray[np.float16]: ...
-    @property
-    def key_mean(self) -> NDArray[np.float32]: ...
-    @property
-    def deviation(self) -> NDArray[np.float32]: ...
-    @property
-    def codebooks(self) -> tuple[NDArray[np.int8], ...]: ...
-    @property
-    def subspaces(self) -> tuple[NDArray[np.uint8], ...]: ...
-
-
-def check_index(index: IndexTables, grid: HeadGrid) -> None:
-    """Raise ProfileError unless sizes, shapes and the numbers of codes are possible."""
-    heads = (grid.layers, grid.kv_heads)
-    known = all(type(size) is int and size in (16, 32, 64) for size in index.sizes)
-    require(
-        known and len(set(index.sizes)) == len(index.sizes),
-        f"index sizes must be different ones of 16, 32, 64 bits, found {index.sizes!r}",
-    )
-    channels = _last(index.deviation, 3)
-    require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
-    for name in ("key_projection", "query_projection"):
-        expect(f"index.{name}", getattr(index, name), (*heads, grid.head_dim, channels), np.float16)
-    expect("index.key_mean", index.key_mean, (*heads, grid.head_dim), np.float32)
-    expect("index.deviation", index.deviation, (*heads, channels), np.float32)
-    require(bool((index.deviation >= 0).all()), "index.deviation holds negative values")
-    require(
-        len(index.codebooks) == len(index.subspaces) == len(index.sizes),
-        f"expected a codebook and its subspaces for each of {len(index.sizes)} index sizes",
-    )
-    for size, codebook, owner in zip(index.sizes, index.codebooks, index.subspaces, strict=True):
-        used = _last(owner, 3)
-        require(
-            1 <= used <= channels,
-            f"index.subspace_{size} has {used} channels, expected 1 to {channels}",
-        )
-        expect(f"index.subspace_{size}", owner, (*heads, used), np.uint8)
-        expect(f"index.codebook_{size}", codebook, (*heads, 256, used), np.int8)
-        require(
-            bool((owner < size // 8).all()),
-            f"index.subspace_{size} holds numbers beyond its {size // 8} codes",
-        )
-
-
-class Content(Header, Protocol):
-    """All of a profile; see hkvprof.profile.record.Profile."""
-
-    @property
-    def strategy(self) -> NDArray[np.uint8]: ...
-    @property
-    def budget(self) -> NDArray[np.float32]: ...
-    @property
-    def ratios(self) -> NDArray[np.float32]: ...
-    @property
-    def lengths(self) -> NDArray[np.int64]: ...
-    @property
-    def sparsity_mean(self) -> NDArray[np.float32]: ...
-    @property
-    def sparsity_std(self) -> NDArray[np.float32]: ...
-    @property
-    def static_margin(self) -> NDArray[np.float32] | None: ...
-    @property
-    def index(self) -> IndexTables | None: ...
-
-
-def check_profile(profile: Content) -> None:
-    """Raise ProfileError unless every bound holds; called for built and for loaded profiles."""
-    _check_metadata(profile)
-    grid, menu = profile.fingerprint.grid, len(profile.strategies)
-    heads, queries = (grid.layers, grid.kv_heads), (grid.layers, grid.query_heads)
-    ratios, kappas = len(profile.ratios), len(profile.kappas)
-    lengths = len(profile.lengths)
-    expect("ratios", profile.ratios, (ratios,), np.float32)
-    expect("lengths", profile.lengths, (lengths,), np.int64)
-    expect("strategy", profile.strategy, heads, np.uint8)
-    expect("budget", profile.budget, heads, np.float32)
-    for name in ("sparsity_mean", "sparsity_std"):
-        expect(name, getattr(profile, name), (kappas, *queries), np.float32)
-        expect_shares(name, getattr(profile, name))
-    for name in ("loss", "output_error"):
-        expect(name, getattr(profile, name), (lengths, menu, *heads, ratios), np.float32)
-        require(bool((getattr(profile, name) >= 0).all()), f"{name} holds negative values")
-    if profile.static_margin is not None:
-        expect("static_margin", profile.static_margin, (lengths, *heads, ratios), np.float32)
-        require(bool((profile.static_margin >= 0).all()), "static_margin holds negative values")
-    check_ratios(profile.ratios)
-    _check_lengths(profile.lengths)
-    require(
-        bool((profile.strategy < menu).all()), f"strategy holds numbers beyond its {menu} entries"
-    )
-    require(
-        bool((profile.budget > 0).all()) and bool((profile.budget <= 1).all()),
-        "budget holds shares outside (0, 1]",
-    )
-    if profile.index is not None:
-        check_index(profile.index, grid)
-    needed = {s.bits for s in profile.strategies if s.index == "projected"}
-    have = set(profile.index.sizes) if profile.index else set()
-    require(
-        needed <= have,
-        f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
-    )
-
-
-def _last(array: NDArray[Any], dimensions: int) -> int:
-    """The last extent of an array of so many dimensions, else 0."""
-    return int(array.shape[-1]) if array.ndim == dimensions else 0
-
-
 def _is_int(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
@@ -308,5 +170,5 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= 1024 and value.isprintable()
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

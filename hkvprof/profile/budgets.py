@@ -1,4 +1,6 @@
-"""From loss curves and a budget to a strategy and a ratio for every KV head (numpy only).
+"""Budgets: how users write them, and how one is dealt out over KV heads by their loss curves.
+
+Numpy only.
 
 The problem: choose a strategy s and a kept share r for every head so that the summed loss is
 least while the mean share, all bytes included, stays within the budget. Ratios in the curves are
@@ -10,7 +12,6 @@ the Lagrangian optimum of the convexified problem.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -306,8 +307,3 @@ def _round_down(ratio: NDArray[np.float64]) -> NDArray[np.float32]:
     above = single.astype(np.float64) > ratio
     single[above] = np.nextafter(single[above], np.float32(0))
     return single
-
-
-def token_floor(floor_tokens: int, tokens: int) -> float:
-    """The least ratio at which a prompt of `tokens` holds `floor_tokens`; 1 when it cannot."""
-    return min(1.0, floor_tokens / max(tokens, 1) + 1e-9) if tokens else math.inf

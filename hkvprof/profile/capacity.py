@@ -1,6 +1,6 @@
-"""Does it fit? Searches over plans for the largest budget, prompt and batch that a device holds.
+"""Capacity: the largest budget, prompt and batch that a device holds, by search over forecasts.
 
-Pure: a plan is asked for by a function of budget, tokens and rows (artifact.Profile.plan).
+Pure: a forecast is asked for by a function of budget, tokens and rows (record.Profile.plan).
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hkvprof.errors import BudgetError
-from hkvprof.profile.forecast import Plan
+from hkvprof.profile.forecast import Forecast
 
 SHARES = 10_000
 """Budgets are searched in steps of one part in so many: 0.01%."""
 CONTEXT_STEP = 256
 _MOST_CONTEXT, _MOST_ROWS = 2**24, 2**16
 
-Ask = Callable[[float, int, int], Plan]
-"""(share, tokens, rows) -> Plan; raises BudgetError where the share is too small."""
+Ask = Callable[[float, int, int], Forecast]
+"""(share, tokens, rows) -> Forecast; raises BudgetError where the share is too small."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Room:
 class Fit:
     """What a device holds of `rows` prompts of `tokens` tokens (`dense_bytes`, uncompressed).
 
-    `best` is the largest plan that fits at its peak (the dense cache itself, where that fits), None
-    where none does; `smallest` the least budget that the profile can plan, None where it can plan
-    none. `context` and `batch` are the longest prompt at `rows` and the largest batch at `tokens`
-    that fit at `budget`; 0 where none does.
+    `best` is the forecast of the largest budget that fits at its peak (of the dense cache, where
+    that fits), None where none does; `smallest` that of the least budget that the profile can plan,
+    None where it can plan none. `context` and `batch` are the longest prompt at `rows` and the
+    largest batch at `tokens` that fit at `budget`; 0 where none does.
     """
 
     room: Room
     tokens: int
     rows: int
     dense_bytes: int
-    best: Plan | None
-    smallest: Plan | None
+    best: Forecast | None
+    smallest: Forecast | None
     budget: float
     context: int
     batch: int
@@ -74,7 +74,7 @@ class Fit:
 def find_fit(ask: Ask, tokens: int, rows: int, budget: float, room: Room) -> Fit:
     """Search by bisection: a fixed share of more tokens, rows or bytes needs more.
 
-    Every plan that is returned was made, and fits.
+    Every forecast that is returned was made, and fits.
     """
     dense = ask(1.0, tokens, rows)
 
@@ -97,10 +97,12 @@ def find_fit(ask: Ask, tokens: int, rows: int, budget: float, room: Room) -> Fit
     )
 
 
-def _budgets(ask: Ask, tokens: int, rows: int, left: int) -> tuple[Plan | None, Plan | None]:
-    """The least plan below the whole, and the largest one that fits into `left` bytes."""
+def _budgets(
+    ask: Ask, tokens: int, rows: int, left: int
+) -> tuple[Forecast | None, Forecast | None]:
+    """Forecasts of the least budget, and of the largest below the whole that fits `left` bytes."""
 
-    def plan(step: int) -> Plan | None:
+    def plan(step: int) -> Forecast | None:
         return _attempt(ask, step / SHARES, tokens, rows)
 
     refused = _last(lambda step: plan(step) is None, SHARES - 1)
@@ -114,7 +116,7 @@ def _budgets(ask: Ask, tokens: int, rows: int, left: int) -> tuple[Plan | None, 
     return smallest, plan(max(best, refused + 1)) if best else None
 
 
-def _attempt(ask: Ask, share: float, tokens: int, rows: int) -> Plan | None:
+def _attempt(ask: Ask, share: float, tokens: int, rows: int) -> Forecast | None:
     try:
         return ask(share, tokens, rows)
     except BudgetError:

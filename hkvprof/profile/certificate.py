@@ -7,16 +7,13 @@ which it keeps a digest.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 from hkvprof.errors import ProfileError
-from hkvprof.heads import KeepRule, Strategy
 
 KEY = "certificate"
 """Where the record stands in a profile's provenance."""
@@ -29,20 +26,6 @@ MOST_ALPHA, MOST_DELTA = 0.5, 0.2
 """Beyond them the binomial tail does not bound samples of unequal risk (docs/certificate.md)."""
 _MOST_LEVELS = 64
 _LONGEST = 1024
-
-
-class Content(Protocol):
-    """What a certificate depends on; see hkvprof.profile.record.Profile."""
-
-    @property
-    def recipe(self) -> str: ...
-    @property
-    def keep(self) -> KeepRule: ...
-    @property
-    def strategies(self) -> tuple[Strategy, ...]: ...
-    @property
-    def provenance(self) -> Mapping[str, Any]: ...
-    def tensors(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -78,10 +61,10 @@ class Certificate:
     """A claim, what it was tested on, and what came of it.
 
     `levels` are in the order of the tests, budgets falling. `certified` is None with a `reason`.
-    `content` is the digest of what was tested (`content_digest`), `weights_digest` and `dtype` are
-    of the model that ran, `data_digest` of the held-out samples. `full_score` is the full cache's
-    mean score where answers were scored: a cache that is mostly wrong has little to lose. `options`
-    and `versions` are what else the answers depend on.
+    `content` is the digest of what was tested (`Profile.content_digest`), `weights_digest` and
+    `dtype` are of the model that ran, `data_digest` of the held-out samples. `full_score` is the
+    full cache's mean score where answers were scored: a cache that is mostly wrong has little to
+    lose. `options` and `versions` are what else the answers depend on.
     """
 
     alpha: float
@@ -101,10 +84,6 @@ class Certificate:
     options: Mapping[str, int]
     versions: Mapping[str, str]
 
-    def covers(self, profile: Content) -> bool:
-        """Whether the profile still holds what was tested."""
-        return self.content == content_digest(profile)
-
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; the inverse of `from_json`."""
         plain = asdict(self)
@@ -112,7 +91,7 @@ class Certificate:
 
     @classmethod
     def from_json(cls, data: Any) -> Certificate:
-        """Checked, down to the verdict. Raises ProfileError."""
+        """Build from JSON, checked down to the verdict. Raises ProfileError."""
         data = _object(data, "the record")
         unknown = data.keys() ^ cls.__dataclass_fields__.keys()
         if unknown:
@@ -149,22 +128,6 @@ _TEXTS = ("content", "weights_digest", "dtype", "data", "data_digest")
 def recorded(provenance: Mapping[str, Any]) -> Certificate | None:
     """The record in a provenance, checked; None where there is none. Raises ProfileError."""
     return Certificate.from_json(provenance[KEY]) if KEY in provenance else None
-
-
-def certificate_of(profile: Content) -> Certificate | None:
-    """The profile's certificate; None where there is none, or it is of other content."""
-    found = recorded(profile.provenance)
-    return found if found is not None and found.covers(profile) else None
-
-
-def content_digest(profile: Content) -> str:
-    """SHA-256 of all that decides what a head keeps at any budget; provenance is no part of it."""
-    rules = [profile.recipe, asdict(profile.keep), [one.to_json() for one in profile.strategies]]
-    total = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
-    for name, array in sorted(profile.tensors().items()):
-        total.update(f"{name} {array.dtype.name} {array.shape}".encode())
-        total.update(array.tobytes())
-    return total.hexdigest()
 
 
 def _wrong(name: str, expected: str, found: object) -> ProfileError:

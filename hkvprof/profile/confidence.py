@@ -35,7 +35,7 @@ class Interval:
 
     @classmethod
     def rounded(cls, value: float, low: float, high: float) -> Interval:
-        """To four digits."""
+        """The three figures rounded to four digits."""
         return cls(*(round(float(x), 4) + 0.0 for x in (value, low, high)))
 
 
@@ -60,7 +60,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, data: Any, name: str) -> Comparison:
-        """Checked; raises ProfileError."""
+        """Build from a stranger's JSON, checked. Raises ProfileError."""
         data = _object(data, name)
         if "reason" in data:
             return cls(reason=_text(data["reason"], f"{name}.reason"))
@@ -150,7 +150,7 @@ class Confidence:
 
     @classmethod
     def from_json(cls, data: Any, shape: tuple[int, int]) -> Confidence:
-        """Checked against the profile's (layers, KV heads). Raises ProfileError."""
+        """Build from JSON, checked for a profile of (layers, KV heads). Raises ProfileError."""
         data = _object(data, KEY)
         samples = _count(data, "samples", KEY)
         if "reason" in data:

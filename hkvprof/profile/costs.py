@@ -1,4 +1,8 @@
-"""How many tokens a share of a head's dense bytes buys, everything counted (plain integers)."""
+"""Costs: what a strategy holds and moves at a share of a head's dense bytes, in tokens and bytes.
+
+Plain integers. Layouts of single heads (static, dynamic), a menu of strategies at one prompt
+length, and what a budget is worth to a request that grows (Worth).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.profile.budgets import token_floor
 
 SLOT_BYTES = 4
 """Bytes of the device-side slot map per hot item (int32 item number)."""
@@ -43,6 +46,11 @@ class DynamicLayout:
 def static_tokens(ratio: float, tokens: int, keep: KeepRule) -> int:
     """Tokens a static head keeps of `tokens`: floor(ratio * tokens), at least sinks and recent."""
     return min(tokens, max(int(ratio * tokens + 1e-6), keep.sinks + keep.recent))
+
+
+def token_floor(floor_tokens: int, tokens: int) -> float:
+    """The least ratio at which a prompt of `tokens` holds `floor_tokens`; 1 when it cannot."""
+    return min(1.0, floor_tokens / max(tokens, 1) + 1e-9) if tokens else math.inf
 
 
 def index_item_bytes(strategy: Strategy, head_dim: int, itemsize: int) -> int:
@@ -143,11 +151,11 @@ class Worth:
     slope: float = 0.0
 
     def at(self, tokens: int) -> float:
-        """After so many more tokens."""
+        """The budget's worth after so many more tokens."""
         return self.now + self.slope * tokens
 
     def limit(self, tokens: int) -> float:
-        """What may be held then."""
+        """The most that may be held after so many more tokens."""
         return self.at(tokens) + OVER * max(self.at(tokens), LEAST)
 
     def room(self, held: float, every: int) -> int:

@@ -59,7 +59,9 @@ class Domain:
 
     @classmethod
     def of(cls, sparsity: NDArray[np.float64], has_context: bool) -> Domain:
-        """From the samples' sparsity [samples, ...]; `has_context`: some mark text as context.
+        """What is usual by the samples' sparsity [samples, ...].
+
+        `has_context`: some of the samples mark text as context, and there is no bound.
 
         Each sample's figure is taken against all others. That of a new prompt of their kind is as
         likely to have any rank among them, whatever their distribution (conformal prediction; here
@@ -85,7 +87,7 @@ class Domain:
 
     @classmethod
     def from_json(cls, data: Any) -> Domain:
-        """Checked. Raises ProfileError."""
+        """Build from a stranger's JSON, checked. Raises ProfileError."""
         known = {"samples": int, "bound": float, "false_alarms": float, "reason": str}
         if (
             not isinstance(data, Mapping)

@@ -1,4 +1,4 @@
-"""What a budget will hold, in tokens and bytes, before any model is loaded (plain numbers).
+"""Forecasts: what the heads of a plan will hold and lose, in tokens and bytes, without a model.
 
 The figures are those of the runtime's receipt after a prompt, with its default options: computed
 from the same layouts (profile.costs), compared with real caches in tests/runtime/test_forecast.py.
@@ -53,7 +53,7 @@ class HeadForecast:
 
 @dataclass(frozen=True)
 class LayerForecast:
-    """A layer's heads and their sums."""
+    """What a layer will hold: its KV heads and their sums."""
 
     heads: tuple[HeadForecast, ...]
 
@@ -79,12 +79,13 @@ class LayerForecast:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A profile's answer to one budget, for `rows` prompts of `tokens` tokens each.
+class Forecast:
+    """What a profile's heads will hold and lose at one budget.
 
-    `share` is the budget as a share of dense bytes, `itemsize` bytes per K/V element. `loss` is
-    what planning minimises (docs/method.md), `reference_loss` that of a cache of `least_share`, the
-    least that was measured, with static heads alone (planning.poorest_loss).
+    It is for `rows` prompts of `tokens` tokens each. `share` is the budget as a share of dense
+    bytes, `itemsize` bytes per K/V element. `loss` is what planning minimises (docs/method.md),
+    `reference_loss` that of a cache of `least_share`, the least that was measured, with static
+    heads alone (planning.poorest_loss).
     """
 
     share: float
@@ -194,8 +195,8 @@ def forecast(
     tables: Mapping[int, int],
     ratios: NDArray[np.float32],
     curves: NDArray[np.float32] | None,
-) -> Plan:
-    """The plan of an allocation; `tables` are the bytes of a head's index tables by their bits.
+) -> Forecast:
+    """The forecast of an allocation; `tables` are the bytes of a head's index tables by their bits.
 
     `curves` [S, L, Hkv, R] are the losses at `ratios`, None where they were not measured. Raises
     UsageError.
@@ -224,7 +225,7 @@ def forecast(
         for layer in decisions
     )
     unit = 2 * menu.head_dim * menu.itemsize
-    return Plan(
+    return Forecast(
         share=share,
         tokens=menu.tokens,
         rows=rows,

@@ -1,4 +1,8 @@
-"""From a profile's curves to decisions for one prompt length: what fits, then who gets what."""
+"""Planning: from curves, a budget and a prompt length to the strategy and share of every head.
+
+What the strategies of a menu cost and whether they fit is in `costs`, how a budget is dealt out in
+`budgets`. Works on arrays, and knows no profile (record.Profile.allocation asks it).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.errors import BudgetError, UsageError
-from hkvprof.heads import HeadType, Strategy
+from hkvprof.errors import BudgetError
+from hkvprof.heads import HeadType, Rules, Strategy
 from hkvprof.profile.budgets import INFEASIBLE, NEAR, Allocation, allocate, losses_of, scale_ratios
 from hkvprof.profile.costs import Menu, fetched_share
+
+__all__ = ["DEFAULT", "Menu", "Rules", "plan_anew", "plan_scaled", "poorest_loss"]
+
+DEFAULT = Rules()
 
 
 def loss_between(
@@ -32,37 +40,6 @@ def loss_between(
     low, high = loss[after - 1].astype(np.float64), loss[after].astype(np.float64)
     blend = np.where(high >= INFEASIBLE, low, (1 - part) * low + part * high)
     return np.where(low >= INFEASIBLE, high, blend).astype(np.float32)
-
-
-__all__ = ["Menu", "Rules", "plan_anew", "plan_scaled", "poorest_loss"]
-
-EVEN = 0.75
-"""Part of the budget that all heads get alike (docs/experiments.md, "Budgets dealt evenly")."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How curves become budgets and types.
-
-    The part `even` of the budget is dealt evenly, the rest by loss. At its ratio a head then takes
-    the strategy of the least loss, to which is added `transfer_weight` times the share of its dense
-    bytes that it reads from the host per step (transfer.fetched_share). Raises UsageError for
-    numbers out of range.
-    """
-
-    even: float = EVEN
-    transfer_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.even <= 1:
-            raise UsageError(f"the part dealt evenly must lie in [0, 1], found {self.even}")
-        if not 0 <= self.transfer_weight <= 1e9:
-            raise UsageError(
-                f"the weight of transfers must lie in [0, 1e9], found {self.transfer_weight}"
-            )
-
-
-DEFAULT = Rules()
 
 
 def plan_anew(
@@ -95,7 +72,7 @@ def plan_anew(
 
 @dataclass(frozen=True)
 class _Extra:
-    """What strategies cost at a ratio beside their loss (budget.Extra)."""
+    """What strategies cost at a ratio beside their loss (budgets.Extra)."""
 
     menu: Menu
     rules: Rules
@@ -104,7 +81,7 @@ class _Extra:
 
     @property
     def matters(self) -> bool:
-        """Whether it is anything but 0."""
+        """Whether any strategy costs anything beside its loss."""
         return self.margin is not None or self.rules.transfer_weight > 0
 
     def __call__(self, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,7 +162,7 @@ class Reach:
 
 
 def find_reach(ask: Ask, budget: float, calibrated: int, ends: int, chunks: Sequence[int]) -> Reach:
-    """Search by bisection.
+    """The shortest prompt, and the budget that the calibration's own prompts need, by bisection.
 
     What does not fill a chunk stays resident beside the `ends` (sinks and recent tokens): of each
     of the `chunks` the next length that leaves most has to be possible, and then all between are.

@@ -1,18 +1,20 @@
-"""The profile file: a versioned safetensors artefact that needs numpy and safetensors alone.
+"""The profile: its fields, its checks, and its file, a versioned safetensors artefact.
 
-The only module that knows tensor keys, with index_tables for those of the index.
-docs/profile-format.md describes the bytes for readers in other languages. A profile is data from
-strangers: everything is checked before it is used.
+Needs numpy and safetensors alone. The only module that knows the fields and tensor names, with
+`tables` for those of its larger parts. docs/profile-format.md describes the bytes for readers in
+other languages. A profile is data from strangers: everything is checked before it is used.
+Planning works on arrays, and is loaded when a profile is first asked for a plan.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +24,24 @@ from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import strict_json
 from hkvprof.files.atomic import write_atomically
 from hkvprof.files.container import read_container
-from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
-from hkvprof.profile.bounds import check_profile, require
-from hkvprof.profile.budgets import Allocation, Budget
-from hkvprof.profile.forecast import Plan, forecast
-from hkvprof.profile.planning import Menu, Rules, loss_between, plan_anew, plan_scaled
+from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Rules, Strategy
+from hkvprof.profile.bounds import (
+    check_budget,
+    check_lengths,
+    check_ratios,
+    check_setting,
+    expect,
+    expect_shares,
+    require,
+)
+from hkvprof.profile.certificate import Certificate, recorded
 from hkvprof.profile.tables import HeadStatistics, ProjectedIndexTables
 from hkvprof.profile.upgrade import mean_tokens, upgrade
+
+if TYPE_CHECKING:
+    from hkvprof.profile.budgets import Allocation, Budget
+    from hkvprof.profile.costs import Menu
+    from hkvprof.profile.forecast import Forecast
 
 __all__ = ["SCHEMA_VERSION", "Profile", "ProjectedIndexTables", "load_profile"]
 
@@ -60,7 +73,7 @@ class Profile:
       of the layer's output.
     - `static_margin` float32 [A, L, Hkv, R]: by how much the best static strategy must lose less
       than the best dynamic one to be chosen; None: by nothing.
-    - `rules`: how a `measured` profile is planned with (profile.planning).
+    - `rules`: how a `measured` profile is planned with.
     - `statistics`: what query heads attend to; None in older profiles and in uniform ones.
     - `provenance`: recipe, counts of samples by task, skipped samples, library versions.
     """
@@ -86,7 +99,12 @@ class Profile:
     rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
-        check_profile(self)
+        check_setting(self.fingerprint, self.recipe, self.keep, self.strategies, self.kappas)
+        check_budget(self.default_budget)
+        self._check_provenance()
+        self._check_curves()
+        self._check_decisions()
+        self._check_index()
         if self.statistics is not None:
             self.statistics.check(self.grid)
         for array in self.tensors().values():
@@ -110,12 +128,31 @@ class Profile:
         return types
 
     @property
+    def certificate(self) -> Certificate | None:
+        """What `hkvprof certify` found out; None where nothing is recorded, or it is of other
+        content."""
+        found = recorded(self.provenance)
+        return found if found is not None and found.content == self.content_digest else None
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of all that decides what a head keeps at any budget, whatever the provenance."""
+        rules = [self.recipe, asdict(self.keep), [one.to_json() for one in self.strategies]]
+        total = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
+        for name, array in sorted(self.tensors().items()):
+            total.update(f"{name} {array.dtype.name} {array.shape}".encode())
+            total.update(array.tobytes())
+        return total.hexdigest()
+
+    @property
     def usual_tokens(self) -> int:
         """Mean length of the prompts that it was calibrated on, else its middle length."""
         return mean_tokens(self.provenance) or int(self.lengths[len(self.lengths) // 2])
 
     def loss_at(self, tokens: int) -> NDArray[np.float32]:
         """Loss curves [S, L, Hkv, R] for prompts of `tokens` tokens (profile.planning)."""
+        from hkvprof.profile.planning import loss_between
+
         return loss_between(self.loss, self.lengths, tokens)
 
     def allocation(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
@@ -126,6 +163,8 @@ class Profile:
         last two matter for budgets in bytes alone. A `paper` profile keeps its types and scales
         its ratios; a `measured` one is planned anew. Raises BudgetError.
         """
+        from hkvprof.profile.planning import loss_between, plan_anew, plan_scaled
+
         menu, share = self._question(budget, tokens, itemsize, rows)
         loss = self.loss_at(tokens)
         if self.recipe == "measured":
@@ -140,12 +179,14 @@ class Profile:
         return replace(kept, expected_loss=float("nan"), head_loss=unknown)
 
     def plan(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
-             rows: int = 1) -> Plan:  # fmt: skip
+             rows: int = 1) -> Forecast:  # fmt: skip
         """What `rows` prompts of `tokens` tokens hold under a budget, head by head, and lose.
 
         Needs neither model nor torch. The figures are those of `apply` with its default options
         on prompts of at least its `min_tokens`. Raises BudgetError.
         """
+        from hkvprof.profile.forecast import forecast
+
         menu, share = self._question(budget, tokens, itemsize, rows)
         allocation = self.allocation(share, tokens, itemsize, rows)
         tables = self.index.head_bytes if self.index else {}
@@ -155,9 +196,62 @@ class Profile:
 
     def _question(self, budget: float | int | str | Budget, tokens: int, itemsize: int,
                   rows: int) -> tuple[Menu, float]:  # fmt: skip
+        from hkvprof.profile.budgets import Budget
+        from hkvprof.profile.costs import Menu
+
         dense = rows * tokens * self.grid.token_bytes(itemsize)
         menu = Menu(self.strategies, self.keep, self.grid.head_dim, tokens, itemsize)
         return menu, Budget.parse(budget).resolve(tokens, dense)
+
+    def _check_provenance(self) -> None:
+        """Raise ProfileError for a certificate that is damaged, or anything but an object."""
+        require(isinstance(self.provenance, Mapping), "provenance must be an object")
+        recorded(self.provenance)
+
+    def _check_curves(self) -> None:
+        """Raise ProfileError unless what was measured has its shape, and values that can be."""
+        grid, menu = self.grid, len(self.strategies)
+        ratios, lengths, heads = len(self.ratios), len(self.lengths), (grid.layers, grid.kv_heads)
+        expect("ratios", self.ratios, (ratios,), np.float32)
+        expect("lengths", self.lengths, (lengths,), np.int64)
+        shape = (len(self.kappas), grid.layers, grid.query_heads)
+        for name in ("sparsity_mean", "sparsity_std"):
+            expect(name, getattr(self, name), shape, np.float32)
+            expect_shares(name, getattr(self, name))
+        by_strategy = (lengths, menu, *heads, ratios)
+        curves: dict[str, tuple[int, ...]] = {"loss": by_strategy, "output_error": by_strategy}
+        if self.static_margin is not None:
+            curves["static_margin"] = (lengths, *heads, ratios)
+        for name, wanted in curves.items():
+            expect(name, getattr(self, name), wanted, np.float32)
+            require(bool((getattr(self, name) >= 0).all()), f"{name} holds negative values")
+        check_ratios(self.ratios)
+        check_lengths(self.lengths)
+
+    def _check_decisions(self) -> None:
+        """Raise ProfileError unless every head has a strategy of the menu, and a share."""
+        heads, menu = (self.grid.layers, self.grid.kv_heads), len(self.strategies)
+        expect("strategy", self.strategy, heads, np.uint8)
+        expect("budget", self.budget, heads, np.float32)
+        require(
+            bool((self.strategy < menu).all()),
+            f"strategy holds numbers beyond its {menu} entries",
+        )
+        require(
+            bool((self.budget > 0).all()) and bool((self.budget <= 1).all()),
+            "budget holds shares outside (0, 1]",
+        )
+
+    def _check_index(self) -> None:
+        """Raise ProfileError unless the tables are sound, and of all sizes that the menu needs."""
+        if self.index is not None:
+            self.index.check(self.grid)
+        needed = {s.bits for s in self.strategies if s.index == "projected"}
+        have = set(self.index.sizes) if self.index else set()
+        require(
+            needed <= have,
+            f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the profile atomically, deterministic to the byte. Raises HkvError."""

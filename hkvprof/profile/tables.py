@@ -1,4 +1,7 @@
-"""What query heads attend to, over the samples of a calibration: a part of a profile. No torch."""
+"""The larger parts of a profile: constants of the projected index, and what query heads attend to.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +61,45 @@ class ProjectedIndexTables:
             subspaces=tuple(named.pop(f"index.subspace_{size}") for size in sizes),
             **{key: named.pop(f"index.{key}") for key in _KEYS},
         )
+
+    def check(self, grid: HeadGrid) -> None:
+        """Raise ProfileError unless sizes, shapes and the numbers of codes are possible."""
+        heads = (grid.layers, grid.kv_heads)
+        known = all(type(size) is int and size in (16, 32, 64) for size in self.sizes)
+        require(
+            known and len(set(self.sizes)) == len(self.sizes),
+            f"index sizes must be different ones of 16, 32, 64 bits, found {self.sizes!r}",
+        )
+        channels = _last_extent(self.deviation, 3)
+        require(1 <= channels <= 64, f"expected 1 to 64 index channels, found {channels}")
+        for name in ("key_projection", "query_projection"):
+            expect(
+                f"index.{name}", getattr(self, name), (*heads, grid.head_dim, channels), np.float16
+            )
+        expect("index.key_mean", self.key_mean, (*heads, grid.head_dim), np.float32)
+        expect("index.deviation", self.deviation, (*heads, channels), np.float32)
+        require(bool((self.deviation >= 0).all()), "index.deviation holds negative values")
+        require(
+            len(self.codebooks) == len(self.subspaces) == len(self.sizes),
+            f"expected a codebook and its subspaces for each of {len(self.sizes)} index sizes",
+        )
+        for size, codebook, owner in zip(self.sizes, self.codebooks, self.subspaces, strict=True):
+            used = _last_extent(owner, 3)
+            require(
+                1 <= used <= channels,
+                f"index.subspace_{size} has {used} channels, expected 1 to {channels}",
+            )
+            expect(f"index.subspace_{size}", owner, (*heads, used), np.uint8)
+            expect(f"index.codebook_{size}", codebook, (*heads, 256, used), np.int8)
+            require(
+                bool((owner < size // 8).all()),
+                f"index.subspace_{size} holds numbers beyond its {size // 8} codes",
+            )
+
+
+def _last_extent(array: NDArray[Any], dimensions: int) -> int:
+    """The last extent of an array of so many dimensions, else 0."""
+    return int(array.shape[-1]) if array.ndim == dimensions else 0
 
 
 CLASSES = ("sinks", "text", "image", "video", "recent")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hkvprof.heads import Rules
 from hkvprof.profile.bounds import MOST_TOKENS, require
-from hkvprof.profile.planning import Rules
 
 _OLD_INDEX = (
     "its index was quantised in a way that this hkvprof no longer reads (schema version 1): "

@@ -24,7 +24,7 @@ _TOLD = {
 
 
 def attention(profile: Profile) -> list[str]:
-    """The section of `inspect`."""
+    """The section of `inspect` on what query heads attend to, as lines."""
     found = profile.statistics
     if found is None:
         return [f"Attention: {_absent(profile)}"]
@@ -74,7 +74,7 @@ def _drift(found: HeadStatistics) -> str:
 
 
 def recorded(profile: Profile) -> dict[str, Any]:
-    """Everything as plain JSON, or the reason why there is nothing."""
+    """The attention statistics as plain JSON, or the reason why there are none."""
     found = profile.statistics
     if found is None:
         return {"reason": _absent(profile)}
@@ -107,5 +107,5 @@ def _whole(share: float) -> str:
 
 
 def _rounded(values: NDArray[np.float32]) -> Any:
-    """Nested lists, four digits."""
+    """The array as nested lists of numbers with four digits."""
     return (np.round(values.astype(np.float64), 4) + 0.0).tolist()

@@ -19,14 +19,14 @@ FEW = 0.1
 
 
 def confidence(profile: Profile) -> Confidence | None:
-    """The record; None where there is none. Raises ProfileError for one that is not sound."""
+    """The recorded confidence; None where there is none. Raises ProfileError if it is damaged."""
     if KEY not in profile.provenance:
         return None
     return Confidence.from_json(profile.provenance[KEY], profile.head_types.shape)
 
 
 def recorded(profile: Profile) -> dict[str, Any]:
-    """The record as plain JSON, or the reason why there is none. Never raises."""
+    """The recorded confidence as plain JSON, or the reason why there is none. Never raises."""
     try:
         found = confidence(profile)
     except ProfileError as error:
@@ -35,7 +35,7 @@ def recorded(profile: Profile) -> dict[str, Any]:
 
 
 def certainty(profile: Profile) -> list[str]:
-    """The section of `inspect`."""
+    """The section of `inspect` on how sure a profile is, as lines."""
     try:
         found = confidence(profile)
     except ProfileError as error:
@@ -125,7 +125,7 @@ def type_agreements(profile: Profile, layer: int) -> list[list[float]]:
 
 
 def agreement_text(figures: list[float]) -> str:
-    """`0.87 [0.79, 0.92]`."""
+    """A figure with its interval, such as `0.87 [0.79, 0.92]`."""
     return _interval(Interval(*figures))
 
 
@@ -155,24 +155,26 @@ def claim_text(alpha: float, delta: float, loss: str) -> str:
 
 
 def page(found: Certificate) -> list[str]:
-    """The verdict and the tests behind it."""
+    """A certificate as lines: the verdict, and the tests behind it."""
     return [_verdict(found), *(f"  {line}" for line in [_about(found), *_table(found)])]
 
 
 def section(profile: Profile) -> list[str]:
-    """The section of `inspect`; empty without a record."""
+    """The section of `inspect` on the certificate, as lines; empty where none is recorded."""
     found = recorded_certificate(profile.provenance)
     if found is None:
         return []
-    if not found.covers(profile):
+    if found.content != profile.content_digest:
         return ["Certificate: none; the one recorded is of other curves, budgets or tables"]
     return page(found)
 
 
 def certificate_json(profile: Profile) -> dict[str, Any] | None:
-    """For `inspect --json`: the record, and whether it is of this very content."""
+    """The certificate for `inspect --json`, and whether it is of this very content."""
     found = recorded_certificate(profile.provenance)
-    return None if found is None else {**found.to_json(), "valid": found.covers(profile)}
+    if found is None:
+        return None
+    return {**found.to_json(), "valid": found.content == profile.content_digest}
 
 
 def _verdict(found: Certificate) -> str:

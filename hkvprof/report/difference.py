@@ -55,7 +55,7 @@ class Difference:
         return not self.settings and not self.arrays
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """All that differs as a JSON-ready dict."""
         return {**asdict(self), "same": self.is_same}
 
 
@@ -90,7 +90,7 @@ def difference(first: Profile, second: Profile) -> Difference:
 
 
 def lines(found: Difference) -> list[str]:
-    """The difference in words."""
+    """The difference in words, as lines."""
     if found.is_same:
         return ["The profiles are the same (apart from their provenance)."]
     told = [

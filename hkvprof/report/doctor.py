@@ -12,7 +12,7 @@ _PASTE = "Something is wrong: please report it with all of these lines."
 
 
 def text(report: Report, model: str) -> str:
-    """All of it."""
+    """The whole report: environment, a line per check, causes of failures, the verdict."""
     return "\n".join(_lines(report, model))
 
 
@@ -49,7 +49,7 @@ def _outcome(outcome: Outcome, width: int) -> Iterator[str]:
 
 
 def verdict(report: Report) -> str:
-    """The last line."""
+    """The last line of the report: whether hkvprof can be used on this model here."""
     counts = dict.fromkeys(Status, 0)
     for outcome in report.outcomes:
         counts[outcome.status] += 1

@@ -1,4 +1,4 @@
-"""A dry run as words and as JSON."""
+"""What a calibration would take (`calibrate --dry-run`), in words and as JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DryRun:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The dry run as a JSON-ready dict."""
         return {
             "samples": self.samples,
             "unusable": self.unusable,
@@ -56,7 +56,7 @@ class DryRun:
         }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The dry run in words, as lines."""
         memory, spare = self.memory, ""
         if self.unusable:
             spare = f"; {len(self.unusable)} cannot be used"
@@ -78,7 +78,7 @@ class DryRun:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
+    """Seconds as people write them: `45 s`, `12 min`, `3 h 20 min`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     hours, minutes = divmod(round(seconds / 60), 60)

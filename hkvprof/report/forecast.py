@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hkvprof.profile.capacity import Fit
-from hkvprof.profile.forecast import WHOLE, Plan
+from hkvprof.profile.forecast import WHOLE, Forecast
 from hkvprof.report.pictures import (
     BOUNDS,
     Glyphs,
@@ -28,22 +28,22 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Outlook:
-    """Everything `plan` says: budgets as asked, each with its plan or why there is none.
+    """All that `plan` says: budgets as asked, each with its forecast or why there is none.
 
-    `dense` is the plan of the whole cache, `drawn` the one whose layers are shown (None: there is
-    none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time.
+    `dense` is the forecast of the whole cache, `drawn` the one whose layers are shown (None: there
+    is none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time.
     """
 
     dtype: str
-    dense: Plan
-    budgets: tuple[tuple[str, Plan | str], ...]
-    drawn: Plan | None
+    dense: Forecast
+    budgets: tuple[tuple[str, Forecast | str], ...]
+    drawn: Forecast | None
     fit: Fit | None
     min_tokens: int
 
 
 def to_json(outlook: Outlook) -> dict[str, Any]:
-    """JSON-ready; sizes in bytes."""
+    """All of it as a JSON-ready dict; sizes are in bytes."""
     dense, fit = outlook.dense, outlook.fit
     return {
         "schema": SCHEMA_VERSION,
@@ -63,7 +63,7 @@ def to_json(outlook: Outlook) -> dict[str, Any]:
     }
 
 
-def _fits(plan: Plan, fit: Fit | None) -> bool | None:
+def _fits(plan: Forecast, fit: Fit | None) -> bool | None:
     return None if fit is None else plan.peak_bytes <= fit.room.left
 
 
@@ -145,7 +145,7 @@ def _fit_sentences(fit: Fit) -> list[str]:
     return [*lines, _reach(fit)]
 
 
-def _best(best: Plan) -> str:
+def _best(best: Forecast) -> str:
     host = f", {human(best.host_bytes)} in host memory" if best.host_bytes else ""
     return (
         f"The largest budget that fits is {_share(best.share)}: {human(best.resident_bytes)} "
@@ -169,7 +169,7 @@ def _share(share: float) -> str:
     return f"{int(share * 10_000 + 1e-6) / 100:.4g}%"
 
 
-def _loss(plan: Plan) -> str:
+def _loss(plan: Forecast) -> str:
     if plan.expected_loss is None:
         return "unknown"
     bound = ">= " if plan.below_measured else ""
@@ -214,11 +214,11 @@ def _notes(outlook: Outlook) -> list[str]:
     return lines + [plan for _, plan in outlook.budgets if isinstance(plan, str)]
 
 
-def _ratios(plan: Plan) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _ratios(plan: Forecast) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.array([[head.ratio for head in layer.heads] for layer in plan.layers])
 
 
-def _types(plan: Plan, marks: Glyphs) -> Text:
+def _types(plan: Forecast, marks: Glyphs) -> Text:
     drawn = {
         "static": (marks.static, marks.static_style),
         "dynamic": (marks.dynamic, marks.dynamic_style),
@@ -238,7 +238,7 @@ def _types(plan: Plan, marks: Glyphs) -> Text:
     )
 
 
-def _layers(plan: Plan, marks: Glyphs) -> Text:
+def _layers(plan: Forecast, marks: Glyphs) -> Text:
     """Bytes and losses per layer, relative to the mean layer."""
     resident = np.array([layer.resident_bytes for layer in plan.layers], dtype=np.float64)
     rows = {"resident": resident}

@@ -1,4 +1,4 @@
-"""Grids with one character per head or layer: columns are layers, rows what is asked of them."""
+"""Grids with one character per head: columns are layers, rows KV heads or other figures."""
 
 from __future__ import annotations
 

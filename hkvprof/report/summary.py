@@ -62,7 +62,7 @@ def sentence(profile: Profile, tokens: int) -> str:
 
 
 def percent(share: float) -> str:
-    """`10%`, `12.5%`."""
+    """A share as `10%` or `12.5%`."""
     return f"{100 * share:.3g}%"
 
 
@@ -77,7 +77,7 @@ def human(size: float) -> str:
 
 @dataclass(frozen=True)
 class Borderline:
-    """A head whose type hangs by a thread, and why (`layer`, `head` count from 0)."""
+    """A head whose type could as well be the other, and why (`layer`, `head` count from 0)."""
 
     layer: int
     head: int
@@ -85,7 +85,7 @@ class Borderline:
 
 
 def borderline(profile: Profile) -> list[Borderline]:
-    """Heads whose type could as well be the other, by layer and head.
+    """All borderline heads of a profile, by layer and head.
 
     Measured profiles: the best static and the best dynamic strategy differ by less than CLOSE in
     loss at the head's own ratio. Paper profiles: the interval mean +- std / sqrt(samples) of the
@@ -147,7 +147,7 @@ def _near_theta(profile: Profile) -> list[Borderline]:
 
 
 def kappa_index(profile: Profile) -> int | None:
-    """Which of `kappas` decided: the one nearest to provenance's `theta_kappa`, else to 0.1."""
+    """Which of `kappas` decided types: that nearest to provenance's `theta_kappa`, else to 0.1."""
     if not profile.kappas:
         return None
     wanted = _number(profile.provenance.get("theta_kappa")) or 0.1

@@ -36,7 +36,7 @@ _MOST_BORDERLINE = 12
 
 
 def glyphs(ascii_only: bool) -> Glyphs:
-    """The characters to draw with."""
+    """The characters to draw with, Unicode or plain ASCII."""
     return ASCII if ascii_only else UNICODE
 
 
@@ -209,7 +209,7 @@ def _loss(value: float) -> str:
 
 
 def plain_table(*columns: str) -> Table:
-    """A table without lines."""
+    """A rich table without lines between its cells."""
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(name, no_wrap=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,29 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.heads import Strategy
+from hkvprof.profile.tables import ProjectedIndexTables
 from hkvprof.selection.quantiser import CODE_UNIT, Encoder, Subspaces, encode
 
 CHUNK_TOKENS = 8192
 """Tokens projected and encoded at a time: about 20 MiB of temporary memory at width 128."""
-
-
-class IndexArrays(Protocol):
-    """The profile's arrays of projected-index constants (artifact.ProjectedIndexTables)."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-    @property
-    def key_projection(self) -> NDArray[Any]: ...
-    @property
-    def query_projection(self) -> NDArray[Any]: ...
-    @property
-    def key_mean(self) -> NDArray[Any]: ...
-    @property
-    def deviation(self) -> NDArray[Any]: ...
-    @property
-    def codebooks(self) -> tuple[NDArray[Any], ...]: ...
-    @property
-    def subspaces(self) -> tuple[NDArray[Any], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,7 @@ class HeadTables:
     @classmethod
     def load(
         cls,
-        arrays: IndexArrays,
+        arrays: ProjectedIndexTables,
         layer: int,
         head: int,
         bits: int,
@@ -124,7 +106,7 @@ class KeyIndex(ABC):
         """The device tensors that this index holds per request."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyIndex:
-        """Itself: an index never changes."""
+        """The index itself: it never changes, so copies of a cache share it."""
         return self
 
     def score(
@@ -147,11 +129,11 @@ class MeanIndex(KeyIndex):
 
     @property
     def items(self) -> int:
-        """Chunks."""
+        """How many chunks are indexed."""
         return len(self.mean)
 
     def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> MeanIndex:
-        """Digest these chunks too."""
+        """An index that holds these chunks, too."""
         return MeanIndex(torch.cat([self.mean, self.build(keys).mean]))
 
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
@@ -159,7 +141,7 @@ class MeanIndex(KeyIndex):
         return query @ self.mean.float().T
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The means."""
+        """The mean keys, one tensor [chunks, dim]."""
         return (self.mean,)
 
 
@@ -177,11 +159,11 @@ class MinMaxIndex(KeyIndex):
 
     @property
     def items(self) -> int:
-        """Chunks."""
+        """How many chunks are indexed."""
         return len(self.low)
 
     def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> MinMaxIndex:
-        """Digest these chunks too."""
+        """An index that holds these chunks, too."""
         new = self.build(keys)
         return MinMaxIndex(torch.cat([self.low, new.low]), torch.cat([self.high, new.high]))
 
@@ -190,7 +172,7 @@ class MinMaxIndex(KeyIndex):
         return query.clamp(min=0) @ self.high.float().T + query.clamp(max=0) @ self.low.float().T
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Both bounds."""
+        """Smallest and largest keys, two tensors [chunks, dim]."""
         return (self.low, self.high)
 
 
@@ -210,11 +192,11 @@ class ProjectedIndex(KeyIndex):
 
     @property
     def items(self) -> int:
-        """Tokens."""
+        """How many tokens are indexed."""
         return len(self.codes)
 
     def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> ProjectedIndex:
-        """Encode these tokens too (a chunk is one token)."""
+        """An index that holds these tokens, too (a chunk is one token)."""
         return replace(self, codes=torch.cat([self.codes, self.tables.encode(keys[:, 0])]))
 
     def lut(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows codes 256"]:

@@ -115,6 +115,7 @@ def is_counted(key: Tensor) -> bool:
 def mean_over_rows(
     lines: list[Float[Tensor, "figures lines"]], group: int
 ) -> Float[Tensor, "figures group"]:
+    """Figures of blocks of lines (rows, and in them query heads), averaged over the rows."""
     whole = torch.cat(lines, dim=-1)
     return whole.view(len(whole), -1, group).mean(dim=1)
 

@@ -163,7 +163,7 @@ def _of_head(
     scaling: float,
     counts: Int[Tensor, "kappas rows"],
 ) -> Float[Tensor, "kappas group"]:
-    """One KV head's group."""
+    """Mass of the largest weights for the query heads of one KV head."""
     group, count, dim = query.shape
     spans = -(-len(key) // SPAN)
     width = max(16, 1 << (dim - 1).bit_length())

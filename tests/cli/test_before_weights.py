@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from hkvprof.cli import run
-from hkvprof.cli.app import app
+from hkvprof.cli import app, run
 from hkvprof.errors import ProfileError
 from hkvprof.plugins.session import Arguments, Session
 from hkvprof.profile.record import load_profile

@@ -16,7 +16,6 @@ from hkvprof.cli import options, run
 from hkvprof.evaluate import certify as core
 from hkvprof.evaluate.baselines.ablations import only
 from hkvprof.heads import HeadType
-from hkvprof.profile.certificate import certificate_of
 from hkvprof.testbed.generator import make_sample
 from tests.profiles import make_certificate, make_profile
 from tools.tinyvl.make_calibration import png_bytes, sample_record
@@ -116,7 +115,7 @@ def test_a_certificate_is_written_and_shown(
     assert call(profile, "--data", heldout, *claim, "-o", new, "--json", "--dtype", "float32") == 0
     shown = json.loads(capsys.readouterr().out)
     assert profile.read_bytes() == before
-    found = certificate_of(load_profile(new))
+    found = load_profile(new).certificate
     assert found is not None
     assert found.to_json() == shown
     assert (found.certified, found.samples, found.dtype) == (0.9, 4, "float32")
@@ -141,7 +140,7 @@ def test_nothing_certified_has_an_exit_code_of_its_own(
     monkeypatch.setattr(verb, "_check_answers", lambda *_: None)
     assert call(path, "--data", heldout, "--alpha", 0.5, "--delta", 0.2) == verb.NOT_CERTIFIED == 3
     assert "nothing certified" in capsys.readouterr().out
-    written = certificate_of(load_profile(path))
+    written = load_profile(path).certificate
     assert written is not None
     assert written.reason == "9 degraded"
 

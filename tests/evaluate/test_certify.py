@@ -32,7 +32,7 @@ from hkvprof.evaluate.plan import Entry
 from hkvprof.evaluate.records import FULL, OURS, Answer
 from hkvprof.evaluate.taskset import Gold, TaskSet
 from hkvprof.heads import HeadType
-from hkvprof.profile.certificate import KEY, Certificate, certificate_of, fixed_sequence
+from hkvprof.profile.certificate import KEY, Certificate, fixed_sequence
 from hkvprof.profile.record import Profile, load_profile
 from hkvprof.samples.read import Sample, samples_digest
 from hkvprof.testbed.generator import make_sample
@@ -121,7 +121,7 @@ def test_what_is_certified(found: Certificate, profile: Profile, tasks: TaskSet)
     assert found.data_digest == samples_digest(tasks.samples)
     assert (found.dtype, found.regimes) == ("float32", ("inside", "later"))
     carried = replace(profile, provenance={KEY: found.to_json()})
-    assert certificate_of(carried) == found
+    assert carried.certificate == found
 
 
 def test_nothing_is_certified_where_the_largest_budget_loses(

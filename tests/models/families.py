@@ -22,8 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 from hkvprof.models.architectures import adapter_for
-from hkvprof.models.conversation import Conversation, images_of
-from hkvprof.models.processing import ChatProcessor, Encoded, TextProcessor
+from hkvprof.models.processing import ChatProcessor, Conversation, Encoded, TextProcessor, images_of
 from hkvprof.models.vision import (
     AutoVisionProcessor,
     PillowVisionProcessor,

@@ -13,9 +13,8 @@ import transformers as hf
 import hkvprof
 from hkvprof.errors import ModelError, UsageError
 from hkvprof.heads import HeadGrid
-from hkvprof.models import Adapter, register_adapter
+from hkvprof.models import Adapter, architectures, register_adapter
 from hkvprof.models.adapter import view_model
-from hkvprof.models.architectures import registry
 from hkvprof.samples.read import Sample
 from tests.models.conversations import user
 from tests.models.families import processor_of, words
@@ -27,7 +26,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_ADAPTERS", dict(registry._ADAPTERS))
+    monkeypatch.setattr(architectures, "_ADAPTERS", dict(architectures._ADAPTERS))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from hkvprof.profile.budgets import (
     allocate,
     losses_of,
     scale_ratios,
-    token_floor,
 )
 
 RATIOS = np.array([0.02, 0.05, 0.1, 0.2, 0.5, 1.0], dtype=np.float32)
@@ -303,9 +302,3 @@ def test_scaling_keeps_budget_floor_and_order(seed: int, share: float, floor: fl
     assert (wide >= floor * (1 - 1e-6)).all()
     assert (wide <= 1).all()
     assert (np.diff(ratio.flat[np.argsort(base, axis=None)]) >= -1e-6).all()
-
-
-def test_token_floor() -> None:
-    assert token_floor(13, 1300) == pytest.approx(0.01)
-    assert token_floor(13, 5) == 1.0
-    assert token_floor(13, 1300) * 1300 >= 13

@@ -9,14 +9,14 @@ import pytest
 from hkvprof.errors import BudgetError
 from hkvprof.heads import KeepRule
 from hkvprof.profile.capacity import CONTEXT_STEP, SHARES, Fit, Room, find_fit
-from hkvprof.profile.forecast import HeadForecast, LayerForecast, Plan
+from hkvprof.profile.forecast import Forecast, HeadForecast, LayerForecast
 from tests.profiles import make_profile
 
 LAYERS, TOKEN_BYTES = 4, 25
 """Of the made-up plans below: 100 bytes per token in all."""
 
 
-def made_up(share: float, tokens: int, rows: int) -> Plan:
+def made_up(share: float, tokens: int, rows: int) -> Forecast:
     """A share of all bytes, at least 10 tokens; compressed ones have 1000 bytes of tables each."""
     if share < 1 and share * tokens < 10:
         raise BudgetError(f"budget {share} is too small")
@@ -25,7 +25,7 @@ def made_up(share: float, tokens: int, rows: int) -> Plan:
     tables = 0 if share >= 1 else 1000
     head = HeadForecast(kind, kind, share, tokens, int(share * whole), 0, tables, 0.0)
     layers = (LayerForecast((head,)),) * LAYERS
-    return Plan(share, tokens, rows, 2, LAYERS * whole, layers, 0.01, None)
+    return Forecast(share, tokens, rows, 2, LAYERS * whole, layers, 0.01, None)
 
 
 def ask(left: int, tokens: int = 1000, rows: int = 1) -> Fit:
@@ -99,7 +99,7 @@ def test_without_room_nothing_fits() -> None:
 def test_real_plans_fit_and_one_step_more_does_not() -> None:
     profile = replace(make_profile(), keep=KeepRule(2, 4, 16))
 
-    def plan(share: float, tokens: int, rows: int) -> Plan:
+    def plan(share: float, tokens: int, rows: int) -> Forecast:
         return profile.plan(share, tokens, rows=rows)
 
     dense = 2 * 4096 * profile.grid.token_bytes(2)

@@ -17,8 +17,6 @@ from hkvprof.profile.certificate import (
     KEY,
     Certificate,
     Level,
-    certificate_of,
-    content_digest,
     fixed_sequence,
     recorded,
 )
@@ -47,9 +45,9 @@ def test_the_sequence_stops_at_the_first_that_fails(drawn: list[tuple[bool, int]
 def test_round_trip(tmp_path: Path) -> None:
     profile = with_certificate(make_profile())
     found = load_profile(profile.save(tmp_path / "p"))
-    assert certificate_of(found) == make_certificate(profile)
+    assert found.certificate == make_certificate(profile)
     assert recorded(make_profile().provenance) is None
-    assert certificate_of(make_profile()) is None
+    assert make_profile().certificate is None
 
 
 @pytest.mark.parametrize(
@@ -107,12 +105,12 @@ def test_a_certificate_does_not_survive_a_change_of_what_was_tested(name: str) -
     profile = with_certificate(make_profile())
     other = changed(profile, name)
     assert recorded(other.provenance) is not None
-    assert certificate_of(other) is None
-    assert certificate_of(replace(profile, keep=replace(profile.keep, sinks=3))) is None
+    assert other.certificate is None
+    assert replace(profile, keep=replace(profile.keep, sinks=3)).certificate is None
 
 
 def test_a_certificate_survives_a_change_of_anything_else() -> None:
     profile = with_certificate(make_profile())
     other = replace(profile, provenance={**profile.provenance, "data": "elsewhere"})
-    assert certificate_of(other) == certificate_of(profile)
-    assert content_digest(other) == content_digest(make_profile())
+    assert other.certificate == profile.certificate
+    assert other.content_digest == make_profile().content_digest

@@ -13,6 +13,7 @@ from hkvprof.profile.costs import (
     dynamic_layout,
     index_item_bytes,
     static_tokens,
+    token_floor,
 )
 
 KEEPS = st.builds(KeepRule, sinks=st.integers(0, 8), recent=st.integers(0, 32))
@@ -126,3 +127,9 @@ def test_an_exact_number_of_tokens_survives_the_division(wanted: int, tokens: in
     """A ratio of k / n keeps k tokens, whatever floating point makes of it."""
     assume(wanted <= tokens)
     assert static_tokens(wanted / tokens, tokens, KeepRule(sinks=0, recent=0)) == wanted
+
+
+def test_token_floor() -> None:
+    assert token_floor(13, 1300) == pytest.approx(0.01)
+    assert token_floor(13, 5) == 1.0
+    assert token_floor(13, 1300) * 1300 >= 13

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.profile.budgets import INFEASIBLE, Allocation
-from hkvprof.profile.forecast import Plan, forecast
+from hkvprof.profile.forecast import Forecast, forecast
 from hkvprof.profile.planning import Menu, Rules, poorest_loss
 from hkvprof.profile.record import Profile
 from tests.profiles import STRATEGIES, make_profile
@@ -143,7 +143,7 @@ def test_more_budget_never_loses_more(seed: int, a: float, b: float) -> None:
         assert many >= few - 1e-7
 
 
-def _ratios(plan: Plan) -> list[float]:
+def _ratios(plan: Forecast) -> list[float]:
     return [head.ratio for layer in plan.layers for head in layer.heads]
 
 

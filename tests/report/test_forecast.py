@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hkvprof.heads import HeadGrid
 from hkvprof.profile.capacity import Room, find_fit
-from hkvprof.profile.forecast import Plan
+from hkvprof.profile.forecast import Forecast
 from hkvprof.profile.record import Profile
 from hkvprof.report.forecast import Outlook, page, sentences, to_json
 from hkvprof.report.summary import human
@@ -25,7 +25,7 @@ def outlook(
 ) -> Outlook:
     """For two prompts of 768 KiB each, with 100 KiB of weights where `gpu` (KiB) is given."""
 
-    def ask(share: float, tokens: int, rows: int) -> Plan:
+    def ask(share: float, tokens: int, rows: int) -> Forecast:
         return profile.plan(share, tokens, rows=rows)
 
     room = None if gpu is None else Room(gpu * 1024, 100 * 1024, 0)
@@ -92,7 +92,7 @@ def test_short_prompts_are_told_apart() -> None:
 def test_the_table_holds_the_plans_figures() -> None:
     shown = outlook(make_profile(), gpu=1400, budgets=(0.2, 0.03))
     plan = shown.budgets[0][1]
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, Forecast)
     lines = text(shown).splitlines()
     row = next(line for line in lines if line.startswith("0.2 ")).split("  ")
     cells = [cell.strip() for cell in row if cell.strip()]

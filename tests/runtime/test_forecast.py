@@ -16,7 +16,7 @@ from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
 from hkvprof.profile.costs import TOO_SHORT
-from hkvprof.profile.forecast import Plan
+from hkvprof.profile.forecast import Forecast
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
 from hkvprof.runtime.receipt import Receipt
@@ -89,7 +89,7 @@ def receipt_of(model: Any, profile: Profile, budget: Any, inputs: Any) -> Receip
         return cache.receipt()
 
 
-def check(plan: Plan, receipt: Receipt) -> None:
+def check(plan: Forecast, receipt: Receipt) -> None:
     """Equality, which is within the 2% that are promised."""
     assert plan.dense_bytes == receipt.dense_bytes
     assert plan.resident_bytes == receipt.resident_bytes

@@ -45,7 +45,7 @@ def allocated(prompt: Prompt, profile: Profile) -> Allocation:
 
 
 def planned(profile: Profile, allocation: Allocation) -> Selection:
-    """Every head as allocated."""
+    """The runtime's plan in which every head has the strategy and share that it was allocated."""
     return [list(plans) for plans in head_plans(profile.strategies, allocation)]
 
 

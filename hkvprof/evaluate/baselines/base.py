@@ -78,7 +78,7 @@ class Prompt:
 
     @cached_property
     def layers(self) -> tuple[LayerPrompt, ...]:
-        """All covered layers."""
+        """Queries, keys and values of every covered layer."""
         return tuple(
             LayerPrompt(call.query[0], call.key[0], call.value[0], call.scaling)
             for call in self.prefill.calls
@@ -110,7 +110,7 @@ class Prompt:
         return self.prefill.calls[0].key.device
 
     def need_profile(self, name: str) -> Profile:
-        """The profile. Raises UsageError where there is none."""
+        """The profile of this comparison. Raises UsageError where there is none."""
         if self.profile is None:
             raise UsageError(f"{name} needs a profile of the model: give --profile")
         return self.profile
@@ -203,7 +203,7 @@ def _register(method: Baseline) -> None:
 
 
 def registered() -> dict[str, Baseline]:
-    """All that has been registered so far."""
+    """All methods that were registered so far, by name."""
     return dict(_REGISTRY)
 
 

@@ -10,8 +10,7 @@ from hkvprof.calibration.decide import allocate_by_sparsity, types_by_sparsity
 from hkvprof.evaluate.baselines.base import Choice, LayerPrompt, Prompt, Selection, baseline
 from hkvprof.evaluate.baselines.scores import rows, spread
 from hkvprof.heads import HeadType, KeepRule, Strategy
-from hkvprof.profile.budgets import token_floor
-from hkvprof.profile.costs import dynamic_layout
+from hkvprof.profile.costs import dynamic_layout, token_floor
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.selection.sparsity import sample_text_rows, text_sparsity
 from hkvprof.selection.static import rank_tokens, select_tokens, window_attention

@@ -27,7 +27,7 @@ AT = 0.2
 
 @dataclass(frozen=True)
 class Habits:
-    """Of every KV head, the most of its group, [layers, kv_heads].
+    """What every KV head does on repeated text: the most of its query heads, [layers, kv_heads].
 
     `echo` and `induction`: attention to earlier occurrences of the same token, and to what followed
     them.

@@ -1,4 +1,4 @@
-"""Methods by name."""
+"""The methods that a comparison can name, imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The interface, and the behaviour that nearly all architectures share."""
+"""What differs between architectures, behind one interface: `Adapter`, one instance per family.
+
+The interface and the behaviour that nearly all share, the families that are tested (tests/models),
+and which adapter a model gets. docs/adding-a-model.md says how to write one.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hkvprof.errors import ModelError
+from hkvprof.errors import ModelError, UsageError
 from hkvprof.heads import HeadGrid, Modality
-from hkvprof.models import quantised, tuners
+from hkvprof.models import quantised, wrappers
 from hkvprof.models.weights import effective_weight, is_projection
 
 _WRONG = "which the compressed attention would compute wrongly"
@@ -53,7 +57,7 @@ class Adapter:
             return "it has no attention, and so no KV cache to compress"
         if not _uses_attention_interface(model, text):
             return "its attention does not go through transformers' AttentionInterface"
-        return tuners.refusal(model) or quantised.refusal(model)
+        return wrappers.refusal(model) or quantised.refusal(model)
 
     def attention_modules(self, model: nn.Module) -> dict[int, nn.Module]:
         """Self-attention modules of the decoder by layer number."""
@@ -137,3 +141,101 @@ def _uses_attention_interface(model: Any, text_config: Any) -> bool:
         if isinstance(module, PreTrainedModel) and module.config is text_config
     ]
     return all(module._can_set_attn_implementation() for module in decoders)
+
+
+class TextDecoder(Adapter):
+    """Decoders of text alone."""
+
+    model_types = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma3_text")
+
+
+class ImageTextDecoder(Adapter):
+    """Vision models whose images become tokens of a plain decoder's prompt.
+
+    Gemma3's image tokens see each other in both directions during prefill; what comes after is
+    causal, and so pruning after the prefill loses nothing that a causal model would keep.
+    """
+
+    model_types = (
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "internvl",
+        "idefics3",
+        "smolvlm",
+        "gemma3",
+        "mistral3",
+    )
+
+
+class QwenVL(Adapter):
+    """Rotary positions in three sections, kept as an offset on the model (models.calls)."""
+
+    model_types = ("qwen2_vl", "qwen2_5_vl")
+    pillow = "Qwen2VLImageProcessor"
+    videos = True
+
+
+class Qwen3VL(QwenVL):
+    """A video's frames come with time stamps as text, which frames alone do not tell."""
+
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    videos = False
+
+
+class PaliGemma(Adapter):
+    """The whole prompt (images and prefix) sees itself in both directions; replies are causal.
+
+    Made for one instruction without chat format: its processor has no template.
+    """
+
+    model_types = ("paligemma",)
+    chat_template = (
+        "{% for m in messages %}"
+        "{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}"
+        "{% endif %}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+
+
+FAMILIES: tuple[Adapter, ...] = (
+    TextDecoder(),
+    ImageTextDecoder(),
+    QwenVL(),
+    Qwen3VL(),
+    PaliGemma(),
+)
+
+_GENERIC = Adapter()
+_ADAPTERS: dict[str, Adapter] = {
+    model_type: adapter for adapter in FAMILIES for model_type in adapter.model_types
+}
+
+
+def register_adapter(adapter: Adapter, *, replace: bool = False) -> None:
+    """Use `adapter` for models whose `config.model_type` is among its `model_types`.
+
+    For the running process. Raises UsageError if it names no type, or one that has an adapter
+    already and `replace` is False.
+    """
+    if not isinstance(adapter, Adapter) or not adapter.model_types:
+        raise UsageError(
+            "expected an instance of a subclass of hkvprof.models.Adapter that names its "
+            f"model_types, found {adapter!r}"
+        )
+    known = [name for name in adapter.model_types if name in _ADAPTERS]
+    if known and not replace:
+        raise UsageError(
+            f"{', '.join(known)} has an adapter already: pass replace=True to use yours instead"
+        )
+    _ADAPTERS.update(dict.fromkeys(adapter.model_types, adapter))
+
+
+def adapter_for(config: Any) -> Adapter:
+    """The adapter registered for a model's config, else the generic one."""
+    return _ADAPTERS.get(getattr(config, "model_type", ""), _GENERIC)
+
+
+def is_registered(config: Any) -> bool:
+    """False for an architecture that no adapter names: it is tried with the generic one."""
+    return getattr(config, "model_type", "") in _ADAPTERS

@@ -1,0 +1,136 @@
+"""`hkvprof inspect`, `diff` and `validate`: what profile files say, without loading weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+INSPECT_EXAMPLES = """\b
+Examples:
+  hkvprof inspect tinyvl.profile.safetensors
+  hkvprof inspect tinyvl.profile.safetensors --layer 3
+  hkvprof inspect tinyvl.profile.safetensors --json | jq .borderline"""
+
+
+def inspect(
+    profile: Annotated[
+        Path, typer.Argument(metavar="PROFILE", help="A profile made by `hkvprof calibrate`.")
+    ],
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Show one layer, head by head (from 0).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ascii_only: Annotated[bool, typer.Option("--ascii", help="Draw with ASCII alone.")] = False,
+    context: Annotated[
+        int, typer.Option("--context", min=1, help="Prompt tokens for the memory figures.")
+    ] = 32768,
+) -> None:
+    """Show a profile: head types, budgets, borderline heads, how sure it is, provenance."""
+    from hkvprof.cli.output import draws_ascii, stdout
+    from hkvprof.profile.record import load_profile
+    from hkvprof.report import summary, terminal
+
+    loaded = load_profile(profile)
+    if layer is not None:
+        page = summary.summarise_layer(loaded, layer)
+    elif as_json:
+        page = summary.summarise(loaded, context)
+    if as_json:
+        typer.echo(json.dumps(page, indent=2, sort_keys=True))
+        return
+    plain = draws_ascii(ascii_only)
+    drawn = (
+        terminal.overview(loaded, context, plain)
+        if layer is None
+        else terminal.layer_page(loaded, layer, plain)
+    )
+    stdout(plain).print(drawn)
+
+
+DIFF_EXAMPLES = """\b
+Examples:
+  hkvprof diff old.safetensors new.safetensors
+  hkvprof diff old.safetensors new.safetensors --json | jq .flips
+Exit code: 0 the same, 1 different (or a file that cannot be read), 2 not comparable."""
+
+DIFFERENT = 1
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A profile.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one of the same model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show heads whose type or share differs between two profiles."""
+    from hkvprof.profile.record import load_profile
+    from hkvprof.report.difference import difference, lines
+
+    found = difference(load_profile(first), load_profile(second))
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, sort_keys=True))
+    else:
+        for line in lines(found):
+            typer.echo(line)
+    if not found.is_same:
+        raise typer.Exit(DIFFERENT)
+
+
+VALIDATE_EXAMPLES = """\b
+Examples:
+  hkvprof validate mine.safetensors
+  hkvprof validate mine.safetensors Qwen/Qwen2.5-VL-7B-Instruct --json
+Exit code: 0 sound (and of the model), 1 not a sound profile, 3 of another model, 4 of the same
+geometry but another config. No weights are loaded: a fine-tune cannot be told from its base."""
+
+OTHER_MODEL, OTHER_CONFIG = 3, 4
+
+
+def validate(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A file.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Alias, hub id or folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a profile's schema and bounds, and whether it belongs to a model."""
+    from hkvprof.profile.record import SCHEMA_VERSION, load_profile
+
+    loaded = load_profile(profile)
+    found: dict[str, Any] = {
+        "profile": str(profile),
+        "sound": True,
+        "schema": SCHEMA_VERSION,
+        "recipe": loaded.recipe,
+        "architecture": loaded.fingerprint.architecture,
+    }
+    said, code = f"{profile} is a sound profile of {loaded.fingerprint.architecture}", 0
+    if model is not None:
+        more, code = _against(loaded, model)
+        found |= {"model": model, **more}
+        said += f"; {more['verdict']}"
+    typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else said)
+    if code:
+        raise typer.Exit(code)
+
+
+def _against(profile: Any, model: str) -> tuple[dict[str, Any], int]:
+    """The verdict on a model, tier by tier, and the exit code."""
+    from hkvprof.cli.output import quiet_transformers
+    from hkvprof.models.load import model_fingerprint
+
+    quiet_transformers()
+    theirs = model_fingerprint(model)
+    mismatches = profile.fingerprint.mismatches(theirs)
+    if mismatches:
+        verdict = f"made for another model than {model} (profile != model): {'; '.join(mismatches)}"
+        return {"mismatches": mismatches, "same_config": False, "verdict": verdict}, OTHER_MODEL
+    same = profile.fingerprint.config_hash == theirs.config_hash
+    verdict = f"{model} is its model" if same else (
+        f"{model} has its geometry, but its config differs in fields that do not change attention: "
+        "compression works, the measured quality may not carry over"
+    )  # fmt: skip
+    found = {"mismatches": [], "same_config": same, "verdict": verdict}
+    return found, 0 if same else OTHER_CONFIG
