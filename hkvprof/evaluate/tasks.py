@@ -87,8 +87,7 @@ def _tinyvl(per_task: int) -> TaskSet:
 
 
 def _longtext(processor: ChatProcessor | None, per_task: int, tokens: str) -> TaskSet:
-    from hkvprof.evaluate.longtext import TASKS, is_correct, make_sample
-    from hkvprof.evaluate.make_longtext import parse_range
+    from hkvprof.evaluate.longtext import TASKS, is_correct, make_sample, parse_range
 
     assert processor is not None, "longtext is cut by the model's tokens"
 

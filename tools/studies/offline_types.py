@@ -1,6 +1,6 @@
 """What deciding head types offline costs against deciding them for every request.
 
-    python tools/studies/offline_types.py --profile PROFILE [--per-task 2] [--budget 0.2,0.1,0.05]
+    python -m tools.studies.offline_types --profile PROFILE [--per-task 2] [--budget 0.2,0.1,0.05]
 
 The paper's rule (a head is static when the top 2% of visible keys get 0.9 of the attention of text
 rows) classifies every held-out prompt of tinyvl by itself, and once by the profile's mean sparsity.
