@@ -147,7 +147,7 @@ TASKS = (*NEEDLES, "prose_qa", "copy", "continuation")
 JOINT = "\n\n"  # between paragraphs, and between context and question
 MIN_TOKENS = 600  # shorter ones may hold no clear pair of sentences to ask about
 MAX_FOLLOWUPS = len(FOLLOWUP_KINDS) - 1
-_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it modulo 1 spread evenly, for any count
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it modulo 1 spread evenly, for any count
 
 
 def count_words(text: str) -> int:
@@ -243,7 +243,7 @@ def _draw(
     planted = [needle for needle in (first, *extra) if needle.text]
     used = JOINT.join([*(needle.text for needle in planted), first.question])
     filler = _fill(prose, tokens - count_tokens(used) - len(planted), count_tokens)
-    phase = (_GOLDEN * index + TASKS.index(task) / len(TASKS)) % 1.0
+    phase = (GOLDEN * index + TASKS.index(task) / len(TASKS)) % 1.0
     context = JOINT.join(_plant(filler, [needle.text for needle in planted], phase))
     parts = [
         {"type": "text", "text": context, "modality": "context"},

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +18,23 @@ from PIL import Image
 
 from hkvprof.errors import UsageError
 from hkvprof.samples.read import Sample
-from hkvprof.testbed.generator import TASKS, Labels, make_sample
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How one sample of each task looks."""
-
-    images: int
-    rows: int
-    cols: int
-    followups: int = 0
-    labels: Labels = "consecutive"
-
+from hkvprof.testbed.generator import TASKS, SampleShape, draw_sample
 
 SHAPES = (
-    Shape(8, 4, 4),
-    Shape(6, 6, 6, followups=1),
-    Shape(12, 4, 4, labels="random"),
-    Shape(4, 4, 4, followups=2),
-    Shape(16, 4, 4),
-    Shape(8, 4, 6, followups=1, labels="random"),
-    Shape(10, 4, 4),
+    SampleShape(8, 4, 4),
+    SampleShape(6, 6, 6, followups=1),
+    SampleShape(12, 4, 4, labels="random"),
+    SampleShape(4, 4, 4, followups=2),
+    SampleShape(16, 4, 4),
+    SampleShape(8, 4, 6, followups=1, labels="random"),
+    SampleShape(10, 4, 4),
 )
 """Every task gets the first `per_task` of these in turn (and from the start again)."""
 
 
 def calibration_sample(task: str, index: int) -> Sample:
     """Sample `index` of a task in the set."""
-    shape = SHAPES[index % len(SHAPES)]
-    return make_sample(
-        task,
-        index,
-        images=shape.images,
-        rows=shape.rows,
-        cols=shape.cols,
-        split="calibration",
-        followups=shape.followups,
-        labels=shape.labels,
-    )
+    return draw_sample(task, index, "calibration", SHAPES[index % len(SHAPES)])
 
 
 def calibration_samples(per_task: int) -> Iterator[Sample]:

@@ -37,7 +37,6 @@ from tools.tinyvl.accuracy import same_reply
 TASKS = ("ocr", "list", "find", "diff", "kv")
 BUDGETS = (0.05, 0.08, 0.10)
 FIRST_SEED = 5000
-_INDEX = "dynamic-projected-"
 Edit = Callable[[Profile], Profile]
 
 
