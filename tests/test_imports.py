@@ -79,6 +79,14 @@ def test_calibration_and_runtime_never_meet() -> None:
     assert "calibration" not in ALLOWED["runtime"]
 
 
+def test_the_package_needs_no_tools() -> None:
+    """`tools/` and `tests/` are not in the wheel."""
+    for path in modules():
+        text = path.read_text(encoding="utf-8")
+        assert "from tools" not in text, path
+        assert "from tests" not in text, path
+
+
 def test_there_are_no_cycles_between_files() -> None:
     graph = {}
     for path in modules():

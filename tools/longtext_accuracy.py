@@ -16,9 +16,16 @@ from typing import Any
 import torch
 
 from hkvprof.errors import HkvError
-from hkvprof.evaluate.longtext import JOINT, SPLITS, TASKS, is_correct
-from hkvprof.evaluate.make_longtext import make_samples, parse_range, tokenizer_counter
+from hkvprof.evaluate.longtext import (
+    JOINT,
+    SPLITS,
+    TASKS,
+    is_correct,
+    make_samples,
+    parse_range,
+)
 from hkvprof.samples.read import Sample
+from tools.make_longtext import tokenizer_counter
 
 MAX_NEW_TOKENS = 48
 

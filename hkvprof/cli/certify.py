@@ -14,7 +14,8 @@ from hkvprof.errors import UsageError
 
 if TYPE_CHECKING:
     from hkvprof.evaluate.certify import Claim
-    from hkvprof.evaluate.taskset import TaskSet
+    from hkvprof.evaluate.contest import Subject
+    from hkvprof.evaluate.records import TaskSet
     from hkvprof.profile.certificate import Certificate
     from hkvprof.profile.record import Profile
 
@@ -90,6 +91,7 @@ def certify(
     """
     from hkvprof.cli.output import check_folder, check_output, say
     from hkvprof.evaluate.certify import Claim, parse_budgets
+    from hkvprof.evaluate.contest import Subject
     from hkvprof.evaluate.journal import forget
     from hkvprof.evaluate.tasks import default_tasks
     from hkvprof.profile.record import load_profile
@@ -114,12 +116,12 @@ def certify(
     network, processor = options.open_model(model, dtype, device)
     say(f"{len(known.samples)} samples of {source}; at most "
         f"{claim.most_losses(len(known.samples))} may degrade")  # fmt: skip
-    found = _certified(network, processor, loaded, known, claim, folder)
-    _write(loaded, found, path)
+    certificate = _certified(Subject(network, processor, loaded), known, claim, folder)
+    _write(loaded, certificate, path)
     if answers is None:  # they have served their purpose
         forget(folder)
-    _print(found, path, as_json)
-    if found.certified is None:
+    _print(certificate, path, as_json)
+    if certificate.certified is None:
         raise typer.Exit(NOT_CERTIFIED)
 
 
@@ -143,13 +145,13 @@ def _samples(
 
     if data is not None:
         options.announce_source(source)
-    found = (
+    whole = (
         load_tasks(source, processor, per_task, tokens, max_samples)
         if data is None
         else whole_folder(source, max_samples)
     )
-    kept = judged(found, claim)
-    without = len(found.samples) - len(kept.samples)
+    kept = judged(whole, claim)
+    without = len(whole.samples) - len(kept.samples)
     if without:
         say(f"{without} samples have nothing that {claim.loss} in {', '.join(claim.regimes)} could "
             "be judged by: left out")  # fmt: skip
@@ -157,9 +159,8 @@ def _samples(
 
 
 def _checked(profile: Profile, source: str, tasks: TaskSet, claim: Claim, given: bool) -> Claim:
-    """The claim without the regimes that no sample has a question for. Raises UsageError."""
-    from hkvprof.evaluate.certify import fitting
-    from hkvprof.evaluate.heldout import check_source
+    """The claim, as far as the samples have questions for it. Raises UsageError."""
+    from hkvprof.evaluate.certify import check_source, fitting
 
     claim.check_samples(len(tasks.samples), f"samples of {source}")
     check_source(profile, source, tasks.samples)
@@ -186,8 +187,7 @@ def _check_answers(
     """Raise UsageError for samples of the calibration, and for answers of other conditions."""
     from hkvprof.cli.output import say
     from hkvprof.cli.progress import track
-    from hkvprof.evaluate.certify import conditions
-    from hkvprof.evaluate.heldout import check_contents
+    from hkvprof.evaluate.certify import check_contents, conditions
     from hkvprof.evaluate.journal import check_conditions
 
     if not check_contents(profile, processor, tasks.samples, track):
@@ -197,30 +197,28 @@ def _check_answers(
     check_conditions(folder, {k: known[k] for k in known if k not in ("model", "dtype")})
 
 
-def _certified(
-    model: Any, processor: Any, profile: Profile, tasks: TaskSet, claim: Claim, folder: Path
-) -> Certificate:
+def _certified(subject: Subject, tasks: TaskSet, claim: Claim, folder: Path) -> Certificate:
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.certify import certify, conditions
     from hkvprof.evaluate.journal import Journal
 
-    journal = Journal(folder, conditions(model, profile, tasks, claim))
-    return certify(model, processor, profile, tasks, claim, journal, track)
+    journal = Journal(folder, conditions(subject.model, subject.profile, tasks, claim))
+    return certify(subject, tasks, claim, journal, track)
 
 
-def _write(profile: Profile, found: Certificate, path: Path) -> None:
+def _write(profile: Profile, certificate: Certificate, path: Path) -> None:
     from hkvprof.profile.certificate import KEY
 
-    provenance = {**profile.provenance, KEY: found.to_json()}
+    provenance = {**profile.provenance, KEY: certificate.to_json()}
     dataclasses.replace(profile, provenance=provenance).save(path)
 
 
-def _print(found: Certificate, path: Path, as_json: bool) -> None:
+def _print(certificate: Certificate, path: Path, as_json: bool) -> None:
     from hkvprof.report.certainty import page
 
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2, sort_keys=True))
+        typer.echo(json.dumps(certificate.to_json(), indent=2, sort_keys=True))
         return
-    for line in page(found):
+    for line in page(certificate):
         typer.echo(line)
     typer.echo(f"Written into {path}; `hkvprof inspect {path}` shows it.")

@@ -85,7 +85,7 @@ def _check(output: Path) -> None:
 
 
 def _make_samples(folder: Path, per_task: int) -> None:
-    from tools.tinyvl.make_calibration import write_calibration_set
+    from hkvprof.testbed.calibration_set import write_calibration_set
 
     start = time.perf_counter()
     count = write_calibration_set(folder, per_task, force=True)

@@ -14,7 +14,7 @@ from hkvprof.cli import options
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
-    from hkvprof.evaluate.plan import Entry
+    from hkvprof.evaluate.contest import MethodAtBudget
     from hkvprof.evaluate.statistics import Duel, MethodSummary
 
 EXAMPLES = """\b
@@ -30,8 +30,8 @@ _SHARD_HELP = "Part I of N of the samples, as I/N: several processes may fill on
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What is printed and written; `public` names the published methods among the baselines."""
+class EvaluationSummary:
+    """What is printed and written; `public` are the baselines that are peers' methods."""
 
     conditions: dict[str, Any]
     summaries: tuple[MethodSummary, ...]
@@ -99,8 +99,8 @@ def evaluate(
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
+    from hkvprof.evaluate.contest import ComparisonPlan, Subject
     from hkvprof.evaluate.journal import Journal, check_conditions
-    from hkvprof.evaluate.plan import Plan
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
     from hkvprof.models.adapter import view_model
@@ -109,18 +109,20 @@ def evaluate(
     part, parts = options.parse_shard(shard)
     if output is not None:
         check_folder(output)
-    plan = Plan(_budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed)
+    comparison = ComparisonPlan(
+        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed
+    )
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
     _, processor = options.open_empty(model, loaded)
     task_set = load_tasks(task_name, processor, per_task, tokens, max_samples, max_frames)
-    plan = plan.fitting(task_set, given=regimes is not None)
+    comparison = comparison.fitting(task_set, given=regimes is not None)
     conditions = {
         "profile": hashlib.sha256(profile.read_bytes()).hexdigest(),
         "tasks": task_name,
         "tokens": tokens,
         "max_frames": max_frames,
-        **plan.conditions(),
+        **comparison.conditions(),
     }
     check_conditions(output, conditions)
     network, processor = options.open_model(model, dtype, device)
@@ -129,18 +131,22 @@ def evaluate(
         "dtype": str(network.dtype).removeprefix("torch."),
     }
     journal = Journal(output, conditions, "" if parts == 1 else f"-{part}of{parts}")
-    mine = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
-    refused: dict[Entry, str] = {}
-    compare(network, processor, loaded, mine, plan, journal, track, refused)
+    own_part = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
+    refused: dict[MethodAtBudget, str] = {}
+    subject = Subject(network, processor, loaded)
+    compare(subject, own_part, comparison, journal, track, refused)
     for entry, reason in refused.items():
         say(f"{entry.method} at {entry.budget} has no answer to some prompts: {reason}")
-    answers = plan.select(journal.answers, task_set)
-    found = Outcome(
-        conditions, tuple(summarise(answers)), tuple(duels(answers, plan.public)), plan.public
+    answers = comparison.select(journal.answers, task_set)
+    summary = EvaluationSummary(
+        conditions,
+        tuple(summarise(answers)),
+        tuple(duels(answers, comparison.public)),
+        comparison.public,
     )
     if output is not None:
-        _write(output, found, model)
-    _print(found, model, profile, as_json)
+        _write(output, summary, model)
+    _print(summary, model, profile, as_json)
 
 
 def _budgets(text: str) -> tuple[str, ...]:
@@ -173,34 +179,34 @@ def _regimes(text: str | None) -> tuple[str, ...]:
     return tuple(REGIMES) if text is None else tuple(dict.fromkeys(options.listed(text)))
 
 
-def _write(folder: Path, found: Outcome, model: str) -> None:
+def _write(folder: Path, summary: EvaluationSummary, model: str) -> None:
     from hkvprof.cli.output import say
     from hkvprof.evaluate.records import FULL
     from hkvprof.files.atomic import write_atomically
     from hkvprof.report.quality_plot import quality_plot
 
     plot = quality_plot(
-        found.summaries,
-        found.public,
+        summary.summaries,
+        summary.public,
         model=model,
-        tasks=[found.conditions["tasks"]],
-        questions=sum(one.answers for one in found.summaries if one.method == FULL),
-        dtype=found.conditions["dtype"],
+        tasks=[summary.conditions["tasks"]],
+        questions=sum(one.answers for one in summary.summaries if one.method == FULL),
+        dtype=summary.conditions["dtype"],
     )
-    write_atomically(folder / "summary.json", found.to_json().encode())
+    write_atomically(folder / "summary.json", summary.to_json().encode())
     write_atomically(folder / "quality.svg", plot.encode())
     say(f"answers, summary.json and quality.svg in {folder}")
 
 
-def _print(found: Outcome, model: str, profile: Path, as_json: bool) -> None:
+def _print(summary: EvaluationSummary, model: str, profile: Path, as_json: bool) -> None:
     from hkvprof.cli.output import stdout
     from hkvprof.report.comparison import comparison_table, duel_lines, next_steps, task_table
 
     if as_json:
-        typer.echo(found.to_json(), nl=False)
+        typer.echo(summary.to_json(), nl=False)
         return
     console = stdout()
-    console.print(comparison_table(found.summaries, compact=console.width < _WIDE))
-    console.print(task_table(found.summaries))
-    for line in [*duel_lines(found.duels), *next_steps(model, str(profile))]:
+    console.print(comparison_table(summary.summaries, compact=console.width < _WIDE))
+    console.print(task_table(summary.summaries))
+    for line in [*duel_lines(summary.duels), *next_steps(model, str(profile))]:
         typer.echo(line)

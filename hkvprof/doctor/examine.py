@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hkvprof.doctor import compressed, exact, memory
+from hkvprof.doctor import compressed, exact
 from hkvprof.doctor.conversations import Patient
 from hkvprof.doctor.records import (
     FaultError,
@@ -56,7 +56,7 @@ CHECKS = (
     Check("masked-requests", compressed.requests),
     Check("masked-chunks", compressed.chunks),
     Check("masked-logits", compressed.logits),
-    Check("memory", memory.memory),
+    Check("memory", compressed.memory),
 )
 """The first ten at budget 1.0, to the bit; then at a small budget."""
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hkvprof.doctor import contents, selection
+from hkvprof.doctor import residents
 from hkvprof.doctor.conversations import Patient
-from hkvprof.doctor.recording import Call, Recording, Seen, Segment
+from hkvprof.doctor.recording import RecordedCall, Recording, Seen, Segment
 from hkvprof.doctor.records import FaultError
 from hkvprof.heads import Strategy
 
@@ -52,13 +52,13 @@ class HeadJudge:
         """Note the last queries of a pass that has attended: later compressions look at them."""
         self._queries[seen.number].append(seen.query[:, :, -self._keep.window :])
 
-    def after_prompt(self, seen: Seen, call: Call) -> None:
-        """Judge what a layer kept when its prompt was compressed. Raises FaultError."""
+    def after_prompt(self, seen: Seen, call: RecordedCall) -> None:
+        """The layer was just compressed. Raises FaultError."""
         self._compressed_at[seen.number] = seen.key.shape[2]
         self._judge(seen, call, self._window(seen.number), first=True)
 
-    def at_step(self, seen: Seen, call: Call) -> Places:
-        """Judge what a compressed layer holds in one pass, and return it. Raises FaultError."""
+    def at_step(self, seen: Seen, call: RecordedCall) -> Places:
+        """The layer attended compressed: what to. Raises FaultError."""
         before = seen.key.shape[2] - seen.query.shape[2]
         every = self._recording.options.get("compress_every", 0)
         joins = self._recording.options.get("decode_compression", True)
@@ -75,7 +75,7 @@ class HeadJudge:
         self._queries[number] = [last]
         return last
 
-    def _judge(self, seen: Seen, call: Call, window: Tensor | None, first: bool) -> Places:
+    def _judge(self, seen: Seen, call: RecordedCall, window: Tensor | None, first: bool) -> Places:
         assert call.segments is not None
         starts, heads = self._recording.script.starts, range(seen.key.shape[1])
         held: Places = []
@@ -105,8 +105,8 @@ class HeadJudge:
     def _located(self, seen: Seen, segment: Segment, row: int, head: int, start: int) -> list[int]:
         key, value = seen.key[row, head], seen.value[row, head]
         prompt = self._recording.script.tokens
-        places = contents.positions(segment, key, value, start, prompt)
-        contents.check_structure(segment, places, start, len(key), self._keep)
+        places = residents.positions(segment, key, value, start, prompt)
+        residents.check_structure(segment, places, start, len(key), self._keep)
         return places
 
     def _head(
@@ -122,11 +122,11 @@ class HeadJudge:
         """Raise FaultError unless the head kept as many tokens as planned, and the best ones."""
         smooth = self._recording.options.get("smoothing", 1.0) > 0
         tokens = len(head.key)
-        selection.check_count(head.segment, head.strategy, head.ratio, tokens, self._keep, smooth)
+        residents.check_count(head.segment, head.strategy, head.ratio, tokens, self._keep, smooth)
         if head.segment.layout is None:
             self._best(head, kept, head.key)
         elif self._mean_digests:
-            selection.check_hot(head.segment, head.window[:, -1], head.key, head.scaling)
+            residents.check_hot(head.segment, head.window[:, -1], head.key, head.scaling)
 
     def _again(self, head: _Head, kept: set[int], before: list[int], start: int, new: int) -> None:
         """A static head that was pruned again: the best of what it had."""
@@ -135,12 +135,12 @@ class HeadJudge:
         if head.segment.layout is not None or len(old) == len(had):
             return
         tokens = len(head.key) - new
-        wanted = selection.static_count(head.ratio, tokens, self._keep)
+        wanted = residents.static_count(head.ratio, tokens, self._keep)
         if len(old) != wanted:
             raise FaultError(
                 f"{len(old)} tokens were kept when new ones joined the budget, where the plan says "
                 f"{wanted} of {tokens}",
-                selection.PLAN,
+                residents.PLAN,
             )
         numbers = {i for i, number in enumerate(had.tolist()) if number in old}
         self._best(head, numbers, head.key[had.to(head.key.device)])
@@ -153,12 +153,12 @@ class HeadJudge:
         pool = 1 if strategy.index else strategy.pool  # a dynamic head too short for its index
         window = head.window[:, -min(head.window.shape[1], len(key)) :]
         try:
-            selection.check_static(kept, window, key, head.scaling, pool, self._keep)
+            residents.check_static(kept, window, key, head.scaling, pool, self._keep)
         except FaultError as fault:
-            for scaling in selection.other_scalings(head.scaling, key.shape[-1]):
+            for scaling in residents.other_scalings(head.scaling, key.shape[-1]):
                 given = (kept, window, key, scaling, pool, self._keep)
-                if selection.passes(selection.check_static, *given):
-                    raise FaultError(fault.what, selection.SCALING) from None
+                if residents.passes(residents.check_static, *given):
+                    raise FaultError(fault.what, residents.SCALING) from None
             raise
 
     def _hot(self, seen: Seen, segment: Segment, row: int, head: int, start: int) -> None:
@@ -171,13 +171,13 @@ class HeadJudge:
             return
         key, queries = seen.key[row, head, start:], seen.query[row, :, -1]
         try:
-            selection.check_hot(segment, queries[_group(seen, head)], key, seen.scaling)
+            residents.check_hot(segment, queries[_group(seen, head)], key, seen.scaling)
         except FaultError as fault:
             heads = seen.key.shape[1]
             others = [queries[_group(seen, other)] for other in range(heads) if other != head]
             for query in (*others, queries[head::heads]):
-                if selection.passes(selection.check_hot, segment, query, key, seen.scaling):
-                    raise FaultError(fault.what, selection.GROUPING) from None
+                if residents.passes(residents.check_hot, segment, query, key, seen.scaling):
+                    raise FaultError(fault.what, residents.GROUPING) from None
             raise
 
     @property

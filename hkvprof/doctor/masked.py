@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from hkvprof.doctor import selection
+from hkvprof.doctor import residents
 from hkvprof.doctor.conversations import Patient, play
 from hkvprof.doctor.heads import HeadJudge
-from hkvprof.doctor.recording import Call, Exact, Recording, Seen, attend, watched_attention
+from hkvprof.doctor.recording import Exact, RecordedCall, Recording, Seen, attend, watched_attention
 from hkvprof.doctor.records import FaultError
 
 _KERNEL = (
@@ -138,7 +138,9 @@ class _Reference:
             where = f"layer {seen.number}, pass {number}: {fault.what}"
             raise FaultError(where, fault.cause) from None
 
-    def _answer(self, seen: Seen, number: int, call: Call, before: Call | None) -> Tensor:
+    def _answer(
+        self, seen: Seen, number: int, call: RecordedCall, before: RecordedCall | None
+    ) -> Tensor:
         new = seen.query.shape[2]
         was_dense = before is None or before.segments is None
         if call.segments is None or (was_dense and new > 1):
@@ -155,7 +157,7 @@ class _Reference:
         self._near(seen, call, exact, self._visible[key])
         return call.output
 
-    def _prefill(self, seen: Seen, call: Call) -> Tensor:
+    def _prefill(self, seen: Seen, call: RecordedCall) -> Tensor:
         """Dense attention, after which the layer may have been compressed."""
         output, _ = seen.base()
         if self._judge and not torch.equal(output, call.output):
@@ -166,7 +168,7 @@ class _Reference:
                 self._heads.after_prompt(seen, call)
         return output
 
-    def _what_is_visible(self, seen: Seen, call: Call) -> Tensor:
+    def _what_is_visible(self, seen: Seen, call: RecordedCall) -> Tensor:
         """[rows, kv_heads, new, tokens]: resident tokens; all of a dynamic head's for passes of
         several tokens; of this pass only what is not later."""
         rows, heads, tokens, _ = seen.key.shape
@@ -183,7 +185,7 @@ class _Reference:
         self.shares.append(float(visible.float().mean()))
         return visible.to(seen.key.device)
 
-    def _near(self, seen: Seen, call: Call, exact: Exact, visible: Tensor) -> None:
+    def _near(self, seen: Seen, call: RecordedCall, exact: Exact, visible: Tensor) -> None:
         """Raise FaultError unless the runtime's output is this attention, up to rounding."""
         error, tolerance = exact.error(call.output), exact.tolerance(seen.query.dtype)
         self.worst = max(self.worst, float((error / tolerance).max()))
@@ -206,20 +208,20 @@ def _same(mask: Tensor | None, other: Tensor | None) -> bool:
     return torch.equal(mask, other)
 
 
-def _explain(seen: Seen, call: Call, visible: Tensor) -> str:
-    """The likely cause: the first known mistake that gives what was computed, else the kernel."""
+def _explain(seen: Seen, call: RecordedCall, visible: Tensor) -> str:
+    """Which mistake would give what the runtime computed?"""
     heads = seen.key.shape[1]
     for shift in range(1, heads):
         key, value, mask = (x.roll(shift, dims=1) for x in (seen.key, seen.value, visible))
         if _fits(call, attend(seen.query, key, value, mask, seen.scaling), seen):
-            return selection.GROUPING
-    for scaling in selection.other_scalings(seen.scaling, seen.query.shape[-1]):
+            return residents.GROUPING
+    for scaling in residents.other_scalings(seen.scaling, seen.query.shape[-1]):
         if _fits(call, attend(seen.query, seen.key, seen.value, visible, scaling), seen):
-            return selection.SCALING
+            return residents.SCALING
     return _KERNEL
 
 
-def _fits(call: Call, exact: Exact, seen: Seen) -> bool:
-    """Whether at least one query head's output is this attention, up to rounding."""
+def _fits(call: RecordedCall, exact: Exact, seen: Seen) -> bool:
+    """Whether at least one query head is as this says."""
     fine = exact.error(call.output) <= exact.tolerance(seen.query.dtype)
     return bool(fine.all(dim=(0, 1)).any())

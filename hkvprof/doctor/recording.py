@@ -130,7 +130,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One attention call of a layer: its output [rows, new, query_heads, dim], the mask that it
     got, and the segments [row][head] that the layer held right after; None while it is dense."""
 
@@ -147,7 +147,7 @@ class Recording:
     profile: Profile
     budget: float
     options: dict[str, Any]
-    calls: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
+    calls: dict[int, list[RecordedCall]] = field(default_factory=lambda: defaultdict(list))
     logits: list[Tensor] = field(default_factory=list)
 
     @property
@@ -178,7 +178,7 @@ def record(
         def watch(seen: Seen) -> tuple[Tensor, Any]:
             output, weights = seen.base()
             state = _segments(cache.layers[seen.number], seen.key.shape[0])
-            made.calls[seen.number].append(Call(output.detach().clone(), seen.mask, state))
+            made.calls[seen.number].append(RecordedCall(output.detach().clone(), seen.mask, state))
             return output, weights
 
         with watched_attention(patient.view, watch):

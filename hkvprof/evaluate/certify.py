@@ -1,7 +1,10 @@
 """A certificate: the least budget whose degradation is below alpha with confidence 1 - delta.
 
+It says something of held-out samples alone: `check_source` and `check_contents` compare with those
+of the calibration.
+
 Learn then Test (Angelopoulos et al. 2021, arXiv 2110.01052) with fixed-sequence testing and exact
-binomial p-values (risk.py). All budgets share one prefill per sample; a budget that cannot be
+binomial p-values. All budgets share one prefill per sample; a budget that cannot be
 accepted any more is not asked again, nor are smaller ones: no verdict depends on them.
 """
 
@@ -17,13 +20,12 @@ from typing import Any
 from scipy.stats import binom
 
 from hkvprof.calibration.conditions import current_versions
+from hkvprof.calibration.probe import content_digest as sample_digest
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.compare import Track, compare
-from hkvprof.evaluate.contest import MIN_TOKENS
+from hkvprof.evaluate.contest import MIN_TOKENS, ComparisonPlan, MethodAtBudget, Subject
 from hkvprof.evaluate.journal import Journal
-from hkvprof.evaluate.plan import Entry, Plan
-from hkvprof.evaluate.records import FULL, Answer
-from hkvprof.evaluate.taskset import TaskSet
+from hkvprof.evaluate.records import FULL, Answer, TaskSet
 from hkvprof.models.adapter import view_model
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.certificate import (
@@ -35,7 +37,8 @@ from hkvprof.profile.certificate import (
     fixed_sequence,
 )
 from hkvprof.profile.record import Profile
-from hkvprof.samples.read import Sample, samples_digest
+from hkvprof.samples.read import Sample, open_images, samples_digest
+from hkvprof.samples.record import SAMPLES_KEY, short_digest
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,52 @@ _STEPS = 1
 """Forced tokens per question: distances do not count here, only the answers do."""
 
 
+_NAMED = 3
+
+
+def check_source(profile: Profile, data: str, samples: Sequence[Sample]) -> None:
+    """Raise UsageError where these are the very samples that the profile was calibrated on, or may
+    be some of them and nothing in the profile tells."""
+    origin = profile.provenance
+    if origin.get("data_digest") == samples_digest(samples):
+        raise UsageError(
+            f"the profile was calibrated on these very samples ({data}): give held-out ones, which "
+            "calibration has not seen"
+        )
+    if SAMPLES_KEY not in origin and origin.get("data") == data:
+        raise UsageError(
+            f"the profile was calibrated on samples of {data} and does not record on which: give "
+            "other data, or calibrate again with this version"
+        )
+
+
+def check_contents(
+    profile: Profile, processor: ChatProcessor, samples: Sequence[Sample], track: Track
+) -> bool:
+    """Compare every sample with those of the calibration, by tokens, pixels and replies.
+
+    Returns False where the profile does not record its samples (nothing is compared then). Raises
+    UsageError naming samples that both have.
+    """
+    known = profile.provenance.get(SAMPLES_KEY)
+    if not isinstance(known, list):
+        return False
+    seen = {digest for digest in known if isinstance(digest, str)}
+    shared = []
+    for sample in track(samples, "comparing with the calibration", len(samples)):
+        encoded = processor.encode([replace(sample, messages=tuple(open_images(sample))).messages])
+        if short_digest(sample_digest(sample, encoded)) in seen:
+            shared.append(sample.id)
+    if shared:
+        named = ", ".join(repr(name) for name in shared[:_NAMED])
+        more = f" and {len(shared) - _NAMED} more" if len(shared) > _NAMED else ""
+        raise UsageError(
+            f"the profile was calibrated on {len(shared)} of these {len(samples)} samples "
+            f"({named}{more}): give held-out ones alone"
+        )
+    return True
+
+
 def judged(tasks: TaskSet, claim: Claim) -> TaskSet:
     """The samples of which the claim's loss can be taken."""
 
@@ -145,15 +194,13 @@ def conditions(model: Any, profile: Profile, tasks: TaskSet, claim: Claim) -> di
 
 
 def certify(
-    model: Any,
-    processor: ChatProcessor,
-    profile: Profile,
+    subject: Subject,
     tasks: TaskSet,
     claim: Claim,
     journal: Journal | None = None,
     track: Track | None = None,
 ) -> Certificate:
-    """Test the claim on held-out samples (`judged` ones; heldout.py tells whether they are).
+    """Test the claim on `judged` samples, held out as `check_source` and `check_contents` tell.
 
     Answers that the journal holds are not asked for again. Raises UsageError where the samples are
     too few, BudgetError where a budget cannot be met on one of them.
@@ -161,9 +208,11 @@ def certify(
     claim.check_samples(len(tasks.samples))
     journal = journal or Journal(None, {})
     tally = Tally(claim, [sample.id for sample in tasks.samples], journal.answers)
-    plan = Plan(tuple(map(_name, claim.budgets)), regimes=claim.regimes, steps=_STEPS)
+    comparison = ComparisonPlan(
+        tuple(map(_name, claim.budgets)), regimes=claim.regimes, steps=_STEPS
+    )
     try:
-        compare(model, processor, profile, tasks, plan, journal, track, skip=tally.is_lost)
+        compare(subject, tasks, comparison, journal, track, skip=tally.is_lost)
     except BudgetError as error:
         raise BudgetError(
             f"a budget cannot be met on these samples: {error}. Leave small ones out of --budgets, "
@@ -182,9 +231,9 @@ def certify(
         reason=_reason(levels[0], claim, samples) if certified is None else "",
         regimes=claim.regimes,
         full_score=tally.full_score(),
-        content=profile.content_digest,
-        weights_digest=view_model(model).fingerprint.weights_digest,
-        dtype=_dtype(model),
+        content=content_digest(subject.profile),
+        weights_digest=view_model(subject.model).fingerprint.weights_digest,
+        dtype=_dtype(subject.model),
         data=tasks.name,
         data_digest=samples_digest(tasks.samples),
         options={"min_tokens": MIN_TOKENS, "max_new_tokens": tasks.max_new_tokens},
@@ -208,7 +257,7 @@ class Tally:
         self._lost: dict[str, set[str]] = {name: set() for name in self._budgets}
         self._read = 0
 
-    def is_lost(self, entry: Entry) -> bool:
+    def is_lost(self, entry: MethodAtBudget) -> bool:
         """Whether this budget cannot be accepted any more, or a larger one cannot."""
         self._catch_up()
         upto = self._budgets[: self._budgets.index(entry.budget) + 1]

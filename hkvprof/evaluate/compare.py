@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from hkvprof.errors import BudgetError, CompressionError, UsageError
-from hkvprof.evaluate.contest import MIN_TOKENS, Caches, Contest
+from hkvprof.evaluate.contest import (
+    MIN_TOKENS,
+    Caches,
+    ComparisonPlan,
+    Contest,
+    MethodAtBudget,
+    Subject,
+)
 from hkvprof.evaluate.journal import Journal
-from hkvprof.evaluate.plan import Entry, Plan
-from hkvprof.evaluate.questions import Question, Scene, Stage
-from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer
+from hkvprof.evaluate.questions import AskedPrompt, Question, Stage
+from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer, TaskSet
 from hkvprof.evaluate.replay import Distance, Reference, answer, end_tokens, refer, replay
-from hkvprof.evaluate.taskset import TaskSet
-from hkvprof.models.processing import ChatProcessor
-from hkvprof.profile.record import Profile
 from hkvprof.runtime import measure_storage
 from hkvprof.samples.read import Sample
 
@@ -25,15 +28,13 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def compare(
-    model: Any,
-    processor: ChatProcessor,
-    profile: Profile,
+    subject: Subject,
     tasks: TaskSet,
-    plan: Plan,
+    comparison: ComparisonPlan,
     journal: Journal | None = None,
     track: Track | None = None,
-    refused: dict[Entry, str] | None = None,
-    skip: Callable[[Entry], bool] = lambda entry: False,
+    refused: dict[MethodAtBudget, str] | None = None,
+    skip: Callable[[MethodAtBudget], bool] = lambda entry: False,
 ) -> list[Answer]:
     """Answers to every sample by every method, those already in the journal included.
 
@@ -45,37 +46,51 @@ def compare(
     """
     journal = journal or Journal(None, {})
     track = track or (lambda items, description, total: items)
-    contest = Contest(model, profile, plan.seed)
+    contest = Contest(subject, comparison.seed)
     for sample in track(tasks.samples, "answering", len(tasks.samples)):
         done = journal.done
         missing = [
             entry
-            for entry in plan.entries
+            for entry in comparison.entries
             if (sample.id, entry.method, entry.budget) not in done and not skip(entry)
         ]
         if missing or (sample.id, FULL, "") not in done:
-            now = _Round(model, processor, sample, tasks, plan, contest)
-            for entry, reason in now.play(missing, journal).items():
+            one_sample = _Round(subject, sample, tasks, comparison, contest)
+            for entry, reason in one_sample.play(missing, journal).items():
                 if refused is not None:
                     refused.setdefault(entry, f"{sample.id}: {reason}")
             contest.forget()
-    answers = plan.select(journal.answers, tasks)
-    _check(answers, plan)
+    answers = comparison.select(journal.answers, tasks)
+    _check(answers, comparison)
     return answers
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question, the prompt that is compressed for it, and the full cache's reply to it."""
+    """A question after its prompt, and what the full cache says to it."""
 
-    scene: Scene
+    prompt: AskedPrompt
     question: Question
     reference: Reference
 
     @property
     def first(self) -> torch.Tensor | None:
         """Logits that the compressed prompt ended with, where the reply follows it at once."""
-        return None if self.question.lead else self.scene.prefill.logits[0]
+        return None if self.question.lead else self.prompt.prefill.logits[0]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a method says to a question, and what its cache held and took (as in `Answer`)."""
+
+    text: str
+    distance: Distance
+    resident_bytes: int
+    storage_bytes: int
+    host_bytes: int
+    dense_bytes: int
+    compress_seconds: float
+    hit_rate: float | None
 
 
 class _Round:
@@ -83,37 +98,33 @@ class _Round:
 
     def __init__(
         self,
-        model: Any,
-        processor: ChatProcessor,
+        subject: Subject,
         sample: Sample,
         tasks: TaskSet,
-        plan: Plan,
+        comparison: ComparisonPlan,
         contest: Contest,
     ) -> None:
-        self.model, self.processor, self.sample = model, processor, sample
-        self.tasks, self.plan, self.contest = tasks, plan, contest
-        self.ends = end_tokens(model, processor)
+        self.model, self.processor, self.sample = subject.model, subject.processor, sample
+        self.tasks, self.comparison, self.contest = tasks, comparison, contest
+        self.ends = end_tokens(self.model, self.processor)
 
-    def play(self, entries: Sequence[Entry], journal: Journal) -> dict[Entry, str]:
+    def play(
+        self, entries: Sequence[MethodAtBudget], journal: Journal
+    ) -> dict[MethodAtBudget, str]:
         """Answer with the full cache, then with every entry; each goes into the journal.
 
         Returns the baselines that could not meet their budget, with the reason.
         """
         asked = self._refer()
-        refused: dict[Entry, str] = {}
+        refused: dict[MethodAtBudget, str] = {}
         if not asked:
             return refused
         if (self.sample.id, FULL, "") not in journal.done:
-            journal.add([self._full(one, len(asked)) for one in asked])
-        scenes = list({id(one.scene): one.scene for one in asked}.values())
+            full = MethodAtBudget(FULL, "")
+            journal.add([self._answer(one, full, self._full(one), len(asked)) for one in asked])
         for entry in entries:
             try:
-                made = []
-                for scene in scenes:
-                    mine = [one for one in asked if one.scene is scene]
-                    with self.contest.open(entry, scene.prefill) as caches:
-                        made += [self._compressed(entry, caches, one, len(asked)) for one in mine]
-                journal.add(made)
+                journal.add(self._compressed(entry, asked))
             except BudgetError as error:
                 if entry.method == OURS:
                     raise
@@ -125,25 +136,25 @@ class _Round:
         stage = Stage(self.model, self.processor, self.sample, self.tasks)
         asked: list[_Asked] = []
         first_reply: str | None = None
-        for regime in self.plan.regimes:
+        for regime in self.comparison.regimes:
             if regime == "inside":
-                scene: Scene | None = stage.inside()
+                prompt: AskedPrompt | None = stage.inside()
             elif regime == "after":
-                scene = stage.after()
+                prompt = stage.after()
             else:
                 if first_reply is None:
-                    known = [one for one in asked if one.scene.regime == "inside"]
+                    known = [one for one in asked if one.prompt.regime == "inside"]
                     first_reply = self._text(
                         (known or [self._ask_full(stage.inside(), 0)])[0].reference
                     )
-                scene = stage.later(first_reply)
-            if scene is not None:
-                asked += [self._ask_full(scene, i) for i in range(len(scene.questions))]
+                prompt = stage.later(first_reply)
+            if prompt is not None:
+                asked += [self._ask_full(prompt, i) for i in range(len(prompt.questions))]
         return asked
 
-    def _ask_full(self, scene: Scene, number: int) -> _Asked:
-        question = scene.questions[number]
-        prefill = scene.prefill
+    def _ask_full(self, prompt: AskedPrompt, number: int) -> _Asked:
+        question = prompt.questions[number]
+        prefill = prompt.prefill
         prefill.restore(self.model)
         reference = refer(
             self.model,
@@ -151,24 +162,34 @@ class _Round:
             None if question.lead else prefill.logits[0],
             question.lead,
             self.ends,
-            self.plan.steps,
+            self.comparison.steps,
             self.tasks.max_new_tokens,
         )
-        return _Asked(scene, question, reference)
+        return _Asked(prompt, question, reference)
 
     def _text(self, reference: Reference) -> str:
         return self.processor.decode(list(reference.reply[: self.tasks.max_new_tokens]))
 
-    def _full(self, one: _Asked, questions: int) -> Answer:
-        calls = one.scene.prefill.calls
+    def _full(self, one: _Asked) -> _Said:
+        calls = one.prompt.prefill.calls
         size = sum(call.key.nbytes + call.value.nbytes for call in calls)
         distance = one.reference.distance(one.reference.log_probs, 0 if one.question.lead else 1)
-        return self._answer(
-            one, Entry(FULL, ""), self._text(one.reference), distance, questions,
-            sizes=(size, size, 0, size), seconds=0.0, hit_rate=None,
-        )  # fmt: skip
+        text = self._text(one.reference)
+        return _Said(text, distance, size, size, 0, size, compress_seconds=0.0, hit_rate=None)
 
-    def _compressed(self, entry: Entry, caches: Caches, one: _Asked, questions: int) -> Answer:
+    def _compressed(self, entry: MethodAtBudget, asked: list[_Asked]) -> list[Answer]:
+        """One method's answers; every prompt is compressed once. Raises BudgetError."""
+        answers = []
+        for prompt in {id(one.prompt): one.prompt for one in asked}.values():
+            with self.contest.open(entry, prompt.prefill) as caches:
+                answers += [
+                    self._answer(one, entry, self._say(caches, one), len(asked))
+                    for one in asked
+                    if one.prompt is prompt
+                ]
+        return answers
+
+    def _say(self, caches: Caches, one: _Asked) -> _Said:
         cache = caches()
         receipt = cache.receipt()
         storage, _ = measure_storage(cache)
@@ -181,62 +202,56 @@ class _Round:
         if left is not None and left < limit:
             ids = answer(self.model, caches(), one.first, one.question.lead, self.ends, limit)
             text = self.processor.decode(list(ids))
-        sizes = (receipt.resident_bytes, storage, receipt.host_bytes, receipt.dense_bytes)
-        seconds = caches.seconds + receipt.compression_seconds
-        return self._answer(
-            one, entry, text, distance, questions, sizes, seconds, cache.receipt().hit_rate
+        return _Said(
+            text,
+            distance,
+            receipt.resident_bytes,
+            storage,
+            receipt.host_bytes,
+            receipt.dense_bytes,
+            compress_seconds=caches.seconds + receipt.compression_seconds,
+            hit_rate=cache.receipt().hit_rate,
         )
 
-    def _answer(
-        self,
-        one: _Asked,
-        entry: Entry,
-        text: str,
-        distance: Distance,
-        questions: int,
-        sizes: tuple[int, int, int, int],
-        seconds: float,
-        hit_rate: float | None,
-    ) -> Answer:
+    def _answer(self, one: _Asked, entry: MethodAtBudget, said: _Said, questions: int) -> Answer:
         gold = one.question.gold
-        resident, storage, host, dense = sizes
         return Answer(
             sample=self.sample.id,
             task=one.question.task,
-            regime=one.scene.regime,
+            regime=one.prompt.regime,
             turn=one.question.turn,
             method=entry.method,
             budget=entry.budget,
-            text=text,
+            text=said.text,
             expected=gold.references[0] if gold else "",
             metric=gold.metric.name if gold else "",
-            score=gold.score(text) if gold else None,
-            kl=distance.kl,
-            agreement=distance.agreement,
-            nll=distance.nll,
-            steps=distance.rows,
-            prompt_tokens=one.scene.prefill.tokens,
-            resident_bytes=resident,
-            storage_bytes=storage,
-            host_bytes=host,
-            dense_bytes=dense,
-            compress_seconds=seconds,
-            hit_rate=hit_rate,
+            score=gold.score(said.text) if gold else None,
+            kl=said.distance.kl,
+            agreement=said.distance.agreement,
+            nll=said.distance.nll,
+            steps=said.distance.rows,
+            prompt_tokens=one.prompt.prefill.tokens,
+            resident_bytes=said.resident_bytes,
+            storage_bytes=said.storage_bytes,
+            host_bytes=said.host_bytes,
+            dense_bytes=said.dense_bytes,
+            compress_seconds=said.compress_seconds,
+            hit_rate=said.hit_rate,
             questions=questions,
         )
 
 
-def _check(answers: Sequence[Answer], plan: Plan) -> None:
+def _check(answers: Sequence[Answer], comparison: ComparisonPlan) -> None:
     """What claims to compress must have done so, and every regime must have been asked."""
-    for regime in plan.regimes:
+    for regime in comparison.regimes:
         if not any(a.regime == regime for a in answers):
             raise UsageError(
                 f"no sample has a question in the regime {regime!r} ({REGIMES[regime]}): leave "
                 "it out, or use samples whose question ends the prompt and that have follow-ups"
             )
-    for entry in plan.entries:
-        mine = [a for a in answers if (a.method, a.budget) == (entry.method, entry.budget)]
-        if not entry.is_whole and mine and all(a.resident_bytes >= a.dense_bytes for a in mine):
+    for entry in comparison.entries:
+        given = [a for a in answers if (a.method, a.budget) == (entry.method, entry.budget)]
+        if not entry.is_whole and given and all(a.resident_bytes >= a.dense_bytes for a in given):
             raise CompressionError(
                 f"{entry.method} at budget {entry.budget} compressed nothing on any of the "
                 f"samples: prompts may be shorter than {MIN_TOKENS} tokens, or the budget may hold "

@@ -1,24 +1,107 @@
-"""Methods of a comparison as makers of compressed caches."""
+"""What a comparison compares, and how each method makes its compressed caches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from hkvprof.evaluate.baselines.base import Prompt
-from hkvprof.evaluate.baselines.registry import find
+from hkvprof.errors import UsageError
+from hkvprof.evaluate.baselines.base import PromptView, baselines, find
 from hkvprof.evaluate.baselines.session import applied, decide, fill
-from hkvprof.evaluate.plan import Entry
 from hkvprof.evaluate.prefill import Prefill
-from hkvprof.evaluate.records import OURS
+from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer, TaskSet
+from hkvprof.evaluate.replay import STEPS
+from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import CompressedCache, apply
 
 MIN_TOKENS = 64
 """Fewer than `apply` asks for: here it is quality that counts, not time."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with its processor, and a profile of it."""
+
+    model: Any
+    processor: ChatProcessor
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class MethodAtBudget:
+    """One row of the comparison: hkvprof or a baseline, at one budget (as the user wrote it)."""
+
+    method: str
+    budget: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the budget is the whole cache."""
+        return Budget.parse(self.budget).share == 1
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """hkvprof and `baselines` (names) at every budget, in these regimes.
+
+    `steps` tokens of the full cache's continuation are forced per question; `seed` is for methods
+    that draw. Raises UsageError, BudgetError.
+    """
+
+    budgets: tuple[str, ...]
+    baselines: tuple[str, ...] = ()
+    regimes: tuple[str, ...] = tuple(REGIMES)
+    steps: int = STEPS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.regimes if name not in REGIMES]
+        if unknown or not self.regimes:
+            raise UsageError(
+                f"unknown regime {', '.join(unknown) or '(none)'}: expected some of "
+                + "; ".join(f"{name} ({what})" for name, what in REGIMES.items())
+            )
+        for name in self.baselines:
+            find(name)
+        for budget in self.budgets:
+            Budget.parse(budget)
+        if self.steps < 1:
+            raise UsageError(f"steps must be at least 1, found {self.steps}")
+
+    @cached_property
+    def entries(self) -> tuple[MethodAtBudget, ...]:
+        """Rows beside the full cache; baselines have nothing to show at the whole cache."""
+        ours = [MethodAtBudget(OURS, budget) for budget in self.budgets]
+        theirs = [
+            MethodAtBudget(name, budget) for name in self.baselines for budget in self.budgets
+        ]
+        return (*ours, *(entry for entry in theirs if not entry.is_whole))
+
+    @property
+    def public(self) -> set[str]:
+        """Names of baselines that are peers' methods, not ablations."""
+        return {name for name, one in baselines().items() if one.public}
+
+    def conditions(self) -> dict[str, Any]:
+        """What answers depend on, whatever rows are asked for."""
+        return {"regimes": list(self.regimes), "steps": self.steps, "seed": self.seed}
+
+    def fitting(self, tasks: TaskSet, given: bool) -> ComparisonPlan:
+        """Without `later` where no sample has a follow-up, unless the regimes were given."""
+        if given or any(sample.followups for sample in tasks.samples):
+            return self
+        return replace(self, regimes=tuple(r for r in self.regimes if r != "later"))
+
+    def select(self, answers: Iterable[Answer], tasks: TaskSet) -> list[Answer]:
+        """Answers to these samples by the full cache and this comparison's rows."""
+        wanted = {(FULL, ""), *((entry.method, entry.budget) for entry in self.entries)}
+        samples = {sample.id for sample in tasks.samples}
+        return [a for a in answers if (a.method, a.budget) in wanted and a.sample in samples]
 
 
 @dataclass
@@ -34,10 +117,10 @@ class Caches:
 
 
 class Contest:
-    """All entries' ways to compress, for one model and profile."""
+    """All methods' ways to compress, for one model and profile."""
 
-    def __init__(self, model: Any, profile: Profile, seed: int) -> None:
-        self.model, self.profile, self.seed = model, profile, seed
+    def __init__(self, subject: Subject, seed: int) -> None:
+        self.model, self.profile, self.seed = subject.model, subject.profile, seed
         self._memos: dict[int, dict[str, tuple[Any, float]]] = {}
 
     def forget(self) -> None:
@@ -45,7 +128,7 @@ class Contest:
         self._memos.clear()
 
     @contextmanager
-    def open(self, entry: Entry, prefill: Prefill) -> Iterator[Caches]:
+    def open(self, entry: MethodAtBudget, prefill: Prefill) -> Iterator[Caches]:
         """Within: the model serves caches of this entry. Raises HkvError where it cannot."""
         if entry.method == OURS:
             with apply(
@@ -60,18 +143,18 @@ class Contest:
                 yield Caches(ours, 0.0)
             return
         method, prompt = find(entry.method), self._prompt(entry, prefill)
-        decision = decide(method, prompt)
-        with applied(self.model, method, decision.share, self.profile) as handle:
+        selected = decide(method, prompt)
+        with applied(self.model, method, selected.share, self.profile) as handle:
 
             def theirs() -> CompressedCache:
                 cache = handle.new_cache(prefill.tokens)
-                fill(cache, prefill, decision)
+                fill(cache, prefill, selected)
                 return cache
 
-            yield Caches(theirs, decision.seconds)
+            yield Caches(theirs, selected.seconds)
 
-    def _prompt(self, entry: Entry, prefill: Prefill) -> Prompt:
+    def _prompt(self, entry: MethodAtBudget, prefill: Prefill) -> PromptView:
         dense = sum(call.key.nbytes + call.value.nbytes for call in prefill.calls)
         share = Budget.parse(entry.budget).resolve(prefill.tokens, dense)
         memo = self._memos.setdefault(id(prefill), {})
-        return Prompt(self.model, prefill, share, self.profile, self.seed, memo)
+        return PromptView(self.model, prefill, share, self.profile, self.seed, memo)

@@ -1,7 +1,7 @@
 """Long-text tasks on real prose: a context that can be compressed, a question, a short answer.
 
 For text-only models the long context plays the part of the vision tokens and the question that of
-the text. The prose is the frozen Python Language Reference (`make_prose`); calibration and
+the text. The prose is the frozen Python Language Reference (`tools/make_prose.py`); calibration and
 held-out samples draw on different topics of it and share no paragraph.
 """
 
@@ -20,7 +20,6 @@ from pathlib import Path
 from random import Random
 
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.make_prose import split_sentences
 from hkvprof.samples.read import Sample, Turn
 
 PARTS = "; "  # joins the parts of a reply that asks for several facts
@@ -148,7 +147,7 @@ TASKS = (*NEEDLES, "prose_qa", "copy", "continuation")
 JOINT = "\n\n"  # between paragraphs, and between context and question
 MIN_TOKENS = 600  # shorter ones may hold no clear pair of sentences to ask about
 MAX_FOLLOWUPS = len(FOLLOWUP_KINDS) - 1
-_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it modulo 1 spread evenly, for any count
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it modulo 1 spread evenly, for any count
 
 
 def count_words(text: str) -> int:
@@ -200,6 +199,32 @@ def make_sample(
     return next(sample for sample in samples if _is_clear(sample))
 
 
+def make_samples(
+    count: int,
+    tokens: tuple[int, int],
+    split: str,
+    tasks: Sequence[str] = TASKS,
+    count_tokens: CountTokens = count_words,
+) -> list[Sample]:
+    """`count` samples of lengths between `tokens`, evenly spread in their logarithm; the tasks take
+    turns, odd rounds follow up."""
+    lengths = Random(f"longtext lengths {split}")
+    samples = []
+    for number in range(count):
+        index, place = divmod(number, len(tasks))
+        samples.append(
+            make_sample(
+                tasks[place],
+                index,
+                tokens=round(math.exp(lengths.uniform(*map(math.log, tokens)))),
+                split=split,
+                followups=1 + index % MAX_FOLLOWUPS if number % 2 else 0,
+                count_tokens=count_tokens,
+            )
+        )
+    return samples
+
+
 def _draw(
     task: str,
     index: int,
@@ -218,7 +243,7 @@ def _draw(
     planted = [needle for needle in (first, *extra) if needle.text]
     used = JOINT.join([*(needle.text for needle in planted), first.question])
     filler = _fill(prose, tokens - count_tokens(used) - len(planted), count_tokens)
-    phase = (_GOLDEN * index + TASKS.index(task) / len(TASKS)) % 1.0
+    phase = (GOLDEN * index + TASKS.index(task) / len(TASKS)) % 1.0
     context = JOINT.join(_plant(filler, [needle.text for needle in planted], phase))
     parts = [
         {"type": "text", "text": context, "modality": "context"},
@@ -231,6 +256,17 @@ def _draw(
         reply=first.reply or None,
         followups=tuple(Turn(needle.question, needle.reply) for needle in extra),
     )
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`2000-4000` or `3000` as (lowest, highest) number of tokens."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not MIN_TOKENS <= low <= high:
+        raise UsageError(
+            f"expected --tokens like 2500 or 2000-4000, at least {MIN_TOKENS}; found '{text}'."
+        )
+    return low, high
 
 
 def normalise(text: str) -> str:
@@ -284,6 +320,11 @@ def _first_needle(
         passage = rng.choice([text for text in prose if 60 <= len(text) <= 140])
         return inscription(passage), [text for text in prose if text != passage]
     return _next_sentence(rng, _fill(prose, budget, count_tokens)[:-1]), prose
+
+
+def split_sentences(paragraph: str) -> list[str]:
+    """Sentences of a paragraph, split where a full stop is followed by a capital."""
+    return re.split(r'(?<=[a-z)"][.!?]) +(?=["A-Z])', paragraph)
 
 
 def _next_sentence(rng: Random, context: Sequence[str]) -> Needle:

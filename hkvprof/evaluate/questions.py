@@ -7,7 +7,7 @@ from typing import Any
 
 from hkvprof.calibration.continuation import opening_of_turn
 from hkvprof.evaluate.prefill import Prefill, capture
-from hkvprof.evaluate.taskset import Gold, TaskSet
+from hkvprof.evaluate.records import Gold, TaskSet
 from hkvprof.heads import Modality
 from hkvprof.models.processing import ChatProcessor, Encoded
 from hkvprof.samples.read import Sample, open_images
@@ -30,7 +30,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Scene:
+class AskedPrompt:
     """A prompt that is compressed, and the questions that are asked of it, each on its own."""
 
     regime: str
@@ -47,12 +47,12 @@ class Stage:
         self.encoded = processor.encode([self.opened.messages])
         self.prefill = capture(model, self.encoded)
 
-    def inside(self) -> Scene:
+    def inside(self) -> AskedPrompt:
         """The question is the end of what is compressed."""
         question = Question(0, self.sample.task, (), self._gold(0))
-        return Scene("inside", self.prefill, (question,))
+        return AskedPrompt("inside", self.prefill, (question,))
 
-    def after(self) -> Scene | None:
+    def after(self) -> AskedPrompt | None:
         """The context is compressed before any question is known; each question follows it.
 
         The question is the text that ends the prompt; None where none does.
@@ -74,16 +74,16 @@ class Stage:
             Question(turn, self.sample.task, tuple(ids[split:]), self._gold(turn))
             for turn, ids in enumerate(asked)
         )
-        return Scene("after", self.prefill.first(split), questions)
+        return AskedPrompt("after", self.prefill.first(split), questions)
 
-    def later(self, first_reply: str) -> Scene | None:
+    def later(self, first_reply: str) -> AskedPrompt | None:
         """A follow-up, after the question inside the prompt has been answered."""
         questions = []
         for number, turn in enumerate(self.sample.followups, start=1):
             alone = replace(self.opened, followups=(turn,))
             lead = opening_of_turn(self.processor, alone, [first_reply])
             questions.append(Question(number, self.sample.task, tuple(lead), self._gold(number)))
-        return Scene("later", self.prefill, tuple(questions)) if questions else None
+        return AskedPrompt("later", self.prefill, tuple(questions)) if questions else None
 
     def _gold(self, turn: int) -> Gold | None:
         known = self.sample.reply if turn == 0 else self.sample.followups[turn - 1].reply

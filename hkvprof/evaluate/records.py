@@ -1,8 +1,12 @@
-"""The record of one answer, and of a whole comparison's conditions."""
+"""The records of an evaluation: what is asked and what is correct, and what was answered."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hkvprof.evaluate.metrics import Metric
+from hkvprof.samples.read import Sample
 
 FULL = "full"
 """The method that compresses nothing."""
@@ -53,3 +57,37 @@ class Answer:
     compress_seconds: float
     hit_rate: float | None
     questions: int = 1
+
+
+@dataclass(frozen=True)
+class Gold:
+    """The correct answers to one question, any of which will do, and how they are compared."""
+
+    references: tuple[str, ...]
+    metric: Metric
+
+    def score(self, answer: str) -> float:
+        """Between 0 and 1."""
+        return self.metric(answer, self.references)
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Samples and how they are scored; `max_new_tokens` bounds every answer.
+
+    `gold` holds, by sample id, the correct answers and the metric of questions that have several
+    answers or a metric of their own. All others, and later questions, are scored by `metric`
+    against the sample's reply.
+    """
+
+    name: str
+    samples: tuple[Sample, ...]
+    metric: Metric
+    max_new_tokens: int
+    gold: Mapping[str, Gold] = field(default_factory=dict)
+
+    def gold_of(self, sample: Sample, turn: int) -> Gold:
+        """What is correct in one turn of a sample: 0 is the prompt's question."""
+        if turn > 0:
+            return Gold((sample.followups[turn - 1].reply,), self.metric)
+        return self.gold.get(sample.id) or Gold((sample.reply or "",), self.metric)

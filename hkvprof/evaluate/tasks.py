@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.datasets.layouts import LAYOUTS, load_layout
 from hkvprof.evaluate.metrics import EXACT_MATCH, Metric
-from hkvprof.evaluate.taskset import Gold, TaskSet
+from hkvprof.evaluate.records import TaskSet
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.samples.read import load_samples
 
-__all__ = ["Gold", "TaskSet", "default_tasks", "load_tasks"]
-
 GENERATED = ("tinyvl", "longtext")
-_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it modulo 1 spread evenly, for any count
 MAX_FRAMES = 16
 
 TINYVL_UNJUDGED = ("nimg",)
@@ -87,8 +83,7 @@ def _tinyvl(per_task: int) -> TaskSet:
 
 
 def _longtext(processor: ChatProcessor | None, per_task: int, tokens: str) -> TaskSet:
-    from hkvprof.evaluate.longtext import TASKS, is_correct, make_sample
-    from hkvprof.evaluate.make_longtext import parse_range
+    from hkvprof.evaluate.longtext import GOLDEN, TASKS, is_correct, make_sample, parse_range
 
     assert processor is not None, "longtext is cut by the model's tokens"
 
@@ -99,7 +94,7 @@ def _longtext(processor: ChatProcessor | None, per_task: int, tokens: str) -> Ta
     samples = []
     for index in range(per_task):
         for number, kind in enumerate(TASKS):
-            place = (index + number / len(TASKS)) * _GOLDEN % 1.0
+            place = (index + number / len(TASKS)) * GOLDEN % 1.0
             length = round(low + place * (high - low))
             sample = make_sample(kind, index, length, "heldout", followups=1, count_tokens=count)
             samples.append(sample if kind in LONGTEXT_JUDGED else replace(sample, reply=None))

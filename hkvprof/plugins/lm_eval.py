@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from hkvprof.errors import UsageError
 from hkvprof.models.calls import with_cache
-from hkvprof.plugins.generation import Counts
-from hkvprof.plugins.scoring import Pair, batches, score
-from hkvprof.plugins.session import Arguments, Session
+from hkvprof.plugins.requests import Pair, batches, score
+from hkvprof.plugins.session import Arguments, Counts, Session
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.models.calls import with_cache
-from hkvprof.plugins.generation import Counts, Generation
-from hkvprof.plugins.session import Arguments, Session
+from hkvprof.plugins.requests import Generation
+from hkvprof.plugins.session import Arguments, Counts, Session
 from hkvprof.samples.images import decode
 
 

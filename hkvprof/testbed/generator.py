@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from hkvprof.errors import UsageError
 from hkvprof.samples.read import Sample, Turn
-from hkvprof.testbed.aggregation import AGGREGATION_TASKS
-from hkvprof.testbed.lookup import LOOKUP_TASKS
-from hkvprof.testbed.registry import Question, Task
 from hkvprof.testbed.rendering import render_grid
 from hkvprof.testbed.scenes import Scene, consecutive_labels, draw_scene, random_labels
+from hkvprof.testbed.tasks import AGGREGATION_TASKS, LOOKUP_TASKS, SceneQuestion, Task
 from hkvprof.testbed.vocabulary import MAX_LABEL, MAX_ROWS
-
-__all__ = ["TASKS", "Question", "admitted_tasks", "ask_questions"]
 
 TASKS: dict[str, Task] = {**LOOKUP_TASKS, **AGGREGATION_TASKS}
 """All tasks by name; their order is part of what a seed means."""
@@ -42,11 +39,11 @@ def ask_questions(
     count: int,
     weights: dict[str, float] | None = None,
     names: Sequence[str] = tuple(TASKS),
-) -> list[Question]:
+) -> list[SceneQuestion]:
     """Up to `count` different questions on one scene, tasks drawn by `weights`."""
     admitted = admitted_tasks(scene, names)
     odds = [(weights or {}).get(name, 1.0) for name in admitted]
-    asked: dict[Hashable, Question] = {}
+    asked: dict[Hashable, SceneQuestion] = {}
     for _ in range(4 * count if admitted else 0):
         if len(asked) == count:
             break
@@ -59,6 +56,25 @@ def ask_questions(
 Split = Literal["calibration", "heldout"]
 Labels = Literal["consecutive", "random"]
 
+
+@dataclass(frozen=True)
+class SampleShape:
+    """How a sample looks: images of `rows` x `cols` cells with their labels, further questions.
+
+    The checkpoint was trained on 1 to 16 images with grids from 2x4 to 6x6 cells.
+    """
+
+    images: int = 8
+    rows: int = 4
+    cols: int = 4
+    followups: int = 0
+    labels: Labels = "consecutive"
+
+    def __str__(self) -> str:
+        """As a sample's random stream is named; stable."""
+        return f"{self.images}/{self.rows}x{self.cols}/{self.followups}/{self.labels}"
+
+
 _PARITY: dict[str, int] = {"calibration": 0, "heldout": 1}
 _MAX_DRAWS = 10_000
 
@@ -68,39 +84,31 @@ def scene_split(scene: Scene) -> Split:
     return "heldout" if int(scene.digest[-1], 16) % 2 else "calibration"
 
 
-def _check_request(
-    task: str, images: int, rows: int, cols: int, split: str, followups: int, labels: str
-) -> None:
+def _check_request(task: str, split: str, shape: SampleShape) -> None:
     """Refuse what no scene can satisfy, saying what is possible."""
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if split not in _PARITY:
         raise UsageError(f"unknown split {split!r}: expected calibration or heldout")
-    if labels not in ("consecutive", "random"):
-        raise UsageError(f"unknown labels {labels!r}: expected consecutive or random")
-    if not (2 <= rows <= MAX_ROWS and 2 <= cols <= MAX_ROWS):
-        raise UsageError(f"grid {rows}x{cols}: expected 2 to {MAX_ROWS} rows and columns")
+    if shape.labels not in ("consecutive", "random"):
+        raise UsageError(f"unknown labels {shape.labels!r}: expected consecutive or random")
+    if not (2 <= shape.rows <= MAX_ROWS and 2 <= shape.cols <= MAX_ROWS):
+        raise UsageError(
+            f"grid {shape.rows}x{shape.cols}: expected 2 to {MAX_ROWS} rows and columns"
+        )
     least = 2 if TASKS[task].needs_several_images else 1
-    if not least <= images <= MAX_LABEL:
-        raise UsageError(f"task {task!r} takes {least} to {MAX_LABEL} images, not {images}")
-    if not 0 <= followups <= 8:
-        raise UsageError(f"expected 0 to 8 followups, not {followups}")
+    if not least <= shape.images <= MAX_LABEL:
+        raise UsageError(f"task {task!r} takes {least} to {MAX_LABEL} images, not {shape.images}")
+    if not 0 <= shape.followups <= 8:
+        raise UsageError(f"expected 0 to 8 followups, not {shape.followups}")
 
 
 def draw_question(
-    task: str,
-    rng: random.Random,
-    images: int,
-    rows: int,
-    cols: int,
-    split: Split,
-    followups: int = 0,
-    labels: Labels = "consecutive",
-) -> tuple[Scene, list[Question]]:
+    task: str, rng: random.Random, split: Split, shape: SampleShape
+) -> tuple[Scene, list[SceneQuestion]]:
     """A scene of the split with a question of the task, and further questions of any task."""
     for _ in range(_MAX_DRAWS):
-        shown = consecutive_labels(images) if labels == "consecutive" else None
-        scene = draw_scene(rng, shown or random_labels(images, rng), rows, cols, rng.randint(1, 3))
+        scene = _draw_scene(rng, shape)
         if scene_split(scene) != split:
             continue
         first = ask_questions(scene, rng, 1, names=[task])
@@ -108,15 +116,22 @@ def draw_question(
             continue
         more = [
             question
-            for question in ask_questions(scene, rng, followups + 1)
+            for question in ask_questions(scene, rng, shape.followups + 1)
             if (question.task, question.key) != (first[0].task, first[0].key)
         ]
-        if len(more) >= followups:
-            return scene, first + more[:followups]
+        if len(more) >= shape.followups:
+            return scene, first + more[: shape.followups]
     raise UsageError(
-        f"no scene of {images} images, {rows}x{cols}, admits {task!r} with {followups} followups "
-        f"({_MAX_DRAWS} tried): ask for more images, a larger grid or fewer followups"
+        f"no scene of {shape.images} images, {shape.rows}x{shape.cols}, admits {task!r} with "
+        f"{shape.followups} followups ({_MAX_DRAWS} tried): ask for more images, a larger grid or "
+        "fewer followups"
     )
+
+
+def _draw_scene(rng: random.Random, shape: SampleShape) -> Scene:
+    consecutive = shape.labels == "consecutive"
+    labels = consecutive_labels(shape.images) if consecutive else random_labels(shape.images, rng)
+    return draw_scene(rng, labels, shape.rows, shape.cols, rng.randint(1, 3))
 
 
 def scene_messages(
@@ -144,22 +159,19 @@ def make_sample(
     followups: int = 0,
     labels: Labels = "consecutive",
 ) -> Sample:
+    """`draw_sample` with the fields of its shape as arguments."""
+    return draw_sample(task, seed, split, SampleShape(images, rows, cols, followups, labels))
+
+
+def draw_sample(task: str, seed: int, split: Split, shape: SampleShape) -> Sample:
     """The sample number `seed` of a task and split: a pure function of its arguments.
 
-    The checkpoint was trained on 1 to 16 images with grids from 2x4 to 6x6 cells.
+    Raises UsageError where no scene can be so.
     """
-    _check_request(task, images, rows, cols, split, followups, labels)
-    stream = f"{split}/{task}/{seed}/{images}/{rows}x{cols}/{followups}/{labels}"
-    scene, questions = draw_question(
-        task,
-        random.Random(f"hkvprof testbed scene {stream}"),
-        images,
-        rows,
-        cols,
-        split,
-        followups,
-        labels,
-    )
+    _check_request(task, split, shape)
+    stream = f"{split}/{task}/{seed}/{shape}"
+    drawn = random.Random(f"hkvprof testbed scene {stream}")
+    scene, questions = draw_question(task, drawn, split, shape)
     render_rng = random.Random(f"hkvprof testbed rendering {stream}")
     return Sample(
         id=f"{split}-{task}-{seed:06d}",
@@ -171,16 +183,9 @@ def make_sample(
 
 
 def heldout_samples(
-    tasks: Iterable[str] = tuple(TASKS),
-    per_task: int = 16,
-    images: int = 8,
-    rows: int = 4,
-    cols: int = 4,
-    followups: int = 0,
-    labels: Labels = "consecutive",
-    first: int = 0,
+    tasks: Iterable[str], per_task: int, shape: SampleShape, first: int = 0
 ) -> Iterator[Sample]:
     """`per_task` held-out samples of each task, seeds from `first` on."""
     for task in tasks:
         for seed in range(first, first + per_task):
-            yield make_sample(task, seed, images, rows, cols, "heldout", followups, labels)
+            yield draw_sample(task, seed, "heldout", shape)

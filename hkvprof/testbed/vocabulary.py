@@ -92,11 +92,6 @@ _TOKEN_PATTERN = r"#\d+|[a-z]+|."
 _PLAIN_TOKEN = re.compile(r"#\d+|[a-z]+|\S")
 
 
-def glyph_class(character: str) -> int:
-    """Class id of a text cell."""
-    return 1 + GLYPHS.index(character)
-
-
 def item_class(colour: int, shape: int) -> int:
     """Class id of a coloured shape, from the positions in COLOUR_NAMES and SHAPE_NAMES."""
     return FIRST_ITEM + colour * len(SHAPE_NAMES) + shape

@@ -19,7 +19,7 @@ from hkvprof.doctor.conversations import probe_profile
 from hkvprof.doctor.examine import Check, examine, judge
 from hkvprof.doctor.recording import Seen, attend, watched_attention
 from hkvprof.doctor.records import FaultError, NotApplicableError, Status
-from hkvprof.doctor.selection import check_static
+from hkvprof.doctor.residents import check_static
 from hkvprof.errors import ModelError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models import adapter
@@ -216,7 +216,12 @@ def unlisted(llama: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any
     """A model that no adapter lists, and an empty cache folder."""
     monkeypatch.setenv("HKVPROF_CACHE", str(tmp_path / "cache"))
     own = adapter.view_model
-    for user in ("runtime.handle", "profile.calibrate", "profile.uniform", "doctor.examine"):
+    for user in (
+        "runtime.handle",
+        "calibration.calibrate",
+        "calibration.uniform",
+        "doctor.examine",
+    ):
         monkeypatch.setattr(
             f"hkvprof.{user}.view_model", lambda model: replace(own(model), generic=True)
         )

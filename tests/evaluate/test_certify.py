@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import hkvprof
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import BudgetError, UsageError
-from hkvprof.evaluate import compare, heldout
+from hkvprof.evaluate import certify as module
+from hkvprof.evaluate import compare
 from hkvprof.evaluate.baselines.ablations import only
 from hkvprof.evaluate.certify import (
     Claim,
@@ -26,11 +27,10 @@ from hkvprof.evaluate.certify import (
     judged,
     parse_budgets,
 )
+from hkvprof.evaluate.contest import MethodAtBudget, Subject
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.metrics import EXACT_MATCH
-from hkvprof.evaluate.plan import Entry
-from hkvprof.evaluate.records import FULL, OURS, Answer
-from hkvprof.evaluate.taskset import Gold, TaskSet
+from hkvprof.evaluate.records import FULL, OURS, Answer, Gold, TaskSet
 from hkvprof.heads import HeadType
 from hkvprof.profile.certificate import KEY, Certificate, fixed_sequence
 from hkvprof.profile.record import Profile, load_profile
@@ -65,7 +65,7 @@ def profile() -> Profile:
 
 @pytest.fixture(scope="module")
 def found(tiny: tuple[Any, Any], tasks: TaskSet, profile: Profile) -> Certificate:
-    return certify(*tiny, profile, tasks, CLAIM)
+    return certify(Subject(*tiny, profile), tasks, CLAIM)
 
 
 # -- losses ---------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_losses_are_those_of_plain_generation(
     for loss in ("agreement", "answers"):
         claim = replace(CLAIM, loss=loss, regimes=("inside",), budgets=budgets)
         journal = Journal(tmp_path, conditions(model, profile, tasks, claim))
-        found = certify(*tiny, profile, tasks, claim, journal)
+        found = certify(Subject(*tiny, profile), tasks, claim, journal)
         for level in found.levels:
             lost = 0
             asked = zip(full, compressed[level.budget], gold, strict=True)
@@ -127,7 +127,7 @@ def test_what_is_certified(found: Certificate, profile: Profile, tasks: TaskSet)
 def test_nothing_is_certified_where_the_largest_budget_loses(
     tiny: tuple[Any, Any], tasks: TaskSet, profile: Profile
 ) -> None:
-    found = certify(*tiny, profile, tasks, replace(CLAIM, budgets=(0.1,)))
+    found = certify(Subject(*tiny, profile), tasks, replace(CLAIM, budgets=(0.1,)))
     assert found.certified is None
     assert "degraded at 0.1, the largest budget; at most 1 of 6 may" in found.reason
     assert Certificate.from_json(found.to_json()) == found
@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on_and_finds_the_same(
             yield item
 
     with pytest.raises(StopError):
-        certify(*tiny, profile, tasks, CLAIM, journal(), stop)
+        certify(Subject(*tiny, profile), tasks, CLAIM, journal(), stop)
     asked = []
     real = compare.Stage
 
@@ -167,10 +167,10 @@ def test_a_stopped_run_goes_on_and_finds_the_same(
         return real(model, processor, sample, tasks)
 
     monkeypatch.setattr(compare, "Stage", counted)
-    assert certify(*tiny, profile, tasks, CLAIM, journal()) == found
+    assert certify(Subject(*tiny, profile), tasks, CLAIM, journal()) == found
     assert asked == [sample.id for sample in tasks.samples[4:]]
     asked.clear()
-    assert certify(*tiny, profile, tasks, CLAIM, journal()) == found
+    assert certify(Subject(*tiny, profile), tasks, CLAIM, journal()) == found
     assert not asked
 
 
@@ -202,7 +202,7 @@ def test_giving_up_changes_no_verdict(seed: int, samples: int, loss: str) -> Non
         for row, name in enumerate(names):
             told += [answer(name, FULL, "", turn, full[row, turn]) for turn in range(2)]
             for level, budget in enumerate(claim.budgets):
-                if not (stops and tally.is_lost(Entry(OURS, f"{budget:g}"))):
+                if not (stops and tally.is_lost(MethodAtBudget(OURS, f"{budget:g}"))):
                     texts = answers[level, row]
                     told += [answer(name, OURS, f"{budget:g}", t, texts[t]) for t in range(2)]
         return tally
@@ -254,14 +254,14 @@ def test_later_questions_are_asked_where_there_are_any(tasks: TaskSet) -> None:
 
 def test_too_few_samples_are_refused_before_anything_runs(profile: Profile, tasks: TaskSet) -> None:
     with pytest.raises(UsageError, match=r"6 samples are too few.*at least 149"):
-        certify(None, None, profile, tasks, Claim(0.02, 0.05, (0.5,)))  # type: ignore[arg-type]
+        certify(Subject(None, None, profile), tasks, Claim(0.02, 0.05, (0.5,)))  # type: ignore[arg-type]
 
 
 def test_a_budget_that_cannot_be_met_says_what_to_do(
     tiny: tuple[Any, Any], tasks: TaskSet, profile: Profile
 ) -> None:
     with pytest.raises(BudgetError, match=r"cannot be met.*--budgets"):
-        certify(*tiny, profile, tasks, replace(CLAIM, budgets=(0.9, 0.01)))
+        certify(Subject(*tiny, profile), tasks, replace(CLAIM, budgets=(0.9, 0.01)))
 
 
 def test_samples_of_the_calibration_are_found_by_content(
@@ -276,22 +276,22 @@ def test_samples_of_the_calibration_are_found_by_content(
 
     renamed = [replace(sample, id=f"other-{i}") for i, sample in enumerate(tasks.samples[1:])]
     with pytest.raises(UsageError, match=r"calibrated on 1 of these 5 samples \('other-0'\)"):
-        heldout.check_contents(made, tiny[1], renamed, track)
-    assert heldout.check_contents(made, tiny[1], renamed[1:], track)
-    assert not heldout.check_contents(uniform_profile(tiny[0]), tiny[1], renamed, track)
+        module.check_contents(made, tiny[1], renamed, track)
+    assert module.check_contents(made, tiny[1], renamed[1:], track)
+    assert not module.check_contents(uniform_profile(tiny[0]), tiny[1], renamed, track)
 
 
 def test_the_data_of_the_calibration_are_refused(profile: Profile, tasks: TaskSet) -> None:
     digest = samples_digest(tasks.samples)
     same = replace(profile, provenance={"data": "a", "data_digest": digest})
     with pytest.raises(UsageError, match="calibrated on these very samples"):
-        heldout.check_source(same, "b", tasks.samples)
+        module.check_source(same, "b", tasks.samples)
     part = replace(profile, provenance={"data": "a", "data_digest": "1"})
     with pytest.raises(UsageError, match="does not record on which"):
-        heldout.check_source(part, "a", tasks.samples)
-    heldout.check_source(part, "b", tasks.samples)
+        module.check_source(part, "a", tasks.samples)
+    module.check_source(part, "b", tasks.samples)
     told = replace(profile, provenance={"data": "a", "sample_digests": []})
-    heldout.check_source(told, "a", tasks.samples)
+    module.check_source(told, "a", tasks.samples)
 
 
 def test_budgets_are_shares_from_the_largest_down() -> None:

@@ -19,15 +19,15 @@ from hkvprof.cli import run
 from hkvprof.errors import BudgetError, CompressionError, UsageError
 from hkvprof.evaluate.baselines import base, find
 from hkvprof.evaluate.compare import compare
+from hkvprof.evaluate.contest import ComparisonPlan, MethodAtBudget, Subject
 from hkvprof.evaluate.journal import CONDITIONS, Journal
 from hkvprof.evaluate.metrics import EXACT_MATCH as SAME
-from hkvprof.evaluate.plan import Entry, Plan
 from hkvprof.evaluate.prefill import capture
 from hkvprof.evaluate.questions import Stage
-from hkvprof.evaluate.records import FULL, Answer
+from hkvprof.evaluate.records import FULL, Answer, TaskSet
 from hkvprof.evaluate.replay import answer as greedy
 from hkvprof.evaluate.replay import end_tokens, refer, replay
-from hkvprof.evaluate.tasks import TINYVL_UNJUDGED, TaskSet, default_tasks, load_tasks
+from hkvprof.evaluate.tasks import TINYVL_UNJUDGED, default_tasks, load_tasks
 from hkvprof.models.calls import with_cache
 from hkvprof.profile.record import Profile
 from hkvprof.samples.read import Sample
@@ -64,8 +64,8 @@ def hybrid(tiny: tuple[Any, Any]) -> Profile:
 
 @pytest.fixture(scope="module")
 def answers(tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile) -> list[Answer]:
-    plan = Plan(("0.4", "60%", "1.0"), ("snapkv", "quest"), steps=STEPS)
-    return compare(*tiny, hybrid, tasks, plan)
+    comparison = ComparisonPlan(("0.4", "60%", "1.0"), ("snapkv", "quest"), steps=STEPS)
+    return compare(Subject(*tiny, hybrid), tasks, comparison)
 
 
 def message(role: str, text: str) -> dict[str, Any]:
@@ -123,20 +123,20 @@ def test_what_is_compressed_before_the_question_knows_nothing_of_it(
     tiny: tuple[Any, Any], samples: tuple[Sample, ...], tasks: TaskSet
 ) -> None:
     model, processor = tiny
-    scene = Stage(model, processor, samples[0], tasks).after()
-    assert scene is not None
-    prefix = [int(i) for i in scene.prefill.ids[0]]
+    prompt = Stage(model, processor, samples[0], tasks).after()
+    assert prompt is not None
+    prefix = [int(i) for i in prompt.prefill.ids[0]]
     turns = [t.question for t in samples[0].followups]
     own = samples[0].messages[0]["content"][-1]["text"]
-    for question, text in zip(scene.questions, [own, *turns], strict=True):
+    for question, text in zip(prompt.questions, [own, *turns], strict=True):
         whole = processor.encode([asked_otherwise(samples[0], text)]).inputs["input_ids"][0]
         assert [*prefix, *question.lead] == whole.tolist()
     assert own not in processor.decode(prefix)
-    assert own in processor.decode(list(scene.questions[0].lead))
+    assert own in processor.decode(list(prompt.questions[0].lead))
     # Its keys are those of the context run by itself.
     alone = capture(model, processor.encode([asked_otherwise(samples[0], turns[0])]))
-    for mine, other in zip(scene.prefill.calls, alone.calls, strict=True):
-        same = other.key[:, :, : scene.prefill.tokens]
+    for mine, other in zip(prompt.prefill.calls, alone.calls, strict=True):
+        same = other.key[:, :, : prompt.prefill.tokens]
         torch.testing.assert_close(mine.key, same, rtol=1e-4, atol=1e-4)
 
 
@@ -150,9 +150,15 @@ def test_a_question_before_its_context_has_no_such_regime(
     sample = replace(samples[0], messages=first, followups=())
     turned = TaskSet("turned", (sample,), SAME, 2)
     with pytest.raises(UsageError, match="no sample has a question in the regime 'after'"):
-        compare(*tiny, hybrid, turned, Plan(("0.4",), regimes=("inside", "after"), steps=2))
+        compare(
+            Subject(*tiny, hybrid),
+            turned,
+            ComparisonPlan(("0.4",), regimes=("inside", "after"), steps=2),
+        )
     with pytest.raises(UsageError, match="in the regime 'later'"):
-        compare(*tiny, hybrid, turned, Plan(("0.4",), regimes=("later",), steps=2))
+        compare(
+            Subject(*tiny, hybrid), turned, ComparisonPlan(("0.4",), regimes=("later",), steps=2)
+        )
 
 
 # -- distances ------------------------------------------------------------------------------------
@@ -289,14 +295,14 @@ def test_nothing_compressed_is_an_error(
     tiny: tuple[Any, Any], samples: tuple[Sample, ...], hybrid: Profile
 ) -> None:
     tasks = TaskSet("one", (replace(samples[0], followups=()),), SAME, 2)
-    plan = Plan(("0.4", "2GiB"), regimes=("inside",), steps=1)
+    comparison = ComparisonPlan(("0.4", "2GiB"), regimes=("inside",), steps=1)
     with pytest.raises(CompressionError, match="hkvprof at budget 2GiB compressed nothing"):
-        compare(*tiny, hybrid, tasks, plan)
+        compare(Subject(*tiny, hybrid), tasks, comparison)
     short = [{"type": "text", "text": "is there any blue square"}]
     question = Sample("short", "short", ({"role": "user", "content": short},), reply="no")
-    plan = Plan(("0.4",), regimes=("inside",), steps=1)
+    comparison = ComparisonPlan(("0.4",), regimes=("inside",), steps=1)
     with pytest.raises(CompressionError, match=r"hkvprof at budget 0\.4 compressed nothing"):
-        compare(*tiny, hybrid, TaskSet("short", (question,), SAME, 2), plan)
+        compare(Subject(*tiny, hybrid), TaskSet("short", (question,), SAME, 2), comparison)
 
 
 @pytest.mark.parametrize(
@@ -310,9 +316,9 @@ def test_nothing_compressed_is_an_error(
 )
 def test_plans_are_checked(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        Plan(("0.4",), **options)
+        ComparisonPlan(("0.4",), **options)
     with pytest.raises(BudgetError):
-        Plan(("lots",))
+        ComparisonPlan(("lots",))
 
 
 # -- runs that stop and go on ---------------------------------------------------------------------
@@ -328,7 +334,7 @@ def told(answers: Iterable[Answer]) -> list[dict[str, Any]]:
 def test_a_run_that_was_stopped_goes_on(
     tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile, answers: list[Answer], tmp_path: Path
 ) -> None:
-    plan = Plan(("0.4", "60%", "1.0"), ("snapkv", "quest"), steps=STEPS)
+    comparison = ComparisonPlan(("0.4", "60%", "1.0"), ("snapkv", "quest"), steps=STEPS)
 
     def one_sample(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
         assert total == 2
@@ -336,7 +342,7 @@ def test_a_run_that_was_stopped_goes_on(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare(*tiny, hybrid, tasks, plan, Journal(tmp_path, CONDITION), one_sample)
+        compare(Subject(*tiny, hybrid), tasks, comparison, Journal(tmp_path, CONDITION), one_sample)
     file = tmp_path / "answers.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == len(answers) / 2
@@ -353,7 +359,7 @@ def test_a_run_that_was_stopped_goes_on(
         journal_add(new)
 
     journal.add = add  # type: ignore[method-assign]
-    again = compare(*tiny, hybrid, tasks, plan, journal)
+    again = compare(Subject(*tiny, hybrid), tasks, comparison, journal)
     assert (tasks.samples[0].id, "quest", "60%") == seen[0]
     assert len(seen) == 6 + len(answers) / 2
     assert told(again) == told(answers)
@@ -363,9 +369,12 @@ def test_a_run_that_was_stopped_goes_on(
 def test_rows_can_be_added_to_a_folder(
     tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile, answers: list[Answer], tmp_path: Path
 ) -> None:
-    for plan in (Plan(("60%",), steps=STEPS), Plan(("0.4",), ("snapkv",), steps=STEPS)):
-        found = compare(*tiny, hybrid, tasks, plan, Journal(tmp_path, CONDITION))
-        rows = {(FULL, ""), *((e.method, e.budget) for e in plan.entries)}
+    for comparison in (
+        ComparisonPlan(("60%",), steps=STEPS),
+        ComparisonPlan(("0.4",), ("snapkv",), steps=STEPS),
+    ):
+        found = compare(Subject(*tiny, hybrid), tasks, comparison, Journal(tmp_path, CONDITION))
+        rows = {(FULL, ""), *((e.method, e.budget) for e in comparison.entries)}
         wanted = [a for a in answers if (a.method, a.budget) in rows]
 
         def order(one: Answer) -> tuple[str, str, str, str, int]:
@@ -408,15 +417,17 @@ def test_a_baseline_that_cannot_meet_a_budget_is_named(
 
     monkeypatch.setattr(base, "_REGISTRY", dict(base.registered()))
     base.baseline("picky", "picky", "none")(select)
-    refused: dict[Entry, str] = {}
-    plan = Plan(("0.4", "60%"), ("picky",), ("inside",), steps=1)
-    found = compare(*tiny, hybrid, tasks, plan, refused=refused)
-    assert refused == {Entry("picky", "0.4"): f"{tasks.samples[0].id}: too small for it"}
+    refused: dict[MethodAtBudget, str] = {}
+    comparison = ComparisonPlan(("0.4", "60%"), ("picky",), ("inside",), steps=1)
+    found = compare(Subject(*tiny, hybrid), tasks, comparison, refused=refused)
+    assert refused == {MethodAtBudget("picky", "0.4"): f"{tasks.samples[0].id}: too small for it"}
     assert {(a.method, a.budget) for a in found} == {
         ("full", ""), ("hkvprof", "0.4"), ("hkvprof", "60%"), ("picky", "60%")
     }  # fmt: skip
     with pytest.raises(BudgetError, match="too small"):
-        compare(*tiny, hybrid, tasks, Plan(("0.005",), regimes=("inside",), steps=1))
+        compare(
+            Subject(*tiny, hybrid), tasks, ComparisonPlan(("0.005",), regimes=("inside",), steps=1)
+        )
 
 
 def test_progress_sees_every_sample(
@@ -430,8 +441,8 @@ def test_progress_sees_every_sample(
             seen.append(item.id)
             yield item
 
-    plan = Plan(("0.4",), regimes=("inside",), steps=1)
-    compare(*tiny, hybrid, TaskSet("two", samples, SAME, 1), plan, track=track)
+    comparison = ComparisonPlan(("0.4",), regimes=("inside",), steps=1)
+    compare(Subject(*tiny, hybrid), TaskSet("two", samples, SAME, 1), comparison, track=track)
     assert seen == [2, *(sample.id for sample in samples)]
 
 

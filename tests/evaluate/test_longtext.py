@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkvprof.errors import UsageError
-from hkvprof.evaluate import longtext, make_prose
+from hkvprof.evaluate import longtext
 from hkvprof.evaluate.longtext import (
     JOINT,
     MAX_FOLLOWUPS,
@@ -23,10 +23,14 @@ from hkvprof.evaluate.longtext import (
     count_words,
     is_correct,
     make_sample,
+    make_samples,
     paragraphs,
+    parse_range,
+    split_sentences,
 )
-from hkvprof.evaluate.make_longtext import make_samples, parse_range, to_json, write_samples
 from hkvprof.samples.read import Sample, load_samples
+from tools import make_prose
+from tools.make_longtext import to_json, write_samples
 
 SHIPPED = Path(__file__).parents[2] / "calibration" / "longtext" / "samples.jsonl"
 
@@ -98,7 +102,7 @@ def test_filler_comes_from_the_split_alone(
 
 def test_splits_share_no_paragraph_and_no_long_sentence() -> None:
     sentences = [
-        {s for text in paragraphs(split) for s in make_prose.split_sentences(text) if len(s) >= 50}
+        {s for text in paragraphs(split) for s in split_sentences(text) if len(s) >= 50}
         for split in SPLITS
     ]
     assert not sentences[0] & sentences[1]
@@ -133,7 +137,7 @@ def test_prose_question_asks_for_the_next_sentence() -> None:
     opening = question_of(sample).split(": ", 1)[1]
     text = context_of(sample)
     between = text[text.index(opening) : text.index(sample.reply)]
-    assert len(make_prose.split_sentences(between.strip())) == 1
+    assert len(split_sentences(between.strip())) == 1
     assert JOINT not in between
 
 

@@ -23,7 +23,7 @@ from hkvprof.evaluate.metrics import (
     edit_distance,
     multiple_choice,
 )
-from hkvprof.evaluate.taskset import Gold, TaskSet
+from hkvprof.evaluate.records import Gold, TaskSet
 from hkvprof.samples.read import Sample, Turn
 
 TEXTS = (EXACT_MATCH, SUBSTRING, FORMULA, WORDS, ROUGE_L, ANLS)

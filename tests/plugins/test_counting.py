@@ -7,7 +7,7 @@ import torch
 
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError
-from hkvprof.plugins.generation import Counts, compressed_rows
+from hkvprof.plugins.session import Counts, compressed_rows
 from hkvprof.runtime.receipt import Receipt
 from tests.models_for_tests import apply, left_padded, random_llama
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hkvprof.errors import UsageError
-from hkvprof.plugins.generation import MAX_NEW_TOKENS, Generation
+from hkvprof.plugins.requests import MAX_NEW_TOKENS, Generation
 
 GREEDY = {"do_sample": False}
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import SampleError
 from hkvprof.models.calls import with_cache
-from hkvprof.plugins.generation import compressed_rows
-from hkvprof.plugins.scoring import Pair, Score, batches, score
+from hkvprof.plugins.requests import Pair, Score, batches, score
+from hkvprof.plugins.session import compressed_rows
 from tests.models_for_tests import apply, random_llama, token_ids
 
 torch.set_num_threads(1)

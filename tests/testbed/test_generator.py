@@ -13,7 +13,7 @@ from hkvprof.errors import UsageError
 from hkvprof.samples.read import Sample
 from hkvprof.testbed.generator import (
     TASKS,
-    Question,
+    SampleShape,
     ask_questions,
     draw_question,
     heldout_samples,
@@ -21,6 +21,7 @@ from hkvprof.testbed.generator import (
     scene_split,
 )
 from hkvprof.testbed.scenes import Scene, consecutive_labels, draw_scene, random_labels
+from hkvprof.testbed.tasks import SceneQuestion
 from hkvprof.testbed.vocabulary import COLOUR_NAMES, ROW_NAMES, SHAPE_NAMES, cell_name
 
 SEVERAL = [name for name, task in TASKS.items() if task.needs_several_images]
@@ -63,7 +64,7 @@ def label_with_most(scene: Scene, wanted: str, labels: list[str]) -> str:
     return best
 
 
-def read_answer(scene: Scene, question: Question) -> str:
+def read_answer(scene: Scene, question: SceneQuestion) -> str:
     """Answer the question from its words alone, by brute force over the cells."""
     words = question.text.split()
     label = words[-1]
@@ -182,7 +183,7 @@ def described(sample: Sample) -> tuple[object, ...]:
 @given(seed=st.integers(0, 2**32), task=st.sampled_from(list(TASKS)))
 def test_splits_share_no_scene(seed: int, task: str) -> None:
     drawn = {
-        split: draw_question(task, random.Random(seed), 4, 2, 4, split)[0]
+        split: draw_question(task, random.Random(seed), split, SampleShape(4, 2, 4))[0]
         for split in ("calibration", "heldout")
     }
     assert {split: scene_split(scene) for split, scene in drawn.items()} == {
@@ -218,7 +219,7 @@ def test_random_labels_reach_the_highest() -> None:
 
 
 def test_heldout_samples_count_on() -> None:
-    samples = list(heldout_samples(["ocr", "kv"], per_task=2, images=2, first=5))
+    samples = list(heldout_samples(["ocr", "kv"], 2, SampleShape(images=2), first=5))
     assert [sample.id for sample in samples] == [
         "heldout-ocr-000005",
         "heldout-ocr-000006",

@@ -20,7 +20,12 @@ from hkvprof.testbed.rendering import (
     render_grid,
     tick_patches,
 )
-from hkvprof.testbed.vocabulary import BLANK, CELL_CLASSES, glyph_class, item_class
+from hkvprof.testbed.vocabulary import BLANK, CELL_CLASSES, GLYPHS, item_class
+
+
+def glyph_class(character: str) -> int:
+    """Class id of a text cell."""
+    return 1 + GLYPHS.index(character)
 
 
 def test_every_class_looks_different() -> None:

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from hkvprof.testbed.generator import Question, ask_questions
+from hkvprof.testbed.generator import ask_questions
 from hkvprof.testbed.scenes import Scene, draw_scene
+from hkvprof.testbed.tasks import SceneQuestion
 from hkvprof.testbed.vocabulary import END_OF_TURN, IMAGE_PAD, PAD, TOKEN_IDS, encode_text
 from tools.tinyvl.batching import Batch, collate, pack_scene
 from tools.tinyvl.roles import IGNORE, ROLE_INDEX, ROLES, question_roles
@@ -23,17 +24,17 @@ def scenes() -> list[Scene]:
 
 
 @pytest.fixture
-def asked(scenes: list[Scene]) -> list[list[Question]]:
+def asked(scenes: list[Scene]) -> list[list[SceneQuestion]]:
     rng = random.Random(3)
     return [ask_questions(scene, rng, count) for scene, count in zip(scenes, (2, 40), strict=True)]
 
 
 @pytest.fixture
-def batch(scenes: list[Scene], asked: list[list[Question]]) -> Batch:
+def batch(scenes: list[Scene], asked: list[list[SceneQuestion]]) -> Batch:
     return collate(scenes, asked)
 
 
-def test_targets_are_the_replies(batch: Batch, asked: list[list[Question]]) -> None:
+def test_targets_are_the_replies(batch: Batch, asked: list[list[SceneQuestion]]) -> None:
     end = TOKEN_IDS[END_OF_TURN]
     for index, question in enumerate(question for questions in asked for question in questions):
         reply = batch.targets[batch.question_of == index].tolist()
@@ -41,7 +42,9 @@ def test_targets_are_the_replies(batch: Batch, asked: list[list[Question]]) -> N
     assert len(batch.tasks) == sum(map(len, asked))
 
 
-def test_questions_do_not_see_each_other(scenes: list[Scene], asked: list[list[Question]]) -> None:
+def test_questions_do_not_see_each_other(
+    scenes: list[Scene], asked: list[list[SceneQuestion]]
+) -> None:
     batch, row = collate(scenes[:1], asked[:1]), pack_scene(scenes[0], asked[0])
     segments = torch.from_numpy(row.segments)
     mask = batch.mask[0, 0]

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from hkvprof.samples.read import load_samples
+from hkvprof.testbed.calibration_set import calibration_sample, sample_record
 from hkvprof.testbed.generator import TASKS
-from tools.tinyvl.make_calibration import calibration_sample, main, sample_record
+from tools.tinyvl.make_calibration import main
 
 MINI = Path(__file__).parents[2] / "calibration" / "mini"
 

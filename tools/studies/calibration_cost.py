@@ -1,6 +1,6 @@
 """What calibration costs beside reading the same prompts, as ratios of interleaved pairs.
 
-    python tools/studies/calibration_cost.py [--model smollm2] [--tokens 4096] [--recipe paper]
+    python -m tools.studies.calibration_cost [--model smollm2] [--tokens 4096] [--recipe paper]
 
 `paper` stands against one plain prefill of every sample, `measured` against prefill and decoding of
 the replies, token by token. Everything that `hkvprof.calibrate` does counts, index and confidence

@@ -6,7 +6,7 @@ faster of matmul and scaled_dot_product_attention over keys and values packed pe
 drift: q_t = 0.9 q_(t-1) + sqrt(1 - 0.81) noise, over keys of falling spectrum, half of whose
 variance neighbours share. Times are medians (`--quantile`).
 
-    python tools/studies/decode_kernels.py [--json PATH]
+    python -m tools.studies.decode_kernels [--json PATH]
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,13 @@ class Keys:
                 tuple(pairwise(ends)),
             )
         fitted = self.fitted[bits]
-        return HeadTables(*(t.clone() for t in fitted.tensors()), fitted.subspaces)
+        return replace(
+            fitted,
+            query_projection=fitted.query_projection.clone(),
+            key_projection=fitted.key_projection.clone(),
+            key_mean=fitted.key_mean.clone(),
+            codebook=fitted.codebook.clone(),
+        )
 
 
 class Layer:
@@ -185,6 +192,12 @@ def dense_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
 
 
+def read_all(tensors: tuple[Tensor, ...]) -> None:
+    """Read every byte once."""
+    for tensor in tensors:
+        tensor.sum()
+
+
 def clock(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
@@ -239,13 +252,13 @@ def measure(
         for number in range(len(layers)):
             pair = dense[number % len(dense)]
             query = walks[number].next()
-            take("dense matmul", "attend", lambda q=query, p=pair: dense_matmul(q, *p))
+            take("dense matmul", "attend", partial(dense_matmul, query, *pair))
             pair = dense[(number + 1) % len(dense)]
-            take("dense sdpa", "attend", lambda q=query, p=pair: dense_sdpa(q, *p))
+            take("dense sdpa", "attend", partial(dense_sdpa, query, *pair))
         for layer in layers:
             nbytes = layer.key.nbytes + layer.value.nbytes
             both = (layer.key.view(torch.int64), layer.value.view(torch.int64))
-            reads.append(clock(lambda b=both: (b[0].sum(), b[1].sum())) / nbytes)
+            reads.append(clock(partial(read_all, both)) / nbytes)
         queries = [walk.next() for walk in walks]
         for variant in (*static, *bound):
             for number, layer in enumerate(layers):

@@ -1,6 +1,6 @@
 """Does the resident share stay at the budget however much is generated?
 
-    python tools/studies/long_generation.py [--new-tokens 8192] [--budget 0.1] [--images 16]
+    python -m tools.studies.long_generation [--new-tokens 8192] [--budget 0.1] [--images 16]
 
 tinyvl answers one question without end (no end token). At every 64th token the receipt is compared
 with the summed tensors of the cache, to the byte. Prints the all-in share over time.

@@ -1,6 +1,6 @@
 """What deciding head types offline costs against deciding them for every request.
 
-    python tools/studies/offline_types.py --profile PROFILE [--per-task 2] [--budget 0.2,0.1,0.05]
+    python -m tools.studies.offline_types --profile PROFILE [--per-task 2] [--budget 0.2,0.1,0.05]
 
 The paper's rule (a head is static when the top 2% of visible keys get 0.9 of the attention of text
 rows) classifies every held-out prompt of tinyvl by itself, and once by the profile's mean sparsity.
@@ -22,11 +22,11 @@ import hkvprof
 from hkvprof.calibration.confidence import cohen_kappa, same_share
 from hkvprof.calibration.decide import types_by_sparsity
 from hkvprof.cli.progress import track
-from hkvprof.evaluate.baselines import Prompt
+from hkvprof.evaluate.baselines import PromptView
+from hkvprof.evaluate.baselines.ablations import offline_types
 from hkvprof.evaluate.baselines.hybridkv import THETA, request_sparsity
-from hkvprof.evaluate.baselines.hybridkv_offline import offline_types
 from hkvprof.evaluate.compare import compare
-from hkvprof.evaluate.plan import Plan
+from hkvprof.evaluate.contest import ComparisonPlan, Subject
 from hkvprof.evaluate.prefill import capture
 from hkvprof.evaluate.records import FULL, OURS
 from hkvprof.evaluate.statistics import summarise
@@ -53,13 +53,15 @@ def main() -> None:
     requests = []
     for sample in track(tasks.samples, "classifying", len(tasks.samples)):
         prefill = capture(model, processor.encode([open_images(sample)]))
-        sparsity = request_sparsity(Prompt(model, prefill, 1.0))
+        sparsity = request_sparsity(PromptView(model, prefill, 1.0))
         requests.append(types_by_sparsity(sparsity, THETA, profile.grid))
     _agreement("offline, the paper's rule", offline_types(profile), requests)
     _agreement("offline, the profile's types", profile.head_types, requests)
     _between(requests)
-    plan = Plan(tuple(options.budget.split(",")), ("hybridkv", "hybridkv_offline"), REGIMES)
-    answers = compare(model, processor, profile, tasks, plan, track=track)
+    comparison = ComparisonPlan(
+        tuple(options.budget.split(",")), ("hybridkv", "hybridkv_offline"), REGIMES
+    )
+    answers = compare(Subject(model, processor, profile), tasks, comparison, track=track)
     _say("\n| regime | budget | types | score | KL |\n|---|---|---|---|---|")
     for row in summarise(answers):
         score = "-" if row.score is None else f"{row.score:.1%}"

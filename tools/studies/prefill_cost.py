@@ -1,6 +1,6 @@
 """What `apply` takes, and what compression adds to a prefill, in time and in bytes at the peak.
 
-    python tools/studies/prefill_cost.py [--tokens 16384] [--budget 0.1] [--types profile]
+    python -m tools.studies.prefill_cost [--tokens 16384] [--budget 0.1] [--types profile]
 
 SmolLM2 reads random tokens (positions beyond its 8k are as good as any for timing). The share is
 that of compression within the same prefill, by the receipt's own clock.

@@ -1,7 +1,7 @@
 """Does a process that generates all day stay as it was after an hour?
 
-    python tools/studies/soak.py [--calls 2000] [--seed 0] [--fresh 12] [--json out/soak.json]
-    python tools/studies/soak.py --only 417
+    python -m tools.studies.soak [--calls 2000] [--seed 0] [--fresh 12] [--json out/soak.json]
+    python -m tools.studies.soak --only 417
 
 Calls of generate() with a profile applied: the embedded tinyvl (1 to 12 images) and a small random
 Llama in turn, 1 to 3 rows of different lengths, several budgets, host types and lengths of the

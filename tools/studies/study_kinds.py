@@ -1,6 +1,6 @@
 """Do types from prompts of text alone agree with types from multimodal prompts?
 
-    python tools/studies/study_kinds.py [--samples 48]
+    python -m tools.studies.study_kinds [--samples 48]
 
 HybridKV classifies every request anew, because heads may behave differently on other prompts. Here
 tinyvl is calibrated on samples of `calibration/mini` and on as many without images: lines such as

@@ -1,6 +1,6 @@
 """What each rule of planning is worth, on tinyvl's calibration split, at equal all-in bytes.
 
-    python tools/studies/study_planning.py [--per-task 8] [--variants even0,even25,...]
+    python -m tools.studies.study_planning [--per-task 8] [--variants even0,even25,...]
                                         [--budgets 0.2,0.1,0.05,0.03] [--first-seed 6000]
 
 Measures 64 samples of calibration/mini once (kept in --rows, if given), decides anew per variant,

@@ -1,7 +1,7 @@
 """Indexes of dynamic heads against each other at equal all-in bytes, on real keys.
 
-    python tools/studies/study_retrieval.py --model tinyvl [--samples 24] [--budgets 0.1,0.05]
-    python tools/studies/study_retrieval.py --model smollm2 --samples 8
+    python -m tools.studies.study_retrieval --model tinyvl [--samples 24] [--budgets 0.1,0.05]
+    python -m tools.studies.study_retrieval --model smollm2 --samples 8
 
 Every head is dynamic with the same index and share, and the product's own runtime decodes: the
 dense model's reply and its reply to a later question are forced token by token. Calibration split

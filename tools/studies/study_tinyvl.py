@@ -1,6 +1,6 @@
 """What each choice in planning and indexing is worth, on tinyvl's calibration split.
 
-    python tools/studies/study_tinyvl.py [--per-task 16] [--variants shipped,squares,...]
+    python -m tools.studies.study_tinyvl [--per-task 16] [--variants shipped,squares,...]
                                       [--first-seed 5000]
 
 Calibrates on 64 samples of calibration/mini once per variant and answers questions of the
@@ -37,7 +37,6 @@ from tools.tinyvl.accuracy import same_reply
 TASKS = ("ocr", "list", "find", "diff", "kv")
 BUDGETS = (0.05, 0.08, 0.10)
 FIRST_SEED = 5000
-_INDEX = "dynamic-projected-"
 Edit = Callable[[Profile], Profile]
 
 

@@ -1,6 +1,6 @@
 """How far above its budget is a request between compressions, and what does it lose?
 
-    python tools/studies/tail_overshoot.py [--steps 160] [--scenes 4] [--budgets 0.05 0.1]
+    python -m tools.studies.tail_overshoot [--steps 160] [--scenes 4] [--budgets 0.05 0.1]
 
 tinyvl is forced through what the dense model generates without end, in four turns where it says so.
 After every token the receipt is looked at: the largest all-in share, and the largest excess in

@@ -20,7 +20,7 @@ from hkvprof.errors import HkvError, UsageError
 from hkvprof.models.load import load_model
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.samples.read import Sample
-from hkvprof.testbed.generator import TASKS, Labels, heldout_samples
+from hkvprof.testbed.generator import TASKS, SampleShape, heldout_samples
 
 JUDGE_THRESHOLD = 0.6
 """A task below this accuracy in some cell says little about what compression loses."""
@@ -69,25 +69,22 @@ def measure(
     model: Any,
     processor: ChatProcessor,
     per_cell: int,
-    image_counts: Sequence[int],
-    rows: int = 4,
-    cols: int = 4,
-    labels: Labels = "consecutive",
+    shapes: Sequence[SampleShape],
     report: Callable[[Cell], None] = lambda cell: None,
 ) -> list[Cell]:
-    """Accuracy in every cell of tasks x image counts; `report` is told of each cell when done."""
+    """Accuracy in every cell of tasks x shapes; `report` is told of each cell when done."""
     cells = []
-    for images in image_counts:
+    for shape in shapes:
         for name, task in TASKS.items():
-            if images == 1 and task.needs_several_images:
+            if shape.images == 1 and task.needs_several_images:
                 continue
-            samples = list(heldout_samples([name], per_cell, images, rows, cols, labels=labels))
+            samples = list(heldout_samples([name], per_cell, shape))
             replies = greedy_replies(model, processor, samples)
             right = sum(
                 same_reply(reply, sample.reply or "")
                 for reply, sample in zip(replies, samples, strict=True)
             )
-            cells.append(Cell(name, images, right, per_cell))
+            cells.append(Cell(name, shape.images, right, per_cell))
             report(cells[-1])
     return cells
 
@@ -158,9 +155,8 @@ def _run(options: argparse.Namespace, command: str) -> None:
     def report(cell: Cell) -> None:
         sys.stderr.write(f"{cell.images:3d} images  {cell.task:7s} {cell.accuracy:.3f}\n")
 
-    cells = measure(
-        model, processor, options.per_cell, counts, rows, cols, options.labels, report=report
-    )
+    shapes = [SampleShape(count, rows, cols, labels=options.labels) for count in counts]
+    cells = measure(model, processor, options.per_cell, shapes, report=report)
     table = markdown_table(cells, command)
     sys.stdout.write(table + "\n")
     if options.json:

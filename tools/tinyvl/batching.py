@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hkvprof.testbed.generator import TASKS, Question
+from hkvprof.testbed.generator import TASKS
 from hkvprof.testbed.scenes import Scene
+from hkvprof.testbed.tasks import SceneQuestion
 from hkvprof.testbed.vocabulary import (
     END_OF_TURN,
     IMAGE_PAD,
@@ -124,7 +125,7 @@ def _add_context(row: _RowBuilder, scene: Scene) -> None:
         row.add([TOKEN_IDS[VISION_END]])
 
 
-def pack_scene(scene: Scene, questions: Sequence[Question]) -> PackedRow:
+def pack_scene(scene: Scene, questions: Sequence[SceneQuestion]) -> PackedRow:
     """The chat layout of the prompt (as the chat template gives it) with all questions packed."""
     row = _RowBuilder()
     _add_context(row, scene)
@@ -210,7 +211,7 @@ def _visibility(segments: Tensor) -> Tensor:
     return (((keys == 0) | (keys == queries)) & causal)[:, None]
 
 
-def collate(scenes: Sequence[Scene], questions: Sequence[Sequence[Question]]) -> Batch:
+def collate(scenes: Sequence[Scene], questions: Sequence[Sequence[SceneQuestion]]) -> Batch:
     """Pack and pad scenes of one grid, each with its questions."""
     packed = [pack_scene(scene, asked) for scene, asked in zip(scenes, questions, strict=True)]
     count, length = len(packed), max(len(row.ids) for row in packed)

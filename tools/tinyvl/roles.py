@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from hkvprof.testbed.generator import Question
 from hkvprof.testbed.scenes import Fact, ImageKind, Scene
+from hkvprof.testbed.tasks import SceneQuestion
 from hkvprof.testbed.vocabulary import (
     COLOUR_NAMES,
     GLYPHS,
@@ -125,7 +125,7 @@ def scope_histogram(scene: Scene, scope: Sequence[int]) -> list[float]:
     return histogram
 
 
-def label_shares(question: Question) -> list[float]:
+def label_shares(question: SceneQuestion) -> list[float]:
     """Share of the items asked for per label, [labels + 1]; label 0 does not occur."""
     shares = [0.0] * (MAX_LABEL + 1)
     for label, share in question.shares:

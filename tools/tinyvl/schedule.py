@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hkvprof.testbed.generator import TASKS, Question, ask_questions
+from hkvprof.testbed.generator import TASKS, ask_questions
 from hkvprof.testbed.scenes import Scene, consecutive_labels, draw_scene, random_labels
+from hkvprof.testbed.tasks import SceneQuestion
 
 LOOKUP_STAGE_END = 0.55
 """Share of the budget spent on the four-layer look-up model, before it grows."""
@@ -186,10 +187,10 @@ def plan_step(
 
 def draw_step(
     plan: StepPlan, tokens: int, odds: Mapping[str, float], rng: random.Random
-) -> tuple[list[Scene], list[list[Question]]]:
+) -> tuple[list[Scene], list[list[SceneQuestion]]]:
     """Scenes with questions for about `tokens` tokens; at least two rows."""
     scenes: list[Scene] = []
-    asked: list[list[Question]] = []
+    asked: list[list[SceneQuestion]] = []
     while len(scenes) < max(2, tokens // plan.tokens()):
         if rng.random() < 0.2:
             labels = consecutive_labels(plan.images)

@@ -11,8 +11,14 @@ One file per method, one function in it: `select(prompt)` says what every head k
 
 from __future__ import annotations
 
-from hkvprof.evaluate.baselines.base import Baseline, Kept, LayerPrompt, Prompt
-from hkvprof.evaluate.baselines.registry import baselines, find
+from hkvprof.evaluate.baselines.base import (
+    Baseline,
+    Kept,
+    LayerPrompt,
+    PromptView,
+    baselines,
+    find,
+)
 from hkvprof.evaluate.baselines.session import compress
 
-__all__ = ["Baseline", "Kept", "LayerPrompt", "Prompt", "baselines", "compress", "find"]
+__all__ = ["Baseline", "Kept", "LayerPrompt", "PromptView", "baselines", "compress", "find"]

@@ -1,22 +1,46 @@
-"""Ablations of hkvprof: plans from the same profile with a part of the choice taken away."""
+"""Ablations: plans from the same profile with a part of the choice taken away, the strongest static
+score for all heads alike, and HybridKV with the types of a profile.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
+from hkvprof.calibration.decide import classify_by_sparsity
 from hkvprof.errors import BudgetError, UsageError
-from hkvprof.evaluate.baselines.base import Prompt, Selection, ablation
+from hkvprof.evaluate.baselines.base import LayerPrompt, PromptView, Selection, ablation, baseline
+from hkvprof.evaluate.baselines.hybridkv import KAPPA, KEEP, THETA, by_types
+from hkvprof.evaluate.baselines.scores import WINDOW, keep_best, same_room, with_recent
 from hkvprof.heads import HeadType
 from hkvprof.profile.budgets import INFEASIBLE, Allocation
 from hkvprof.profile.planning import Menu
 from hkvprof.profile.record import Profile
 from hkvprof.runtime.plan import HeadPlan, head_plans
+from hkvprof.selection.static import pool, window_attention
+
+WIDE_POOL = 31
 
 
-def measured_profile(prompt: Prompt, name: str) -> Profile:
+@baseline("snapkv_max", "SnapKV, max over the window, pooling 31", "hkvprof", public=False)
+def snapkv_max(prompt: PromptView) -> Selection:
+    """The strongest static score without offline knowledge (docs/method.md); heads alike."""
+    scores = prompt.remember(
+        "snapkv_max", lambda: [_window_maximum(layer) for layer in prompt.layers]
+    )
+    return keep_best(prompt, [with_recent(prompt, s) for s in scores], same_room(prompt))
+
+
+def _window_maximum(layer: LayerPrompt) -> Float[Tensor, "kv_heads tokens"]:
+    attention = window_attention(layer.query[:, -WINDOW:], layer.key, layer.scaling)
+    return pool(attention, WIDE_POOL)
+
+
+def measured_profile(prompt: PromptView, name: str) -> Profile:
     """The profile, if it has curves to plan from. Raises UsageError."""
     profile = prompt.need_profile(name)
     if profile.recipe != "measured":
@@ -34,12 +58,12 @@ def only(profile: Profile, head_type: HeadType) -> Profile:
     return replace(profile, loss=loss)
 
 
-def itemsize(prompt: Prompt) -> int:
+def itemsize(prompt: PromptView) -> int:
     """Bytes per element of keys and values."""
     return int(prompt.prefill.calls[0].key.element_size())
 
 
-def allocated(prompt: Prompt, profile: Profile) -> Allocation:
+def allocated(prompt: PromptView, profile: Profile) -> Allocation:
     """What the profile decides for this prompt and share. Raises BudgetError."""
     return profile.allocation(prompt.share, prompt.tokens, itemsize(prompt))
 
@@ -49,7 +73,7 @@ def planned(profile: Profile, allocation: Allocation) -> Selection:
     return [list(plans) for plans in head_plans(profile.strategies, allocation)]
 
 
-def even(prompt: Prompt, profile: Profile) -> Selection:
+def even(prompt: PromptView, profile: Profile) -> Selection:
     """The same share for every head, which takes the strategy that loses least with it.
 
     Below the first ratio at which a strategy was measured, its loss there counts. Raises
@@ -97,14 +121,14 @@ def loss_at(
 
 
 @ablation("all_static", "hkvprof, all heads static")
-def all_static(prompt: Prompt) -> Selection:
+def all_static(prompt: PromptView) -> Selection:
     """Budgets and pooling widths per head as the profile plans them, static strategies alone."""
     profile = only(measured_profile(prompt, "all_static"), HeadType.STATIC)
     return planned(profile, allocated(prompt, profile))
 
 
 @ablation("all_dynamic", "hkvprof, all heads dynamic")
-def all_dynamic(prompt: Prompt) -> Selection:
+def all_dynamic(prompt: PromptView) -> Selection:
     """Budgets and index sizes per head as the profile plans them, dynamic strategies alone.
 
     Where that fails (the ratios measured are too coarse for what the indexes need), all heads get
@@ -118,13 +142,13 @@ def all_dynamic(prompt: Prompt) -> Selection:
 
 
 @ablation("no_head_level", "hkvprof, same share for every head")
-def no_head_level(prompt: Prompt) -> Selection:
+def no_head_level(prompt: PromptView) -> Selection:
     """Every head takes the strategy that loses least at the common share."""
     return even(prompt, measured_profile(prompt, "no_head_level"))
 
 
 @ablation("no_type_level", "hkvprof, one static strategy for all heads")
-def no_type_level(prompt: Prompt) -> Selection:
+def no_type_level(prompt: PromptView) -> Selection:
     """Shares as the profile plans them with all strategies; every head then prunes the same way.
 
     The way is the static strategy whose losses at these shares sum to the least.
@@ -140,3 +164,37 @@ def no_type_level(prompt: Prompt) -> Selection:
     best = min(static, key=lambda number: loss_at(profile, number, ratio, prompt.tokens).sum())
     same = np.full_like(allocation.strategy, best)
     return planned(profile, replace(allocation, strategy=same))
+
+
+@baseline(
+    "hybridkv_offline", "HybridKV, types from the profile", "hkvprof", keep=KEEP,
+    needs_profile=True, public=False,
+)  # fmt: skip
+def hybridkv_offline(prompt: PromptView) -> Selection:
+    """As `hybridkv`, but types and shares come from the calibration's mean sparsity."""
+    profile = prompt.need_profile("hybridkv_offline")
+    return by_types(prompt, offline_types(profile), offline_sparsity(profile))
+
+
+def offline_sparsity(profile: Profile) -> NDArray[np.float32]:
+    """Mean sparsity over the calibration's samples at HybridKV's kappa, [layers, query_heads].
+
+    Raises UsageError for a profile without it.
+    """
+    return profile.sparsity_mean[_kappa(profile)]
+
+
+def offline_types(profile: Profile) -> NDArray[np.uint8]:
+    """What the recipe `paper` decides at that kappa, [layers, kv_heads]. Raises UsageError."""
+    at, samples = _kappa(profile), profile.provenance.get("samples", 0)
+    mean, std = profile.sparsity_mean[at], profile.sparsity_std[at]
+    return classify_by_sparsity(mean, std, samples, THETA, profile.grid)
+
+
+def _kappa(profile: Profile) -> int:
+    if KAPPA not in profile.kappas or not profile.provenance.get("samples"):
+        raise UsageError(
+            f"hybridkv_offline needs a calibrated profile with sparsity at kappa {KAPPA:g}, found "
+            f"kappas {profile.kappas}: calibrate this model"
+        )
+    return profile.kappas.index(KAPPA)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import best_of_all, keep_marked, recent_count, snapkv_of
 
 SAFEGUARD = 0.2
@@ -10,7 +10,7 @@ SAFEGUARD = 0.2
 
 
 @baseline("adakv", "Ada-KV (SnapKV)", "arXiv 2407.11550")
-def adakv(prompt: Prompt) -> Selection:
+def adakv(prompt: PromptView) -> Selection:
     """A layer's best-scored tokens over all of its heads, and a fifth of the room for each head."""
     window = recent_count(prompt)
     safe = window + int(SAFEGUARD * (prompt.room - window))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ Selection = list[list[Choice]]
 
 
 @dataclass
-class Prompt:
+class PromptView:
     """What a method may look at: a whole prompt (batch of one) and how much it may keep.
 
     `share` is the all-in share of dense bytes, `profile` that of the model (None if there is
@@ -151,7 +152,7 @@ class Baseline:
     name: str
     title: str
     paper: str
-    select: Callable[[Prompt], Selection]
+    select: Callable[[PromptView], Selection]
     keep: KeepRule | None
     smoothing: float
     needs_profile: bool
@@ -171,10 +172,10 @@ def baseline(
     smoothing: float = 0.0,
     needs_profile: bool = False,
     public: bool = True,
-) -> Callable[[Callable[[Prompt], Selection]], Callable[[Prompt], Selection]]:
+) -> Callable[[Callable[[PromptView], Selection]], Callable[[PromptView], Selection]]:
     """Register the decorated function under `name`."""
 
-    def register(select: Callable[[Prompt], Selection]) -> Callable[[Prompt], Selection]:
+    def register(select: Callable[[PromptView], Selection]) -> Callable[[PromptView], Selection]:
         _register(
             Baseline(
                 name, title, paper, select, keep or KeepRule(), smoothing, needs_profile, public
@@ -187,10 +188,10 @@ def baseline(
 
 def ablation(
     name: str, title: str
-) -> Callable[[Callable[[Prompt], Selection]], Callable[[Prompt], Selection]]:
+) -> Callable[[Callable[[PromptView], Selection]], Callable[[PromptView], Selection]]:
     """Register a part of hkvprof itself: it keeps and smooths as the profile and runtime do."""
 
-    def register(select: Callable[[Prompt], Selection]) -> Callable[[Prompt], Selection]:
+    def register(select: Callable[[PromptView], Selection]) -> Callable[[PromptView], Selection]:
         _register(Baseline(name, title, "hkvprof", select, None, SMOOTHING, True, False))
         return select
 
@@ -202,9 +203,32 @@ def _register(method: Baseline) -> None:
     _REGISTRY[method.name] = method
 
 
-def registered() -> dict[str, Baseline]:
-    """All methods that were registered so far, by name."""
-    return dict(_REGISTRY)
+_FILES = (
+    "streaming_llm", "snapkv", "pyramidkv", "adakv", "chunkkv", "keydiff", "expected_attention",
+    "kvzip", "duo_attention", "razor_attention", "quest", "look_m", "madakv", "sparsemm",
+    "hybridkv", "random_tokens", "ablations",
+)  # fmt: skip
+"""Modules beside this one that register methods, in the order in which methods are listed."""
+
+
+def baselines() -> dict[str, Baseline]:
+    """All methods by name, in the order of the files whichever was imported first."""
+    order = {f"hkvprof.evaluate.baselines.{file}": place for place, file in enumerate(_FILES)}
+    for module in order:
+        importlib.import_module(module)
+
+    def place(method: Baseline) -> int:
+        return order.get(method.select.__module__, len(order))
+
+    return {method.name: method for method in sorted(_REGISTRY.values(), key=place)}
+
+
+def find(name: str) -> Baseline:
+    """The method called `name`. Raises UsageError."""
+    known = baselines()
+    if name not in known:
+        raise UsageError(f"unknown baseline {name!r}: expected one of {', '.join(known)}")
+    return known[name]
 
 
 @contextmanager

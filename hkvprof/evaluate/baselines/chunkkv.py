@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import keep_best, same_room, snapkv_scores, with_recent
 
 CHUNK = 10
 
 
 @baseline("chunkkv", "ChunkKV (SnapKV)", "arXiv 2502.00299")
-def chunkkv(prompt: Prompt) -> Selection:
+def chunkkv(prompt: PromptView) -> Selection:
     """A chunk of 10 tokens scores what its tokens score on average (SnapKV's, not pooled).
 
     The last chunk that fits is kept in part, from its beginning, so that the room is used up; the

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.offline import full_heads, static_loss
 from hkvprof.evaluate.baselines.scores import SINKS, rows
 
@@ -15,7 +15,7 @@ LOCAL = 20
 
 
 @baseline("duo_attention", "DuoAttention-like", "arXiv 2410.10819", needs_profile=True)
-def duo_attention(prompt: Prompt) -> Selection:
+def duo_attention(prompt: PromptView) -> Selection:
     """As many whole heads as there is room for, those first that lose most when pruned.
 
     Published gates are trained on passkeys; here the profile orders the heads, by the loss of a
@@ -30,7 +30,7 @@ def duo_attention(prompt: Prompt) -> Selection:
     ]
 
 
-def ends(prompt: Prompt, count: int) -> Int[Tensor, " count"]:
+def ends(prompt: PromptView, count: int) -> Int[Tensor, " count"]:
     """The first 4 tokens (at most half of the count) and the last ones."""
     sinks = min(SINKS, count // 2)
     recent = torch.arange(prompt.tokens - (count - sinks), prompt.tokens)

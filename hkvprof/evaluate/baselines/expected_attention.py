@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hkvprof.errors import ModelError
-from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import LayerPrompt, PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import (
     SINKS,
     best_of_all,
@@ -25,7 +25,7 @@ SAFEGUARD = 0.2
 
 
 @baseline("expected_attention", "Expected Attention", "arXiv 2510.00636")
-def expected_attention(prompt: Prompt) -> Selection:
+def expected_attention(prompt: PromptView) -> Selection:
     """Queries are taken as normal, with mean and covariance of the prompt's before rotation.
 
     The first 4 tokens are left out of the statistics and always kept; tokens compete across the

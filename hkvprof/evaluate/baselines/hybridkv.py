@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from hkvprof.calibration.decide import allocate_by_sparsity, types_by_sparsity
-from hkvprof.evaluate.baselines.base import Choice, LayerPrompt, Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import Choice, LayerPrompt, PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import rows, spread
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.profile.costs import dynamic_layout, token_floor
@@ -23,7 +23,7 @@ CHUNKS = (16, 32, 64)
 
 
 @baseline("hybridkv", "HybridKV (online)", "arXiv 2604.05887", keep=KEEP)
-def hybridkv(prompt: Prompt) -> Selection:
+def hybridkv(prompt: PromptView) -> Selection:
     """Text-prior pruning for static groups, chunks behind their mean key for dynamic ones.
 
     Types come from this prompt's text rows, budgets from the top down: both types get the same
@@ -34,7 +34,7 @@ def hybridkv(prompt: Prompt) -> Selection:
     return by_types(prompt, types_by_sparsity(mean, THETA, prompt.grid), mean)
 
 
-def by_types(prompt: Prompt, types: NDArray[np.uint8], mean: NDArray[np.float32]) -> Selection:
+def by_types(prompt: PromptView, types: NDArray[np.uint8], mean: NDArray[np.float32]) -> Selection:
     """HybridKV's budgets and selection for types [layers, kv_heads] and the sparsity of all query
     heads [layers, query_heads], wherever they come from."""
     grid, static = prompt.grid, types == HeadType.STATIC
@@ -57,7 +57,7 @@ def by_types(prompt: Prompt, types: NDArray[np.uint8], mean: NDArray[np.float32]
 
 
 def _layer(
-    prompt: Prompt, layer: LayerPrompt, counts: list[int], plans: list[HeadPlan | None]
+    prompt: PromptView, layer: LayerPrompt, counts: list[int], plans: list[HeadPlan | None]
 ) -> list[Choice]:
     """Retrieval where there is a plan, else text-prior pruning to that many tokens."""
     attention = window_attention(layer.query[:, -KEEP.window :], layer.key, layer.scaling)
@@ -68,7 +68,7 @@ def _layer(
     ]
 
 
-def _retrieval(prompt: Prompt, ratio: float) -> HeadPlan | None:
+def _retrieval(prompt: PromptView, ratio: float) -> HeadPlan | None:
     """A dynamic head with the smallest published chunk that fits into its share."""
     key = prompt.layers[0].key
     for chunk in CHUNKS:
@@ -79,7 +79,7 @@ def _retrieval(prompt: Prompt, ratio: float) -> HeadPlan | None:
     return None
 
 
-def request_sparsity(prompt: Prompt) -> NDArray[np.float32]:
+def request_sparsity(prompt: PromptView) -> NDArray[np.float32]:
     """Text-centric sparsity of every query head, [layers, query_heads].
 
     A prompt that ends with its context has no text row that sees it: all rows count as text then.

@@ -6,12 +6,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import LayerPrompt, PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import keep_best, same_room, with_recent
 
 
 @baseline("keydiff", "KeyDiff", "arXiv 2504.15364")
-def keydiff(prompt: Prompt) -> Selection:
+def keydiff(prompt: PromptView) -> Selection:
     """Least cosine similarity to the mean of the normalised keys; attention is not looked at.
 
     The recent tokens stay too, which is not in the paper: it serves the method better here.

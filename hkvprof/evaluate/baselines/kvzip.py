@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.errors import ModelError
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline, watched
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline, watched
 from hkvprof.evaluate.baselines.scores import (
     SINKS,
     best_of_all,
@@ -30,7 +30,7 @@ LATER = "Repeat the part of the previous context exactly, starting with"
 
 
 @baseline("kvzip", "KVzip", "arXiv 2505.23416")
-def kvzip(prompt: Prompt) -> Selection:
+def kvzip(prompt: PromptView) -> Selection:
     """The largest attention a token gets while the model is made to repeat its chunk.
 
     One threshold over all layers and heads; the first 4 tokens always stay, and so do the last 4
@@ -43,7 +43,7 @@ def kvzip(prompt: Prompt) -> Selection:
     return keep_marked(prompt, list(best_of_all(forced, prompt.room * prompt.grid.total, safe=1)))
 
 
-def repeat_scores(prompt: Prompt) -> list[Float[Tensor, "kv_heads tokens"]]:
+def repeat_scores(prompt: PromptView) -> list[Float[Tensor, "kv_heads tokens"]]:
     """Maximum over the repeating rows and the group, per chunk of the context."""
     prefill, model = prompt.prefill, prompt.model
     context = prefill.decoder_input.embeddings
@@ -96,7 +96,7 @@ def _attention(
     return best
 
 
-def _instructions(prompt: Prompt) -> tuple[Int[Tensor, "1 first"], ...]:
+def _instructions(prompt: PromptView) -> tuple[Int[Tensor, "1 first"], ...]:
     """Token ids of the instruction for the first chunk, for later ones, and of what ends it.
 
     A prompt that ends with the opening of a reply is followed by a turn of its own, any other one

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hkvprof.evaluate.baselines.base import Kept, LayerPrompt, Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import Kept, LayerPrompt, PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import best_tokens, snapkv_of
 
 BLOCK = 4096
@@ -14,7 +14,7 @@ BLOCK = 4096
 
 
 @baseline("look_m", "LOOK-M", "arXiv 2406.18139")
-def look_m(prompt: Prompt) -> Selection:
+def look_m(prompt: PromptView) -> Selection:
     """Recent tokens, then text, then vision, each by score; pivotal merging of what goes.
 
     Two things serve the method better here than what is published: scores are SnapKV's, not
@@ -28,7 +28,7 @@ def look_m(prompt: Prompt) -> Selection:
 
 
 def preferred(
-    prompt: Prompt, score: Float[Tensor, "kv_heads tokens"]
+    prompt: PromptView, score: Float[Tensor, "kv_heads tokens"]
 ) -> Float[Tensor, "kv_heads tokens"]:
     """The scores, those of text above all others if there is room for all of it."""
     if int(prompt.text.sum()) > prompt.room:
@@ -36,7 +36,9 @@ def preferred(
     return score + prompt.text.to(score.device) * (1 + score[score.isfinite()].max())
 
 
-def merged(prompt: Prompt, layer: LayerPrompt, head: int, score: Float[Tensor, " tokens"]) -> Kept:
+def merged(
+    prompt: PromptView, layer: LayerPrompt, head: int, score: Float[Tensor, " tokens"]
+) -> Kept:
     """The best-scored tokens of a head, the other vision tokens merged into them."""
     kept = best_tokens(score, prompt.room)
     gone = ~prompt.text.to(score.device)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import (
     POOL,
     best_tokens,
@@ -24,7 +24,7 @@ FLOOR = 0.8
 
 
 @baseline("madakv", "MadaKV-like", "arXiv 2506.15724")
-def madakv(prompt: Prompt) -> Selection:
+def madakv(prompt: PromptView) -> Selection:
     """Modality preference per head, and budgets compensated between layers.
 
     A head's room is divided between text and vision as the attention of the last rows is, and it

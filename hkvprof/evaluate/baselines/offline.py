@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.baselines.base import Prompt, watched
+from hkvprof.evaluate.baselines.base import PromptView, watched
 from hkvprof.heads import HeadType
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.calls import last_row_only, with_cache
@@ -37,13 +37,13 @@ class Habits:
     induction: Float[Tensor, "layers kv_heads"]
 
 
-def habits(prompt: Prompt) -> Habits:
+def habits(prompt: PromptView) -> Habits:
     """Watch the model read random tokens over and over; once per model."""
     found: Habits = prompt.offline("habits", lambda: _watch(prompt))
     return found
 
 
-def _watch(prompt: Prompt) -> Habits:
+def _watch(prompt: PromptView) -> Habits:
     model, view = prompt.model, prompt.prefill.view
     once = _random_ids(prompt)
     ids = once.repeat(1, REPEATS)
@@ -75,7 +75,7 @@ def _layer(call: AttentionCall, period: int) -> Float[Tensor, "2 kv_heads"]:
     return torch.stack(found, dim=-1).view(2, len(key), group).amax(dim=-1)
 
 
-def _random_ids(prompt: Prompt) -> Int[Tensor, "1 period"]:
+def _random_ids(prompt: PromptView) -> Int[Tensor, "1 period"]:
     """Distinct ids of the vocabulary, none of them special or a place for vision."""
     config = prompt.prefill.view.text_config
     vision = prompt.prefill.view.fingerprint.vision.values()
@@ -108,7 +108,7 @@ def static_loss(profile: Profile) -> NDArray[np.float32]:
     return least
 
 
-def full_heads(prompt: Prompt, rank: list[int], local: int) -> tuple[set[int], list[int]]:
+def full_heads(prompt: PromptView, rank: list[int], local: int) -> tuple[set[int], list[int]]:
     """As many heads, in this order, as can be whole while the others hold `local` tokens.
 
     Returns their numbers (layer by layer), and how many tokens every head holds; what is left over

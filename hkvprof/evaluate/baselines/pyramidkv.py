@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import keep_best, recent_count, snapkv_of, spread
 
 BETA = 20
@@ -10,7 +10,7 @@ BETA = 20
 
 
 @baseline("pyramidkv", "PyramidKV", "arXiv 2406.02069")
-def pyramidkv(prompt: Prompt) -> Selection:
+def pyramidkv(prompt: PromptView) -> Selection:
     """Layer budgets fall linearly with depth; within a layer, as SnapKV.
 
     The window is the same everywhere. Budgets are rounded so that they sum to the room exactly.

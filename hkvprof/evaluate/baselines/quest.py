@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.runtime.plan import HeadPlan
 
@@ -10,7 +10,7 @@ CHUNK = 16
 
 
 @baseline("quest", "Quest-like retrieval", "arXiv 2406.10774", keep=KeepRule(2, 4, 16))
-def quest(prompt: Prompt) -> Selection:
+def quest(prompt: PromptView) -> Selection:
     """Every head keeps the smallest and largest key of each chunk of 16 and fetches the best.
 
     The digests are part of the share: at chunks of 16 they alone take 1/16 of the dense bytes,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import SINKS, keep_best, same_room, with_recent
 
 
 @baseline("random", "random tokens", "none: a lower bound")
-def random_tokens(prompt: Prompt) -> Selection:
+def random_tokens(prompt: PromptView) -> Selection:
     """Sinks, the last 16 tokens, and others drawn anew for every head."""
     generator = torch.Generator().manual_seed(prompt.seed)
     scores = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hkvprof.evaluate.baselines.base import Kept, LayerPrompt, Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import Kept, LayerPrompt, PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.duo_attention import LOCAL, ends
 from hkvprof.evaluate.baselines.offline import Habits, full_heads, habits
 from hkvprof.evaluate.baselines.scores import rows
@@ -14,7 +14,7 @@ INDUCTION_HEADS, ECHO_HEADS = 14, 1
 
 
 @baseline("razor_attention", "RazorAttention-like", "arXiv 2407.15891")
-def razor_attention(prompt: Prompt) -> Selection:
+def razor_attention(prompt: PromptView) -> Selection:
     """As many retrieval heads as there is room for; compensation tokens in the others.
 
     A compensation token is the mean of the dropped keys and values. As published it weighs as much
@@ -47,7 +47,7 @@ def ranked(known: Habits) -> list[int]:
     return torch.sort(place, stable=True).indices.tolist()
 
 
-def compensated(prompt: Prompt, layer: LayerPrompt, head: int, count: int) -> Kept:
+def compensated(prompt: PromptView, layer: LayerPrompt, head: int, count: int) -> Kept:
     """Sinks and recent tokens of one head, and the mean of the others in the place of one."""
     if count >= prompt.tokens:
         return layer.keep(head, ends(prompt, prompt.tokens))

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from hkvprof.evaluate.baselines.base import LayerPrompt, Prompt, Selection
+from hkvprof.evaluate.baselines.base import LayerPrompt, PromptView, Selection
 from hkvprof.selection.static import pool, window_weights
 
 
@@ -68,7 +68,7 @@ def best_of_all(
     return chosen.view(shape)
 
 
-def keep_marked(prompt: Prompt, marked: Sequence[Bool[Tensor, "kv_heads tokens"]]) -> Selection:
+def keep_marked(prompt: PromptView, marked: Sequence[Bool[Tensor, "kv_heads tokens"]]) -> Selection:
     """Every head keeps the tokens that are marked in its row."""
     return [
         [layer.keep(head, row.nonzero()[:, 0]) for head, row in enumerate(mark)]
@@ -100,7 +100,7 @@ def snapkv_scores(
 
 
 def with_recent(
-    prompt: Prompt, score: Float[Tensor, "*heads tokens"], window: int = WINDOW
+    prompt: PromptView, score: Float[Tensor, "*heads tokens"], window: int = WINDOW
 ) -> Float[Tensor, "*heads tokens"]:
     """A copy in which the last `window` tokens score infinity: they stay.
 
@@ -111,7 +111,7 @@ def with_recent(
     return score
 
 
-def recent_count(prompt: Prompt, window: int = WINDOW) -> int:
+def recent_count(prompt: PromptView, window: int = WINDOW) -> int:
     """How many recent tokens `with_recent` keeps."""
     return min(window, max(1, prompt.room // 2))
 
@@ -133,7 +133,7 @@ def best_tokens(
 
 
 def keep_best(
-    prompt: Prompt, scores: list[Float[Tensor, "kv_heads tokens"]], counts: list[list[int]]
+    prompt: PromptView, scores: list[Float[Tensor, "kv_heads tokens"]], counts: list[list[int]]
 ) -> Selection:
     """Every head keeps its `counts[layer][head]` best-scored tokens."""
     return [
@@ -142,19 +142,19 @@ def keep_best(
     ]
 
 
-def same_room(prompt: Prompt) -> list[list[int]]:
+def same_room(prompt: PromptView) -> list[list[int]]:
     """`room` tokens for every head of every layer."""
     return [[prompt.room] * prompt.grid.kv_heads for _ in prompt.layers]
 
 
-def snapkv_of(prompt: Prompt) -> list[Float[Tensor, "kv_heads tokens"]]:
+def snapkv_of(prompt: PromptView) -> list[Float[Tensor, "kv_heads tokens"]]:
     """SnapKV's scores of every layer, the recent tokens at infinity."""
     scores = prompt.remember("snapkv", lambda: [snapkv_scores(layer) for layer in prompt.layers])
     return [with_recent(prompt, score) for score in scores]
 
 
 def with_sinks(
-    prompt: Prompt, score: Float[Tensor, "*heads tokens"]
+    prompt: PromptView, score: Float[Tensor, "*heads tokens"]
 ) -> Float[Tensor, "*heads tokens"]:
     """A copy in which the first 4 tokens score infinity (no more than half of the room)."""
     score = score.clone()

@@ -10,8 +10,7 @@ from typing import Any
 
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError, UsageError
-from hkvprof.evaluate.baselines.base import Baseline, Choice, Kept, Prompt, Selection
-from hkvprof.evaluate.baselines.registry import find
+from hkvprof.evaluate.baselines.base import Baseline, Choice, Kept, PromptView, Selection, find
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.profile.record import Profile
@@ -25,7 +24,7 @@ _PRUNED = Strategy(HeadType.STATIC)
 
 
 @dataclass(frozen=True)
-class Decision:
+class TimedSelection:
     """What a method decided for one prompt and share, and the time it took."""
 
     method: Baseline
@@ -34,7 +33,7 @@ class Decision:
     seconds: float
 
 
-def decide(method: Baseline, prompt: Prompt) -> Decision:
+def decide(method: Baseline, prompt: PromptView) -> TimedSelection:
     """Let a method select. The model must not have a profile applied. Raises UsageError."""
     if method.needs_profile:
         prompt.need_profile(method.name)
@@ -46,7 +45,7 @@ def decide(method: Baseline, prompt: Prompt) -> Decision:
     seconds = time.perf_counter() - began + prompt.borrowed_seconds
     grid = prompt.grid
     assert [len(layer) for layer in selection] == [grid.kv_heads] * grid.layers, method.name
-    return Decision(method, prompt.share, selection, seconds)
+    return TimedSelection(method, prompt.share, selection, seconds)
 
 
 def applied(model: Any, method: Baseline, share: float, profile: Profile | None) -> Handle:
@@ -59,25 +58,25 @@ def applied(model: Any, method: Baseline, share: float, profile: Profile | None)
     )  # fmt: skip
 
 
-def fill(cache: CompressedCache, prefill: Prefill, decision: Decision) -> None:
+def fill(cache: CompressedCache, prefill: Prefill, selected: TimedSelection) -> None:
     """Put what was selected into a new cache. Raises CompressionError where it is too much."""
-    plans = [tuple(_plan(choice) for choice in layer) for layer in decision.selection]
+    plans = [tuple(_plan(choice) for choice in layer) for layer in selected.selection]
     given = [
         {
-            head: Packed(choice.key, choice.value, decision.method.name)
+            head: Packed(choice.key, choice.value, selected.method.name)
             for head, choice in enumerate(layer)
             if isinstance(choice, Kept)
         }
-        for layer in decision.selection
+        for layer in selected.selection
     ]
     prefill.fill_with(cache, plans, given)
     receipt = cache.receipt()
-    segments = sum(len(layer) for layer in decision.selection)
-    allowed = decision.share * receipt.dense_bytes + _SEGMENT_BYTES * segments
+    segments = sum(len(layer) for layer in selected.selection)
+    allowed = selected.share * receipt.dense_bytes + _SEGMENT_BYTES * segments
     if receipt.resident_bytes > allowed:
         raise CompressionError(
-            f"{decision.method.name} keeps {receipt.resident_bytes} bytes of "
-            f"{receipt.dense_bytes}: more than its share of {decision.share}"
+            f"{selected.method.name} keeps {receipt.resident_bytes} bytes of "
+            f"{receipt.dense_bytes}: more than its share of {selected.share}"
         )
 
 
@@ -99,8 +98,8 @@ def compress(
     `share` is the all-in share of dense bytes. Raises UsageError, CompressionError.
     """
     method = find(name)
-    decision = decide(method, Prompt(model, prefill, share, profile, seed))
+    selected = decide(method, PromptView(model, prefill, share, profile, seed))
     with applied(model, method, share, profile) as handle:
         cache = handle.new_cache(prefill.tokens)
-        fill(cache, prefill, decision)
+        fill(cache, prefill, selected)
         yield cache

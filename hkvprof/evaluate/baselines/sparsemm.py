@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.offline import static_loss
 from hkvprof.evaluate.baselines.scores import keep_best, recent_count, rows, snapkv_of, spread
 
@@ -11,7 +11,7 @@ RHO = 0.1
 
 
 @baseline("sparsemm", "SparseMM-like", "arXiv 2506.05344", needs_profile=True)
-def sparsemm(prompt: Prompt) -> Selection:
+def sparsemm(prompt: PromptView) -> Selection:
     """Window and a uniform floor for every head, the rest in proportion to an offline score.
 
     Published scores count how often a head looks at the image region of a word it reads (OCR);

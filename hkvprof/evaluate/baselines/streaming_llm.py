@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hkvprof.evaluate.baselines.base import Prompt, Selection, baseline
+from hkvprof.evaluate.baselines.base import PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import SINKS
 
 
 @baseline("streaming_llm", "StreamingLLM", "arXiv 2309.17453")
-def streaming_llm(prompt: Prompt) -> Selection:
+def streaming_llm(prompt: PromptView) -> Selection:
     """The first 4 tokens and the last ones, as many as there is room for."""
     sinks = min(SINKS, prompt.room // 2)
     recent = prompt.room - sinks

@@ -5,31 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hkvprof.errors import SampleError, UsageError
-from hkvprof.evaluate.datasets import (
-    docvqa,
-    milebench,
-    mmniah,
-    nextqa,
-    ocrbench,
-    vatex,
-    videochatgpt,
-    videomme,
-)
-from hkvprof.evaluate.datasets.source import Entry, Layout, Question, Source
+from hkvprof.evaluate.datasets import documents, milebench, mmniah, videos
+from hkvprof.evaluate.datasets.source import DatasetQuestion, Layout, ListedQuestion, Source
 from hkvprof.evaluate.metrics import EXACT_MATCH
-from hkvprof.evaluate.taskset import TaskSet
+from hkvprof.evaluate.records import TaskSet
 from hkvprof.samples.parse import MAX_ID_CHARACTERS, MAX_PARTS
 from hkvprof.samples.read import Sample, choose
 
 LAYOUTS: dict[str, Layout] = {
     "milebench": milebench.LAYOUT,
-    "vatex": vatex.LAYOUT,
-    "nextqa": nextqa.LAYOUT,
-    "videochatgpt": videochatgpt.LAYOUT,
+    "vatex": videos.VATEX_LAYOUT,
+    "nextqa": videos.NEXTQA_LAYOUT,
+    "videochatgpt": videos.VIDEOCHATGPT_LAYOUT,
     "mmniah": mmniah.LAYOUT,
-    "videomme": videomme.LAYOUT,
-    "docvqa": docvqa.LAYOUT,
-    "ocrbench": ocrbench.LAYOUT,
+    "videomme": videos.VIDEOMME_LAYOUT,
+    "docvqa": documents.DOCVQA_LAYOUT,
+    "ocrbench": documents.OCRBENCH_LAYOUT,
 }
 
 
@@ -60,7 +51,7 @@ def load_layout(
     return TaskSet(f"{name}:{path}", samples, EXACT_MATCH, layout.max_new_tokens, gold)
 
 
-def _sample(entry: Entry, question: Question) -> Sample:
+def _sample(entry: ListedQuestion, question: DatasetQuestion) -> Sample:
     """The user's message alone, with the first correct answer as the reply."""
     if len(question.parts) > MAX_PARTS:
         raise SampleError(
@@ -71,9 +62,9 @@ def _sample(entry: Entry, question: Question) -> Sample:
     return Sample(entry.id, entry.task, (message,), reply=question.gold.references[0])
 
 
-def _unique(entries: Iterable[Entry]) -> list[Entry]:
+def _unique(entries: Iterable[ListedQuestion]) -> list[ListedQuestion]:
     """All entries; an id that occurs twice is refused."""
-    kept: dict[str, Entry] = {}
+    kept: dict[str, ListedQuestion] = {}
     for entry in entries:
         if entry.id in kept:
             raise SampleError(f"the question {entry.id!r} occurs twice: ids must be unique")

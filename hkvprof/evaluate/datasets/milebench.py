@@ -18,28 +18,28 @@ from pathlib import Path
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.datasets.records import Record, as_record, read_json
 from hkvprof.evaluate.datasets.source import (
-    Entry,
+    DatasetQuestion,
     Layout,
+    ListedQuestion,
     Part,
-    Question,
     Source,
     image_part,
     interleave,
     text_part,
 )
 from hkvprof.evaluate.metrics import LETTERS, ROUGE_L, SUBSTRING, WORDS, fold, multiple_choice
-from hkvprof.evaluate.taskset import Gold
+from hkvprof.evaluate.records import Gold
 
 _MARK = re.compile(r"\{(?:image|table)#([0-9]{1,6})\}")
 
 
-def _entries(source: Source) -> Iterator[Entry]:
+def _entries(source: Source) -> Iterator[ListedQuestion]:
     for file in _files(source):
         top = as_record(file, read_json(source.root, file))
         meta, task = top.record("meta_data"), file.stem
         for row in top.records("data"):
             build = partial(_question, source.root, file.parent, task, meta, row)
-            yield Entry(task, f"{task}-{row.label('sample_id')}", build)
+            yield ListedQuestion(task, f"{task}-{row.label('sample_id')}", build)
 
 
 def _files(source: Source) -> list[Path]:
@@ -55,7 +55,7 @@ def _files(source: Source) -> list[Path]:
     return files
 
 
-def _question(root: Path, folder: Path, task: str, meta: Record, row: Record) -> Question:
+def _question(root: Path, folder: Path, task: str, meta: Record, row: Record) -> DatasetQuestion:
     instructions = meta.texts("task_instruction")
     instruction = instructions[row.integer("task_instruction_id", len(instructions))]
     instance = row.record("task_instance")
@@ -69,7 +69,7 @@ def _question(root: Path, folder: Path, task: str, meta: Record, row: Record) ->
     options = instance.texts("choice_list", 2) if instance.fields.get("choice_list") else ()
     context = instance.text("context") + _listed(options)
     parts = [text_part(f"{instruction}\n"), *_placed(context, images)]
-    return Question(parts, _gold(task, meta, row, options))
+    return DatasetQuestion(parts, _gold(task, meta, row, options))
 
 
 def _placed(context: str, images: list[Part]) -> list[Part]:

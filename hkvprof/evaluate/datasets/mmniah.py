@@ -17,34 +17,34 @@ from functools import partial
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.datasets.records import Record, read_lines
 from hkvprof.evaluate.datasets.source import (
-    Entry,
+    DatasetQuestion,
     Layout,
+    ListedQuestion,
     Part,
-    Question,
     Source,
     image_part,
     interleave,
     text_part,
 )
 from hkvprof.evaluate.metrics import LETTERS, POSITIONS, WORDS, multiple_choice
-from hkvprof.evaluate.taskset import Gold
+from hkvprof.evaluate.records import Gold
 
 _MARK = re.compile("<image>")
 _LETTER = "Answer with the option's letter from the given choices directly."
 _PHRASE = "Answer the question using a single word or phrase."
 
 
-def _entries(source: Source) -> Iterator[Entry]:
+def _entries(source: Source) -> Iterator[ListedQuestion]:
     files = source.find_all("annotations/*.jsonl")
     if not files:
         raise UsageError(f"{source.root} holds no annotations/*.jsonl (docs/tasks.md)")
     for file in files:
         for row in read_lines(source.root, file):
             name = f"{file.stem}-{row.label('id')}"
-            yield Entry(file.stem, name, partial(_question, source, file.stem, row))
+            yield ListedQuestion(file.stem, name, partial(_question, source, file.stem, row))
 
 
-def _question(source: Source, task: str, row: Record) -> Question:
+def _question(source: Source, task: str, row: Record) -> DatasetQuestion:
     images = iter(_images(source, row, "images_list"))
     parts = [
         part
@@ -56,7 +56,9 @@ def _question(source: Source, task: str, row: Record) -> Question:
     meta = row.record("meta")
     options, lines = _options(source, meta)
     gold = _gold(task, row, options)
-    return Question([*parts, *lines, text_part(f"\n{_LETTER if options else _PHRASE}")], gold)
+    return DatasetQuestion(
+        [*parts, *lines, text_part(f"\n{_LETTER if options else _PHRASE}")], gold
+    )
 
 
 def _next(images: Iterator[Part], row: Record) -> Part:

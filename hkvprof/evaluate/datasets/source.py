@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from hkvprof.errors import SampleError, UsageError
-from hkvprof.evaluate.taskset import Gold
+from hkvprof.evaluate.records import Gold
 from hkvprof.samples.images import find_image
 
 Part = dict[str, Any]
@@ -65,7 +65,7 @@ def _resolved(path: str) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Question:
+class DatasetQuestion:
     """One question: the user's message in parts, what is correct, and its metric."""
 
     parts: list[Part]
@@ -73,19 +73,19 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedQuestion:
     """One question of a dataset, not read yet: its sub-task, its id, and how to make it."""
 
     task: str
     id: str
-    build: Callable[[], Question]
+    build: Callable[[], DatasetQuestion]
 
 
 @dataclass(frozen=True)
 class Layout:
     """A published folder layout: how its entries are listed, and the longest answer in tokens."""
 
-    entries: Callable[[Source], Iterable[Entry]]
+    entries: Callable[[Source], Iterable[ListedQuestion]]
     max_new_tokens: int
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hkvprof.evaluate.baselines import Prompt
+from hkvprof.evaluate.baselines import PromptView
 from hkvprof.evaluate.baselines.base import Kept, Selection
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.heads import HeadGrid
@@ -30,7 +30,7 @@ def prompt_of(
     text: Bool[Tensor, " tokens"] | None = None,
     scaling: float = 1.0,
     rotation: Rotation | None = None,
-) -> Prompt:
+) -> PromptView:
     """A prompt that no model has read."""
     layers, query_heads, tokens, dim = query.shape
     grid = HeadGrid(layers, query_heads, key.shape[1], dim)
@@ -49,7 +49,7 @@ def prompt_of(
         text=torch.ones(tokens, dtype=torch.bool) if text is None else text,
         decoder_input=DecoderInput(None, rotation or still(tokens, dim)),
     )
-    return Prompt(torch.nn.Identity(), prefill, share)
+    return PromptView(torch.nn.Identity(), prefill, share)
 
 
 def still(tokens: int, dim: int) -> Rotation:
@@ -65,7 +65,7 @@ def random_prompt(
     kv_heads: int = 2,
     group: int = 2,
     dim: int = 8,
-) -> Prompt:
+) -> PromptView:
     """Normal queries, keys and values; a random part of the tokens is text, the last one always."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -78,7 +78,7 @@ def random_prompt(
     return prompt_of(draw(kv_heads * group), key, draw(kv_heads), share, text)
 
 
-def with_values_as_numbers(prompt: Prompt) -> Prompt:
+def with_values_as_numbers(prompt: PromptView) -> PromptView:
     """Every value vector replaced by its token's number, so that kept tokens can be told."""
     for call in prompt.prefill.calls:
         number = torch.arange(prompt.tokens, dtype=torch.float32)
@@ -86,7 +86,7 @@ def with_values_as_numbers(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def kept(prompt: Prompt, selection: Selection) -> list[list[list[int]]]:
+def kept(prompt: PromptView, selection: Selection) -> list[list[list[int]]]:
     """Token numbers of every head, from values that are numbers."""
     return [[[int(v) for v in _kept(c).value[:, 0]] for c in layer] for layer in selection]
 

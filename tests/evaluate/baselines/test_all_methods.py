@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import hkvprof
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.baselines import Prompt, baselines, compress, find
+from hkvprof.evaluate.baselines import PromptView, baselines, compress, find
 from hkvprof.evaluate.baselines.base import Kept, Selection
 from hkvprof.evaluate.baselines.session import decide
 from hkvprof.evaluate.prefill import Prefill, capture
@@ -80,12 +80,12 @@ def test_same_selection_again_and_from_a_warm_memo(subject: Subject, name: str) 
     model, prefill, profile = subject
     memo: dict[str, tuple[Any, float]] = {}
     warm = [
-        decide(find(name), Prompt(model, prefill, share, profile, memo=memo)).selection
+        decide(find(name), PromptView(model, prefill, share, profile, memo=memo)).selection
         for share in SHARES
     ]
     for share, selection in zip(SHARES, warm, strict=True):
-        again = decide(find(name), Prompt(model, prefill, share, profile, memo=memo)).selection
-        fresh = decide(find(name), Prompt(model, prefill, share, profile)).selection
+        again = decide(find(name), PromptView(model, prefill, share, profile, memo=memo)).selection
+        fresh = decide(find(name), PromptView(model, prefill, share, profile)).selection
         assert same(selection, fresh)
         assert same(selection, again)
 
@@ -94,7 +94,7 @@ def test_same_selection_again_and_from_a_warm_memo(subject: Subject, name: str) 
 @pytest.mark.parametrize("name", sorted(set(ALL) - PLANNING))
 def test_pruning_methods_use_their_room(subject: Subject, name: str, share: float) -> None:
     model, prefill, profile = subject
-    prompt = Prompt(model, prefill, share, profile)
+    prompt = PromptView(model, prefill, share, profile)
     total = sum(map(sum, counts(decide(find(name), prompt).selection)))
     room = prompt.room * prompt.grid.total
     assert 0.95 * room <= total <= room

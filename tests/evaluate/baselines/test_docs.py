@@ -31,7 +31,7 @@ def test_the_table_is_the_registry() -> None:
 
 @torch.no_grad()
 def test_the_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_REGISTRY", dict(base.registered()))
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     use, write = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     model, processor = hkvprof.load_model("tinyvl", dtype="float32", device="cpu")
     messages = make_sample("list", 1, images=8, split="calibration").messages

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hkvprof
 from hkvprof.errors import ModelError
-from hkvprof.evaluate.baselines import Prompt, find, offline
+from hkvprof.evaluate.baselines import PromptView, find, offline
 from hkvprof.evaluate.baselines import kvzip as kvzip_file
 from hkvprof.evaluate.baselines.base import Kept
 from hkvprof.evaluate.baselines.duo_attention import ends
@@ -25,10 +25,12 @@ from tests.models_for_tests import random_llama, token_ids
 torch.set_num_threads(1)
 
 
-def llama_prompt(tokens: int = 40, share: float = 0.4) -> Prompt:
+def llama_prompt(tokens: int = 40, share: float = 0.4) -> PromptView:
     model = random_llama()
     ids = token_ids(1, tokens)
-    return Prompt(model, capture(model, Encoded({"input_ids": ids}, torch.zeros_like(ids))), share)
+    return PromptView(
+        model, capture(model, Encoded({"input_ids": ids}, torch.zeros_like(ids))), share
+    )
 
 
 @torch.no_grad()
@@ -117,10 +119,10 @@ def tinyvl() -> tuple[Any, Any, Any]:
 
 def test_kvzip_continues_the_positions_of_this_prompt(tinyvl: tuple[Any, Any, Any]) -> None:
     model, _, prefill = tinyvl
-    known = kvzip_file.repeat_scores(Prompt(model, prefill, 0.2))
+    known = kvzip_file.repeat_scores(PromptView(model, prefill, 0.2))
     stale = prefill.rope_deltas + 57
     model.model.rope_deltas = stale
-    again = kvzip_file.repeat_scores(Prompt(model, prefill, 0.2))
+    again = kvzip_file.repeat_scores(PromptView(model, prefill, 0.2))
     assert torch.equal(torch.stack(known), torch.stack(again))
     assert model.model.rope_deltas is stale
 
@@ -128,7 +130,7 @@ def test_kvzip_continues_the_positions_of_this_prompt(tinyvl: tuple[Any, Any, An
 def test_kvzip_repeats_at_the_positions_that_follow(tinyvl: tuple[Any, Any, Any]) -> None:
     model, _, prefill = tinyvl
     with watch_input(model, prefill.view) as seen:
-        kvzip_file.repeat_scores(Prompt(model, prefill, 0.2))
+        kvzip_file.repeat_scores(PromptView(model, prefill, 0.2))
     known, fed = prefill.decoder_input.rotation, seen.rotation
     assert fed is not None
     angles = torch.atan2(known.sin, known.cos)
@@ -141,12 +143,12 @@ def test_kvzip_asks_in_a_turn_of_its_own_or_goes_on(tinyvl: tuple[Any, Any, Any]
     model, processor, prefill = tinyvl
     switch = "<|im_end|>\n<|im_start|>user\n"
     close = "<|im_end|>\n<|im_start|>assistant\n"
-    first, later, end = kvzip_file._instructions(Prompt(model, prefill, 0.2))
+    first, later, end = kvzip_file._instructions(PromptView(model, prefill, 0.2))
     assert end[0].tolist() == processor.encode_text(close)
     assert first[0].tolist() == processor.encode_text(switch + kvzip_file.FIRST)
     assert later[0].tolist() == processor.encode_text(switch + kvzip_file.LATER)
     context = prefill.first(int((~prefill.text).nonzero().max()) + 2)
-    first, _, _ = kvzip_file._instructions(Prompt(model, context, 0.2))
+    first, _, _ = kvzip_file._instructions(PromptView(model, context, 0.2))
     assert first[0].tolist() == processor.encode_text("\n\n" + kvzip_file.FIRST)
 
 
@@ -203,7 +205,7 @@ def test_offline_pass_gives_the_position_offset_back(tinyvl: tuple[Any, Any, Any
     model, _, prefill = tinyvl
     mark = prefill.rope_deltas.clone()
     model.model.rope_deltas = mark
-    offline._watch(Prompt(model, prefill, 0.2))
+    offline._watch(PromptView(model, prefill, 0.2))
     assert model.model.rope_deltas is mark
 
 

@@ -11,7 +11,7 @@ import torch
 
 import hkvprof
 from hkvprof.errors import BudgetError, UsageError
-from hkvprof.evaluate.baselines import Prompt, find, session
+from hkvprof.evaluate.baselines import PromptView, find, session
 from hkvprof.evaluate.baselines import sparsemm as sparsemm_file
 from hkvprof.evaluate.baselines.ablations import even, loss_at, only
 from hkvprof.evaluate.baselines.base import Kept, Selection
@@ -50,12 +50,12 @@ def plans(selection: Selection) -> list[HeadPlan]:
 
 def chosen(subject: Subject, name: str, share: float = SHARE) -> list[HeadPlan]:
     model, prefill, profile = subject
-    return plans(find(name).select(Prompt(model, prefill, share, profile)))
+    return plans(find(name).select(PromptView(model, prefill, share, profile)))
 
 
 def test_sparsemm_budgets(subject: Subject) -> None:
     model, prefill, profile = subject
-    prompt = Prompt(model, prefill, SHARE, profile)
+    prompt = PromptView(model, prefill, SHARE, profile)
     numbers = np.array(counts(find("sparsemm").select(prompt)))
     score = static_loss(profile)
     room = prompt.room
@@ -77,7 +77,7 @@ def test_static_loss_is_the_least_of_the_static_curves_at_a_fifth(subject: Subje
 
 def test_duo_attention_streams_all_but_the_heads_that_lose_most(subject: Subject) -> None:
     model, prefill, profile = subject
-    prompt = Prompt(model, prefill, 0.2, profile)
+    prompt = PromptView(model, prefill, 0.2, profile)
     selection = find("duo_attention").select(prompt)
     numbers = np.array(counts(selection))
     whole = numbers == prefill.tokens
@@ -161,7 +161,7 @@ def test_even_dynamic_shares_where_measured_ratios_are_too_coarse(subject: Subje
 def test_no_dynamic_strategy_fits(subject: Subject) -> None:
     model, prefill, profile = subject
     with pytest.raises(BudgetError, match="no strategy fits"):
-        even(Prompt(model, prefill, 0.004, profile), only(profile, HeadType.DYNAMIC))
+        even(PromptView(model, prefill, 0.004, profile), only(profile, HeadType.DYNAMIC))
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -179,20 +179,22 @@ def test_ablations_need_measured_curves(subject: Subject, name: str) -> None:
     model, prefill, profile = subject
     other = replace(profile, recipe="paper")
     with pytest.raises(UsageError, match="recipe 'measured'"):
-        find(name).select(Prompt(model, prefill, SHARE, other))
+        find(name).select(PromptView(model, prefill, SHARE, other))
 
 
 def test_offline_types_of_this_very_prompt_select_as_types_per_request_do(subject: Subject) -> None:
     model, prefill, profile = subject
     kappa = profile.kappas.index(KAPPA)
     mean = profile.sparsity_mean.copy()
-    mean[kappa] = request_sparsity(Prompt(model, prefill, SHARE))
+    mean[kappa] = request_sparsity(PromptView(model, prefill, SHARE))
     known = replace(profile, sparsity_mean=mean, sparsity_std=np.zeros_like(mean))
     for share in (0.2, 0.1):
-        offline = find("hybridkv_offline").select(Prompt(model, prefill, share, known))
-        assert same(offline, find("hybridkv").select(Prompt(model, prefill, share)))
+        offline = find("hybridkv_offline").select(PromptView(model, prefill, share, known))
+        assert same(offline, find("hybridkv").select(PromptView(model, prefill, share)))
     spread = replace(profile, sparsity_mean=np.zeros_like(mean))  # no head is static by that
-    assert not same(offline, find("hybridkv_offline").select(Prompt(model, prefill, 0.1, spread)))
+    assert not same(
+        offline, find("hybridkv_offline").select(PromptView(model, prefill, 0.1, spread))
+    )
     none = replace(profile, kappas=(0.5, *profile.kappas[1:]))
     with pytest.raises(UsageError, match="sparsity at kappa"):
-        find("hybridkv_offline").select(Prompt(model, prefill, SHARE, none))
+        find("hybridkv_offline").select(PromptView(model, prefill, SHARE, none))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hkvprof.errors import ModelError
-from hkvprof.evaluate.baselines import Prompt, find
+from hkvprof.evaluate.baselines import PromptView, find
 from hkvprof.evaluate.baselines import adakv as adakv_file
 from hkvprof.evaluate.baselines import chunkkv as chunkkv_file
 from hkvprof.evaluate.baselines import expected_attention as expected_file
@@ -34,7 +34,7 @@ from tests.evaluate.baselines.synthetic import (
 torch.set_num_threads(1)
 
 
-def attending(wanted: list[list[list[float]]], share: float) -> Prompt:
+def attending(wanted: list[list[list[float]]], share: float) -> PromptView:
     """A prompt whose every row attends, in `wanted[layer][head]`, in proportion to the weights.
 
     One query head per KV head, all queries alike; no row but the last sees all tokens.
@@ -47,7 +47,7 @@ def attending(wanted: list[list[list[float]]], share: float) -> Prompt:
     return with_values_as_numbers(prompt_of(query, key, key.clone(), share))
 
 
-def select(name: str, prompt: Prompt) -> list[list[list[int]]]:
+def select(name: str, prompt: PromptView) -> list[list[list[int]]]:
     """Kept token numbers per layer and head."""
     return kept(prompt, find(name).select(prompt))
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from hkvprof.evaluate.datasets.layouts import load_layout
-from hkvprof.evaluate.taskset import TaskSet
+from hkvprof.evaluate.records import TaskSet
 from hkvprof.samples.read import Sample
 
 

@@ -1,6 +1,6 @@
 """Write a set of long-text samples as JSON lines.
 
-    python -m hkvprof.evaluate.make_longtext -o calibration/longtext --samples 54 --tokens 1500-7800
+    python -m tools.make_longtext -o calibration/longtext --samples 54 --tokens 1500-7800
 
 Lengths are counted by the SmolLM2 tokenizer (or another one, `--tokenizer FOLDER`).
 """
@@ -9,24 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 
-from hkvprof.errors import HkvError, ModelError, UsageError
-from hkvprof.evaluate.longtext import (
-    MAX_FOLLOWUPS,
-    MIN_TOKENS,
-    SPLITS,
-    TASKS,
-    CountTokens,
-    make_sample,
-)
+from hkvprof.errors import HkvError, ModelError
+from hkvprof.evaluate.longtext import SPLITS, CountTokens, make_samples, parse_range
 from hkvprof.samples.read import Sample
 
 README = """# Long-text samples
@@ -49,33 +39,6 @@ and, like the questions, under this project's license. Split: {split}. Made by:
 """
 
 
-def make_samples(
-    count: int,
-    tokens: tuple[int, int],
-    split: str,
-    tasks: Sequence[str] = TASKS,
-    count_tokens: CountTokens | None = None,
-) -> list[Sample]:
-    """`count` samples of lengths between `tokens`, evenly spread in their logarithm; the tasks take
-    turns, odd rounds follow up."""
-    options: dict[str, Any] = {} if count_tokens is None else {"count_tokens": count_tokens}
-    lengths = Random(f"longtext lengths {split}")
-    samples = []
-    for number in range(count):
-        index, place = divmod(number, len(tasks))
-        samples.append(
-            make_sample(
-                tasks[place],
-                index,
-                tokens=round(math.exp(lengths.uniform(*map(math.log, tokens)))),
-                split=split,
-                followups=1 + index % MAX_FOLLOWUPS if number % 2 else 0,
-                **options,
-            )
-        )
-    return samples
-
-
 def to_json(sample: Sample) -> dict[str, Any]:
     """The sample as one line of `samples.jsonl` holds it."""
     return {
@@ -91,17 +54,6 @@ def write_samples(samples: Iterable[Sample], path: Path) -> None:
     """Write JSON lines, one sample a line."""
     lines = [json.dumps(to_json(sample), ensure_ascii=False) + "\n" for sample in samples]
     path.write_text("".join(lines), encoding="utf-8")
-
-
-def parse_range(text: str) -> tuple[int, int]:
-    """`2000-4000` or `3000` as (lowest, highest) number of tokens."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not MIN_TOKENS <= low <= high:
-        raise UsageError(
-            f"expected --tokens like 2500 or 2000-4000, at least {MIN_TOKENS}; found '{text}'."
-        )
-    return low, high
 
 
 def tokenizer_counter(folder: Path | None) -> CountTokens:
@@ -147,7 +99,7 @@ def run(arguments: Sequence[str]) -> str:
         counter="SmolLM2-135M-Instruct's" if options.tokenizer is None else options.tokenizer.name,
         tasks=textwrap.fill(", ".join(dict.fromkeys(sample.task for sample in samples)), 98),
         split=options.split,
-        command="python -m hkvprof.evaluate.make_longtext " + " ".join(arguments),
+        command="python -m tools.make_longtext " + " ".join(arguments),
     )
     (options.output / "README.md").write_text(text, encoding="utf-8")
     return f"{target}: {len(samples)} samples, {target.stat().st_size} bytes"

@@ -1,6 +1,6 @@
 """Freeze the prose of the Python Language Reference as package data.
 
-    python -m hkvprof.evaluate.make_prose
+    python -m tools.make_prose
 
 The text ships with CPython (`pydoc_data.topics`) and changes from release to release; the frozen
 file makes every long-text sample independent of the Python that generates it. Topics overlap
@@ -17,9 +17,9 @@ import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-DATA = Path(__file__).parent / "data" / "prose.json.gz"
+from hkvprof.evaluate.longtext import PROSE, split_sentences
+
 MIN_CHARACTERS = 60  # of a paragraph; shorter ones are headings and leftovers of lists
 _LONG_SENTENCE = 50  # characters; the same long sentence may not occur in two topics
 _CODE = re.compile(r">>>|::=|^\s*[|+#@]|[=\-+]{4,}|^\s*(def|class|import|from|for|print)\b", re.M)
@@ -36,11 +36,6 @@ def clean_paragraph(block: str) -> str | None:
     prose = len(text) >= MIN_CHARACTERS and text[0].isupper() and text[-1] in ".:!)"
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return re.sub(":$", ".", text) if prose and letters >= 0.87 * len(text) else None
-
-
-def split_sentences(paragraph: str) -> list[str]:
-    """Sentences of a paragraph, split where a full stop is followed by a capital."""
-    return re.split(r'(?<=[a-z)"][.!?]) +(?=["A-Z])', paragraph)
 
 
 def clean_corpus(topics: Mapping[str, str]) -> dict[str, list[str]]:
@@ -91,10 +86,10 @@ def main() -> None:
 
     corpus = clean_corpus(topics)
     data = encode(corpus, f"The Python Language Reference, CPython {platform.python_version()}")
-    DATA.parent.mkdir(exist_ok=True)
-    DATA.write_bytes(data)
+    PROSE.parent.mkdir(exist_ok=True)
+    PROSE.write_bytes(data)
     count = sum(len(paragraphs) for paragraphs in corpus.values())
-    sys.stdout.write(f"{DATA}: {len(corpus)} topics, {count} paragraphs, {len(data)} bytes\n")
+    sys.stdout.write(f"{PROSE}: {len(corpus)} topics, {count} paragraphs, {len(data)} bytes\n")
 
 
 if __name__ == "__main__":
