@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hkvprof.evaluate.records import FULL, OURS, REGIMES
-from hkvprof.evaluate.statistics import Duel, Interval, MethodSummary
+from hkvprof.evaluate.statistics import BootstrapInterval, Duel, MethodSummary
 from hkvprof.profile.budgets import Budget
 
 NOTES = (
@@ -148,11 +148,11 @@ def _signed(value: float) -> str:
     return f"{value:+.2g}"
 
 
-def _span(interval: Interval, write: Callable[[float], str]) -> str:
+def _span(interval: BootstrapInterval, write: Callable[[float], str]) -> str:
     return f"{write(interval.value)} [{write(interval.low)}, {write(interval.high)}]"
 
 
-def _points(interval: Interval | None) -> str:
+def _points(interval: BootstrapInterval | None) -> str:
     """Differences of scores in percentage points."""
     return "-" if interval is None else _span(interval, lambda value: f"{100 * value:+.1f}")
 
