@@ -68,7 +68,7 @@ def require_extra(module: str, extra: str) -> ModuleType:
 def missing_extra(module: str, extra: str, error: ImportError | None = None) -> UsageError:
     """The error for a package of `hkvprof[extra]` that is missing, or that fails to load."""
     package = module.partition(".")[0]
-    absent = error is None or error.name == package
+    absent = error is None or str(error.name).partition(".")[0] == package
     why = "is not installed" if absent else f"cannot be imported ({str(error).splitlines()[0]})"
     return UsageError(
         f"{EXTRAS[extra]} needs the Python package {package!r}, which {why}: {install_hint(extra)}"

@@ -188,9 +188,9 @@ def _tasks(evidence: Evidence) -> tuple[Comparison, dict[str, dict[str, float]]]
     count = _affordable(evidence, 2 * len(compared))
     resampled = []
     for drawn, parts in _resamples(_random(1), strata, count, comparable):
-        found = _against_others(evidence, compared, drawn, parts)
-        weights = [int((drawn == t).sum()) for t in found]  # each as often as it was drawn
-        resampled.append(np.average(list(found.values()), axis=0, weights=weights))
+        by_number = _against_others(evidence, compared, drawn, parts)
+        weights = [int((drawn == t).sum()) for t in by_number]  # each as often as it was drawn
+        resampled.append(np.average(list(by_number.values()), axis=0, weights=weights))
     estimate = np.mean(list(single.values()), axis=0)
     by_task = {
         names[t]: dict(zip(MEASURES, (np.round(figures, 4) + 0.0).tolist(), strict=True))
@@ -203,12 +203,12 @@ def _against_others(
     evidence: Evidence, compared: Sequence[int], drawn: NDArray[np.int64], parts: Strata
 ) -> dict[int, Figures]:
     """Each drawn task that is compared, against the others; `parts` are the samples drawn of it."""
-    found = {}
+    figures = {}
     for task in sorted(set(compared) & set(drawn.tolist())):
-        mine = [part for t, part in zip(drawn, parts, strict=True) if t == task]
+        own = [part for t, part in zip(drawn, parts, strict=True) if t == task]
         rest = [part for t, part in zip(drawn, parts, strict=True) if t != task]
-        found[task] = compare(evidence, _counts(evidence, mine), _counts(evidence, rest))
-    return found
+        figures[task] = compare(evidence, _counts(evidence, own), _counts(evidence, rest))
+    return figures
 
 
 def _kinds(evidence: Evidence) -> Comparison:

@@ -179,7 +179,11 @@ def bootstrap(
 
 @lru_cache(maxsize=4)
 def _weights(samples: int, seed: int) -> NDArray[np.float64]:
-    """How often every resample draws every sample."""
+    """How often every resample draws every sample; the same draws serve all methods.
+
+    scipy.stats.bootstrap would draw anew for each (which moves published ends), and takes no
+    single sample.
+    """
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(samples, np.full(samples, 1 / samples), size=RESAMPLES)
     return drawn.astype(np.float64)

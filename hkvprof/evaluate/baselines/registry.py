@@ -10,8 +10,7 @@ from hkvprof.evaluate.baselines.base import Baseline, registered
 _FILES = (
     "streaming_llm", "snapkv", "pyramidkv", "adakv", "chunkkv", "keydiff", "expected_attention",
     "kvzip", "duo_attention", "razor_attention", "quest", "look_m", "madakv", "sparsemm",
-    "hybridkv", "random_tokens", "snapkv_max", "all_static", "all_dynamic", "no_head_level",
-    "no_type_level", "hybridkv_offline",
+    "hybridkv", "random_tokens", "snapkv_max", "ablations", "hybridkv_offline",
 )  # fmt: skip
 
 
