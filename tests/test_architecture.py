@@ -1,4 +1,4 @@
-"""docs/architecture.md says what is there: every room, and every name on a request's and a sample's way."""
+"""docs/architecture.md says what is there: all rooms, all names on a request's and a sample's way."""
 
 from __future__ import annotations
 

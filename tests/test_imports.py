@@ -17,11 +17,11 @@ OFFLINE = SHARED | {"samples", "calibration"}
 ALLOWED = {
     "errors": set(),
     "heads": {"errors"},
-    "lazy": set(),
+    "lazy": {"errors"},
     "files": {"errors"},
     "profile": BASE,
     "selection": PROFILE,
-    "samples": {"errors", "files"},
+    "samples": {"errors", "files", "lazy"},
     "models": SHARED,
     "calibration": SHARED | {"samples"},
     "runtime": SHARED,

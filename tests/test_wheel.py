@@ -7,6 +7,7 @@ everything else is what the package index gives. HKVPROF_TRANSFORMERS=5.23.0 pin
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,12 +87,18 @@ def test_the_wheel_is_a_working_tool(
     assert {path.name for path in made.iterdir()} == {
         "samples", "tinyvl.profile.safetensors", "eval",
     }  # fmt: skip
-    assert {"answers.jsonl", "summary.json", "quality.svg"} <= {
-        path.name for path in (made / "eval").iterdir()
-    }
+    answers = made / "eval"
+    assert {"answers.jsonl", "summary.json"} <= {path.name for path in answers.iterdir()}
+    assert "pip install 'hkvprof[report]'" in said
+    assert not (answers / "quality.svg").exists(), "plots need an extra"
     profile = made / "tinyvl.profile.safetensors"
     call(environment / "hkvprof", "doctor", "tinyvl", profile, "--only", "image,masked-images",
          cwd=tmp_path, **alone)  # fmt: skip
+    call(environment / "pip", "install", "-q", f"{wheel}[report]", *more, cwd=tmp_path)
+    line = next(line for line in said.splitlines() if line.startswith("$ hkvprof eval"))
+    again = [word for word in shlex.split(line)[2:] if word != "--no-plot"]
+    call(environment / "hkvprof", *again, cwd=tmp_path, **alone)
+    assert (answers / "quality.svg").stat().st_size > 10_000
     mine = files(environment, tmp_path)
     call(environment / "pip", "install", "-q", "--force-reinstall", "--no-deps", sdist,
          cwd=tmp_path)  # fmt: skip

@@ -6,19 +6,16 @@ budget: what single samples would have said, and how far profiles of different s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest, spearmanr
 
 from hkvprof.calibration.evidence import Counts, Evidence, Plan
 from hkvprof.heads import HeadType
 from hkvprof.profile.confidence import MEASURES, Comparison, Confidence, Heads, Interval
-
-Z95 = 1.959963984540054
-"""97.5% quantile of the standard normal distribution."""
 
 
 def wilson(count: int, total: int) -> tuple[float, float]:
@@ -29,10 +26,8 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     """
     assert 0 <= count <= total
     assert total > 0
-    share, square = count / total, Z95**2 / total
-    centre = (share + square / 2) / (1 + square)
-    half = Z95 / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    ends, share = binomtest(count, total).proportion_ci(method="wilson"), count / total
+    return min(share, float(ends.low)), max(share, float(ends.high))
 
 
 def same_share(first: NDArray[Any], second: NDArray[Any]) -> float:
@@ -66,17 +61,10 @@ def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
 
     Without any spread there is no order: 1 where both are constant, 0 where one is.
     """
-    ranks = [_ranks(values.ravel()) for values in (first, second)]
-    ours, theirs = (rank - rank.mean() for rank in ranks)
-    spread = math.sqrt(float((ours**2).sum()) * float((theirs**2).sum()))
-    if spread == 0:
-        return 1.0 if not ours.any() and not theirs.any() else 0.0
-    return float(np.clip((ours * theirs).sum() / spread, -1, 1))
-
-
-def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(count) - (count - 1) / 2)[place])
+    flat = [bool((values == values.flat[0]).all()) for values in (first, second)]
+    if any(flat):
+        return float(all(flat))
+    return float(spearmanr(first, second, axis=None).statistic)
 
 
 LEAST_SAMPLES = 4
@@ -153,9 +141,9 @@ def _heads(evidence: Evidence, whole: Plan) -> tuple[Heads, Heads, Heads]:
     same = np.zeros(whole.types.shape, dtype=np.int64)
     for sample in range(evidence.samples):
         same += evidence.types_of_sample(sample, whole.scales) == whole.types
-    ends = [wilson(count, evidence.samples) for count in range(evidence.samples + 1)]
-    figures = [[count / evidence.samples, *ends[count]] for count in range(len(ends))]
-    table = np.round(figures, 4)[same] + 0.0
+    counts, which = np.unique(same, return_inverse=True)
+    figures = [[n / evidence.samples, *wilson(n, evidence.samples)] for n in counts.tolist()]
+    table = np.round(figures, 4)[which.reshape(same.shape)] + 0.0
     agree, low, high = (tuple(map(tuple, table[..., i].tolist())) for i in range(3))
     return agree, low, high
 
@@ -200,9 +188,9 @@ def _tasks(evidence: Evidence) -> tuple[Comparison, dict[str, dict[str, float]]]
     count = _affordable(evidence, 2 * len(compared))
     resampled = []
     for drawn, parts in _resamples(_random(1), strata, count, comparable):
-        found = _against_others(evidence, compared, drawn, parts)
-        weights = [int((drawn == t).sum()) for t in found]  # each as often as it was drawn
-        resampled.append(np.average(list(found.values()), axis=0, weights=weights))
+        by_number = _against_others(evidence, compared, drawn, parts)
+        weights = [int((drawn == t).sum()) for t in by_number]  # each as often as it was drawn
+        resampled.append(np.average(list(by_number.values()), axis=0, weights=weights))
     estimate = np.mean(list(single.values()), axis=0)
     by_task = {
         names[t]: dict(zip(MEASURES, (np.round(figures, 4) + 0.0).tolist(), strict=True))
@@ -215,12 +203,12 @@ def _against_others(
     evidence: Evidence, compared: Sequence[int], drawn: NDArray[np.int64], parts: Strata
 ) -> dict[int, Figures]:
     """Each drawn task that is compared, against the others; `parts` are the samples drawn of it."""
-    found = {}
+    figures = {}
     for task in sorted(set(compared) & set(drawn.tolist())):
-        mine = [part for t, part in zip(drawn, parts, strict=True) if t == task]
+        own = [part for t, part in zip(drawn, parts, strict=True) if t == task]
         rest = [part for t, part in zip(drawn, parts, strict=True) if t != task]
-        found[task] = compare(evidence, _counts(evidence, mine), _counts(evidence, rest))
-    return found
+        figures[task] = compare(evidence, _counts(evidence, own), _counts(evidence, rest))
+    return figures
 
 
 def _kinds(evidence: Evidence) -> Comparison:

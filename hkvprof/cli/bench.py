@@ -13,6 +13,7 @@ import typer
 from hkvprof.cli import options
 from hkvprof.cli.gpu import bench_gpu, check_target, refuse_others
 from hkvprof.errors import UsageError
+from hkvprof.lazy import require_extra
 
 if TYPE_CHECKING:
     from hkvprof.bench.methods import Kind
@@ -117,6 +118,8 @@ def bench(
     json_file = None if json_path in (None, "-") else Path(str(json_path))
     for path, option in ((json_file, "--json"), (plot, "--plot")):
         check_target(path, option)
+    if plot is not None:
+        require_extra("matplotlib", "report")
     loaded = None if profile is None else load_profile(profile)
     with _threads(threads):
         network, profiles, prompts = (
@@ -269,12 +272,13 @@ def _fits(prompts: PromptMaker, tokens: int) -> bool:
 def _write(result: BenchResult, json_file: Path | None, plot: Path | None) -> None:
     from hkvprof.cli.output import say
     from hkvprof.files.atomic import write_atomically
-    from hkvprof.report.plot import bench_plot
 
     if json_file is not None:
         write_atomically(json_file, (json.dumps(result.to_json(), indent=2) + "\n").encode())
         say(f"figures in {json_file}")
     if plot is not None:
+        from hkvprof.report.plot import bench_plot
+
         write_atomically(plot, bench_plot(result).encode())
         say(f"picture in {plot}")
 

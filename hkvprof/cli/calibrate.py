@@ -254,8 +254,7 @@ def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
 def announce(profile: Profile, path: Path) -> None:
     """Say what was made and what to do with it."""
     from hkvprof.report.certainty import doubts
-    from hkvprof.report.reach import unserved
-    from hkvprof.report.summary import human, sentence
+    from hkvprof.report.summary import human, sentence, unserved
 
     typer.echo(f"{sentence(profile, 32768)}.")
     if doubted := doubts(profile):

@@ -6,12 +6,14 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hkvprof.cli.errors import guarded
+from hkvprof.lazy import install_hint
 
 
 def run_command(command: Any, arguments: Sequence[str]) -> int:
@@ -55,13 +57,14 @@ def demo(
     per_task, most, how = _QUICK if quick else _WHOLE
     samples, profile, answers = output / SAMPLES, output / PROFILE, output / ANSWERS
     began = time.perf_counter()
+    plot = () if find_spec("matplotlib") else ("--no-plot",)
     _make_samples(samples, per_task)
     forget(answers)
     for line in (
         ("calibrate", "--model", "tinyvl", "--data", samples, "-o", profile, "--force",
          "--max-samples", most, "--no-resume"),
         ("inspect", profile),
-        ("eval", "--model", "tinyvl", "--profile", profile, *how, "-o", answers),
+        ("eval", "--model", "tinyvl", "--profile", profile, *how, "-o", answers, *plot),
     ):  # fmt: skip
         words = [str(word) for word in line]
         typer.echo(f"\n$ hkvprof {shlex.join(words)}")
@@ -70,6 +73,8 @@ def demo(
         if code := run_command(context.find_root().command, words):
             raise typer.Exit(code)
         typer.echo(f"({time.perf_counter() - start:.0f} s)")
+    if plot:
+        typer.echo(f"\nFor a plot, too: {install_hint('report').partition(' (')[0]}")
     typer.echo(f"\nAll in {time.perf_counter() - began:.0f} s; see {output}")
 
 

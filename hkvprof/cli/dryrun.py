@@ -31,7 +31,7 @@ def foretell(
     from hkvprof.cli.progress import track
     from hkvprof.models.load import load_empty
     from hkvprof.models.outline import outline
-    from hkvprof.report.estimate import DryRun
+    from hkvprof.report.forecast import DryRun
 
     quiet_transformers()
     empty, processor = load_empty(model)

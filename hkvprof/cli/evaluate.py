@@ -12,6 +12,7 @@ import typer
 
 from hkvprof.cli import options
 from hkvprof.errors import BudgetError, UsageError
+from hkvprof.lazy import require_extra
 
 if TYPE_CHECKING:
     from hkvprof.evaluate.contest import MethodAtBudget
@@ -93,6 +94,9 @@ def evaluate(
             help="Folder for answers, summary and plot; a run that was stopped goes on from it.",
         ),
     ] = None,
+    plot: Annotated[
+        bool, typer.Option("--plot/--no-plot", help="Draw quality.svg (needs `hkvprof[report]`).")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare the full cache with a profile, and with other methods, at several budgets."""
@@ -109,9 +113,9 @@ def evaluate(
     part, parts = options.parse_shard(shard)
     if output is not None:
         check_folder(output)
-    comparison = ComparisonPlan(
-        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed
-    )
+        if plot:
+            require_extra("matplotlib", "report")
+    plan = Plan(_budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed)
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
     _, processor = options.open_empty(model, loaded)
@@ -145,8 +149,8 @@ def evaluate(
         comparison.public,
     )
     if output is not None:
-        _write(output, summary, model)
-    _print(summary, model, profile, as_json)
+        _write(output, found, model, plot)
+    _print(found, model, profile, as_json)
 
 
 def _budgets(text: str) -> tuple[str, ...]:
@@ -179,23 +183,28 @@ def _regimes(text: str | None) -> tuple[str, ...]:
     return tuple(REGIMES) if text is None else tuple(dict.fromkeys(options.listed(text)))
 
 
-def _write(folder: Path, summary: EvaluationSummary, model: str) -> None:
+def _write(folder: Path, found: Outcome, model: str, plot: bool) -> None:
     from hkvprof.cli.output import say
-    from hkvprof.evaluate.records import FULL
     from hkvprof.files.atomic import write_atomically
-    from hkvprof.report.quality_plot import quality_plot
 
-    plot = quality_plot(
-        summary.summaries,
-        summary.public,
+    write_atomically(folder / "summary.json", found.to_json().encode())
+    if plot:
+        write_atomically(folder / "quality.svg", _picture(found, model).encode())
+    say(f"answers, summary.json{' and quality.svg' if plot else ''} in {folder}")
+
+
+def _picture(found: Outcome, model: str) -> str:
+    from hkvprof.evaluate.records import FULL
+    from hkvprof.report.plot import quality_plot
+
+    return quality_plot(
+        found.summaries,
+        found.public,
         model=model,
         tasks=[summary.conditions["tasks"]],
         questions=sum(one.answers for one in summary.summaries if one.method == FULL),
         dtype=summary.conditions["dtype"],
     )
-    write_atomically(folder / "summary.json", summary.to_json().encode())
-    write_atomically(folder / "quality.svg", plot.encode())
-    say(f"answers, summary.json and quality.svg in {folder}")
 
 
 def _print(summary: EvaluationSummary, model: str, profile: Path, as_json: bool) -> None:

@@ -231,7 +231,7 @@ def certify(
         reason=_reason(levels[0], claim, samples) if certified is None else "",
         regimes=claim.regimes,
         full_score=tally.full_score(),
-        content=content_digest(subject.profile),
+        content=subject.profile.content_digest,
         weights_digest=view_model(subject.model).fingerprint.weights_digest,
         dtype=_dtype(subject.model),
         data=tasks.name,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
+
+from hkvprof.lazy import require_extra
 
 ANLS_THRESHOLD = 0.5
 """Distances from here on count as wrong (arXiv 1905.13648, section 4)."""
@@ -85,9 +87,7 @@ def _rouge_l(answer: str, reference: str) -> float:
 
 @cache
 def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"])
+    return require_extra("rouge_score.rouge_scorer", "metrics").RougeScorer(["rougeL"])
 
 
 def _positions(answer: str, reference: str) -> float:
@@ -127,6 +127,15 @@ ANLS = Metric("anls", _anls)
 POSITIONS = Metric("positions", _positions)
 """Share of a JSON list's elements that the first list in the answer has at the same place: the
 soft accuracy of MM-NIAH's counting tasks (arXiv 2406.07230, section 3)."""
+
+
+def check_installed(metrics: Collection[Metric]) -> None:
+    """Refuse before the model runs what would fail at its first answer.
+
+    Raises UsageError where the package of a metric is missing.
+    """
+    if ROUGE_L in metrics:
+        _rouge_scorer()
 
 
 LETTERS = string.ascii_uppercase

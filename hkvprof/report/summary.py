@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
 from hkvprof.profile.budgets import INFEASIBLE
+from hkvprof.profile.planning import Reach, find_reach
 from hkvprof.profile.record import SCHEMA_VERSION, Profile
+from hkvprof.profile.upgrade import tokens_told
 from hkvprof.report import attention
 from hkvprof.report.certainty import certificate_json, recorded, type_agreements
-from hkvprof.report.reach import reach
 
 CLOSE = 0.10
 """Relative difference in loss below which the two types of a measured head are borderline."""
@@ -25,7 +26,7 @@ ITEM_BYTES = 2
 
 
 @dataclass(frozen=True)
-class Memory:
+class KeptMemory:
     """Dense against kept K/V bytes of one prompt at the default budget."""
 
     tokens: int
@@ -33,14 +34,14 @@ class Memory:
     kept_bytes: int
 
 
-def memory(profile: Profile, tokens: int) -> Memory | None:
+def memory(profile: Profile, tokens: int) -> KeptMemory | None:
     """K/V bytes of a prompt at ITEM_BYTES per element; None if the budget is too small."""
     dense = tokens * profile.grid.token_bytes(ITEM_BYTES)
     try:
         ratio = profile.allocation(profile.default_budget, tokens, ITEM_BYTES).ratio
     except BudgetError:
         return None
-    return Memory(tokens, dense, round(dense * float(ratio.astype(np.float64).mean())))
+    return KeptMemory(tokens, dense, round(dense * float(ratio.astype(np.float64).mean())))
 
 
 def static_share(profile: Profile) -> float:
@@ -73,6 +74,30 @@ def human(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:,.3g} TiB"
+
+
+def reach(profile: Profile) -> Reach:
+    """Which prompts the default budget serves; the shortest calibrated one is the provenance's."""
+    shortest = tokens_told(profile.provenance, "min") or int(profile.lengths[0])
+    ends = profile.keep.sinks + profile.keep.recent
+    chunks = sorted({strategy.chunk for strategy in profile.strategies if strategy.index})
+    return find_reach(profile.allocation, profile.default_budget, shortest, ends, chunks)
+
+
+def unserved(profile: Profile) -> str:
+    """What to know where the calibration's own prompts are too short; empty where they are not."""
+    served = reach(profile)
+    if served.covers_calibration:
+        return ""
+    budget = f"The default budget of {100 * served.budget:.3g}%"
+    least, needed = served.shortest, served.needed
+    prompts = "no prompt" if least is None else f"prompts of {least:,} tokens and more"
+    advice = "" if needed is None else f"; those need a budget of {100 * needed:.3g}%"
+    return (
+        f"{budget} serves {prompts}, and the shortest calibrated one has "
+        f"{served.calibrated:,}{advice} (shorter ones raise BudgetError, or stay dense under "
+        "strict=False)"
+    )
 
 
 @dataclass(frozen=True)

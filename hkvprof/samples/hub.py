@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hkvprof.errors import SampleError, UsageError
+from hkvprof.lazy import require_extra
 from hkvprof.samples.images import check_header, inside, read_limited
 from hkvprof.samples.parse import parse_record
 from hkvprof.samples.record import Sample
@@ -59,10 +60,9 @@ def is_saved_dataset(folder: Path) -> bool:
 
 def open_saved(folder: Path) -> Any:
     """The dataset in a `save_to_disk` folder. Raises SampleError."""
-    from datasets import load_from_disk
-
+    datasets = require_extra("datasets", "datasets")
     try:
-        return _one_split(load_from_disk(str(folder)), None)
+        return _one_split(datasets.load_from_disk(str(folder)), None)
     except (MemoryError, UsageError):
         raise
     except Exception as error:  # datasets raises nearly anything on damaged folders
@@ -71,11 +71,10 @@ def open_saved(folder: Path) -> Any:
 
 def open_hub(source: HubSource) -> Any:
     """The dataset behind a hub id. Raises SampleError when it cannot be had."""
-    from datasets import load_dataset
-
+    datasets = require_extra("datasets", "datasets")
     try:
         return _one_split(
-            load_dataset(source.name, source.config, trust_remote_code=False), source.split
+            datasets.load_dataset(source.name, source.config, trust_remote_code=False), source.split
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SampleError(
@@ -86,9 +85,9 @@ def open_hub(source: HubSource) -> Any:
 
 def caches() -> tuple[Path, ...]:
     """Where `datasets` keeps the files of what it has downloaded."""
-    from datasets import config
     from huggingface_hub import constants
 
+    config = require_extra("datasets.config", "datasets")
     return Path(config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)
 
 
@@ -132,8 +131,7 @@ def rows(
 
 def _without_decoding(dataset: Any) -> Any:
     """The dataset with image columns as bytes."""
-    from datasets import Image
-
+    Image = require_extra("datasets", "datasets").Image
     for name, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))

@@ -30,7 +30,7 @@ from hkvprof.errors import SampleError, UsageError
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.outline import outline
 from hkvprof.models.processing import TextProcessor
-from hkvprof.report.estimate import duration
+from hkvprof.report.forecast import duration
 from hkvprof.samples.read import Sample
 from tests.models_for_tests import random_llama
 from tests.plugins.checkpoints import CHAT, save_checkpoint, words

@@ -525,7 +525,7 @@ def test_the_command_writes_answers_summary_and_plot(
         assert one["score"] == pytest.approx(sum(a["score"] for a in mine) / len(mine))
         assert one["kl"]["value"] == pytest.approx(sum(a["kl"] for a in mine) / len(mine))
     assert {d["budget"] for d in summary["duels"]} == {"0.4", "60%"}
-    assert (out / "quality.svg").read_text().startswith("<svg")
+    assert "<svg " in (out / "quality.svg").read_text()
     # Again, with a row more: only that is computed, and the answers are in a file of their own.
     assert run([*args, "-o", str(out), "--baselines", "snapkv,random"]) == 0
     more = (out / "answers.jsonl").read_text().splitlines()

@@ -18,8 +18,8 @@ from hkvprof.errors import UsageError
 from hkvprof.evaluate.records import FULL, OURS, Answer
 from hkvprof.evaluate.statistics import (
     RESAMPLES,
+    BootstrapInterval,
     Duel,
-    Interval,
     MethodSummary,
     Question,
     bootstrap,
@@ -64,9 +64,9 @@ def only(answers: list[Answer], method: str = OURS) -> MethodSummary:
     return found
 
 
-def interval(value: float, low: float, high: float, samples: int) -> Interval:
+def interval(value: float, low: float, high: float, samples: int) -> BootstrapInterval:
     """An interval to compare with, up to rounding."""
-    return Interval(*(pytest.approx(v, abs=1e-12) for v in (value, low, high)), samples)
+    return BootstrapInterval(*(pytest.approx(v, abs=1e-12) for v in (value, low, high)), samples)
 
 
 def test_a_summary_by_hand() -> None:
@@ -92,7 +92,7 @@ def test_a_summary_by_hand() -> None:
 
 def test_the_full_cache_differs_by_nothing_from_itself() -> None:
     found = only(two_samples(), FULL)
-    assert found.difference == Interval(0.0, 0.0, 0.0, 2)
+    assert found.difference == BootstrapInterval(0.0, 0.0, 0.0, 2)
     assert (found.score_share, found.worst_ratio, found.nll_difference) == (1.0, 1.0, 0.0)
     assert (found.share, found.hit_rate) == (1.0, None)
 
@@ -118,7 +118,7 @@ def test_only_common_questions_are_compared() -> None:
                answer("a", OURS, 0.5, nll=3.0), answer("c", OURS, 1.0, nll=1.0)]  # fmt: skip
     found = only(answers)
     assert (found.score, found.scored, found.score_share) == (0.75, 2, 1.0)
-    assert found.difference == Interval(0.0, 0.0, 0.0, 1)
+    assert found.difference == BootstrapInterval(0.0, 0.0, 0.0, 1)
     assert found.nll_difference == 1.0
 
 
@@ -196,7 +196,7 @@ def test_questions_about_one_context_are_no_further_evidence() -> None:
 
 def test_degenerate_data_has_degenerate_intervals() -> None:
     assert bootstrap({}) is None
-    assert bootstrap(figures([[1.0, 2.0]])) == Interval(1.5, 1.5, 1.5, 1)
+    assert bootstrap(figures([[1.0, 2.0]])) == BootstrapInterval(1.5, 1.5, 1.5, 1)
     assert bootstrap(figures([[0.1]] * 7)) == interval(0.1, 0.1, 0.1, 7)
     for odd in (math.nan, math.inf):
         found = bootstrap(figures([[1.0], [odd], [-odd]]))
@@ -234,7 +234,7 @@ def test_seeds_draw_anew_and_repeat_themselves() -> None:
     [(0.1, 0.3, True), (-0.3, -0.1, True), (-0.1, 0.3, False), (0.0, 0.3, False)],
 )
 def test_intervals_that_exclude_zero(low: float, high: float, excludes: bool) -> None:
-    assert Interval((low + high) / 2, low, high, 9).excludes_zero is excludes
+    assert BootstrapInterval((low + high) / 2, low, high, 9).excludes_zero is excludes
 
 
 def contest() -> list[Answer]:
@@ -289,7 +289,7 @@ def test_duels_are_fought_on_common_questions() -> None:
     ]
     score, _ = duels(answers, PUBLIC)
     assert (score.questions, score.ours, score.theirs) == (3, pytest.approx(2 / 3), score.ours)
-    assert score.difference == Interval(0.0, 0.0, 0.0, 3)
+    assert score.difference == BootstrapInterval(0.0, 0.0, 0.0, 3)
 
 
 def test_duels_by_regime_and_budget() -> None:

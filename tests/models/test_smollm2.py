@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from hkvprof.errors import ModelError
+from hkvprof.errors import ModelError, UsageError
 from hkvprof.files.atomic import user_cache
+from hkvprof.lazy import install_hint
 from hkvprof.models import smollm2
 
 HAVE_WHEEL = importlib.util.find_spec(smollm2.PACKAGE) is not None
 HAVE_GGUF = importlib.util.find_spec("gguf") is not None
 needs_wheel = pytest.mark.skipif(
-    not (HAVE_WHEEL and HAVE_GGUF), reason=f"SmolLM2 not installed: {smollm2.INSTALL_HINT}"
+    not (HAVE_WHEEL and HAVE_GGUF), reason=f"SmolLM2 not installed: {install_hint('smollm2')}"
 )
 
 
@@ -44,7 +45,7 @@ def test_absent_package_is_named_with_the_command(
     monkeypatch: pytest.MonkeyPatch, found: object
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    with pytest.raises(ModelError, match=r"not installed.*pip install 'hkvprof\[smollm2\]'"):
+    with pytest.raises(UsageError, match=r"not installed.*pip install 'hkvprof\[smollm2\]'"):
         smollm2.locate_gguf()
 
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hkvprof.evaluate.records import FULL, OURS, Answer
-from hkvprof.evaluate.statistics import Duel, Interval, MethodSummary, TaskScore, summarise
+from hkvprof.evaluate.statistics import BootstrapInterval, Duel, MethodSummary, TaskScore, summarise
 from hkvprof.report.comparison import (
     NOTES,
     comparison_table,
@@ -26,8 +26,9 @@ def summary(method: str = OURS, budget: str = "0.10", **other: Any) -> MethodSum
     known: dict[str, Any] = {
         "regime": "inside", "answers": 8, "scored": 8, "score": 0.5,
         "tasks": {"ocr": TaskScore(0.5, 8, ("anls",))}, "score_share": 0.625,
-        "difference": Interval(-0.3, -0.4, 0.05, 4), "worst_task": "ocr", "worst_ratio": 0.625,
-        "kl": Interval(0.0123, 0.01, 0.015, 4), "agreement": 0.875, "nll": 1.0,
+        "difference": BootstrapInterval(-0.3, -0.4, 0.05, 4), "worst_task": "ocr",
+        "worst_ratio": 0.625,
+        "kl": BootstrapInterval(0.0123, 0.01, 0.015, 4), "agreement": 0.875, "nll": 1.0,
         "nll_difference": 0.25, "share": 0.0975, "storage_share": 0.1, "host_bytes": 3 * 2.0**20,
         "compress_seconds": 0.456, "hit_rate": None,
     }  # fmt: skip
@@ -64,10 +65,10 @@ def test_every_figure_of_a_row() -> None:
 def test_the_short_form_leaves_columns_out_and_fits_100() -> None:
     rows = [full()]
     for budget in ("0.20", "4096", "2GiB"):
-        rows.append(summary(OURS, budget, difference=Interval(-0.999, -1.0, -0.987, 4)))
+        rows.append(summary(OURS, budget, difference=BootstrapInterval(-0.999, -1.0, -0.987, 4)))
         rows.append(
             summary("a_public_baseline_with_a_long_name", budget, worst_task="some_very_long_task",
-                    answers=7, nll_difference=-1.23e-5, kl=Interval(1.23e-5, 0.0, 1.0, 4))
+                    answers=7, nll_difference=-1.23e-5, kl=BootstrapInterval(1.23e-5, 0.0, 1.0, 4))
         )  # fmt: skip
     page = text(comparison_table(rows, compact=True), width=100)
     assert max(map(len, page)) <= 100
@@ -147,10 +148,11 @@ def test_strangers_names_are_no_markup_and_no_control_characters() -> None:
     assert "\x1b" not in "\n".join(text(comparison_table(summarise(odd))))
 
 
-SCORE = Duel("inside", "0.10", "score", "snapkv", 120, 0.85, 0.8, Interval(0.05, -0.01, 0.11, 60),
-             None)  # fmt: skip
-KL = Duel("after", "4096", "kl", "quest", 80, 0.01, 0.03, Interval(0.02, 0.015, 0.025, 40),
-          Interval(3.0, 2.5, 3.75, 40))  # fmt: skip
+SCORE = Duel("inside", "0.10", "score", "snapkv", 120, 0.85, 0.8,
+             BootstrapInterval(0.05, -0.01, 0.11, 60), None)  # fmt: skip
+KL = Duel("after", "4096", "kl", "quest", 80, 0.01, 0.03,
+          BootstrapInterval(0.02, 0.015, 0.025, 40),
+          BootstrapInterval(3.0, 2.5, 3.75, 40))  # fmt: skip
 
 
 def test_duels_are_sentences() -> None:
@@ -169,7 +171,7 @@ def test_duels_are_sentences() -> None:
 
 @pytest.mark.parametrize("duel", [SCORE, KL])
 def test_one_sample_has_no_interval_to_speak_of(duel: Duel) -> None:
-    (line,) = duel_lines([replace(duel, difference=Interval(0.5, 0.5, 0.5, 1))])
+    (line,) = duel_lines([replace(duel, difference=BootstrapInterval(0.5, 0.5, 0.5, 1))])
     assert line.endswith("; one sample, so no interval")
 
 

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
 from dataclasses import replace
-from xml.etree import ElementTree
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from hkvprof.evaluate.records import FULL, OURS
-from hkvprof.evaluate.statistics import Interval, MethodSummary
-from hkvprof.report.quality_plot import COLOURED, OTHER_COLOUR, OURS_COLOUR, quality_plot
-from hkvprof.report.svg import PANEL_HEIGHT, PANEL_WIDTH
+from hkvprof.evaluate.statistics import BootstrapInterval, MethodSummary
+from hkvprof.report.plot import COLOURED, OTHER_COLOUR, OURS_COLOUR, quality_figure, quality_plot
+from tests.report.drawn import (
+    check_texts_stay_apart_and_inside,
+    curves,
+    dash,
+    legend,
+    styled,
+    svg_texts,
+)
 from tests.report.test_comparison import full, summary
 
-NAMESPACE = "{http://www.w3.org/2000/svg}"
 PUBLIC = {f"public{n:02}" for n in range(20)}
 
 
 def at(method: str, share: float, score: float, kl: float, regime: str = "inside") -> MethodSummary:
     return summary(
         method, str(share), regime=regime, share=share, score=score, score_share=score,
-        difference=Interval(score - 1, score - 1, score - 1, 4), kl=Interval(kl, kl, kl, 4),
+        difference=BootstrapInterval(score - 1, score - 1, score - 1, 4),
+        kl=BootstrapInterval(kl, kl, kl, 4),
     )  # fmt: skip
 
 
 def field(regime: str = "inside") -> list[MethodSummary]:
     """Full, ours, 20 public baselines (00 is the best) and two ablations at three budgets."""
-    rows = [full(regime=regime, score_share=1.0, kl=Interval(0.0, 0.0, 0.0, 4))]
+    rows = [full(regime=regime, score_share=1.0, kl=BootstrapInterval(0.0, 0.0, 0.0, 4))]
     methods = [OURS, *sorted(PUBLIC), "ablation<b>", "ablation a"]
     for number, method in enumerate(methods):
         for share in (0.2, 0.1, 0.02):
@@ -37,141 +43,101 @@ def field(regime: str = "inside") -> list[MethodSummary]:
     return rows
 
 
-def plot(rows: list[MethodSummary], public: set[str] = PUBLIC) -> str:
-    return quality_plot(rows, public, "org/<model>", ["ocr & more", "needle"], 1234, "bfloat16")
+def draw(rows: list[MethodSummary]) -> Figure:
+    return styled(quality_figure, rows, PUBLIC, "a heading", ["ocr & more", "needle"])
 
 
-Points = list[tuple[float, float]]
+def plot(rows: list[MethodSummary]) -> str:
+    return quality_plot(rows, PUBLIC, "org/<model>", ["ocr & more", "needle"], 1234, "bfloat16")
 
 
-def curves(svg: str) -> Iterator[tuple[str, Points, ElementTree.Element]]:
-    """Name, points in px and element of every polyline."""
-    for line in ElementTree.fromstring(svg).iter(f"{NAMESPACE}polyline"):
-        pairs = (pair.split(",") for pair in line.attrib["points"].split())
-        title = line.find(f"{NAMESPACE}title")
-        assert title is not None
-        yield str(title.text), [(float(x), float(y)) for x, y in pairs], line
-
-
-def texts(svg: str) -> list[tuple[str, float, float]]:
-    """Every text and where it stands."""
-    found = ElementTree.fromstring(svg).iter(f"{NAMESPACE}text")
-    return [(str(e.text), float(e.attrib["x"]), float(e.attrib["y"])) for e in found]
-
-
-def ticks(svg: str, left: float) -> dict[float, float]:
-    """Labelled values of the first row's vertical axis whose labels end at `left`, and their px."""
-    return {
-        float(text): y - 4
-        for text, x, y in texts(svg)
-        if x == pytest.approx(left) and y < 460 and re.fullmatch(r"[0-9.e-]+", text)
-    }
+def labels(axis: object) -> list[str]:
+    """Labels within an axis."""
+    low, high = axis.get_view_interval()
+    return [
+        tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high
+    ]
 
 
 def test_points_lie_where_the_values_say() -> None:
-    """Read back against the labelled ticks: linear in score, logarithmic in KL and share."""
+    """Linear in score, logarithmic in KL and share, and so labelled."""
     values = [(0.02, 0.4, 0.5), (0.1, 0.75, 0.05), (0.5, 1.0, 0.004)]
-    svg = plot([full(score_share=1.0), *(at(OURS, *value) for value in values)])
-    shares = [(text, x) for text, x, _ in texts(svg) if text.endswith("%")]
-    assert [text for text, _ in shares] == ["1%", "2%", "5%", "10%", "20%", "50%", "100%"] * 2
-    drawn = [points for name, points, _ in curves(svg) if name == OURS]
-    assert len(drawn) == 2
-    for number, (points, left, log) in enumerate(zip(drawn, (62, 532), (False, True), strict=True)):
-        labels = dict(shares[number * 7 : number * 7 + 7])
-        marks = ticks(svg, left)
-        low, high = min(marks), max(marks)
-        for (x, y), (share, *figures) in zip(points, values, strict=True):
-            part = math.log10(share / 0.01) / 2
-            assert x == pytest.approx(
-                labels["1%"] + part * (labels["100%"] - labels["1%"]), abs=0.02
+    figure = draw([full(score_share=1.0), *(at(OURS, *value) for value in values)])
+    for number, axes in enumerate(figure.axes):
+        assert axes.get_xscale() == "log"
+        assert labels(axes.xaxis) == ["1%", "2%", "5%", "10%", "20%", "50%", "100%"]
+        ticks = [t.get_loc() for t in axes.xaxis.get_major_ticks()]
+        assert set(ticks) >= {0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0}
+        assert axes.get_yscale() == ("linear", "log")[number]
+        (points,) = (
+            [(float(x), float(y)) for x, y in line.get_xydata()]
+            for line in axes.lines
+            if line.get_label() == OURS
+        )
+        assert points == [(share, figures[number]) for share, *figures in values]
+        for tick in axes.yaxis.get_major_ticks():
+            assert float(tick.label1.get_text().replace("\N{MINUS SIGN}", "-")) == pytest.approx(
+                tick.get_loc(), rel=1e-6
             )
-            part = (figures[number] - low) / (high - low)
-            if log:
-                part = math.log10(figures[number] / low) / math.log10(high / low)
-            assert y == pytest.approx(marks[low] + part * (marks[high] - marks[low]), abs=0.02)
-        for tick, y in marks.items():
-            part = (
-                math.log(tick / low) / math.log(high / low) if log else (tick - low) / (high - low)
-            )
-            assert y == pytest.approx(marks[low] - part * PANEL_HEIGHT, abs=0.02)
 
 
 def test_the_full_cache_is_a_dashed_level_at_one() -> None:
-    svg = plot(field())
-    ((_, points, line),) = (entry for entry in curves(svg) if entry[0] == FULL)
-    (left, y), (right, other) = points
-    assert y == other == pytest.approx(ticks(svg, 62)[1.0], abs=0.02)
-    assert right - left == PANEL_WIDTH
-    assert line.attrib["stroke-dasharray"]
+    figure = draw(field())
+    ((_, points, line),) = (entry for entry in curves(figure) if entry[0] == FULL)
+    left, right = figure.axes[0].get_xlim()
+    assert points == [(left, 1.0), (right, 1.0)]
+    assert dash(line)
 
 
 def test_looks_tell_ours_the_best_three_the_others_and_ablations() -> None:
-    looks = {name: line.attrib for name, _, line in curves(plot(field()))}
+    looks = {name: line for name, _, line in curves(draw(field()))}
     assert set(looks) == {FULL, OURS, *PUBLIC, "ablation<b>", "ablation a"}
-    assert looks[OURS]["stroke"] == OURS_COLOUR == "#d55e00"
-    assert int(looks[OURS]["stroke-width"]) > max(
-        int(look["stroke-width"]) for name, look in looks.items() if name != OURS
+    assert to_hex(looks[OURS].get_color()) == OURS_COLOUR == "#d55e00"
+    assert looks[OURS].get_linewidth() > max(
+        look.get_linewidth() for name, look in looks.items() if name != OURS
     )
-    assert tuple(looks[f"public{n:02}"]["stroke"] for n in range(3)) == COLOURED
+    assert tuple(looks[f"public{n:02}"].get_color() for n in range(3)) == COLOURED
     for name in sorted(PUBLIC)[3:]:
-        assert (looks[name]["stroke"], looks[name]["stroke-width"]) == (OTHER_COLOUR, "1")
-    dashed = {name for name, look in looks.items() if "stroke-dasharray" in look}
+        assert (looks[name].get_color(), looks[name].get_linewidth()) == (OTHER_COLOUR, 1)
+    dashed = {name for name, look in looks.items() if dash(look)}
     assert dashed == {FULL, "ablation<b>", "ablation a"}
-    assert looks["ablation<b>"]["stroke-dasharray"] != looks["ablation a"]["stroke-dasharray"]
+    assert dash(looks["ablation<b>"]) != dash(looks["ablation a"])
 
 
 def test_ours_is_drawn_over_the_others() -> None:
-    names = [name for name, _, _ in curves(plot(field()))]
+    names = [name for name, _, _ in curves(draw(field()))]
     assert names[len(names) // 2] == OURS
     assert names[-1] == OURS
 
 
 def test_a_row_of_panels_per_regime() -> None:
-    rows = [*field(), *field("after")]
-    svg = plot(rows)
-    assert [name for name, _, _ in curves(svg)].count(OURS) == 4
-    heights = [y for text, _, y in texts(svg) if text.startswith("score, share of")]
-    assert len(heights) == 2
-    assert heights[1] - heights[0] > PANEL_HEIGHT
-    ours = [points for name, points, _ in curves(svg) if name == OURS]
-    moved = heights[1] - heights[0]
-    for above, below in zip(ours[:2], ours[2:], strict=True):
-        assert below == [(x, pytest.approx(y + moved, abs=0.02)) for x, y in above]
+    figure = draw([*field(), *field("after")])
+    assert [name for name, _, _ in curves(figure)].count(OURS) == 4
+    heights = [axes.bbox.y0 for axes in figure.axes]
+    assert heights[0] == heights[1] > heights[2] == heights[3]
+    titles = [axes.get_title(loc="left") for axes in figure.axes[::2]]
+    assert titles == [
+        "inside: question in the compressed prompt\nscore, share of the full cache's",
+        "after: context compressed first, question after it\nscore, share of the full cache's",
+    ]
+    ours = [points for name, points, _ in curves(figure) if name == OURS]
+    assert ours[:2] == ours[2:]
 
 
 def test_texts_do_not_overlap_and_stay_inside() -> None:
-    """A letter is taken as 7 px wide, a line as 12 px high."""
-    svg = plot([*field(), *field("after"), *field("later")])
-    root = ElementTree.fromstring(svg)
-    width, height = float(root.attrib["width"]), float(root.attrib["height"])
-    boxes = []
-    for element in root.iter(f"{NAMESPACE}text"):
-        long = 7 * len(str(element.text))
-        part = {"start": 0.0, "middle": 0.5, "end": 1.0}[element.attrib["text-anchor"]]
-        x, y = float(element.attrib["x"]) - part * long, float(element.attrib["y"])
-        boxes.append((x, y - 9, x + long, y + 3))
-        assert x >= 0, element.text
-        assert x + long <= width, element.text
-        assert 9 <= y <= height - 3, element.text
-    for number, one in enumerate(boxes):
-        for other in boxes[:number]:
-            across = min(one[2], other[2]) - max(one[0], other[0])
-            down = min(one[3], other[3]) - max(one[1], other[1])
-            assert across <= 0 or down <= 0, (one, other)
-    legend = [text for text, x, _ in texts(svg) if x > 70 + 2 * PANEL_WIDTH + 90]
-    assert [t for t in legend if not t.endswith("%")] == [
-        OURS, FULL, *sorted(PUBLIC), "ablation a", "ablation<b>"]  # fmt: skip
+    figure = draw([*field(), *field("after"), *field("later")])
+    check_texts_stay_apart_and_inside(figure)
+    assert legend(figure) == [OURS, FULL, *sorted(PUBLIC), "ablation a", "ablation<b>"]
 
 
 def test_every_point_is_inside_its_panel() -> None:
     odd = [at("public00", 0.003, 0.0, 1e-5), at("public01", 1.2, 1.3, 30.0)]
-    svg = plot([*field(), *odd])
-    for number, (_, points, _) in enumerate(curves(svg)):
-        left = 70 if number < 24 else 540
-        assert all(left <= x <= left + PANEL_WIDTH + 0.01 for x, _ in points)
-    ys = [y for _, points, _ in curves(svg) for _, y in points]
-    assert max(ys) - min(ys) <= PANEL_HEIGHT + 0.01
-    assert "0.2%" in [text for text, _, _ in texts(svg)]
+    figure = draw([*field(), *odd])
+    for axes in figure.axes:
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        for line in axes.lines:
+            assert all(left <= x <= right and low < y < high for x, y in line.get_xydata())
+    assert "0.2%" in labels(figure.axes[0].xaxis)
 
 
 def test_what_has_no_place_is_left_out() -> None:
@@ -179,28 +145,35 @@ def test_what_has_no_place_is_left_out() -> None:
     rows = [full(score_share=1.0), at(OURS, 1.0, 1.0, 0.0), at(OURS, 0.1, 0.9, 0.01),
             replace(at("public00", 0.1, 0.5, 0.5), score_share=None),
             at("public01", 0.1, 0.5, math.nan), at("public02", 0.1, 0.5, math.inf)]  # fmt: skip
-    found = [(name, len(points)) for name, points, _ in curves(plot(rows))]
-    assert found == [(FULL, 2), ("public02", 1), ("public01", 1), (OURS, 2), ("public00", 1),
+    drawn = [(name, len(points)) for name, points, _ in curves(draw(rows))]
+    assert drawn == [(FULL, 2), ("public02", 1), ("public01", 1), (OURS, 2), ("public00", 1),
                      (OURS, 1)]  # fmt: skip
 
 
 def test_one_point_at_the_full_cache_has_an_axis_around_it() -> None:
-    svg = plot([full(score_share=1.0), at(OURS, 1.0, 1.0, 0.1)])
-    (_, level, _), (_, [(x, y)], _), (_, [(_, kl)], _) = curves(svg)
-    assert (x, y) == (70 + PANEL_WIDTH, level[0][1])
-    marks = ticks(svg, 532)
-    assert kl == pytest.approx(marks[0.1], abs=0.02)
-    assert len(marks) == len(ticks(svg, 62)) == 2
+    figure = draw([full(score_share=1.0), at(OURS, 1.0, 1.0, 0.1)])
+    (_, level, _), (_, score, _), (_, kl, _) = curves(figure)
+    assert score == [(1.0, level[0][1])]
+    assert kl == [(1.0, 0.1)]
+    for axes, value in zip(figure.axes, (1.0, 0.1), strict=True):
+        low, high = axes.get_ylim()
+        assert low < value < high
+        assert len(labels(axes.yaxis)) >= 2
 
 
 def test_the_heading_says_model_dtype_tasks_and_questions() -> None:
-    svg = plot(field())
-    first, second, third, *_ = (text for text, _, _ in texts(svg))
-    assert first == "org/<model>, bfloat16: quality over K/V bytes kept, 1,234 questions"
-    assert second == "tasks: ocr & more, needle"
-    assert third == "inside: question in the compressed prompt"
+    texts = svg_texts(plot(field()))
+    assert "org/<model>, bfloat16: quality over K/V bytes kept, 1,234 questions" in texts
+    assert "tasks: ocr & more, needle" in texts
+    assert "inside: question in the compressed prompt" in texts
     many = quality_plot(field(), PUBLIC, "m", [f"task number {n}" for n in range(30)], 9, "x")
-    assert "task number 29" in " ".join(text for text, _, _ in texts(many))
+    assert "task number 29" in " ".join(svg_texts(many))
+
+
+def test_names_are_taken_as_they_are() -> None:
+    """No mathematics between dollars, no control characters."""
+    svg = quality_plot(field(), PUBLIC, "a$\\alpha$\x1b", ["$x$"], 9, "x")
+    assert "a$\\alpha$?, x: quality over K/V bytes kept, 9 questions" in svg_texts(svg)
 
 
 def test_it_is_the_same_in_whatever_order_methods_come() -> None:

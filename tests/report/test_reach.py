@@ -13,8 +13,7 @@ from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.cli.calibrate import announce
 from hkvprof.errors import BudgetError
 from hkvprof.profile.record import Profile
-from hkvprof.report.reach import reach, unserved
-from hkvprof.report.summary import summarise
+from hkvprof.report.summary import reach, summarise, unserved
 from hkvprof.report.terminal import overview
 from tests.models_for_tests import random_llama
 from tests.profiles import make_profile

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 
 from hkvprof.heads import HeadGrid
 from hkvprof.report import terminal
-from hkvprof.report.pictures import ASCII, UNICODE
+from hkvprof.report.terminal import ASCII, UNICODE
 from tests.profiles import make_profile, plain_profile
 
 PARTS = ("KV heads static", "Head types", "Share kept", "Strategies", "Borderline heads",

@@ -14,6 +14,7 @@ from typing import Any
 
 from hkvprof.errors import SampleError
 from hkvprof.files import strict_json
+from hkvprof.lazy import require_extra
 
 MAX_FILE_BYTES = 512 * 2**20
 """Largest annotation file; the largest published one of the layouts has about 100 MB."""
@@ -118,9 +119,7 @@ def read_csv(root: Path, path: Path) -> list[Record]:
 
 def read_parquet(root: Path, path: Path) -> list[Record]:
     """One record per row of a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pa, pq = require_extra("pyarrow", "datasets"), require_extra("pyarrow.parquet", "datasets")
     _check_file(root, path)
     try:
         with pq.ParquetFile(path) as file:
