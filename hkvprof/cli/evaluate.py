@@ -103,7 +103,7 @@ def evaluate(
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
-    from hkvprof.evaluate.contest import ComparisonPlan, Subject
+    from hkvprof.evaluate.contest import Subject
     from hkvprof.evaluate.journal import Journal, check_conditions
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
