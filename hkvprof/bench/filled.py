@@ -1,4 +1,4 @@
-"""What the caches are filled with, and the tokens that steps are made of.
+"""Caches that are filled by hand: keys, values and profiles, and the tokens that steps are made of.
 
 No prompt is read: at 131,072 tokens and 32 rows that would take longer than the benchmark may. Keys
 have a falling spectrum (the i-th standard deviation is i^-0.75) in a random basis, runs of 64
@@ -11,7 +11,7 @@ hit rate is reported beside every figure that depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,22 +19,24 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from hkvprof.bench.methods import Kind, uniform_types
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.adapter import ModelView
 from hkvprof.profile.record import Profile, ProjectedIndexTables
+from hkvprof.runtime.graph import Recorder, take_step
 from hkvprof.selection.quantiser import CHANNELS, fit_codebook, fit_projection
 
 DRIFT = 0.95
 BITS, RERANK = 32, 64
 """The index of dynamic heads, as calibration likes it best (docs/retrieval.md)."""
+KEEP = KeepRule(sinks=2, recent=4, window=16)
 RUN = 64
 POOL = 7
 WALK = 256
 """Tokens of one row's walk of embeddings."""
-TYPES = ("static", "dynamic", "hybrid")
-"""All heads of one type; hybrid: every other KV head is dynamic."""
 
 
 class Keys:
@@ -77,21 +79,16 @@ class Keys:
         return torch.randn(*shape, generator=random, device=self.device)
 
 
-def profiles(model: Any, view: ModelView, keys: Keys) -> dict[str, Profile]:
-    """One per TYPES, with the index fitted to the keys' covariance."""
-    grid = view.grid
-    shape = (grid.layers, grid.kv_heads)
-    turns = np.arange(grid.total).reshape(shape) % 2
-    kinds: dict[str, Any] = {"static": "static", "dynamic": "dynamic", "hybrid": turns}
+def filled_profiles(model: Any, view: ModelView, keys: Keys) -> dict[Kind, Profile]:
+    """All heads static, all dynamic, and in turns; the index fits the keys' covariance."""
     menu = (
         Strategy(HeadType.STATIC, pool=POOL),
         Strategy(HeadType.DYNAMIC, index="projected", bits=BITS, rerank=RERANK),
     )
-    index = _fit_index(keys, shape)
-    keep = KeepRule(sinks=2, recent=4, window=16)
+    index = _fit_index(keys, (view.grid.layers, view.grid.kv_heads))
     return {
-        name: replace(uniform_profile(model, kinds[name], keep=keep), strategies=menu, index=index)
-        for name in TYPES
+        kind: replace(uniform_profile(model, types, keep=KEEP), strategies=menu, index=index)
+        for kind, types in uniform_types(view.grid).items()
     }
 
 
@@ -145,3 +142,83 @@ def drifting_tokens(model: Any, rows: int) -> Iterator[Int[Tensor, "rows 1"]]:
     ids = starts[:, None]
     for step in range(steps):
         yield ids + step
+
+
+class FullLayer(DynamicLayer):
+    """Keys and values with room for `room` further tokens, appended at a place on the device.
+
+    Attention goes over the whole room at every step, as SDPA's flash kernel does without a mask: a
+    few tokens of thousands more than there are. transformers' StaticCache masks them instead, which
+    on CUDA is slower.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.seen = room, 0
+
+    def fill(self, key: Tensor, value: Tensor) -> None:
+        """The prompt [rows, kv_heads, tokens, dim]; copied."""
+        self.lazy_initialization(key, value)
+        rows, heads, tokens, dim = key.shape
+        shape = (rows, heads, tokens + self.room, dim)
+        self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
+        self.keys[:, :, :tokens], self.values[:, :, :tokens] = key, value
+        self.seen = tokens
+        self.place = torch.tensor([tokens], device=key.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One token."""
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        self.place += 1
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """The prompt's: positions are given, not counted."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The whole room."""
+        return self.keys.shape[2], 0
+
+
+def dense_cache(config: Any, layers: int, room: int | None) -> DynamicCache:
+    """transformers' DynamicCache; with `room`, of FullLayers."""
+    cache = DynamicCache(config=config)
+    if room is not None:
+        cache.layers = [FullLayer(room) for _ in range(layers)]
+    return cache
+
+
+class RecordedSteps:
+    """`steps(ids)`: a pass over one token per row, recorded by `recorder` after the first."""
+
+    def __init__(self, model: Any, cache: Any, tokens: int, rows: int, recorder: Recorder | None):
+        self._model, self._cache, self._recorder = model, cache, recorder
+        self._ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        self._positions = torch.full_like(self._ids, tokens)
+        self._replay: Callable[[], Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, ids: Int[Tensor, "rows 1"]) -> Float[Tensor, "rows vocabulary"]:
+        """Logits that follow these tokens."""
+        self._ids.copy_(ids)
+        if self._replay is not None:
+            return self._replay()
+        out = self._step()
+        if self._recorder is not None:
+            self._replay = self._recorder.record(self._step)
+        return out
+
+    def _step(self) -> Tensor:
+        return take_step(self._model, self._ids, self._positions, self._cache)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of weights that a decoding step reads: neither vision tower nor embedding table."""
+    unread = model.get_input_embeddings().weight
+    return sum(
+        weight.nbytes
+        for name, weight in model.named_parameters()
+        if "visual" not in name and weight is not unread
+    )
