@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkvprof.bench.run import FilledSetup, bench_filled
+from hkvprof.bench.filled import FilledSetup
+from hkvprof.bench.run import bench_filled
 from hkvprof.bench.table import render
 from hkvprof.errors import HkvError, UsageError
 

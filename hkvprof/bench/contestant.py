@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from hkvprof.bench.filled import RecordedSteps, dense_cache
+from hkvprof.bench.filled import Keys, RecordedSteps, dense_cache
 from hkvprof.bench.machine import Lap, Machine, machine_for, stock_bytes
 from hkvprof.bench.methods import Kind, Method
 from hkvprof.bench.records import Row
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.05
 """By how much of itself a budget may be exceeded."""
+_REPLAYS = 12
 HostItems = dict[tuple[int, int], HostChunks]
 """By layer and segment, shared by a set of methods: budgets differ in what is hot, not in what is
 on the host."""
@@ -230,9 +231,15 @@ class FilledContestant(Contestant):
     """
 
     def __init__(
-        self, subject: Subject, method: Method, tokens: int, forced: Sequence[Int[Tensor, "rows 1"]]
+        self,
+        subject: Subject,
+        method: Method,
+        tokens: int,
+        forced: Sequence[Int[Tensor, "rows 1"]],
+        keys: Keys,
     ) -> None:
         super().__init__(subject, method, tokens, forced)
+        self.keys = keys
         self.held: int | None = None
         if method.profile is not None:
             with self.hooked() as handle:
@@ -295,9 +302,13 @@ class FilledContestant(Contestant):
         return replace(row, held_bytes=held, held_share=held / dense)
 
     def row_after_steps(self, row: Row) -> Row:
-        """With what attention reads, and corrections of prefetch."""
-        row = super().row_after_steps(row)
-        return replace(row, read_bytes=self.read_bytes, corrected_share=self.corrected_share)
+        """With what attention reads and how long it takes, and corrections of prefetch."""
+        return replace(
+            super().row_after_steps(row),
+            read_bytes=self.read_bytes,
+            attend_ms=self._attend_ms(),
+            corrected_share=self.corrected_share,
+        )
 
     @property
     def read_bytes(self) -> int:
@@ -308,7 +319,16 @@ class FilledContestant(Contestant):
         return sum(sum(storage.lengths) * storage.token_bytes for storage in storages)
 
     @torch.no_grad()
-    def attend(self, queries: Sequence[Tensor]) -> Tensor:
+    def _attend_ms(self) -> float:
+        """Milliseconds of all layers' attention, recorded so that launching takes no time."""
+        rows, layers = len(self.forced[0]), self.view.grid.layers
+        attend = partial(self._attend, [self.keys.queries(n, rows, 1) for n in range(layers)])
+        attend()
+        replay = self.machine.recorder().record(attend)
+        replay()
+        return median(self.machine.lap(replay)() for _ in range(_REPLAYS))
+
+    def _attend(self, queries: Sequence[Tensor]) -> Tensor:
         """Attention of all layers alone, given [rows, query_heads, 1, dim] for each."""
         outs = []
         for number, query in enumerate(queries):

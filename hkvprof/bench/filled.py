@@ -12,7 +12,7 @@ hit rate is reported beside every figure that depends on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from hkvprof.bench.methods import Kind, uniform_types
+from hkvprof.bench.methods import Kind, check_budgets, uniform_types
 from hkvprof.calibration.uniform import uniform_profile
+from hkvprof.errors import UsageError
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.adapter import ModelView
+from hkvprof.models.shapes import SHAPES
+from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile, ProjectedIndexTables
-from hkvprof.runtime.graph import Recorder, take_step
+from hkvprof.runtime.graph import AHEAD, Recorder, take_step
 from hkvprof.selection.quantiser import CHANNELS, fit_codebook, fit_projection
 
+LEAST_TOKENS = 64
+WARM_STEPS = 3
+"""Steps before the first timed one; kernels are compiled and graphs recorded in them."""
 DRIFT = 0.95
 BITS, RERANK = 32, 64
 """The index of dynamic heads, as calibration likes it best (docs/retrieval.md)."""
@@ -37,6 +43,69 @@ RUN = 64
 POOL = 7
 WALK = 256
 """Tokens of one row's walk of embeddings."""
+
+
+@dataclass(frozen=True)
+class FilledSetup:
+    """What is asked of a shape. `steps` are the timed ones of a method, `minutes` is when no
+    further context is begun; `layers` None: the shape's."""
+
+    shape: str = "qwen2.5-vl-7b"
+    contexts: tuple[int, ...] = (8192, 32768, 131072)
+    batches: tuple[int, ...] = (1, 8, 32)
+    budgets: tuple[str, ...] = ("0.20", "0.10", "0.05")
+    layers: int | None = None
+    dtype: str = "auto"
+    device: str = "cuda"
+    steps: int = 32
+    rounds: int = 4
+    prefill_tokens: int = 32768
+    link_megabytes: float = 1024
+    minutes: float = 9.0
+
+    def __post_init__(self) -> None:
+        """Raises UsageError or BudgetError."""
+        if self.shape not in SHAPES:
+            raise UsageError(f"unknown shape {self.shape!r}: expected {' or '.join(SHAPES)}")
+        check_budgets(self.budgets)
+        for text in self.budgets:
+            if Budget.parse(text).share is None:
+                raise UsageError(
+                    f"budget {text}: expected shares of the dense cache such as 0.10, because they "
+                    "are compared across contexts and batches"
+                )
+        if not self.contexts or min(self.contexts) < LEAST_TOKENS:
+            raise UsageError(f"expected contexts of at least {LEAST_TOKENS} tokens such as 8192")
+        if not self.batches or min(self.batches) < 1:
+            raise UsageError("expected batches of at least 1 row such as 1,8,32")
+        if self.prefill_tokens < LEAST_TOKENS or self.minutes <= 0 or self.link_megabytes <= 0:
+            raise UsageError(
+                f"expected a prefill of at least {LEAST_TOKENS} tokens, and minutes above 0"
+            )
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        if self.rounds < 1 or self.steps // self.rounds < 2 or self.steps % self.rounds:
+            raise UsageError(
+                f"{self.steps} steps in {self.rounds} rounds: expected at least 2 in each, the "
+                "same number in all"
+            )
+        if WARM_STEPS + self.rounds * self.block > AHEAD - 4:
+            raise UsageError(
+                f"{self.steps} steps in {self.rounds} rounds reach into the next compression: "
+                "expected fewer, such as --steps 32 --rounds 4"
+            )
+
+    @property
+    def block(self) -> int:
+        """Steps of one method in one round, the first one, which is not timed, included."""
+        return self.steps // self.rounds + 1
+
+    @property
+    def wanted(self) -> tuple[tuple[int, int], ...]:
+        """Contexts and batches, smallest first."""
+        pairs = {(context, batch) for context in self.contexts for batch in self.batches}
+        return tuple(sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair)))
 
 
 class Keys:

@@ -1,4 +1,4 @@
-"""What the benchmark asks of a machine: clocks, memory, graphs, copy bandwidth."""
+"""What the benchmark asks of a machine: clocks, graphs, copy bandwidth, room for caches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hkvprof.bench.methods import Kind, Method
 from hkvprof.bench.records import Links
 from hkvprof.models.adapter import ModelView
+from hkvprof.profile.budgets import Budget
 from hkvprof.runtime.graph import CudaGraphs, Recorder
 
 Lap = Callable[[], float]
@@ -208,3 +211,67 @@ def measure_links(machine: Machine, megabytes: float) -> Links:
         to_host=rate(lambda: host.copy_(near, non_blocking=True), count),
         megabytes=megabytes,
     )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the caches of a context of `tokens` tokens may take, in bytes.
+
+    `dense` are those of a dense cache of so many `segments` (a KV head of a layer and row),
+    `working` what is needed beside the caches. `host` is for pinned items; None where they lie in
+    the device's own memory.
+    """
+
+    tokens: int
+    dense: int
+    segments: int
+    working: int
+    device: int
+    host: int | None
+
+    @property
+    def for_caches(self) -> int:
+        """On the device."""
+        return self.device - self.working
+
+
+def gather_groups(
+    wanted: Sequence[Method], room: Room
+) -> tuple[list[list[Method]], dict[Method, str]]:
+    """Sets of methods whose caches fit together, in order; and why others fit nowhere."""
+    groups: list[list[Method]] = []
+    reasons: dict[Method, str] = {}
+    left = 0
+    for method in wanted:
+        device, pinned = needs(method, room)
+        if device > room.for_caches:
+            reasons[method] = _too_large(device, "on the device", room.for_caches)
+        elif room.host is not None and pinned > room.host:
+            reasons[method] = _too_large(pinned, "of pinned host memory", room.host)
+        else:
+            if not groups or device > left:
+                groups.append([])
+                left = room.for_caches
+            groups[-1].append(method)
+            left -= device
+    return groups, reasons
+
+
+def _too_large(needed: int, where: str, had: int) -> str:
+    return f"needs {needed / 1e9:.1f} GB {where}, {max(0, had) / 1e9:.1f} GB can be had"
+
+
+def needs(method: Method, room: Room) -> tuple[int, int]:
+    """Bytes on the device, and pinned ones on the host (which a set shares).
+
+    torch rounds blocks of pinned memory, one per segment, up to powers of two.
+    """
+    if not method.kind.compresses or method.kind is Kind.WHOLE:
+        return room.dense, 0
+    share = Budget.parse(method.budget).resolve(room.tokens, room.dense)
+    part = {Kind.STATIC: 0.0, Kind.PROFILE: 0.5, Kind.DYNAMIC: 1.0}[method.kind]
+    device = share * room.dense * 1.02 + (part * room.dense if method.control else 0)
+    # A set's mixed heads find their items among those of its dynamic ones, or the other way round.
+    block = 1 << max(0, room.dense // room.segments - 1).bit_length()
+    pinned = room.segments * block if part else 0
+    return (int(device) + pinned, 0) if room.host is None else (int(device), pinned)

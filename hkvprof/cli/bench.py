@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,9 +17,8 @@ from hkvprof.files.atomic import writable
 
 if TYPE_CHECKING:
     from hkvprof.bench.methods import Kind
-    from hkvprof.bench.prompts import Material, PromptMaker
+    from hkvprof.bench.prompts import Material, PromptMaker, PromptSetup
     from hkvprof.bench.records import BenchResult
-    from hkvprof.bench.run import PromptSetup
     from hkvprof.profile.record import Profile
 
 EXAMPLES = """\b
@@ -103,9 +102,10 @@ def bench(
     _check_sources(model, shape, profile, context, only, crossover)
     if shape is not None and not crossover and str(device or "").startswith("cuda"):
         _refuse_on_gpu({"--methods": only, "--plot": plot, "--threads": threads})
-        chosen = {"layers": layers, "dtype": dtype, "device": device, "steps": new_tokens,
-                  "rounds": rounds, "budgets": tuple(options.listed(budget))}  # fmt: skip
-        _bench_filled(shape, context, batch, json_path, chosen)
+        given = {"shape": shape, "layers": layers, "context": context, "batch": batch,
+                 "budget": budget, "dtype": dtype, "device": device, "steps": new_tokens,
+                 "rounds": rounds, "json": json_path}  # fmt: skip
+        _bench_filled(given)
         return
     setup = _setup(context, budget, new_tokens, rounds, batch, crossover)
     wanted = ["profile"] if crossover else options.listed(only or "")
@@ -165,27 +165,17 @@ def _check_target(path: Path | None, option: str) -> None:
         raise UsageError(f"cannot write to {path}: give {option} a file in a writable folder")
 
 
-def _bench_filled(
-    shape: str,
-    context: str | None,
-    batch: str | None,
-    json_path: str | None,
-    chosen: dict[str, Any],
-) -> None:
-    """`python -m hkvprof.bench` (docs/gpu.md); what was not chosen is that command's default."""
-    from hkvprof.bench import __main__ as bare
-    from hkvprof.bench.run import FilledSetup
+def _bench_filled(given: dict[str, Any]) -> None:
+    """`python -m hkvprof.bench` (docs/gpu.md); what was not given is that command's default."""
+    from hkvprof.bench.__main__ import main as run
     from hkvprof.cli.output import quiet_transformers
 
     quiet_transformers()
-    if json_path not in (None, "-"):
-        _check_target(Path(str(json_path)), "--json")
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if context is not None:
-        chosen["contexts"] = bare.numbers(context, "--context")
-    if batch is not None:
-        chosen["batches"] = bare.numbers(batch, "--batch")
-    bare.run(FilledSetup(shape, **chosen), json_path)
+    if given["json"] not in (None, "-"):
+        _check_target(Path(given["json"]), "--json")
+    code = run([f"--{name}={value}" for name, value in given.items() if value is not None])
+    if code:
+        raise typer.Exit(code)
 
 
 def _setup(
@@ -198,7 +188,7 @@ def _setup(
 ) -> PromptSetup:
     """Where prompts are read. Contexts of a crossover follow from the model. Raises UsageError."""
     from hkvprof.bench.methods import check_budgets
-    from hkvprof.bench.run import PromptSetup
+    from hkvprof.bench.prompts import PromptSetup
 
     rows = batch or "1"
     if not rows.isdecimal() or int(rows) < 1:
@@ -231,17 +221,9 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Source(NamedTuple):
-    """What is measured, and where its prompts come from."""
-
-    model: Any
-    profiles: dict[Kind, Profile]
-    prompts: PromptMaker
-
-
 def _shape(
     name: str, layers: int, dtype: str, device: str | None, setup: PromptSetup, wanted: list[str]
-) -> _Source:
+) -> tuple[Any, dict[Kind, Profile], PromptMaker]:
     """Random weights, and profiles whose heads are all static, all dynamic, and in turns."""
     from hkvprof.bench.methods import COMPRESSING, uniform_types
     from hkvprof.bench.prompts import random_prompt
@@ -256,11 +238,8 @@ def _shape(
     types = uniform_types(view_model(model).grid)
     kinds = [kind for key, kind in COMPRESSING.items() if not wanted or key in wanted]
     profiles = {kind: uniform_profile(model, types[kind]) for kind in kinds}
-    return _Source(
-        model,
-        profiles,
-        lambda tokens: random_prompt(model, tokens, setup.batch, setup.new_tokens),
-    )
+    rows, steps = setup.batch, setup.new_tokens
+    return model, profiles, lambda tokens: random_prompt(model, tokens, rows, steps)
 
 
 def _model(
@@ -270,7 +249,7 @@ def _model(
     device: str | None,
     setup: PromptSetup,
     wanted: list[str],
-) -> _Source:
+) -> tuple[Any, dict[Kind, Profile], PromptMaker]:
     """A model and its profile; what needs no weights is checked before they are loaded."""
     from hkvprof.bench.methods import variants
     from hkvprof.bench.prompts import chat_prompt
@@ -290,7 +269,7 @@ def _model(
     if setup.strict:
         prompt_for(empty, min(setup.contexts))
     model, processor = options.open_model(name, dtype, device)
-    return _Source(model, profiles, lambda tokens: prompt_for(model, tokens))
+    return model, profiles, lambda tokens: prompt_for(model, tokens)
 
 
 def prose() -> Material:
@@ -333,7 +312,10 @@ def _scene(seed: int, images: int, enlarged: bool) -> list[dict[str, Any]]:
 
 
 def _measure(
-    source: _Source, names: tuple[str, str], setup: PromptSetup, crossover: bool
+    source: tuple[Any, dict[Kind, Profile], PromptMaker],
+    names: tuple[str, str],
+    setup: PromptSetup,
+    crossover: bool,
 ) -> BenchResult:
     """`names` are the model's and its profile's."""
     from dataclasses import replace
@@ -344,13 +326,13 @@ def _measure(
     from hkvprof.cli.output import say
     from hkvprof.models.outline import context_limit
 
+    model, _, prompts = source
     if crossover:
-        lengths = crossover_contexts(context_limit(source.model))
-        fitting = tuple(tokens for tokens in lengths if _fits(source.prompts, tokens))
-        setup = replace(setup, contexts=fitting)
-    contexts = bench_prompts(source.model, source.profiles, source.prompts, setup, say)
+        lengths = crossover_contexts(context_limit(model))
+        setup = replace(setup, contexts=tuple(n for n in lengths if _fits(prompts, n)))
+    contexts = bench_prompts(*source, setup, say)
     crossovers = find_crossovers(contexts, setup.budgets) if crossover else ()
-    return BenchResult(describe(source.model, *names, setup), contexts, crossovers)
+    return BenchResult(describe(model, *names, setup), contexts, crossovers)
 
 
 def _fits(prompts: PromptMaker, tokens: int) -> bool:

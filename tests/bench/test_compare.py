@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hkvprof.bench.machine import Room, gather_groups, needs
 from hkvprof.bench.methods import Kind, Method, filled_methods
-from hkvprof.bench.run import LAYERS_AT_WORK, Room, gather_groups, needs
+from hkvprof.bench.run import LAYERS_AT_WORK
 from tests.bench.figures import context
 
 ALL = filled_methods(("0.20", "0.10", "0.05"))

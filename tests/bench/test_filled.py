@@ -18,6 +18,7 @@ from hkvprof.bench import run as driver
 from hkvprof.bench.__main__ import main, numbers
 from hkvprof.bench.filled import (
     WALK,
+    FilledSetup,
     Keys,
     RecordedSteps,
     dense_cache,
@@ -28,7 +29,7 @@ from hkvprof.bench.filled import (
 from hkvprof.bench.machine import machine_for
 from hkvprof.bench.methods import Kind, filled_methods
 from hkvprof.bench.records import BenchResult, Row
-from hkvprof.bench.run import FilledSetup, bench_filled
+from hkvprof.bench.run import bench_filled
 from hkvprof.errors import HkvError, UsageError
 from hkvprof.models.adapter import view_model
 from hkvprof.models.shapes import build_shape
@@ -131,11 +132,11 @@ def test_a_run_goes_on_where_it_ended(
     result, _, _ = done
     path, ran = tmp_path / "figures.json", []
 
-    def context_of(run: Any, tokens: int, batch: int) -> Any:
-        ran.append((tokens, batch))
-        return next(c for c in result.contexts if c.batch == batch)
+    def measure(run: Any) -> Any:
+        ran.append((run.tokens, run.batch))
+        return next(c for c in result.contexts if c.batch == run.batch)
 
-    monkeypatch.setattr(driver, "run_context", context_of)
+    monkeypatch.setattr(driver.FilledRun, "measure", measure)
     ticks = iter([0.0, 1.0, 2.0, 302.0, 400.0, 401.0])
     said: list[str] = []
     short = replace(TINY, minutes=10.0)

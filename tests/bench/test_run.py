@@ -10,9 +10,9 @@ from transformers.cache_utils import StaticCache
 from hkvprof.bench import machine
 from hkvprof.bench.contestant import PromptContestant, Subject
 from hkvprof.bench.methods import Kind, Method, variants
-from hkvprof.bench.prompts import random_prompt
+from hkvprof.bench.prompts import PromptSetup, random_prompt
 from hkvprof.bench.records import Context
-from hkvprof.bench.run import PromptSetup, bench_prompts, describe
+from hkvprof.bench.run import bench_prompts, describe
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import BudgetError, CompressionError, HkvError, UsageError
 from hkvprof.models.calls import with_cache

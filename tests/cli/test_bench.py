@@ -151,7 +151,7 @@ def test_a_profile_of_another_model_or_without_the_type(
 def test_a_shape_on_a_gpu_is_the_gpu_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     """Options arrive as `python -m hkvprof.bench` has them; unsaid ones are its defaults."""
     from hkvprof.bench import __main__ as entry
-    from hkvprof.bench.run import FilledSetup
+    from hkvprof.bench.filled import FilledSetup
 
     given: list[Any] = []
     monkeypatch.setattr(entry, "run", lambda setup, path: given.append((setup, path)))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hkvprof.bench.run import FilledSetup, bench_filled
+from hkvprof.bench.filled import FilledSetup
+from hkvprof.bench.run import bench_filled
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime.graph import GraphDecoder
