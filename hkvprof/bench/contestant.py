@@ -41,7 +41,7 @@ on the host."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchModel:
     """The model that all methods run on, its layout, and the machine that it is on."""
 
     model: Any
@@ -49,7 +49,7 @@ class Subject:
     machine: Machine
 
     @classmethod
-    def of(cls, model: Any) -> Subject:
+    def of(cls, model: Any) -> BenchModel:
         """A model as it is."""
         return cls(model, view_model(model), machine_for(model.device))
 
@@ -76,7 +76,11 @@ class Contestant:
     """
 
     def __init__(
-        self, subject: Subject, method: Method, tokens: int, forced: Sequence[Int[Tensor, "rows 1"]]
+        self,
+        subject: BenchModel,
+        method: Method,
+        tokens: int,
+        forced: Sequence[Int[Tensor, "rows 1"]],
     ) -> None:
         self.model, self.view, self.machine = subject.model, subject.view, subject.machine
         self.subject, self.method, self.tokens, self.forced = subject, method, tokens, forced
@@ -178,7 +182,7 @@ class Contestant:
 class PromptContestant(Contestant):
     """A method that reads a prompt."""
 
-    def __init__(self, subject: Subject, method: Method, prompt: Prompt) -> None:
+    def __init__(self, subject: BenchModel, method: Method, prompt: Prompt) -> None:
         super().__init__(subject, method, prompt.tokens, prompt.forced.split(1, dim=1))
         self.prompt = prompt
         self.prefill_seconds = 0.0
@@ -232,7 +236,7 @@ class FilledContestant(Contestant):
 
     def __init__(
         self,
-        subject: Subject,
+        subject: BenchModel,
         method: Method,
         tokens: int,
         forced: Sequence[Int[Tensor, "rows 1"]],

@@ -236,7 +236,7 @@ class FullLayer(DynamicLayer):
         self.place = torch.tensor([tokens], device=key.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """One token."""
+        """Append one token per row; all keys and values of the room."""
         self.keys.index_copy_(2, self.place, key_states)
         self.values.index_copy_(2, self.place, value_states)
         self.place += 1
@@ -247,7 +247,7 @@ class FullLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The whole room."""
+        """The whole room, from its beginning."""
         return self.keys.shape[2], 0
 
 

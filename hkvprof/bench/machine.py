@@ -87,7 +87,7 @@ class CudaMachine(Machine):
     """CUDA events, torch's caching allocator, CUDA graphs."""
 
     def wait(self) -> None:
-        """For the device."""
+        """Until the device has done all work."""
         torch.cuda.synchronize(self.device)
 
     def lap(self, work: Callable[[], Any]) -> Lap:
@@ -104,7 +104,7 @@ class CudaMachine(Machine):
         return milliseconds
 
     def allocated(self) -> int:
-        """torch.cuda.memory_allocated."""
+        """Bytes by torch.cuda.memory_allocated, without waiting."""
         return int(torch.cuda.memory_allocated(self.device))
 
     def process_bytes(self) -> int:
@@ -214,7 +214,7 @@ def measure_links(machine: Machine, megabytes: float) -> Links:
 
 
 @dataclass(frozen=True)
-class Room:
+class CacheSpace:
     """What the caches of a context of `tokens` tokens may take, in bytes.
 
     `dense` are those of a dense cache of so many `segments` (a KV head of a layer and row),
@@ -231,27 +231,27 @@ class Room:
 
     @property
     def for_caches(self) -> int:
-        """On the device."""
+        """Bytes on the device, less the working ones."""
         return self.device - self.working
 
 
 def gather_groups(
-    wanted: Sequence[Method], room: Room
+    wanted: Sequence[Method], space: CacheSpace
 ) -> tuple[list[list[Method]], dict[Method, str]]:
     """Sets of methods whose caches fit together, in order; and why others fit nowhere."""
     groups: list[list[Method]] = []
     reasons: dict[Method, str] = {}
     left = 0
     for method in wanted:
-        device, pinned = needs(method, room)
-        if device > room.for_caches:
-            reasons[method] = _too_large(device, "on the device", room.for_caches)
-        elif room.host is not None and pinned > room.host:
-            reasons[method] = _too_large(pinned, "of pinned host memory", room.host)
+        device, pinned = needs(method, space)
+        if device > space.for_caches:
+            reasons[method] = _too_large(device, "on the device", space.for_caches)
+        elif space.host is not None and pinned > space.host:
+            reasons[method] = _too_large(pinned, "of pinned host memory", space.host)
         else:
             if not groups or device > left:
                 groups.append([])
-                left = room.for_caches
+                left = space.for_caches
             groups[-1].append(method)
             left -= device
     return groups, reasons
@@ -261,17 +261,17 @@ def _too_large(needed: int, where: str, had: int) -> str:
     return f"needs {needed / 1e9:.1f} GB {where}, {max(0, had) / 1e9:.1f} GB can be had"
 
 
-def needs(method: Method, room: Room) -> tuple[int, int]:
+def needs(method: Method, space: CacheSpace) -> tuple[int, int]:
     """Bytes on the device, and pinned ones on the host (which a set shares).
 
     torch rounds blocks of pinned memory, one per segment, up to powers of two.
     """
     if not method.kind.compresses or method.kind is Kind.WHOLE:
-        return room.dense, 0
-    share = Budget.parse(method.budget).resolve(room.tokens, room.dense)
+        return space.dense, 0
+    share = Budget.parse(method.budget).resolve(space.tokens, space.dense)
     part = {Kind.STATIC: 0.0, Kind.PROFILE: 0.5, Kind.DYNAMIC: 1.0}[method.kind]
-    device = share * room.dense * 1.02 + (part * room.dense if method.control else 0)
+    device = share * space.dense * 1.02 + (part * space.dense if method.control else 0)
     # A set's mixed heads find their items among those of its dynamic ones, or the other way round.
-    block = 1 << max(0, room.dense // room.segments - 1).bit_length()
-    pinned = room.segments * block if part else 0
-    return (int(device) + pinned, 0) if room.host is None else (int(device), pinned)
+    block = 1 << max(0, space.dense // space.segments - 1).bit_length()
+    pinned = space.segments * block if part else 0
+    return (int(device) + pinned, 0) if space.host is None else (int(device), pinned)

@@ -72,7 +72,7 @@ class Prompt:
 
     @property
     def rows(self) -> int:
-        """The batch."""
+        """How many rows the batch has."""
         return int(self.inputs["input_ids"].shape[0])
 
 

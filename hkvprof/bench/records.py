@@ -99,7 +99,7 @@ class Context:
 
     @property
     def ran(self) -> tuple[Row, ...]:
-        """Rows with figures."""
+        """The rows that have figures."""
         return tuple(row for row in self.rows if not row.reason)
 
     @property
@@ -234,7 +234,7 @@ class BenchResult:
         return tuple(pair for pair in self.wanted if pair not in done)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """What `from_json` reads, ready for json.dumps."""
         head: dict[str, Any] = {"format": FORMAT, "complete": not self.left}
         if self.regime.filled:
             head["filled_with"] = FILLED

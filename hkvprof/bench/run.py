@@ -22,11 +22,11 @@ import transformers
 import hkvprof
 from hkvprof.bench.compare import compare
 from hkvprof.bench.contestant import (
+    BenchModel,
     Contestant,
     FilledContestant,
     HostItems,
     PromptContestant,
-    Subject,
 )
 from hkvprof.bench.filled import (
     DRIFT,
@@ -39,7 +39,7 @@ from hkvprof.bench.filled import (
     weight_bytes,
 )
 from hkvprof.bench.machine import (
-    Room,
+    CacheSpace,
     device_name,
     gather_groups,
     host_free,
@@ -113,7 +113,7 @@ class ContextRun:
     Where prompts are read and where caches are filled differ in `groups` and `start`.
     """
 
-    subject: Subject
+    subject: BenchModel
     setup: PromptSetup | FilledSetup
     tokens: int
     batch: int
@@ -154,9 +154,9 @@ class ContextRun:
         for one in contestants:
             self.rows[one.method] = one.row_after_steps(self.rows[one.method])
 
-    def room(self, working: int, share: float, pinned: bool) -> Room:
+    def space(self, working: int, share: float, pinned: bool) -> CacheSpace:
         """For caches, beside `working` bytes: a share of what is free."""
-        return Room(
+        return CacheSpace(
             tokens=self.tokens,
             dense=self.subject.dense_bytes(self.tokens, self.batch),
             segments=self.subject.view.grid.total * self.batch,
@@ -184,7 +184,7 @@ def bench_prompts(
     rows, reasons = foresee(model, profiles, setup, model.dtype.itemsize)
     if profiles:  # a foreign profile is refused before anything is timed
         apply(model, next(iter(profiles.values())), budget=setup.budgets[0], min_tokens=1).detach()
-    subject, contexts = Subject.of(model), list[Context]()
+    subject, contexts = BenchModel.of(model), list[Context]()
     for tokens in sorted(set(setup.contexts)):
         here = {method: reasons[method, tokens] for method in rows}
         run = PromptRun(subject, setup, tokens, setup.batch, here, say, make_prompt(tokens))
@@ -227,7 +227,7 @@ class PromptRun(ContextRun):
     prompt: Prompt
 
     def measure(self, warm: bool) -> Context:
-        """All rows. `warm`: every method runs once untimed first; on CUDA that is always so."""
+        """All rows, compared. `warm`: every method runs once untimed first; on CUDA that is always so."""
         began = time.perf_counter()
         if warm or self._on_cuda:
             self._warm_up()
@@ -258,7 +258,7 @@ class PromptRun(ContextRun):
         able = [method for method, reason in self.reasons.items() if not reason]
         tokens = self.tokens + self.setup.rounds * self.setup.block
         working = self.subject.dense_bytes(tokens, self.batch)
-        groups, alone = gather_groups(able, self.room(working, PROMPT_SHARE, self._on_cuda))
+        groups, alone = gather_groups(able, self.space(working, PROMPT_SHARE, self._on_cuda))
         return [*groups, *([method] for method in alone)]
 
     def start(self, group: Sequence[Method]) -> Iterator[Contestant]:
@@ -311,12 +311,14 @@ def bench_filled(
     return result
 
 
-def _make_shape(setup: FilledSetup, say: Say) -> Subject:
+def _make_shape(setup: FilledSetup, say: Say) -> BenchModel:
     check_device(setup.device)
     shape = SHAPES[setup.shape]
     layers = setup.layers or shape.layers
     say(f"making {layers} layers of {setup.shape} with random weights")
-    return Subject.of(build_shape(setup.shape, layers, setup.dtype, setup.device, shape.vocabulary))
+    return BenchModel.of(
+        build_shape(setup.shape, layers, setup.dtype, setup.device, shape.vocabulary)
+    )
 
 
 def check_device(device: str) -> None:
@@ -334,7 +336,7 @@ def check_device(device: str) -> None:
 
 
 def measure_prefill(
-    subject: Subject, profiles: Mapping[Kind, Profile], setup: FilledSetup
+    subject: BenchModel, profiles: Mapping[Kind, Profile], setup: FilledSetup
 ) -> tuple[PrefillTime, ...]:
     """What compression adds to the time to the first token: real prefills of random tokens.
 
@@ -365,10 +367,10 @@ class FilledRun(ContextRun):
     result: BenchResult
 
     def measure(self) -> Context:
-        """All rows."""
+        """All rows, compared with the machine's links too."""
         began = time.perf_counter()
-        dense, weights = self.subject.dense_bytes(self.tokens, self.batch), self.result.regime
-        rows = compare(self.measure_rows(), self.result.links, weights.weight_bytes or 0, dense)
+        dense, regime = self.subject.dense_bytes(self.tokens, self.batch), self.result.regime
+        rows = compare(self.measure_rows(), self.result.links, regime.weight_bytes or 0, dense)
         seconds = time.perf_counter() - began
         return Context(self.tokens, self.batch, "filled by hand", rows, seconds)
 
@@ -376,8 +378,8 @@ class FilledRun(ContextRun):
         """What fits nowhere does not run."""
         dense = self.subject.dense_bytes(self.tokens, self.batch)
         working = LAYERS_AT_WORK * dense // self.subject.view.grid.layers
-        room = self.room(working, FILLED_SHARE, pinned=True)
-        groups, reasons = gather_groups(list(self.reasons), room)
+        space = self.space(working, FILLED_SHARE, pinned=True)
+        groups, reasons = gather_groups(list(self.reasons), space)
         self.reasons |= reasons
         return groups
 

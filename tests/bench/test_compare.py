@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hkvprof.bench.machine import Room, gather_groups, needs
+from hkvprof.bench.machine import CacheSpace, gather_groups, needs
 from hkvprof.bench.methods import Kind, Method, filled_methods
 from hkvprof.bench.run import LAYERS_AT_WORK
 from tests.bench.figures import context
@@ -14,8 +14,8 @@ from tests.bench.figures import context
 ALL = filled_methods(("0.20", "0.10", "0.05"))
 
 
-def room(dense: int, segments: int, layers: int, free: int, host: int | None) -> Room:
-    return Room(32768, dense, segments, LAYERS_AT_WORK * dense // layers, free, host)
+def space(dense: int, segments: int, layers: int, free: int, host: int | None) -> CacheSpace:
+    return CacheSpace(32768, dense, segments, LAYERS_AT_WORK * dense // layers, free, host)
 
 
 def test_ratios_by_hand() -> None:
@@ -61,7 +61,7 @@ def test_what_fits_nowhere_says_what_it_needs() -> None:
     dense = 240_000_000_000
     layer = dense // 28
     groups, reasons = gather_groups(
-        ALL, room(dense, 28 * 4 * 32, 28, 100_000_000_000 + 4 * layer, 100_000_000_000)
+        ALL, space(dense, 28 * 4 * 32, 28, 100_000_000_000 + 4 * layer, 100_000_000_000)
     )
     ran = {method.name for group in groups for method in group}
     assert {name for name in ran if "static" in name} == {
@@ -81,7 +81,7 @@ def test_pinned_blocks_are_powers_of_two() -> None:
     segments = 28 * 4
 
     def pinned(method: Method, block: int) -> int:
-        return needs(method, room(segments * block, segments, 28, 0, 0))[1]
+        return needs(method, space(segments * block, segments, 28, 0, 0))[1]
 
     assert pinned(dynamic, 2**24) == segments * 2**24
     assert pinned(dynamic, 2**24 + 1) == segments * 2**25
@@ -89,14 +89,14 @@ def test_pinned_blocks_are_powers_of_two() -> None:
 
 
 def test_without_a_device_of_its_own_items_take_the_same_memory() -> None:
-    dynamic, here = Method(Kind.DYNAMIC, "0.10"), room(4 * 2**20, 4, 2, 0, None)
+    dynamic, here = Method(Kind.DYNAMIC, "0.10"), space(4 * 2**20, 4, 2, 0, None)
     assert needs(dynamic, here) == (int(0.102 * 4 * 2**20) + 4 * 2**20, 0)
     assert needs(Method(Kind.STATIC, "0.10"), here) == (int(0.102 * 4 * 2**20), 0)
 
 
 @given(st.integers(1, 10**12), st.integers(1, 64), st.integers(0, 10**12), st.integers(0, 10**13))
 def test_no_set_is_larger_than_the_memory(dense: int, layers: int, free: int, host: int) -> None:
-    here = room(dense, 4 * layers, layers, free, host)
+    here = space(dense, 4 * layers, layers, free, host)
     groups, reasons = gather_groups(ALL, here)
     assert [m for m in ALL if m not in reasons] == [m for group in groups for m in group]
     for group in groups:

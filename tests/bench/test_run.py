@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import StaticCache
 
 from hkvprof.bench import machine
-from hkvprof.bench.contestant import PromptContestant, Subject
+from hkvprof.bench.contestant import BenchModel, PromptContestant
 from hkvprof.bench.methods import Kind, Method, variants
 from hkvprof.bench.prompts import PromptSetup, random_prompt
 from hkvprof.bench.records import Context
@@ -120,7 +120,7 @@ def test_methods_continue_with_the_same_tokens_as_generation_would(llama: Any) -
     with torch.no_grad():
         expected = llama(input_ids=whole).logits[:, -1]
     for kind in (Kind.DENSE, Kind.PREALLOCATED):
-        contestant = PromptContestant(Subject.of(llama), Method(kind), prompt)
+        contestant = PromptContestant(BenchModel.of(llama), Method(kind), prompt)
         contestant.prefill()
         contestant.decode(5)
         contestant.decode(2)
