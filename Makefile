@@ -83,7 +83,7 @@ demo-smollm2: $(SMOLLM2_STAMP)
 
 # No setup: on a machine with a GPU there is torch, and often nothing can be installed.
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) -m hkvprof.bench.gpu --json $(GPU_JSON)
+	PYTHONPATH=. $(PYTHON) -m hkvprof.bench --json $(GPU_JSON)
 
 test: style types test-pinned test-oldest test-newest
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
+from hkvprof.bench.records import Row
 from hkvprof.errors import BudgetError, ProfileError, UsageError
-from hkvprof.heads import HeadType
+from hkvprof.heads import HeadGrid, HeadType
 from hkvprof.profile.budgets import INFEASIBLE, Budget
 from hkvprof.profile.record import Profile
 
@@ -20,49 +22,90 @@ class Kind(StrEnum):
 
     DENSE = "dense"
     PREALLOCATED = "dense, preallocated"
+    WHOLE = "whole"
     STATIC = "static only"
     DYNAMIC = "dynamic only"
     PROFILE = "profile"
 
     @property
     def compresses(self) -> bool:
-        """Whether hkvprof does it."""
+        """Whether hkvprof holds the cache."""
         return self not in (Kind.DENSE, Kind.PREALLOCATED)
 
 
 COMPRESSING = {"static": Kind.STATIC, "dynamic": Kind.DYNAMIC, "profile": Kind.PROFILE}
 """Names on the command line."""
+WHOLE = "0.9999"
+"""A budget that keeps all but a few tokens: hkvprof's kernel on what is nearly a dense cache."""
 _TYPES = {Kind.STATIC: HeadType.STATIC, Kind.DYNAMIC: HeadType.DYNAMIC}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Method:
     """One row of the comparison; `profile` and `budget` (as the user wrote it) where it compresses.
 
     The budget is one of hkvprof.profile.budgets.Budget: a share, tokens per head, or bytes.
+    `graph`: steps are recorded and replayed. `control`: host items lie on the device instead, so
+    that nothing crosses the host link.
     """
 
     kind: Kind
     budget: str = ""
-    profile: Profile | None = None
+    profile: Profile | None = field(default=None, compare=False)
+    graph: bool = False
+    prefetch: bool = False
+    control: bool = False
 
     @property
     def name(self) -> str:
         """Unique within a comparison."""
-        return f"{self.kind}, {self.budget}" if self.budget else str(self.kind)
+        marks = {"graph": self.graph, "prefetch": self.prefetch}
+        parts = [str(self.kind), self.budget, *(mark for mark, is_set in marks.items() if is_set)]
+        parts += ["items on the device"] if self.control else []
+        return ", ".join(part for part in parts if part)
+
+    def row(self, reason: str = "") -> Row:
+        """Its row before it has figures; `reason` says why there will be none."""
+        kind = self.kind.name.lower()
+        return Row(self.name, kind, self.budget, reason, self.graph, self.control)
 
 
 def methods(
     profiles: Mapping[Kind, Profile], budgets: Sequence[str], preallocated: bool = True
 ) -> list[Method]:
-    """All rows: the dense caches, then every budget under every profile.
+    """Rows for prompts that are read: the dense caches, then every budget under every profile.
 
     Raises BudgetError for budgets that are no compression or named twice.
     """
     check_budgets(budgets)
     stock = [Method(Kind.DENSE), *([Method(Kind.PREALLOCATED)] if preallocated else [])]
-    ours = [Method(kind, budget, p) for budget in budgets for kind, p in profiles.items()]
-    return stock + ours
+    return stock + [Method(kind, b, profile) for b in budgets for kind, profile in profiles.items()]
+
+
+def filled_methods(
+    budgets: Sequence[str], profiles: Mapping[Kind, Profile] | None = None
+) -> list[Method]:
+    """Rows for filled caches. What is measured at one budget only is at the middle one."""
+    kinds, host_kinds = tuple(COMPRESSING.values()), (Kind.DYNAMIC, Kind.PROFILE)
+    made, middle = profiles or {}, budgets[len(budgets) // 2]
+    static = made.get(Kind.STATIC)
+    return [
+        Method(Kind.DENSE),
+        Method(Kind.PREALLOCATED),
+        Method(Kind.PREALLOCATED, graph=True),
+        Method(Kind.WHOLE, WHOLE, static, graph=True),
+        *(Method(kind, b, made.get(kind), graph=True) for b in budgets for kind in kinds),
+        *(Method(kind, middle, made.get(kind)) for kind in kinds),
+        *(Method(kind, middle, made.get(kind), prefetch=True) for kind in host_kinds),
+        *(Method(kind, middle, made.get(kind), graph=True, control=True) for kind in host_kinds),
+    ]
+
+
+def uniform_types(grid: HeadGrid) -> dict[Kind, Any]:
+    """Types for calibration.uniform where nothing was calibrated: PROFILE is every other KV head
+    dynamic."""
+    turns = (np.arange(grid.total) % 2).reshape(grid.layers, grid.kv_heads)
+    return {Kind.STATIC: "static", Kind.DYNAMIC: "dynamic", Kind.PROFILE: turns}
 
 
 def check_budgets(budgets: Sequence[str]) -> None:
@@ -140,7 +183,7 @@ def only(profile: Profile, head_type: HeadType) -> Profile:
 
 
 def reason_not(method: Method, tokens: int, itemsize: int, rows: int) -> str:
-    """Why a compressing method cannot hold such a prompt; empty if it can.
+    """Why a compressing method cannot hold a prompt of so many tokens; empty if it can.
 
     `itemsize` is bytes per K/V element, `rows` the batch.
     """

@@ -14,9 +14,47 @@ from hkvprof.errors import UsageError
 from hkvprof.models.outline import vocabulary
 from hkvprof.models.processing import ChatProcessor, Encoded
 
+MIN_STEPS = 32
 _ROW_OFFSET = 997
 """Tokens by which the prose of every further batch row starts later."""
 _PROBE_IMAGES = 9
+
+
+@dataclass(frozen=True)
+class PromptSetup:
+    """What is asked of a loaded model: contexts in tokens, budgets, `rounds` of `new_tokens` in
+    all, batch.
+
+    `strict`: a budget that the profile itself cannot meet at a context is an error, not a row
+    that says so.
+    """
+
+    contexts: tuple[int, ...]
+    budgets: tuple[str, ...]
+    new_tokens: int = 64
+    rounds: int = 8
+    batch: int = 1
+    preallocated: bool = True
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises UsageError."""
+        if not self.contexts or min(self.contexts) < 1:
+            raise UsageError("no context: expected prompt lengths in tokens such as 2048,8192")
+        if min(self.batch, self.new_tokens, self.rounds) < 1:
+            raise UsageError("batch, new tokens and rounds must be at least 1 each")
+        timed = (self.block - 1) * self.rounds
+        if timed < MIN_STEPS:
+            raise UsageError(
+                f"{self.new_tokens} new tokens in {self.rounds} rounds leave {max(timed, 0)} timed "
+                f"steps (the first of a round warms up): expected at least {MIN_STEPS}, for "
+                f"example --new-tokens {MIN_STEPS + 4} --rounds 4"
+            )
+
+    @property
+    def block(self) -> int:
+        """Steps of one method in one round, the first one included."""
+        return self.new_tokens // self.rounds
 
 
 @dataclass(frozen=True)
@@ -34,7 +72,7 @@ class Prompt:
 
     @property
     def rows(self) -> int:
-        """The batch."""
+        """How many rows the batch has."""
         return int(self.inputs["input_ids"].shape[0])
 
 

@@ -1,71 +1,179 @@
-"""The benchmark: every context, every method, the same prompts, steps interleaved in rounds."""
+"""The benchmark: every context, every method, the same tokens, steps interleaved in rounds.
+
+`bench_prompts` has a loaded model read real prompts. `bench_filled` fills the caches of a published
+shape by hand, because at 131,072 tokens and 32 rows prefill would take longer than the benchmark;
+it is saved after each context, and goes on where it ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import median, quantiles
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
 from typing import Any
 
-from hkvprof.bench.contestant import Contestant
-from hkvprof.bench.memory import available_bytes, no_collector, process_bytes
-from hkvprof.bench.methods import Kind, Method, methods, reason_not
-from hkvprof.bench.prompts import Prompt, PromptMaker
-from hkvprof.bench.records import Context, Row, Sizes
-from hkvprof.bench.verify import verify
-from hkvprof.errors import BudgetError, UsageError
-from hkvprof.models.adapter import ModelView, view_model
-from hkvprof.models.outline import context_limit
-from hkvprof.profile.budgets import Budget
-from hkvprof.profile.record import Profile
-from hkvprof.runtime import apply
+import torch
+import transformers
 
-MIN_STEPS = 32
-_WARM_STEPS = 2
+import hkvprof
+from hkvprof.bench.compare import compare
+from hkvprof.bench.contestant import (
+    BenchModel,
+    Contestant,
+    FilledContestant,
+    HostItems,
+    PromptContestant,
+)
+from hkvprof.bench.filled import (
+    DRIFT,
+    KEEP,
+    WARM_STEPS,
+    FilledSetup,
+    Keys,
+    drifting_tokens,
+    filled_profiles,
+    weight_bytes,
+)
+from hkvprof.bench.machine import (
+    CacheSpace,
+    device_name,
+    gather_groups,
+    host_free,
+    measure_links,
+    no_collector,
+)
+from hkvprof.bench.methods import COMPRESSING, Kind, Method, filled_methods, methods, reason_not
+from hkvprof.bench.prompts import Prompt, PromptMaker, PromptSetup, random_prompt
+from hkvprof.bench.records import BenchResult, Context, PrefillTime, Regime, Row, resume
+from hkvprof.errors import BudgetError, HkvError, UsageError
+from hkvprof.lazy import no_triton
+from hkvprof.models.adapter import view_model
+from hkvprof.models.outline import context_limit
+from hkvprof.models.shapes import SHAPES, build_shape
+from hkvprof.profile.record import Profile
+from hkvprof.runtime import apply, kernels
+
+LAYERS_AT_WORK = 4
+"""Dense layers' worth of memory that filling may take beside the caches."""
+PROMPT_SHARE, FILLED_SHARE = 0.6, 0.9
+"""Of the free memory, what caches may take; where prompts are read, activations need the rest."""
+CAUTION = 1.5
+"""A further context is begun if this many times the longest one so far is left."""
+_PREFILLS = 3
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What is asked for: contexts in tokens, budgets, `rounds` of `new_tokens` in all, batch.
+def describe(model: Any, name: str, profile: str, setup: PromptSetup) -> Regime:
+    """The regime of a benchmark of `model` in this process; `name` and `profile` as asked for."""
+    return Regime(
+        model=name, profile=profile, batch=setup.batch, steps=setup.new_tokens,
+        rounds=setup.rounds, **_here(model),
+    )  # fmt: skip
 
-    `strict`: a budget that the profile itself cannot meet at a context is an error, not a row
-    that says so.
+
+def describe_filled(model: Any, setup: FilledSetup) -> Regime:
+    """The regime of a model made for this setup."""
+    return Regime(
+        model=setup.shape, profile="uniform", batch=None, steps=setup.steps, rounds=setup.rounds,
+        budgets=setup.budgets, prefill_tokens=setup.prefill_tokens, drift=DRIFT,
+        weight_bytes=weight_bytes(model),
+        token_bytes=view_model(model).grid.token_bytes(model.dtype.itemsize),
+        **_here(model),
+    )  # fmt: skip
+
+
+def _here(model: Any) -> dict[str, Any]:
+    """What the model, the machine and the process make of the regime."""
+    return {
+        "layers": view_model(model).grid.layers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.status(),
+        "versions": {
+            "hkvprof": hkvprof.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+# -- one context: which caches are alive together, and their turns ------------------------------
+
+
+@dataclass
+class ContextRun:
+    """One context and batch; `reasons` says of every method why it cannot run, empty where it can.
+
+    Where prompts are read and where caches are filled differ in `groups` and `start`.
     """
 
-    contexts: tuple[int, ...]
-    budgets: tuple[str, ...]
-    new_tokens: int = 64
-    rounds: int = 8
-    batch: int = 1
-    preallocated: bool = True
-    strict: bool = True
+    subject: BenchModel
+    setup: PromptSetup | FilledSetup
+    tokens: int
+    batch: int
+    reasons: dict[Method, str]
+    say: Say
+    rows: dict[Method, Row] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        if not self.contexts or min(self.contexts) < 1:
-            raise UsageError("no context: expected prompt lengths in tokens such as 2048,8192")
-        if min(self.batch, self.new_tokens, self.rounds) < 1:
-            raise UsageError("batch, new tokens and rounds must be at least 1 each")
-        timed = (self.block - 1) * self.rounds
-        if timed < MIN_STEPS:
-            raise UsageError(
-                f"{self.new_tokens} new tokens in {self.rounds} rounds leave {max(timed, 0)} timed "
-                f"steps (the first of a round warms up): expected at least {MIN_STEPS}, for "
-                f"example --new-tokens {MIN_STEPS + 4} --rounds 4"
-            )
+    def groups(self) -> list[list[Method]]:
+        """Sets of methods that take turns; what fits nowhere gets a reason."""
+        raise NotImplementedError
 
-    @property
-    def block(self) -> int:
-        """Steps of one method in one round."""
-        return self.new_tokens // self.rounds
+    def start(self, group: Sequence[Method]) -> Iterable[Contestant]:
+        """Those whose caches hold the prompt; `rows` gets their bytes, or why others cannot run."""
+        raise NotImplementedError
+
+    def measure_rows(self) -> list[Row]:
+        """Of all methods, not yet compared."""
+        groups = self.groups()
+        self.rows = {method: method.row(reason) for method, reason in self.reasons.items()}
+        for number, group in enumerate(groups):
+            names = f"{len(group)} methods" if len(group) > 1 else group[0].name
+            self.say(f"{self.tokens:,} tokens x {self.batch}: {names}, {number + 1}/{len(groups)}")
+            try:
+                self._compete(group)
+            except torch.OutOfMemoryError as error:
+                reason = f"out of memory, though it seemed to fit: {str(error).splitlines()[0]}"
+                self.rows |= {method: method.row(reason) for method in group}
+            self.subject.machine.free(1.0)  # gives back what this set held
+            self.rows |= {method: replace(self.rows[method], group=number) for method in group}
+        return list(self.rows.values())
+
+    def _compete(self, group: Sequence[Method]) -> None:
+        contestants = list(self.start(group))
+        for number in range(self.setup.rounds if contestants else 0):
+            first = number % len(contestants)  # nobody always follows the same other
+            for contestant in [*contestants[first:], *contestants[:first]]:
+                contestant.decode(self.setup.block)
+        for one in contestants:
+            self.rows[one.method] = one.row_after_steps(self.rows[one.method])
+
+    def space(self, working: int, share: float, pinned: bool) -> CacheSpace:
+        """For caches, beside `working` bytes: a share of what is free."""
+        return CacheSpace(
+            tokens=self.tokens,
+            dense=self.subject.dense_bytes(self.tokens, self.batch),
+            segments=self.subject.view.grid.total * self.batch,
+            working=working,
+            device=self.subject.machine.free(share),
+            host=host_free(share) if pinned else None,
+        )
 
 
-def bench(
+# -- a loaded model reads prompts ---------------------------------------------------------------
+
+
+def bench_prompts(
     model: Any,
     profiles: Mapping[Kind, Profile],
     make_prompt: PromptMaker,
-    setup: Setup,
+    setup: PromptSetup,
     say: Say = lambda line: None,
 ) -> tuple[Context, ...]:
     """Measure all methods at all contexts, shortest first.
@@ -76,109 +184,68 @@ def bench(
     rows, reasons = foresee(model, profiles, setup, model.dtype.itemsize)
     if profiles:  # a foreign profile is refused before anything is timed
         apply(model, next(iter(profiles.values())), budget=setup.budgets[0], min_tokens=1).detach()
-    view = view_model(model)
-    results: list[Context] = []
+    subject, contexts = BenchModel.of(model), list[Context]()
     for tokens in sorted(set(setup.contexts)):
-        run = _Run(model, view, rows, make_prompt(tokens), setup, say)
-        run.reasons = {method: reasons[method, tokens] for method in rows}
+        here = {method: reasons[method, tokens] for method in rows}
+        run = PromptRun(subject, setup, tokens, setup.batch, here, say, make_prompt(tokens))
         with no_collector():
-            results.append(run.measure(warm=not results))
-        broken = results[-1].rows[1].reason if setup.preallocated else ""
-        if broken:
-            reasons |= {(rows[1], later): broken for later in setup.contexts}
-    return tuple(results)
+            contexts.append(run.measure(warm=not contexts))
+        if broken := here.get(Method(Kind.PREALLOCATED), ""):
+            reasons |= {(Method(Kind.PREALLOCATED), later): broken for later in setup.contexts}
+    return tuple(contexts)
 
 
 def foresee(
-    model: Any, profiles: Mapping[Kind, Profile], setup: Setup, itemsize: int
+    model: Any, profiles: Mapping[Kind, Profile], setup: PromptSetup, itemsize: int
 ) -> tuple[list[Method], dict[tuple[Method, int], str]]:
     """All rows, and why some cannot run at a context; the model may be without weights.
 
-    `itemsize` is bytes per K/V element. Raises UsageError and BudgetError as `bench`.
+    `itemsize` is bytes per K/V element. Raises UsageError, and BudgetError when strict.
     """
-    _check_contexts(model, setup.contexts)
-    rows = methods(profiles, setup.budgets, setup.preallocated)
-    return rows, _reasons(rows, setup, itemsize)
-
-
-def _check_contexts(model: Any, contexts: Sequence[int]) -> None:
     limit = context_limit(model)
-    if limit is not None and max(contexts) > limit:
+    if limit is not None and max(setup.contexts) > limit:
         raise UsageError(
-            f"a context of {max(contexts)} tokens is over the model's limit of {limit}: give "
+            f"a context of {max(setup.contexts)} tokens is over the model's limit of {limit}: give "
             f"--context {limit} or less"
         )
-
-
-def _reasons(rows: Sequence[Method], setup: Setup, itemsize: int) -> dict[tuple[Method, int], str]:
-    """Why methods cannot run at contexts, from plans alone. Raises BudgetError when strict."""
-    found = {
+    rows = methods(profiles, setup.budgets, setup.preallocated)
+    reasons = {
         (method, tokens): reason_not(method, tokens, itemsize, setup.batch)
         for method in rows
         for tokens in setup.contexts
     }
-    for (method, tokens), reason in found.items():
+    for (method, tokens), reason in reasons.items():
         if setup.strict and reason and method.kind is Kind.PROFILE:
             raise BudgetError(f"at a context of {tokens} tokens: {reason}")
-    return found
+    return rows, reasons
 
 
-class _Run:
-    """One context."""
+@dataclass
+class PromptRun(ContextRun):
+    """Every method reads the same prompt and continues with the same tokens."""
 
-    def __init__(
-        self,
-        model: Any,
-        view: ModelView,
-        rows: Sequence[Method],
-        prompt: Prompt,
-        setup: Setup,
-        say: Say,
-    ) -> None:
-        self.model, self.view, self.prompt = model, view, prompt
-        self.rows, self.setup, self.say = rows, setup, say
-        self.reasons: dict[Method, str] = {}
-        self.found: dict[Method, Row] = {}
+    prompt: Prompt
 
     def measure(self, warm: bool) -> Context:
-        """All rows. `warm`: every method runs once untimed first; on CUDA that is always so."""
-        if warm or self.model.device.type == "cuda":
+        """All rows, compared. `warm`: every method runs once untimed first; on CUDA that is always so."""
+        began = time.perf_counter()
+        if warm or self._on_cuda:
             self._warm_up()
-        able = [method for method in self.rows if not self.reasons[method]]
-        together = self._dense_bytes * _copies(self, able) <= available_bytes(self.model.device)
-        for group in [able] if together else [[method] for method in able]:
-            self._compete([self._contestant(method) for method in group])
-        rows = [self._row(method) for method in self.rows]
-        dense, preallocated = (self._step_ms(kind) for kind in (Kind.DENSE, Kind.PREALLOCATED))
-        rows = [
-            replace(
-                row,
-                speedup_over_dense=_ratio(dense, row.step_ms),
-                speedup_over_preallocated=_ratio(preallocated, row.step_ms),
-                **self._compression(row),
-            )
-            for row in rows
-        ]
-        return Context(self.prompt.tokens, self.prompt.source, together, tuple(rows))
+        rows = compare(self.measure_rows())
+        seconds = time.perf_counter() - began
+        return Context(self.tokens, self.batch, self.prompt.source, rows, seconds)
 
     @property
-    def _dense_bytes(self) -> int:
-        """Of the prompt and all new tokens."""
-        tokens = self.prompt.tokens + self.setup.new_tokens
-        return self.prompt.rows * tokens * self.view.grid.token_bytes(self.model.dtype.itemsize)
-
-    def _contestant(self, method: Method) -> Contestant:
-        return Contestant(self.model, self.view, method, self.prompt)
+    def _on_cuda(self) -> bool:
+        return bool(self.subject.machine.device.type == "cuda")
 
     def _warm_up(self) -> None:
-        self.say(f"{self.prompt.tokens:,} tokens: warming up")
-        for method in self.rows:
-            if self.reasons[method]:
-                continue
-            contestant = self._contestant(method)
+        self.say(f"{self.tokens:,} tokens: warming up")
+        for method in [method for method, reason in self.reasons.items() if not reason]:
+            contestant = PromptContestant(self.subject, method, self.prompt)
             try:
                 contestant.prefill()
-                contestant.decode(_WARM_STEPS)
+                contestant.decode(WARM_STEPS)
             except Exception as error:
                 if method.kind is not Kind.PREALLOCATED:
                     raise
@@ -186,95 +253,168 @@ class _Run:
                 text = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.reasons[method] = f"transformers cannot: {text[:120]}"
 
-    def _compete(self, contestants: list[Contestant]) -> None:
-        """Prefill all, then let them decode in turns; fills `found`."""
-        after: dict[Method, tuple[Sizes, Any, int | None]] = {}
-        for contestant in contestants:
-            method = contestant.method
-            self.say(f"{self.prompt.tokens:,} tokens: prefill, {method.name}")
-            before = process_bytes(self.model.device)
+    def groups(self) -> list[list[Method]]:
+        """What seems to fit nowhere is tried alone."""
+        able = [method for method, reason in self.reasons.items() if not reason]
+        tokens = self.tokens + self.setup.rounds * self.setup.block
+        working = self.subject.dense_bytes(tokens, self.batch)
+        groups, alone = gather_groups(able, self.space(working, PROMPT_SHARE, self._on_cuda))
+        return [*groups, *([method] for method in alone)]
+
+    def start(self, group: Sequence[Method]) -> Iterator[Contestant]:
+        """All read the prompt."""
+        machine = self.subject.machine
+        for method in group:
+            contestant = PromptContestant(self.subject, method, self.prompt)
+            before = machine.process_bytes()
             contestant.prefill()
-            held = process_bytes(self.model.device)
-            grown = None if before is None or held is None else held - before
-            sizes, receipt = contestant.sizes(), contestant.receipt()
-            if receipt is not None:
-                verify(method, self.prompt.tokens, sizes, receipt)
-            after[method] = sizes, _figures(receipt), grown
-        self.say(f"{self.prompt.tokens:,} tokens: decoding, {self.setup.rounds} rounds")
-        for number in range(self.setup.rounds):
-            first = number % len(contestants)  # nobody always follows the same other
-            for contestant in contestants[first:] + contestants[:first]:
-                contestant.decode(self.setup.block)
-        for contestant in contestants:
-            self.found[contestant.method] = _measured(contestant, *after[contestant.method])
-
-    def _row(self, method: Method) -> Row:
-        plain = Row(method.name, method.kind.name.lower(), method.budget, self.reasons[method])
-        return self.found.get(method, plain)
-
-    def _step_ms(self, kind: Kind) -> float | None:
-        return next((row.step_ms for m, row in self.found.items() if m.kind is kind), None)
-
-    def _compression(self, row: Row) -> dict[str, Any]:
-        """Seconds of compression by difference where the runtime does not tell."""
-        dense = next((r for m, r in self.found.items() if m.kind is Kind.DENSE), None)
-        if not row.budget or row.compression_source or row.prefill_seconds is None or dense is None:
-            return {}
-        seconds = row.prefill_seconds - (dense.prefill_seconds or 0.0)
-        return {"compression_seconds": seconds, "compression_source": "difference"}
+            after = machine.process_bytes()
+            grown = None if before is None or after is None else after - before
+            self.rows[method] = contestant.row_after_prompt(grown)
+            yield contestant
 
 
-def _copies(run: _Run, able: Sequence[Method]) -> float:
-    """Dense caches' worth of memory that all methods take at once, at most."""
-    on_host = 0.0 if run.model.device.type == "cuda" else 1.0
-    shares = [
-        Budget.parse(method.budget).resolve(run.prompt.tokens, run._dense_bytes) + on_host
-        if method.budget
-        else 1.0
-        for method in able
-    ]
-    return sum(shares) + 1
+# -- a shape's caches are filled by hand --------------------------------------------------------
 
 
-def _figures(receipt: Any) -> dict[str, Any]:
-    """Optional figures of a receipt: those that this runtime tells."""
-    names = ("peak_bytes", "compression_seconds", "retrieval_seconds", "bytes_moved")
-    return {name: getattr(receipt, name, None) for name in names}
+def bench_filled(
+    setup: FilledSetup, path: Path, say: Say, clock: Callable[[], float] = time.monotonic
+) -> BenchResult:
+    """Run what is not in `path` yet, as far as the time goes; `path` holds all of it.
+
+    Raises UsageError, also where `path` holds another benchmark.
+    """
+    began, longest = clock(), 0.0
+    subject = _make_shape(setup, say)
+    regime = describe_filled(subject.model, setup)
+    result = resume(path, regime)
+    keys = Keys(subject.view, subject.model.dtype, subject.model.device)
+    profiles = filled_profiles(subject.model, subject.view, keys)
+    if result is None:
+        say("copy bandwidth, and prefill")
+        links = measure_links(subject.machine, setup.link_megabytes)
+        prefill = measure_prefill(subject, profiles, setup)
+        result = BenchResult(regime, links=links, prefill=prefill)
+    result = replace(result, wanted=tuple(dict.fromkeys((*result.wanted, *setup.wanted))))
+    result.save(path)
+    rows = filled_methods(setup.budgets, profiles)
+    for number, (tokens, batch) in enumerate(result.left):
+        spent = clock() - began
+        if number and spent + CAUTION * longest > 60 * setup.minutes:
+            say(f"{spent / 60:.1f} minutes are over: run again for the rest")
+            break
+        start, assumed = clock(), dict.fromkeys(rows, "")
+        context = FilledRun(subject, setup, tokens, batch, assumed, say, keys, result).measure()
+        longest = max(longest, clock() - start)
+        result = replace(result, contexts=(*result.contexts, context))
+        result.save(path)
+    return result
 
 
-def _measured(
-    contestant: Contestant, sizes: Sizes, before: dict[str, Any], grown: int | None
-) -> Row:
-    receipt = contestant.receipt()
-    end = _figures(receipt)
-    method, seconds = contestant.method, contestant.step_seconds
-    retrieval = _increase(before["retrieval_seconds"], end["retrieval_seconds"])
-    moved = _increase(before["bytes_moved"], end["bytes_moved"])
-    return Row(
-        method=method.name,
-        kind=method.kind.name.lower(),
-        budget=method.budget,
-        resident_bytes=sizes.resident,
-        dense_share=sizes.resident / sizes.dense,
-        storage_bytes=sizes.storage,
-        host_bytes=sizes.host,
-        process_bytes=grown,
-        peak_bytes=before["peak_bytes"],
-        prefill_seconds=contestant.prefill_seconds,
-        compression_seconds=before["compression_seconds"],
-        compression_source="" if before["compression_seconds"] is None else "runtime",
-        steps=len(seconds),
-        step_ms=1000 * median(seconds),
-        step_ms_p90=1000 * quantiles(seconds, n=10, method="inclusive")[-1],
-        retrieval_share=None if retrieval is None else retrieval / contestant.decode_seconds,
-        hit_rate=getattr(receipt, "hit_rate", None),
-        moved_bytes_per_step=None if moved is None else moved / sum(map(len, contestant.blocks)),
+def _make_shape(setup: FilledSetup, say: Say) -> BenchModel:
+    check_device(setup.device)
+    shape = SHAPES[setup.shape]
+    layers = setup.layers or shape.layers
+    say(f"making {layers} layers of {setup.shape} with random weights")
+    return BenchModel.of(
+        build_shape(setup.shape, layers, setup.dtype, setup.device, shape.vocabulary)
     )
 
 
-def _increase(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else after - before
+def check_device(device: str) -> None:
+    """Raise UsageError where there is no such device, or no Triton on it."""
+    kind = torch.device(device).type
+    if kind not in ("cuda", "cpu"):
+        raise UsageError(f"--device {device}: expected cuda, or cpu to try the benchmark")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "torch finds no CUDA device: run this on a machine that has one, or try it with "
+            "--device cpu --shape tiny --context 2048 --batch 1 --prefill 1024"
+        )
+    if kind == "cuda" and (reason := no_triton()):
+        raise UsageError(f"the benchmark is of the Triton kernels, and {reason}")
 
 
-def _ratio(theirs: float | None, mine: float | None) -> float | None:
-    return None if theirs is None or mine is None else theirs / mine
+def measure_prefill(
+    subject: BenchModel, profiles: Mapping[Kind, Profile], setup: FilledSetup
+) -> tuple[PrefillTime, ...]:
+    """What compression adds to the time to the first token: real prefills of random tokens.
+
+    Medians of a few turns after a first one, all methods in each.
+    """
+    tokens, middle = setup.prefill_tokens, setup.budgets[len(setup.budgets) // 2]
+    prompt = random_prompt(subject.model, tokens, rows=1, steps=1)
+    dense = Method(Kind.DENSE)
+    rows = [Method(kind, middle, profiles[kind]) for kind in COMPRESSING.values()]
+    seconds: dict[Method, list[float]] = {method: [] for method in (dense, *rows)}
+    for _ in range(_PREFILLS + 1):
+        for method, taken in seconds.items():
+            contestant = PromptContestant(subject, method, prompt)
+            contestant.prefill()
+            taken.append(contestant.prefill_seconds)
+    medians = {method: median(taken[1:]) for method, taken in seconds.items()}
+    return tuple(PrefillTime(tokens, row.name, medians[row], medians[dense]) for row in rows)
+
+
+@dataclass
+class FilledRun(ContextRun):
+    """Every method's cache gets the same keys and values; methods that do not fit say why.
+
+    `result` is what was measured so far: the regime and the machine's links.
+    """
+
+    keys: Keys
+    result: BenchResult
+
+    def measure(self) -> Context:
+        """All rows, compared with the machine's links too."""
+        began = time.perf_counter()
+        dense, regime = self.subject.dense_bytes(self.tokens, self.batch), self.result.regime
+        rows = compare(self.measure_rows(), self.result.links, regime.weight_bytes or 0, dense)
+        seconds = time.perf_counter() - began
+        return Context(self.tokens, self.batch, "filled by hand", rows, seconds)
+
+    def groups(self) -> list[list[Method]]:
+        """What fits nowhere does not run."""
+        dense = self.subject.dense_bytes(self.tokens, self.batch)
+        working = LAYERS_AT_WORK * dense // self.subject.view.grid.layers
+        space = self.space(working, FILLED_SHARE, pinned=True)
+        groups, reasons = gather_groups(list(self.reasons), space)
+        self.reasons |= reasons
+        return groups
+
+    @torch.no_grad()
+    def start(self, group: Sequence[Method]) -> Sequence[Contestant]:
+        """Caches are filled layer by layer; then come steps that compile kernels and record."""
+        model, steps = self.subject.model, WARM_STEPS + self.setup.rounds * self.setup.block
+        forced = list(islice(drifting_tokens(model, self.batch), steps))
+        contestants: dict[Method, FilledContestant] = {}
+        for method in group:
+            with self._reason(method):
+                contestants[method] = FilledContestant(
+                    self.subject, method, self.tokens, forced, self.keys
+                )
+        hosts: HostItems = {}
+        for number in range(self.subject.view.grid.layers):
+            key, value = self.keys.layer(number, self.batch, self.tokens)
+            query = self.keys.queries(number, self.batch, KEEP.window)
+            for method in [method for method in contestants if not self.reasons[method]]:
+                with self._reason(method):
+                    contestants[method].fill(number, query, key, value, hosts)
+        filled = [one for method, one in contestants.items() if not self.reasons[method]]
+        del contestants, hosts
+        for one in filled:
+            self.rows[one.method] = one.row_after_prompt()
+        for one in filled:
+            one.prepare()
+            one.decode(WARM_STEPS, timed=False)
+        return filled
+
+    @contextmanager
+    def _reason(self, method: Method) -> Iterator[None]:
+        """What is refused within becomes the method's reason."""
+        try:
+            yield
+        except HkvError as error:
+            self.reasons[method] = str(error)
+            self.rows[method] = method.row(str(error))

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hkvprof.cli import options
-from hkvprof.cli.gpu import bench_gpu, check_target, refuse_others
+from hkvprof.cli.output import check_file
 from hkvprof.errors import UsageError
-from hkvprof.lazy import require_extra
+from hkvprof.files.atomic import writable
 
 if TYPE_CHECKING:
     from hkvprof.bench.methods import Kind
-    from hkvprof.bench.prompts import PromptMaker
+    from hkvprof.bench.prompts import Material, PromptMaker, PromptSetup
     from hkvprof.bench.records import BenchResult
-    from hkvprof.bench.run import Setup
     from hkvprof.profile.record import Profile
 
 EXAMPLES = """\b
@@ -34,6 +33,9 @@ Examples:
 
 _DEFAULT_CONTEXT = "2048"
 _LAYERS, _NEW_TOKENS, _ROUNDS = 4, 64, 8
+_IMAGES_PER_SCENE, _SCENES_PER_ROW = 16, 10_000
+_PIXELS = 448
+"""Side of an image for other models than tinyvl, whose images have 112."""
 
 
 def bench(
@@ -93,53 +95,36 @@ def bench(
     ] = None,
 ) -> None:
     """Measure memory and decoding time of dense and compressed caches on the same tokens."""
-    from hkvprof.bench.methods import check_budgets, check_names
-    from hkvprof.bench.run import Setup
+    from hkvprof.bench.methods import check_names
+    from hkvprof.bench.table import render
     from hkvprof.profile.record import load_profile
 
     _check_sources(model, shape, profile, context, only, crossover)
     if shape is not None and not crossover and str(device or "").startswith("cuda"):
-        refuse_others(only, plot, threads)
-        bench_gpu(
-            shape, layers, context, batch, budget, dtype, str(device), new_tokens, rounds, json_path
-        )
+        _refuse_on_gpu({"--methods": only, "--plot": plot, "--threads": threads})
+        given = {"shape": shape, "layers": layers, "context": context, "batch": batch,
+                 "budget": budget, "dtype": dtype, "device": device, "steps": new_tokens,
+                 "rounds": rounds, "json": json_path}  # fmt: skip
+        _bench_filled(given)
         return
-    rows = _one_batch(batch or "1")
-    layers, new_tokens, rounds = layers or _LAYERS, new_tokens or _NEW_TOKENS, rounds or _ROUNDS
-    lengths = (1,) if crossover else _lengths(context or _DEFAULT_CONTEXT)
-    budgets = tuple(options.listed(budget))
-    check_budgets(budgets)
+    setup = _setup(context, budget, new_tokens, rounds, batch, crossover)
     wanted = ["profile"] if crossover else options.listed(only or "")
     check_names(wanted)
-    setup = Setup(
-        lengths, budgets, new_tokens, rounds, rows,
-        preallocated=not crossover, strict=not crossover,
-    )  # fmt: skip
     json_file = None if json_path in (None, "-") else Path(str(json_path))
     for path, option in ((json_file, "--json"), (plot, "--plot")):
-        check_target(path, option)
-    if plot is not None:
-        require_extra("matplotlib", "report")
+        _check_target(path, option)
     loaded = None if profile is None else load_profile(profile)
     with _threads(threads):
-        network, profiles, prompts = (
-            _shape(str(shape), layers, dtype, device, setup, wanted)
+        source = (
+            _shape(str(shape), layers or _LAYERS, dtype, device, setup, wanted)
             if loaded is None
             else _model(str(model), loaded, dtype, device, setup, wanted)
         )
-        source = "uniform" if profile is None else profile.name
-        result = _run(network, str(model or shape), source, profiles, prompts, setup, crossover)
+        names = str(model or shape), "uniform" if profile is None else profile.name
+        result = _measure(source, names, setup, crossover)
     _write(result, json_file, plot)
-    _print(result, alone=json_path == "-")
-
-
-def _one_batch(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(
-            f"--batch {text}: expected a number of rows such as 1; several are for "
-            "--shape with --device cuda"
-        )
-    return int(text)
+    text = render(result) if json_path != "-" else json.dumps(result.to_json(), indent=1) + "\n"
+    typer.echo(text, nl=False)
 
 
 def _check_sources(
@@ -162,11 +147,66 @@ def _check_sources(
         raise UsageError("--crossover has its own contexts and methods: leave those options out")
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    parts = options.listed(text)
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--context {text}: expected prompt lengths in tokens such as 2048,8192")
-    return tuple(int(part) for part in parts)
+def _refuse_on_gpu(given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"{option} is not for --shape on a GPU, where all methods run side by side and "
+                "figures are JSON and text: leave it out"
+            )
+
+
+def _check_target(path: Path | None, option: str) -> None:
+    """Raise UsageError unless `path` can be written: called before anything is loaded."""
+    if path is None:
+        return
+    check_file(path, option)
+    if not writable(path.absolute().parent):
+        raise UsageError(f"cannot write to {path}: give {option} a file in a writable folder")
+
+
+def _bench_filled(given: dict[str, Any]) -> None:
+    """`python -m hkvprof.bench` (docs/gpu.md); what was not given is that command's default."""
+    from hkvprof.bench.__main__ import main as run
+    from hkvprof.cli.output import quiet_transformers
+
+    quiet_transformers()
+    if given["json"] not in (None, "-"):
+        _check_target(Path(given["json"]), "--json")
+    code = run([f"--{name}={value}" for name, value in given.items() if value is not None])
+    if code:
+        raise typer.Exit(code)
+
+
+def _setup(
+    context: str | None,
+    budget: str,
+    new_tokens: int | None,
+    rounds: int | None,
+    batch: str | None,
+    crossover: bool,
+) -> PromptSetup:
+    """Where prompts are read. Contexts of a crossover follow from the model. Raises UsageError."""
+    from hkvprof.bench.methods import check_budgets
+    from hkvprof.bench.prompts import PromptSetup
+
+    rows = batch or "1"
+    if not rows.isdecimal() or int(rows) < 1:
+        raise UsageError(
+            f"--batch {rows}: expected a number of rows such as 1; several are for "
+            "--shape with --device cuda"
+        )
+    lengths = options.listed("1" if crossover else context or _DEFAULT_CONTEXT)
+    if not lengths or not all(part.isdecimal() and int(part) > 0 for part in lengths):
+        raise UsageError(
+            f"--context {context}: expected prompt lengths in tokens such as 2048,8192"
+        )
+    budgets = tuple(options.listed(budget))
+    check_budgets(budgets)
+    return PromptSetup(
+        tuple(map(int, lengths)), budgets, new_tokens or _NEW_TOKENS, rounds or _ROUNDS, int(rows),
+        preallocated=not crossover, strict=not crossover,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -182,12 +222,10 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _shape(
-    name: str, layers: int, dtype: str, device: str | None, setup: Setup, wanted: list[str]
+    name: str, layers: int, dtype: str, device: str | None, setup: PromptSetup, wanted: list[str]
 ) -> tuple[Any, dict[Kind, Profile], PromptMaker]:
     """Random weights, and profiles whose heads are all static, all dynamic, and in turns."""
-    import numpy as np
-
-    from hkvprof.bench.methods import COMPRESSING
+    from hkvprof.bench.methods import COMPRESSING, uniform_types
     from hkvprof.bench.prompts import random_prompt
     from hkvprof.calibration.uniform import uniform_profile
     from hkvprof.cli.output import quiet_transformers, say
@@ -196,26 +234,26 @@ def _shape(
 
     quiet_transformers()
     say(f"making {layers} layers of {name} with random weights")
-    network = build_shape(name, layers, dtype, device)
-    grid = view_model(network).grid
-    turns = (np.arange(grid.total) % 2).reshape(grid.layers, grid.kv_heads)
-    types: dict[str, Any] = {"static": "static", "dynamic": "dynamic", "profile": turns}
-    made = {key: uniform_profile(network, kind) for key, kind in types.items()}
-    profiles = {COMPRESSING[key]: made[key] for key in made if not wanted or key in wanted}
-
-    def prompt(tokens: int) -> Any:
-        return random_prompt(network, tokens, setup.batch, setup.new_tokens)
-
-    return network, profiles, prompt
+    model = build_shape(name, layers, dtype, device)
+    types = uniform_types(view_model(model).grid)
+    kinds = [kind for key, kind in COMPRESSING.items() if not wanted or key in wanted]
+    profiles = {kind: uniform_profile(model, types[kind]) for kind in kinds}
+    rows, steps = setup.batch, setup.new_tokens
+    return model, profiles, lambda tokens: random_prompt(model, tokens, rows, steps)
 
 
 def _model(
-    name: str, profile: Profile, dtype: str, device: str | None, setup: Setup, wanted: list[str]
+    name: str,
+    profile: Profile,
+    dtype: str,
+    device: str | None,
+    setup: PromptSetup,
+    wanted: list[str],
 ) -> tuple[Any, dict[Kind, Profile], PromptMaker]:
+    """A model and its profile; what needs no weights is checked before they are loaded."""
     from hkvprof.bench.methods import variants
     from hkvprof.bench.prompts import chat_prompt
     from hkvprof.bench.run import foresee
-    from hkvprof.cli.material import pictures, prose
     from hkvprof.models.outline import outline
     from hkvprof.models.processing import TextProcessor
 
@@ -230,34 +268,71 @@ def _model(
     foresee(empty, profiles, setup, outline(empty, dtype).itemsize)
     if setup.strict:
         prompt_for(empty, min(setup.contexts))
-    network, processor = options.open_model(name, dtype, device)
-    return network, profiles, lambda tokens: prompt_for(network, tokens)
+    model, processor = options.open_model(name, dtype, device)
+    return model, profiles, lambda tokens: prompt_for(model, tokens)
 
 
-def _run(
-    network: Any,
-    name: str,
-    source: str,
-    profiles: dict[Kind, Profile],
-    prompts: PromptMaker,
-    setup: Setup,
+def prose() -> Material:
+    """Held-out paragraphs of the long-text tasks."""
+    from hkvprof.bench.prompts import Material
+    from hkvprof.evaluate.longtext import JOINT, paragraphs
+
+    opening = "Read this and answer the question after it."
+    return Material(opening, JOINT.join(paragraphs("heldout")))
+
+
+def pictures(enlarged: bool) -> Material:
+    """Images of the embedded model's generator with their captions; then tinyvl's own words or, for
+    enlarged ones, prose."""
+    from hkvprof.bench.prompts import Material
+
+    def images(row: int, count: int) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = []
+        for number, first in enumerate(range(0, count, _IMAGES_PER_SCENE)):
+            seed = row * _SCENES_PER_ROW + number
+            parts += _scene(seed, min(_IMAGES_PER_SCENE, count - first), enlarged)
+        return parts
+
+    if enlarged:
+        return Material(prose().opening, prose().text, images)
+    question = "read row B of image #1"
+    return Material(question, f"{question} " * 8, images)
+
+
+def _scene(seed: int, images: int, enlarged: bool) -> list[dict[str, Any]]:
+    """Images and captions of a held-out sample, without its question."""
+    from hkvprof.testbed.generator import make_sample
+
+    sample = make_sample("ocr", seed, images=images, split="heldout")
+    parts = [dict(part) for part in sample.messages[0]["content"][:-1]]
+    for part in parts:
+        if enlarged and part["type"] == "image":
+            part["image"] = part["image"].resize((_PIXELS, _PIXELS), resample=0)
+    return parts
+
+
+def _measure(
+    source: tuple[Any, dict[Kind, Profile], PromptMaker],
+    names: tuple[str, str],
+    setup: PromptSetup,
     crossover: bool,
 ) -> BenchResult:
+    """`names` are the model's and its profile's."""
     from dataclasses import replace
 
-    from hkvprof.bench.crossover import crossover_contexts, find_crossovers
+    from hkvprof.bench.compare import crossover_contexts, find_crossovers
     from hkvprof.bench.records import BenchResult
-    from hkvprof.bench.regime import describe
-    from hkvprof.bench.run import bench as measure
+    from hkvprof.bench.run import bench_prompts, describe
     from hkvprof.cli.output import say
     from hkvprof.models.outline import context_limit
 
+    model, _, prompts = source
     if crossover:
-        lengths = crossover_contexts(context_limit(network))
+        lengths = crossover_contexts(context_limit(model))
         setup = replace(setup, contexts=tuple(n for n in lengths if _fits(prompts, n)))
-    contexts = measure(network, profiles, prompts, setup, say)
-    found = find_crossovers(contexts, setup.budgets) if crossover else ()
-    return BenchResult(describe(network, name, source, setup), contexts, found)
+    contexts = bench_prompts(*source, setup, say)
+    crossovers = find_crossovers(contexts, setup.budgets) if crossover else ()
+    return BenchResult(describe(model, *names, setup), contexts, crossovers)
 
 
 def _fits(prompts: PromptMaker, tokens: int) -> bool:
@@ -274,28 +349,10 @@ def _write(result: BenchResult, json_file: Path | None, plot: Path | None) -> No
     from hkvprof.files.atomic import write_atomically
 
     if json_file is not None:
-        write_atomically(json_file, (json.dumps(result.to_json(), indent=2) + "\n").encode())
+        result.save(json_file)
         say(f"figures in {json_file}")
     if plot is not None:
         from hkvprof.report.plot import bench_plot
 
         write_atomically(plot, bench_plot(result).encode())
         say(f"picture in {plot}")
-
-
-def _print(result: BenchResult, alone: bool) -> None:
-    from hkvprof.cli.output import stdout
-    from hkvprof.report.bench import missing, notes, tables
-
-    if alone:
-        typer.echo(json.dumps(result.to_json(), indent=2))
-        return
-    console = stdout()
-    for context in result.contexts:
-        for table in tables(context):
-            console.print(table)
-            console.print()
-        for line in missing(context):
-            typer.echo(line)
-    for line in notes(result):
-        typer.echo(line)

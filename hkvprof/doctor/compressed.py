@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hkvprof.bench.memory import no_collector, stock_bytes
+from hkvprof.bench.machine import no_collector, stock_bytes
 from hkvprof.doctor.conversations import Patient, Script, play, probe_profile
 from hkvprof.doctor.exact import stock_cache
 from hkvprof.doctor.masked import Agreement, agree

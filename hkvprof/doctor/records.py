@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import hkvprof
-from hkvprof.bench.regime import device_name
+from hkvprof.bench.machine import device_name
 from hkvprof.models.vision import torchvision_problem
 from hkvprof.runtime import kernels
 

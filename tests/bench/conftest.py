@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hkvprof.bench import memory
-from hkvprof.bench.gpu import machine
+from hkvprof.bench import machine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,6 +15,5 @@ def _free_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     path = tmp_path_factory.mktemp("proc") / "meminfo"
     path.write_text(f"MemTotal: {2**24} kB\nMemAvailable: {2**23} kB\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "_MEMINFO", path)
         patch.setattr(machine, "_MEMINFO", path)
         yield

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hkvprof.bench.crossover import crossover_contexts, find_crossovers
+from hkvprof.bench.compare import crossover_contexts, find_crossovers
 from hkvprof.bench.methods import Kind, Method
 from hkvprof.bench.records import Context, Crossover, Row
 from tests.bench.results import row
@@ -14,7 +14,7 @@ def context(tokens: int, dense_ms: float, ours_ms: float | None, resident: int =
     ours = Row(OURS.name, "profile", "0.1", "too short")
     if ours_ms is not None:
         ours = row(OURS, tokens, resident, ours_ms)
-    return Context(tokens, "prose", True, (row(Method(Kind.DENSE), tokens, 1000, dense_ms), ours))
+    return Context(tokens, 1, "prose", (row(Method(Kind.DENSE), tokens, 1000, dense_ms), ours))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hkvprof.bench.prompts import Material, chat_prompt, random_prompt
-from hkvprof.cli.material import pictures
+from hkvprof.cli.bench import pictures
 from hkvprof.errors import UsageError
 from hkvprof.models import load_model
 from tests.models_for_tests import random_llama

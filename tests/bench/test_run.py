@@ -7,20 +7,20 @@ import pytest
 import torch
 from transformers.cache_utils import StaticCache
 
-from hkvprof.bench import run
-from hkvprof.bench.contestant import Contestant
+from hkvprof.bench import machine
+from hkvprof.bench.contestant import BenchModel, PromptContestant
 from hkvprof.bench.methods import Kind, Method, variants
-from hkvprof.bench.prompts import random_prompt
+from hkvprof.bench.prompts import PromptSetup, random_prompt
 from hkvprof.bench.records import Context
-from hkvprof.bench.run import Setup, bench
+from hkvprof.bench.run import bench_prompts, describe
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import BudgetError, CompressionError, HkvError, UsageError
-from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
 from hkvprof.profile.record import Profile
+from hkvprof.runtime import kernels
 from tests.models_for_tests import random_llama
 
-SETUP = Setup(contexts=(512, 256), budgets=("0.25", "0.5"), new_tokens=36, rounds=4, batch=2)
+SETUP = PromptSetup(contexts=(512, 256), budgets=("0.25", "0.5"), new_tokens=36, rounds=4, batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def measured(llama: Any) -> Profile:
     return replace(uniform_profile(llama), recipe="measured")
 
 
-def measure(model: Any, profile: Profile, setup: Setup, *kinds: str) -> tuple[Context, ...]:
+def measure(model: Any, profile: Profile, setup: PromptSetup, *kinds: str) -> tuple[Context, ...]:
     def prompt(tokens: int) -> Any:
         return random_prompt(model, tokens, setup.batch, setup.new_tokens)
 
-    return bench(model, variants(profile, kinds), prompt, setup)
+    return bench_prompts(model, variants(profile, kinds), prompt, setup)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def contexts(llama: Any, measured: Profile) -> tuple[Context, ...]:
 def test_every_method_has_a_row_at_every_context(contexts: tuple[Context, ...]) -> None:
     assert [context.tokens for context in contexts] == [256, 512]
     for context in contexts:
-        assert context.together
+        assert context.groups == 1
         assert [row.method for row in context.rows] == [
             "dense", "dense, preallocated", "static only, 0.25", "dynamic only, 0.25",
             "profile, 0.25", "static only, 0.5", "dynamic only, 0.5", "profile, 0.5",
@@ -93,9 +93,9 @@ def test_the_model_is_left_as_it_was(llama: Any, contexts: tuple[Context, ...]) 
 def test_without_memory_methods_run_one_after_the_other(
     llama: Any, measured: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "available_bytes", lambda device: 1)
+    monkeypatch.setattr(machine, "host_free", lambda share: 1)
     (context,) = measure(llama, measured, replace(SETUP, contexts=(256,), budgets=("0.5",)))
-    assert not context.together
+    assert context.groups == len(context.rows)
     assert all(row.step_ms for row in context.rows)
 
 
@@ -120,7 +120,7 @@ def test_methods_continue_with_the_same_tokens_as_generation_would(llama: Any) -
     with torch.no_grad():
         expected = llama(input_ids=whole).logits[:, -1]
     for kind in (Kind.DENSE, Kind.PREALLOCATED):
-        contestant = Contestant(llama, view_model(llama), Method(kind), prompt)
+        contestant = PromptContestant(BenchModel.of(llama), Method(kind), prompt)
         contestant.prefill()
         contestant.decode(5)
         contestant.decode(2)
@@ -128,7 +128,7 @@ def test_methods_continue_with_the_same_tokens_as_generation_would(llama: Any) -
             last = llama(input_ids=prompt.forced[:, 7:], **with_cache(llama, contestant.cache))
         assert torch.allclose(last.logits[:, -1], expected, atol=1e-4)
         assert [len(block) for block in contestant.blocks] == [5, 2]
-        assert len(contestant.step_seconds) == 5
+        assert len(contestant.step_ms) == 5
 
 
 def test_a_budget_too_small_for_one_type_is_a_row_and_for_the_profile_an_error(
@@ -183,3 +183,13 @@ def test_a_row_that_compresses_nothing_fails(
     monkeypatch.setattr(contestant, "apply", idle)
     with pytest.raises(CompressionError, match=r"nothing was compressed .*min_tokens"):
         measure(llama, measured, replace(SETUP, contexts=(256,)), "profile")
+
+
+def test_the_regime_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "status", lambda: "triton, checked")
+    regime = describe(random_llama(), "llama", "p", replace(SETUP, batch=3, new_tokens=64))
+    assert (regime.layers, regime.batch, regime.dtype) == (3, 3, "float32")
+    assert regime.threads == torch.get_num_threads()
+    assert set(regime.versions) == {"hkvprof", "torch", "transformers"}
+    for word in ("llama", "batch 3", "float32 on cpu", "kernels: triton, checked", "64 forced"):
+        assert word in str(regime)

@@ -149,9 +149,9 @@ def test_a_profile_of_another_model_or_without_the_type(
 
 
 def test_a_shape_on_a_gpu_is_the_gpu_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options arrive as `python -m hkvprof.bench.gpu` has them; unsaid ones are its defaults."""
-    from hkvprof.bench.gpu import __main__ as entry
-    from hkvprof.bench.gpu.run import Setup
+    """Options arrive as `python -m hkvprof.bench` has them; unsaid ones are its defaults."""
+    from hkvprof.bench import __main__ as entry
+    from hkvprof.bench.filled import FilledSetup
 
     given: list[Any] = []
     monkeypatch.setattr(entry, "run", lambda setup, path: given.append((setup, path)))
@@ -159,9 +159,9 @@ def test_a_shape_on_a_gpu_is_the_gpu_benchmark(monkeypatch: pytest.MonkeyPatch) 
     assert run([*command]) == 0
     more = ["--context", "8192,32768", "--batch", "1,8", "--budget", "0.1", "--layers", "2"]
     assert run([*command, *more, "--new-tokens", "8", "--rounds", "2", "--json", "-"]) == 0
-    assert given[0] == (Setup(), None)
+    assert given[0] == (FilledSetup(), None)
     assert given[1] == (
-        Setup(
+        FilledSetup(
             contexts=(8192, 32768), batches=(1, 8), budgets=("0.1",), layers=2, steps=8, rounds=2
         ),
         "-",

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hkvprof.bench.gpu.run import Setup, benchmark
+from hkvprof.bench.filled import FilledSetup
+from hkvprof.bench.run import bench_filled
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime.graph import GraphDecoder
@@ -126,14 +127,14 @@ def test_host_items_are_pinned_and_arrive() -> None:
 
 def test_a_small_benchmark(tmp_path: Path) -> None:
     """All methods run; graphs, the allocator's bytes and prefetch included."""
-    setup = Setup(
+    setup = FilledSetup(
         layers=2, contexts=(4096,), batches=(2,), budgets=("0.10",), steps=4, rounds=2,
         prefill_tokens=1024, link_megabytes=64,
     )  # fmt: skip
-    result = benchmark(setup, tmp_path / "made.json", lambda line: None)
-    (cell,) = result.cells
-    assert not [row for row in cell.rows if row.reason]
-    for row in cell.rows:
+    result = bench_filled(setup, tmp_path / "made.json", lambda line: None)
+    (context,) = result.contexts
+    assert not [row for row in context.rows if row.reason]
+    for row in context.rows:
         if row.budget == "0.10" and not row.control:
             assert row.held_share is not None
             assert 0.09 < row.held_share < 0.102

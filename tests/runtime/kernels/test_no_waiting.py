@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hkvprof.bench.gpu.material import Keys, profiles
+from hkvprof.bench.filled import Keys, filled_profiles
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
@@ -144,7 +144,7 @@ def test_compressing_a_prompt_asks_for_nothing(types: str, monkeypatch: pytest.M
     """Else the host would wait for a layer's prefill before it could launch the next one's."""
     model = random_llama(2)
     view = view_model(model)
-    made = profiles(model, view, Keys(view, torch.float32, torch.device("cpu")))
+    made = filled_profiles(model, view, Keys(view, torch.float32, torch.device("cpu")))
     kernels = TorchKernels()
     monkeypatch.setattr(plan, "for_device", lambda device, dtype: kernels)
     ids = token_ids(1, 300)

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from hkvprof.bench.contestant import Sizes, verify
 from hkvprof.bench.methods import Kind, Method
-from hkvprof.bench.records import Sizes
-from hkvprof.bench.verify import verify
 from hkvprof.errors import CompressionError
 
 METHOD = Method(Kind.PROFILE, "0.10")

@@ -1,4 +1,4 @@
-"""`python -m hkvprof.bench.gpu`: `hkvprof bench --device cuda --shape ...` without typer."""
+"""`python -m hkvprof.bench`: `hkvprof bench --device cuda --shape ...` without typer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hkvprof.bench.gpu.run import Setup, benchmark
-from hkvprof.bench.gpu.table import render
+from hkvprof.bench.filled import FilledSetup
+from hkvprof.bench.run import bench_filled
+from hkvprof.bench.table import render
 from hkvprof.errors import HkvError, UsageError
 
 DEFAULT_PATH = Path("out/bench-gpu.json")
 _EPILOG = """\
 examples:
-  python -m hkvprof.bench.gpu
-  python -m hkvprof.bench.gpu --context 32768 --batch 1,8 --json out/h200.json
-  python -m hkvprof.bench.gpu --device cpu --shape tiny --context 2048 --batch 1 --prefill 1024
+  python -m hkvprof.bench
+  python -m hkvprof.bench --context 32768 --batch 1,8 --json out/h200.json
+  python -m hkvprof.bench --device cpu --shape tiny --context 2048 --batch 1 --prefill 1024
 
 A run ends within --minutes and writes what it has; the same command goes on from there."""
 
@@ -30,11 +31,11 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def run(setup: Setup, json_path: str | None) -> None:
+def run(setup: FilledSetup, json_path: str | None) -> None:
     """Measure, save, print. `json_path` as of `--json`: None is DEFAULT_PATH, "-" prints JSON."""
     path = DEFAULT_PATH if json_path in (None, "-") else Path(str(json_path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = benchmark(setup, path, _say)
+    result = bench_filled(setup, path, _say)
     text = json.dumps(result.to_json(), indent=1) + "\n" if json_path == "-" else render(result)
     sys.stdout.write(text)
     sys.stderr.write(f"figures in {path}\n")
@@ -45,11 +46,10 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 where something failed, 2 for wrong usage."""
-    usual = Setup()
+def _parser() -> argparse.ArgumentParser:
+    usual = FilledSetup()
     parser = argparse.ArgumentParser(
-        prog="python -m hkvprof.bench.gpu",
+        prog="python -m hkvprof.bench",
         description="Decoding steps of dense and compressed caches, on a GPU.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -70,9 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", nargs="?", const="-", metavar="PATH",
         help=f"the file of figures; default {DEFAULT_PATH}; without PATH that one, printed too",
     )  # fmt: skip
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 where something failed, 2 for wrong usage."""
+    given = _parser().parse_args(arguments)
     try:
-        setup = Setup(
+        setup = FilledSetup(
             shape=given.shape,
             contexts=numbers(given.context, "--context"),
             batches=numbers(given.batch, "--batch"),
@@ -87,12 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             minutes=given.minutes,
         )
         run(setup, given.json)
-    except UsageError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
     except HkvError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 

@@ -14,19 +14,27 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from hkvprof.bench.gpu import run as driver
-from hkvprof.bench.gpu.__main__ import main, numbers
-from hkvprof.bench.gpu.dense import DenseSteps, dense_cache
-from hkvprof.bench.gpu.entrants import methods
-from hkvprof.bench.gpu.machine import CpuMachine
-from hkvprof.bench.gpu.material import WALK, Keys, drifting_tokens, profiles
-from hkvprof.bench.gpu.records import Result, Row
-from hkvprof.bench.gpu.run import Setup, benchmark, weight_bytes
+from hkvprof.bench import run as driver
+from hkvprof.bench.__main__ import main, numbers
+from hkvprof.bench.filled import (
+    WALK,
+    FilledSetup,
+    Keys,
+    RecordedSteps,
+    dense_cache,
+    drifting_tokens,
+    filled_profiles,
+    weight_bytes,
+)
+from hkvprof.bench.machine import machine_for
+from hkvprof.bench.methods import Kind, filled_methods
+from hkvprof.bench.records import BenchResult, Row
+from hkvprof.bench.run import bench_filled
 from hkvprof.errors import HkvError, UsageError
 from hkvprof.models.adapter import view_model
 from hkvprof.models.shapes import build_shape
 
-TINY = Setup(
+TINY = FilledSetup(
     shape="tiny", contexts=(1024,), batches=(1, 2), budgets=("0.20", "0.10"), dtype="float32",
     device="cpu", steps=4, rounds=2, prefill_tokens=256, link_megabytes=0.5,
 )  # fmt: skip
@@ -39,27 +47,36 @@ def tiny_model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, dict[str, Any], list[str]]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchResult, dict[str, Any], list[str]]:
     """A finished run, its file, and what it said."""
     path = tmp_path_factory.mktemp("gpu") / "figures.json"
     said: list[str] = []
-    result = benchmark(TINY, path, said.append)
+    result = bench_filled(TINY, path, said.append)
     return result, json.loads(path.read_text()), said
 
 
-def test_every_cell_and_method_is_there(done: tuple[Result, dict[str, Any], list[str]]) -> None:
+def test_every_cell_and_method_is_there(
+    done: tuple[BenchResult, dict[str, Any], list[str]],
+) -> None:
     result, data, _ = done
-    assert [(cell.context, cell.batch) for cell in result.cells] == [(1024, 1), (1024, 2)]
-    names = [method.name for method in methods(TINY.budgets)]
-    for cell in result.cells:
-        assert [row.method for row in cell.rows] == names
-        refused = {row.method for row in cell.rows if row.reason}
+    assert [(context.tokens, context.batch) for context in result.contexts] == [
+        (1024, 1),
+        (1024, 2),
+    ]
+    names = [method.name for method in filled_methods(TINY.budgets)]
+    for context in result.contexts:
+        assert [row.method for row in context.rows] == names
+        refused = {row.method for row in context.rows if row.reason}
         assert refused == {name for name in names if "prefetch" in name}
-        assert all("nothing would overlap" in row.reason for row in cell.rows if row.reason)
-        for row in cell.rows:
+        assert all("nothing would overlap" in row.reason for row in context.rows if row.reason)
+        for row in context.rows:
             if not row.reason:
-                check_row(row, DENSE * cell.batch)
-    assert {one.method for one in result.prefill} == {"static 0.10", "dynamic 0.10", "hybrid 0.10"}
+                check_row(row, DENSE * context.batch)
+    assert {one.method for one in result.prefill} == {
+        "static only, 0.10",
+        "dynamic only, 0.10",
+        "profile, 0.10",
+    }
     assert data["complete"] is True
     assert "no prompt was read" in data["filled_with"]
 
@@ -71,7 +88,7 @@ def check_row(row: Row, dense: int) -> None:
     assert row.attend_ms is not None
     assert row.ceiling is not None
     assert (row.held_share is None) == control
-    if row.types in ("static", "dynamic", "hybrid"):
+    if row.kind in ("static", "dynamic", "profile"):
         assert row.resident_bytes is not None
         share = float(row.budget)
         assert 0.9 * share < row.resident_bytes / dense <= share
@@ -79,22 +96,22 @@ def check_row(row: Row, dense: int) -> None:
             assert row.held_bytes == row.resident_bytes
         weights = weight_bytes(tiny_model())
         assert row.ceiling == pytest.approx((weights + dense) / (weights + row.resident_bytes))
-    moving = row.types in ("dynamic", "hybrid")
+    moving = row.kind in ("dynamic", "profile")
     assert (row.hit_rate is not None) == (row.link_ms is not None) == moving
     if moving:
         assert 0.3 < row.hit_rate < 1  # type: ignore[operator]
         assert row.moved_bytes > 0  # type: ignore[operator]
         assert row.host_bytes > 0  # type: ignore[operator]
-    if row.types == "DynamicCache":
-        assert (row.resident_bytes, row.over_dynamic_cache) == (dense, 1.0)
+    if row.kind == "dense":
+        assert (row.resident_bytes, row.speedup_over_dense) == (dense, 1.0)
 
 
 def test_the_file_tells_all_that_the_result_does(
-    done: tuple[Result, dict[str, Any], list[str]],
+    done: tuple[BenchResult, dict[str, Any], list[str]],
 ) -> None:
     result, data, _ = done
-    assert Result.from_json(data) == result
-    assert set(data["cells"][0]["rows"][0]) == {field.name for field in fields(Row)}
+    assert BenchResult.from_json(data) == result
+    assert set(data["contexts"][0]["rows"][0]) == {field.name for field in fields(Row)}
     assert data["regime"]["weight_bytes"] == weight_bytes(tiny_model())
     assert data["regime"]["token_bytes"] == DENSE / 1024
     assert all(data["links"][name] > 0 for name in ("copy", "from_host", "to_host"))
@@ -108,36 +125,38 @@ def test_a_step_reads_no_embedding_and_no_vision() -> None:
 
 
 def test_a_run_goes_on_where_it_ended(
-    done: tuple[Result, dict[str, Any], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: tuple[BenchResult, dict[str, Any], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     result, _, _ = done
     path, ran = tmp_path / "figures.json", []
 
-    def cell_of(bench: Any, context: int, batch: int) -> Any:
-        ran.append((context, batch))
-        return next(c for c in result.cells if c.batch == batch)
+    def measure(run: Any) -> Any:
+        ran.append((run.tokens, run.batch))
+        return next(c for c in result.contexts if c.batch == run.batch)
 
-    monkeypatch.setattr(driver, "run_cell", cell_of)
+    monkeypatch.setattr(driver.FilledRun, "measure", measure)
     ticks = iter([0.0, 1.0, 2.0, 302.0, 400.0, 401.0])
     said: list[str] = []
     short = replace(TINY, minutes=10.0)
-    first = benchmark(short, path, said.append, clock=lambda: next(ticks))
+    first = bench_filled(short, path, said.append, clock=lambda: next(ticks))
     assert ran == [(1024, 1)]  # 300 s for the first: half as much again is not left
     assert first.left == ((1024, 2),)
     assert json.loads(path.read_text())["complete"] is False
     assert any("run again for the rest" in line for line in said)
     monkeypatch.setattr(driver, "measure_links", None)  # is not measured again
-    second = benchmark(short, path, said.append)
+    second = bench_filled(short, path, said.append)
     assert ran == [(1024, 1), (1024, 2)]
     assert second.left == ()
-    third = benchmark(replace(short, batches=(2, 1)), path, said.append)
+    third = bench_filled(replace(short, batches=(2, 1)), path, said.append)
     assert len(ran) == 2
-    assert third.cells == second.cells
+    assert third.contexts == second.contexts
     with pytest.raises(UsageError, match=r"another benchmark \(steps 4 there, 6 now\)"):
-        benchmark(replace(short, steps=6), path, said.append)
+        bench_filled(replace(short, steps=6), path, said.append)
     path.write_text('{"format": 1}')
     with pytest.raises(UsageError, match="is no benchmark of a GPU to go on with"):
-        benchmark(short, path, said.append)
+        bench_filled(short, path, said.append)
 
 
 @pytest.mark.parametrize(
@@ -178,15 +197,15 @@ def test_a_preallocated_cache_holds_what_the_stock_cache_does(steps: int) -> Non
     """With room for one token, all of it is a token's at the only step: the same logits."""
     model = tiny_model()
     view, rows, tokens = view_model(model), 2, 50
-    machine, keys = CpuMachine(), Keys(view, torch.float32, torch.device("cpu"))
+    machine, keys = machine_for(torch.device("cpu")), Keys(view, torch.float32, torch.device("cpu"))
     stock = dense_cache(view.text_config, 2, None)
     ours = dense_cache(view.text_config, 2, steps)
     for number in range(2):
         key, value = keys.layer(number, rows, tokens)
         stock.layers[number].update(key.clone(), value.clone())
         ours.layers[number].fill(key, value)
-    eager = DenseSteps(model, stock, tokens, rows, None)
-    graph = DenseSteps(model, ours, tokens, rows, machine.recorder(lambda steps: None))
+    eager = RecordedSteps(model, stock, tokens, rows, None)
+    graph = RecordedSteps(model, ours, tokens, rows, machine.recorder())
     for _, ids in zip(range(steps), drifting_tokens(model, rows), strict=False):
         expected, got = eager(ids), graph(ids)
     assert torch.allclose(got, expected, atol=1e-5) == (steps == 1)
@@ -213,9 +232,9 @@ def test_layers_come_out_the_same_each_time() -> None:
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], other[0])
     assert not torch.equal(first[0][0], first[0][1])
-    made = profiles(model, view, keys)
-    assert {name: p.head_types.mean() for name, p in made.items()} == {
-        "static": 0.0, "dynamic": 1.0, "hybrid": 0.5
+    made = filled_profiles(model, view, keys)
+    assert {kind: p.head_types.mean() for kind, p in made.items()} == {
+        Kind.STATIC: 0.0, Kind.DYNAMIC: 1.0, Kind.PROFILE: 0.5
     }  # fmt: skip
 
 
@@ -247,13 +266,13 @@ def test_a_bare_machine_can_run_it(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     bare_site(site)
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     code = (
         f"import sys; sys.path[:0] = [{str(root)!r}, {str(site)!r}];"
         "from importlib.util import find_spec;"
         "missing = [n for n in ('jaxtyping', 'accelerate', 'scipy', 'datasets') if find_spec(n)];"
         "assert not missing, missing;"
-        "from hkvprof.bench.gpu.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        "from hkvprof.bench.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = "--device cpu --shape tiny --layers 1 --context 512 --batch 1 --budget 0.2 " \
         "--prefill 64 --steps 2 --rounds 1 --dtype float32 --json"  # fmt: skip
@@ -262,5 +281,5 @@ def test_a_bare_machine_can_run_it(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr[-2000:]
-    cells = json.loads((tmp_path / "made.json").read_text())["cells"]
-    assert sum(not row["reason"] for row in cells[0]["rows"]) >= 10
+    contexts = json.loads((tmp_path / "made.json").read_text())["contexts"]
+    assert sum(not row["reason"] for row in contexts[0]["rows"]) >= 10

@@ -1,19 +1,14 @@
 """Tables tell the figures of the JSON, and say what did not run."""
 
-import io
 import json
 from typing import Any
 
-from rich.console import Console, RenderableType
-
-from hkvprof.report.bench import MEMORY, TIME, missing, notes, tables
+from hkvprof.bench.table import MEMORY, TIME, missing, notes, tables
 from tests.bench.results import make_result
 
 
-def text(page: RenderableType, width: int = 200) -> str:
-    stream = io.StringIO()
-    Console(file=stream, width=width, no_color=True).print(page)
-    return stream.getvalue()
+def text(lines: list[str]) -> str:
+    return "\n".join(lines)
 
 
 def figures(page: str) -> dict[str, list[str]]:
@@ -58,7 +53,7 @@ def test_order_of_steps_and_missing_methods_are_told() -> None:
 
 def test_tables_fit_a_terminal() -> None:
     for table in tables(make_result().contexts[0]):
-        assert max(map(len, text(table, width=100).splitlines())) <= 100
+        assert max(map(len, text(table).splitlines())) <= 100
 
 
 def test_notes_name_the_regime_and_the_crossovers() -> None:
