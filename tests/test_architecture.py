@@ -1,4 +1,4 @@
-"""docs/architecture.md says what is there: all rooms, all names on a request's and a sample's way."""
+"""docs/architecture.md says what is there: all rooms, and names on the three ways."""
 
 from __future__ import annotations
 

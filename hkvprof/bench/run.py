@@ -227,7 +227,7 @@ class PromptRun(ContextRun):
     prompt: Prompt
 
     def measure(self, warm: bool) -> Context:
-        """All rows, compared. `warm`: every method runs once untimed first; on CUDA that is always so."""
+        """All rows, compared. `warm`: every method runs once untimed first, as always on CUDA."""
         began = time.perf_counter()
         if warm or self._on_cuda:
             self._warm_up()

@@ -103,7 +103,7 @@ def evaluate(
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
-    from hkvprof.evaluate.contest import Subject
+    from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
     from hkvprof.evaluate.journal import Journal, check_conditions
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
@@ -115,7 +115,9 @@ def evaluate(
         check_folder(output)
         if plot:
             require_extra("matplotlib", "report")
-    plan = Plan(_budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed)
+    comparison = ComparisonPlan(
+        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed
+    )
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
     _, processor = options.open_empty(model, loaded)
@@ -137,8 +139,8 @@ def evaluate(
     journal = Journal(output, conditions, "" if parts == 1 else f"-{part}of{parts}")
     own_part = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
     refused: dict[MethodAtBudget, str] = {}
-    subject = Subject(network, processor, loaded)
-    compare(subject, own_part, comparison, journal, track, refused)
+    profiled = ProfiledModel(network, processor, loaded)
+    compare(profiled, own_part, comparison, journal, track, refused)
     for entry, reason in refused.items():
         say(f"{entry.method} at {entry.budget} has no answer to some prompts: {reason}")
     answers = comparison.select(journal.answers, task_set)
@@ -149,8 +151,8 @@ def evaluate(
         comparison.public,
     )
     if output is not None:
-        _write(output, found, model, plot)
-    _print(found, model, profile, as_json)
+        _write(output, summary, model, plot)
+    _print(summary, model, profile, as_json)
 
 
 def _budgets(text: str) -> tuple[str, ...]:
@@ -183,23 +185,23 @@ def _regimes(text: str | None) -> tuple[str, ...]:
     return tuple(REGIMES) if text is None else tuple(dict.fromkeys(options.listed(text)))
 
 
-def _write(folder: Path, found: Outcome, model: str, plot: bool) -> None:
+def _write(folder: Path, summary: EvaluationSummary, model: str, plot: bool) -> None:
     from hkvprof.cli.output import say
     from hkvprof.files.atomic import write_atomically
 
-    write_atomically(folder / "summary.json", found.to_json().encode())
+    write_atomically(folder / "summary.json", summary.to_json().encode())
     if plot:
-        write_atomically(folder / "quality.svg", _picture(found, model).encode())
+        write_atomically(folder / "quality.svg", _picture(summary, model).encode())
     say(f"answers, summary.json{' and quality.svg' if plot else ''} in {folder}")
 
 
-def _picture(found: Outcome, model: str) -> str:
+def _picture(summary: EvaluationSummary, model: str) -> str:
     from hkvprof.evaluate.records import FULL
     from hkvprof.report.plot import quality_plot
 
     return quality_plot(
-        found.summaries,
-        found.public,
+        summary.summaries,
+        summary.public,
         model=model,
         tasks=[summary.conditions["tasks"]],
         questions=sum(one.answers for one in summary.summaries if one.method == FULL),

@@ -8,7 +8,7 @@ from pathlib import Path
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.datasets.layouts import LAYOUTS, load_layout
 from hkvprof.evaluate.metrics import EXACT_MATCH, Metric, check_installed
-from hkvprof.evaluate.taskset import TaskSet
+from hkvprof.evaluate.records import TaskSet
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.samples.read import load_samples
 

@@ -164,7 +164,7 @@ def section(profile: Profile) -> list[str]:
     record = recorded_certificate(profile.provenance)
     if record is None:
         return []
-    if not record.covers(profile):
+    if record.content != profile.content_digest:
         return ["Certificate: none; the one recorded is of other curves, budgets or tables"]
     return page(record)
 
@@ -172,7 +172,10 @@ def section(profile: Profile) -> list[str]:
 def certificate_json(profile: Profile) -> dict[str, Any] | None:
     """For `inspect --json`: the record, and whether it is of this very content."""
     record = recorded_certificate(profile.provenance)
-    return None if record is None else {**record.to_json(), "valid": record.covers(profile)}
+    return None if record is None else {
+        **record.to_json(),
+        "valid": record.content == profile.content_digest,
+    }
 
 
 def _verdict(record: Certificate) -> str:

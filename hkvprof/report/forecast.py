@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hkvprof.calibration.estimate import Memory, Timing
 from hkvprof.profile.capacity import Fit
-from hkvprof.profile.forecast import WHOLE
+from hkvprof.profile.forecast import WHOLE, Forecast
 from hkvprof.report.summary import human, percent
 from hkvprof.report.terminal import (
     BOUNDS,
