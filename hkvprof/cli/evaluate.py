@@ -99,7 +99,7 @@ def evaluate(
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
-    from hkvprof.evaluate.contest import ComparisonPlan, Subject
+    from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
     from hkvprof.evaluate.journal import Journal, check_conditions
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
@@ -133,8 +133,8 @@ def evaluate(
     journal = Journal(output, conditions, "" if parts == 1 else f"-{part}of{parts}")
     own_part = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
     refused: dict[MethodAtBudget, str] = {}
-    subject = Subject(network, processor, loaded)
-    compare(subject, own_part, comparison, journal, track, refused)
+    profiled = ProfiledModel(network, processor, loaded)
+    compare(profiled, own_part, comparison, journal, track, refused)
     for entry, reason in refused.items():
         say(f"{entry.method} at {entry.budget} has no answer to some prompts: {reason}")
     answers = comparison.select(journal.answers, task_set)

@@ -16,7 +16,6 @@ from hkvprof.cli import options, run
 from hkvprof.evaluate import certify as core
 from hkvprof.evaluate.baselines.ablations import only
 from hkvprof.heads import HeadType
-from hkvprof.profile.certificate import certificate_of
 from hkvprof.testbed.calibration_set import png_bytes, sample_record
 from hkvprof.testbed.generator import make_sample
 from tests.profiles import make_certificate, make_profile
