@@ -109,7 +109,7 @@ test-torchvision:
 	$(PYTHON) -m venv --clear $(PAIR)
 	grep -Ev '^(torch|triton)==' constraints.txt > $(PAIR)/constraints.txt
 	$(PAIR)/bin/python -m pip install $(PIP_FLAGS) -c $(PAIR)/constraints.txt torch==2.14.1 torchvision==0.29.1 -e '.[dev,video]'
-	$(TEST_ENV) $(PAIR)/bin/python $(PYTEST) tests/models tests/profile tests/doctor
+	$(TEST_ENV) $(PAIR)/bin/python $(PYTEST) tests/models tests/samples tests/doctor
 
 # By hand: `make test-random TESTS=tests/profile EXAMPLES=1000`, and the same again with SEED=...
 test-random: $(STAMP)

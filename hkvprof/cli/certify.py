@@ -14,7 +14,7 @@ from hkvprof.errors import UsageError
 
 if TYPE_CHECKING:
     from hkvprof.evaluate.certify import Claim
-    from hkvprof.evaluate.contest import Subject
+    from hkvprof.evaluate.contest import ProfiledModel
     from hkvprof.evaluate.records import TaskSet
     from hkvprof.profile.certificate import Certificate
     from hkvprof.profile.record import Profile
@@ -91,7 +91,7 @@ def certify(
     """
     from hkvprof.cli.output import check_folder, check_output, say
     from hkvprof.evaluate.certify import Claim, parse_budgets
-    from hkvprof.evaluate.contest import Subject
+    from hkvprof.evaluate.contest import ProfiledModel
     from hkvprof.evaluate.journal import forget
     from hkvprof.evaluate.tasks import default_tasks
     from hkvprof.profile.record import load_profile
@@ -116,7 +116,7 @@ def certify(
     network, processor = options.open_model(model, dtype, device)
     say(f"{len(known.samples)} samples of {source}; at most "
         f"{claim.most_losses(len(known.samples))} may degrade")  # fmt: skip
-    certificate = _certified(Subject(network, processor, loaded), known, claim, folder)
+    certificate = _certified(ProfiledModel(network, processor, loaded), known, claim, folder)
     _write(loaded, certificate, path)
     if answers is None:  # they have served their purpose
         forget(folder)
@@ -197,13 +197,13 @@ def _check_answers(
     check_conditions(folder, {k: known[k] for k in known if k not in ("model", "dtype")})
 
 
-def _certified(subject: Subject, tasks: TaskSet, claim: Claim, folder: Path) -> Certificate:
+def _certified(profiled: ProfiledModel, tasks: TaskSet, claim: Claim, folder: Path) -> Certificate:
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.certify import certify, conditions
     from hkvprof.evaluate.journal import Journal
 
-    journal = Journal(folder, conditions(subject.model, subject.profile, tasks, claim))
-    return certify(subject, tasks, claim, journal, track)
+    journal = Journal(folder, conditions(profiled.model, profiled.profile, tasks, claim))
+    return certify(profiled, tasks, claim, journal, track)
 
 
 def _write(profile: Profile, certificate: Certificate, path: Path) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 from scipy.stats import binom
 
 from hkvprof.calibration.conditions import current_versions
-from hkvprof.calibration.probe import content_digest as sample_digest
+from hkvprof.calibration.probe import content_digest
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.compare import Track, compare
-from hkvprof.evaluate.contest import MIN_TOKENS, ComparisonPlan, MethodAtBudget, Subject
+from hkvprof.evaluate.contest import MIN_TOKENS, ComparisonPlan, MethodAtBudget, ProfiledModel
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.records import FULL, Answer, TaskSet
 from hkvprof.models.adapter import view_model
@@ -143,7 +143,7 @@ def check_contents(
     shared = []
     for sample in track(samples, "comparing with the calibration", len(samples)):
         encoded = processor.encode([replace(sample, messages=tuple(open_images(sample))).messages])
-        if short_digest(sample_digest(sample, encoded)) in seen:
+        if short_digest(content_digest(sample, encoded)) in seen:
             shared.append(sample.id)
     if shared:
         named = ", ".join(repr(name) for name in shared[:_NAMED])
@@ -194,7 +194,7 @@ def conditions(model: Any, profile: Profile, tasks: TaskSet, claim: Claim) -> di
 
 
 def certify(
-    subject: Subject,
+    profiled: ProfiledModel,
     tasks: TaskSet,
     claim: Claim,
     journal: Journal | None = None,
@@ -212,7 +212,7 @@ def certify(
         tuple(map(_name, claim.budgets)), regimes=claim.regimes, steps=_STEPS
     )
     try:
-        compare(subject, tasks, comparison, journal, track, skip=tally.is_lost)
+        compare(profiled, tasks, comparison, journal, track, skip=tally.is_lost)
     except BudgetError as error:
         raise BudgetError(
             f"a budget cannot be met on these samples: {error}. Leave small ones out of --budgets, "
@@ -231,9 +231,9 @@ def certify(
         reason=_reason(levels[0], claim, samples) if certified is None else "",
         regimes=claim.regimes,
         full_score=tally.full_score(),
-        content=subject.profile.content_digest,
-        weights_digest=view_model(subject.model).fingerprint.weights_digest,
-        dtype=_dtype(subject.model),
+        content=profiled.profile.content_digest,
+        weights_digest=view_model(profiled.model).fingerprint.weights_digest,
+        dtype=_dtype(profiled.model),
         data=tasks.name,
         data_digest=samples_digest(tasks.samples),
         options={"min_tokens": MIN_TOKENS, "max_new_tokens": tasks.max_new_tokens},

@@ -15,7 +15,7 @@ from hkvprof.evaluate.contest import (
     ComparisonPlan,
     Contest,
     MethodAtBudget,
-    Subject,
+    ProfiledModel,
 )
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.questions import AskedPrompt, Question, Stage
@@ -28,7 +28,7 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def compare(
-    subject: Subject,
+    profiled: ProfiledModel,
     tasks: TaskSet,
     comparison: ComparisonPlan,
     journal: Journal | None = None,
@@ -46,7 +46,7 @@ def compare(
     """
     journal = journal or Journal(None, {})
     track = track or (lambda items, description, total: items)
-    contest = Contest(subject, comparison.seed)
+    contest = Contest(profiled, comparison.seed)
     for sample in track(tasks.samples, "answering", len(tasks.samples)):
         done = journal.done
         missing = [
@@ -55,7 +55,7 @@ def compare(
             if (sample.id, entry.method, entry.budget) not in done and not skip(entry)
         ]
         if missing or (sample.id, FULL, "") not in done:
-            one_sample = _Round(subject, sample, tasks, comparison, contest)
+            one_sample = _Round(profiled, sample, tasks, comparison, contest)
             for entry, reason in one_sample.play(missing, journal).items():
                 if refused is not None:
                     refused.setdefault(entry, f"{sample.id}: {reason}")
@@ -98,13 +98,13 @@ class _Round:
 
     def __init__(
         self,
-        subject: Subject,
+        profiled: ProfiledModel,
         sample: Sample,
         tasks: TaskSet,
         comparison: ComparisonPlan,
         contest: Contest,
     ) -> None:
-        self.model, self.processor, self.sample = subject.model, subject.processor, sample
+        self.model, self.processor, self.sample = profiled.model, profiled.processor, sample
         self.tasks, self.comparison, self.contest = tasks, comparison, contest
         self.ends = end_tokens(self.model, self.processor)
 

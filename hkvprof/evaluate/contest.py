@@ -24,7 +24,7 @@ MIN_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProfiledModel:
     """A loaded model with its processor, and a profile of it."""
 
     model: Any
@@ -119,8 +119,8 @@ class Caches:
 class Contest:
     """All methods' ways to compress, for one model and profile."""
 
-    def __init__(self, subject: Subject, seed: int) -> None:
-        self.model, self.profile, self.seed = subject.model, subject.profile, seed
+    def __init__(self, profiled: ProfiledModel, seed: int) -> None:
+        self.model, self.profile, self.seed = profiled.model, profiled.profile, seed
         self._memos: dict[int, dict[str, tuple[Any, float]]] = {}
 
     def forget(self) -> None:

@@ -135,7 +135,7 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """Requests answered."""
+        """Requests answered, on whichever cache."""
         return self.compressed + self.dense
 
     def add(self, receipt: Receipt, requests: int) -> None:

@@ -27,7 +27,7 @@ from hkvprof.evaluate.certify import (
     judged,
     parse_budgets,
 )
-from hkvprof.evaluate.contest import MethodAtBudget, Subject
+from hkvprof.evaluate.contest import MethodAtBudget, ProfiledModel
 from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.metrics import EXACT_MATCH
 from hkvprof.evaluate.records import FULL, OURS, Answer, Gold, TaskSet
@@ -65,7 +65,7 @@ def profile() -> Profile:
 
 @pytest.fixture(scope="module")
 def found(tiny: tuple[Any, Any], tasks: TaskSet, profile: Profile) -> Certificate:
-    return certify(Subject(*tiny, profile), tasks, CLAIM)
+    return certify(ProfiledModel(*tiny, profile), tasks, CLAIM)
 
 
 # -- losses ---------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_losses_are_those_of_plain_generation(
     for loss in ("agreement", "answers"):
         claim = replace(CLAIM, loss=loss, regimes=("inside",), budgets=budgets)
         journal = Journal(tmp_path, conditions(model, profile, tasks, claim))
-        found = certify(Subject(*tiny, profile), tasks, claim, journal)
+        found = certify(ProfiledModel(*tiny, profile), tasks, claim, journal)
         for level in found.levels:
             lost = 0
             asked = zip(full, compressed[level.budget], gold, strict=True)
@@ -127,7 +127,7 @@ def test_what_is_certified(found: Certificate, profile: Profile, tasks: TaskSet)
 def test_nothing_is_certified_where_the_largest_budget_loses(
     tiny: tuple[Any, Any], tasks: TaskSet, profile: Profile
 ) -> None:
-    found = certify(Subject(*tiny, profile), tasks, replace(CLAIM, budgets=(0.1,)))
+    found = certify(ProfiledModel(*tiny, profile), tasks, replace(CLAIM, budgets=(0.1,)))
     assert found.certified is None
     assert "degraded at 0.1, the largest budget; at most 1 of 6 may" in found.reason
     assert Certificate.from_json(found.to_json()) == found
@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on_and_finds_the_same(
             yield item
 
     with pytest.raises(StopError):
-        certify(Subject(*tiny, profile), tasks, CLAIM, journal(), stop)
+        certify(ProfiledModel(*tiny, profile), tasks, CLAIM, journal(), stop)
     asked = []
     real = compare.Stage
 
@@ -167,10 +167,10 @@ def test_a_stopped_run_goes_on_and_finds_the_same(
         return real(model, processor, sample, tasks)
 
     monkeypatch.setattr(compare, "Stage", counted)
-    assert certify(Subject(*tiny, profile), tasks, CLAIM, journal()) == found
+    assert certify(ProfiledModel(*tiny, profile), tasks, CLAIM, journal()) == found
     assert asked == [sample.id for sample in tasks.samples[4:]]
     asked.clear()
-    assert certify(Subject(*tiny, profile), tasks, CLAIM, journal()) == found
+    assert certify(ProfiledModel(*tiny, profile), tasks, CLAIM, journal()) == found
     assert not asked
 
 
@@ -254,14 +254,14 @@ def test_later_questions_are_asked_where_there_are_any(tasks: TaskSet) -> None:
 
 def test_too_few_samples_are_refused_before_anything_runs(profile: Profile, tasks: TaskSet) -> None:
     with pytest.raises(UsageError, match=r"6 samples are too few.*at least 149"):
-        certify(Subject(None, None, profile), tasks, Claim(0.02, 0.05, (0.5,)))  # type: ignore[arg-type]
+        certify(ProfiledModel(None, None, profile), tasks, Claim(0.02, 0.05, (0.5,)))  # type: ignore[arg-type]
 
 
 def test_a_budget_that_cannot_be_met_says_what_to_do(
     tiny: tuple[Any, Any], tasks: TaskSet, profile: Profile
 ) -> None:
     with pytest.raises(BudgetError, match=r"cannot be met.*--budgets"):
-        certify(Subject(*tiny, profile), tasks, replace(CLAIM, budgets=(0.9, 0.01)))
+        certify(ProfiledModel(*tiny, profile), tasks, replace(CLAIM, budgets=(0.9, 0.01)))
 
 
 def test_samples_of_the_calibration_are_found_by_content(

@@ -19,7 +19,7 @@ from hkvprof.cli import run
 from hkvprof.errors import BudgetError, CompressionError, UsageError
 from hkvprof.evaluate.baselines import base, find
 from hkvprof.evaluate.compare import compare
-from hkvprof.evaluate.contest import ComparisonPlan, MethodAtBudget, Subject
+from hkvprof.evaluate.contest import ComparisonPlan, MethodAtBudget, ProfiledModel
 from hkvprof.evaluate.journal import CONDITIONS, Journal
 from hkvprof.evaluate.metrics import EXACT_MATCH as SAME
 from hkvprof.evaluate.prefill import capture
@@ -65,7 +65,7 @@ def hybrid(tiny: tuple[Any, Any]) -> Profile:
 @pytest.fixture(scope="module")
 def answers(tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile) -> list[Answer]:
     comparison = ComparisonPlan(("0.4", "60%", "1.0"), ("snapkv", "quest"), steps=STEPS)
-    return compare(Subject(*tiny, hybrid), tasks, comparison)
+    return compare(ProfiledModel(*tiny, hybrid), tasks, comparison)
 
 
 def message(role: str, text: str) -> dict[str, Any]:
@@ -151,13 +151,15 @@ def test_a_question_before_its_context_has_no_such_regime(
     turned = TaskSet("turned", (sample,), SAME, 2)
     with pytest.raises(UsageError, match="no sample has a question in the regime 'after'"):
         compare(
-            Subject(*tiny, hybrid),
+            ProfiledModel(*tiny, hybrid),
             turned,
             ComparisonPlan(("0.4",), regimes=("inside", "after"), steps=2),
         )
     with pytest.raises(UsageError, match="in the regime 'later'"):
         compare(
-            Subject(*tiny, hybrid), turned, ComparisonPlan(("0.4",), regimes=("later",), steps=2)
+            ProfiledModel(*tiny, hybrid),
+            turned,
+            ComparisonPlan(("0.4",), regimes=("later",), steps=2),
         )
 
 
@@ -297,12 +299,12 @@ def test_nothing_compressed_is_an_error(
     tasks = TaskSet("one", (replace(samples[0], followups=()),), SAME, 2)
     comparison = ComparisonPlan(("0.4", "2GiB"), regimes=("inside",), steps=1)
     with pytest.raises(CompressionError, match="hkvprof at budget 2GiB compressed nothing"):
-        compare(Subject(*tiny, hybrid), tasks, comparison)
+        compare(ProfiledModel(*tiny, hybrid), tasks, comparison)
     short = [{"type": "text", "text": "is there any blue square"}]
     question = Sample("short", "short", ({"role": "user", "content": short},), reply="no")
     comparison = ComparisonPlan(("0.4",), regimes=("inside",), steps=1)
     with pytest.raises(CompressionError, match=r"hkvprof at budget 0\.4 compressed nothing"):
-        compare(Subject(*tiny, hybrid), TaskSet("short", (question,), SAME, 2), comparison)
+        compare(ProfiledModel(*tiny, hybrid), TaskSet("short", (question,), SAME, 2), comparison)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +344,13 @@ def test_a_run_that_was_stopped_goes_on(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare(Subject(*tiny, hybrid), tasks, comparison, Journal(tmp_path, CONDITION), one_sample)
+        compare(
+            ProfiledModel(*tiny, hybrid),
+            tasks,
+            comparison,
+            Journal(tmp_path, CONDITION),
+            one_sample,
+        )
     file = tmp_path / "answers.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == len(answers) / 2
@@ -359,7 +367,7 @@ def test_a_run_that_was_stopped_goes_on(
         journal_add(new)
 
     journal.add = add  # type: ignore[method-assign]
-    again = compare(Subject(*tiny, hybrid), tasks, comparison, journal)
+    again = compare(ProfiledModel(*tiny, hybrid), tasks, comparison, journal)
     assert (tasks.samples[0].id, "quest", "60%") == seen[0]
     assert len(seen) == 6 + len(answers) / 2
     assert told(again) == told(answers)
@@ -373,7 +381,9 @@ def test_rows_can_be_added_to_a_folder(
         ComparisonPlan(("60%",), steps=STEPS),
         ComparisonPlan(("0.4",), ("snapkv",), steps=STEPS),
     ):
-        found = compare(Subject(*tiny, hybrid), tasks, comparison, Journal(tmp_path, CONDITION))
+        found = compare(
+            ProfiledModel(*tiny, hybrid), tasks, comparison, Journal(tmp_path, CONDITION)
+        )
         rows = {(FULL, ""), *((e.method, e.budget) for e in comparison.entries)}
         wanted = [a for a in answers if (a.method, a.budget) in rows]
 
@@ -419,14 +429,16 @@ def test_a_baseline_that_cannot_meet_a_budget_is_named(
     base.baseline("picky", "picky", "none")(select)
     refused: dict[MethodAtBudget, str] = {}
     comparison = ComparisonPlan(("0.4", "60%"), ("picky",), ("inside",), steps=1)
-    found = compare(Subject(*tiny, hybrid), tasks, comparison, refused=refused)
+    found = compare(ProfiledModel(*tiny, hybrid), tasks, comparison, refused=refused)
     assert refused == {MethodAtBudget("picky", "0.4"): f"{tasks.samples[0].id}: too small for it"}
     assert {(a.method, a.budget) for a in found} == {
         ("full", ""), ("hkvprof", "0.4"), ("hkvprof", "60%"), ("picky", "60%")
     }  # fmt: skip
     with pytest.raises(BudgetError, match="too small"):
         compare(
-            Subject(*tiny, hybrid), tasks, ComparisonPlan(("0.005",), regimes=("inside",), steps=1)
+            ProfiledModel(*tiny, hybrid),
+            tasks,
+            ComparisonPlan(("0.005",), regimes=("inside",), steps=1),
         )
 
 
@@ -442,7 +454,7 @@ def test_progress_sees_every_sample(
             yield item
 
     comparison = ComparisonPlan(("0.4",), regimes=("inside",), steps=1)
-    compare(Subject(*tiny, hybrid), TaskSet("two", samples, SAME, 1), comparison, track=track)
+    compare(ProfiledModel(*tiny, hybrid), TaskSet("two", samples, SAME, 1), comparison, track=track)
     assert seen == [2, *(sample.id for sample in samples)]
 
 

@@ -26,7 +26,7 @@ from hkvprof.evaluate.baselines import PromptView
 from hkvprof.evaluate.baselines.ablations import offline_types
 from hkvprof.evaluate.baselines.hybridkv import THETA, request_sparsity
 from hkvprof.evaluate.compare import compare
-from hkvprof.evaluate.contest import ComparisonPlan, Subject
+from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
 from hkvprof.evaluate.prefill import capture
 from hkvprof.evaluate.records import FULL, OURS
 from hkvprof.evaluate.statistics import summarise
@@ -61,7 +61,7 @@ def main() -> None:
     comparison = ComparisonPlan(
         tuple(options.budget.split(",")), ("hybridkv", "hybridkv_offline"), REGIMES
     )
-    answers = compare(Subject(model, processor, profile), tasks, comparison, track=track)
+    answers = compare(ProfiledModel(model, processor, profile), tasks, comparison, track=track)
     _say("\n| regime | budget | types | score | KL |\n|---|---|---|---|---|")
     for row in summarise(answers):
         score = "-" if row.score is None else f"{row.score:.1%}"
