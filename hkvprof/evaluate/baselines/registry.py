@@ -1,4 +1,4 @@
-"""The methods that a comparison can name, imported on first use."""
+"""Methods by name."""
 
 from __future__ import annotations
 
