@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hkvprof.profile.planning import Reach, find_reach
+from hkvprof.profile.capacity import Reach, find_reach
 from hkvprof.profile.record import Profile
 from hkvprof.profile.upgrade import tokens_told
 
