@@ -17,6 +17,7 @@ from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.fingerprints import without_weights
 from hkvprof.runtime.handle import Handle, apply
+from hkvprof.runtime.options import REMOVED
 from hkvprof.runtime.receipt import Receipt
 
 MIN_TOKENS = 64
@@ -27,7 +28,6 @@ LOADING = ("dtype", "device", "device_map")
 RUNTIME = (
     "budget",
     "min_tokens",
-    "decode_compression",
     "compress_every",
     "host_dtype",
     "smoothing",
@@ -99,6 +99,7 @@ def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
+            hint = f". {REMOVED[name]}" if name in REMOVED else hint
             raise UsageError(
                 f"--model hkvprof knows no argument {name!r}: expected {', '.join(known)}.{hint}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Never
 
 from hkvprof.errors import BudgetError, CompressionError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
@@ -15,7 +15,7 @@ from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.binding import HANDLE, Binding
 from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.fingerprints import check_fingerprint
-from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
+from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options, refuse_unknown
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.receipt import Receipt
 from hkvprof.runtime.retrieval import queues_for
@@ -28,13 +28,13 @@ def apply(
     budget: float | int | str | None = None,
     strict: bool = True,
     min_tokens: int = MIN_TOKENS,
-    decode_compression: bool = True,
     compress_every: int = COMPRESS_EVERY,
     host_dtype: str = "same",
     smoothing: float = SMOOTHING,
     retrieve_every: int = 1,
     prefetch: float | None = None,
     monitor: float = 0.0,
+    **unknown: Never,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
 
@@ -48,7 +48,7 @@ def apply(
 
     Generated tokens and later turns join the budget before they are more than 5% over it, and after
     `compress_every` tokens at the latest (static heads are pruned again, full chunks of dynamic
-    heads move to the host); `decode_compression=False` keeps them whole. Dynamic heads:
+    heads move to the host); 0 keeps them whole. Dynamic heads:
     `host_dtype="int8"` halves their host memory, `smoothing` s keeps a token hot while s times its
     last score would (fewer transfers), and with `retrieve_every` n only every n-th step selects,
     then with the n - 1 successors of what it picks (docs/retrieval.md).
@@ -62,8 +62,10 @@ def apply(
     ProfileError if the profile is for another model, ModelError for unsupported models (for
     unlisted architectures that `hkvprof doctor` has not passed here, and for untested releases of
     transformers that fail a built-in check),
-    BudgetError for budgets that cannot be met, UsageError if the model is already hooked.
+    BudgetError for budgets that cannot be met, UsageError for unknown or impossible options and
+    if the model is already hooked.
     """
+    refuse_unknown(unknown)
     require_tested_seam(apply)
     if isinstance(profile, (str, Path)):
         profile = load_profile(profile)
@@ -73,16 +75,8 @@ def apply(
     check_fingerprint(profile, view)
     if vars(model).get(HANDLE) is not None:
         raise UsageError("this model already has a profile applied: call handle.detach() first")
-    if decode_compression and compress_every == 0:
-        raise UsageError(
-            "compress_every must be at least 1; to keep generated tokens whole use "
-            "decode_compression=False"
-        )
-    if not isinstance(decode_compression, bool):
-        raise UsageError(f"decode_compression must be True or False, found {decode_compression!r}")
-    every = compress_every if decode_compression else 0
     options = Options(
-        strict, min_tokens, every, host_dtype, smoothing, retrieve_every, prefetch, monitor
+        strict, min_tokens, compress_every, host_dtype, smoothing, retrieve_every, prefetch, monitor
     )
     if prefetch is not None:
         queues_for(model.device)

@@ -129,7 +129,7 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         elif count > self.ragged.tail:
             raise CompressionError(
                 f"cannot remove {count} tokens: only the {self.ragged.tail} tokens since the last "
-                "compression can be cropped; start a new cache, or use decode_compression=False"
+                "compression can be cropped; start a new cache, or use compress_every=0"
             )
         else:
             self.ragged.drop_last(count)

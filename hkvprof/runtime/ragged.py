@@ -36,7 +36,7 @@ from hkvprof.runtime.retrieval import Retriever
 from hkvprof.runtime.storage import RaggedStorage
 from hkvprof.selection.static import window_attention
 
-KEPT_WHOLE = "generated tokens are kept whole (decode_compression=False)"
+KEPT_WHOLE = "generated tokens are kept whole (compress_every=0)"
 TOO_MUCH = "indexes, recent tokens and the floor of a row need more than its budget at this length"
 LONG_PASS = (
     "a pass was longer than the room left: its tokens join the budget at the start of the next one"

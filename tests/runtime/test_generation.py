@@ -92,7 +92,7 @@ def test_share_stays_at_the_budget_however_long_the_generation(llama: Any, types
         assert receipt.resident_share <= 1.05 * 0.2
         assert handle.profile.keep == keep
         assert 1 + 699 // 32 <= min(layer.compressions for layer in receipt.layers) < 2 * 699 / 32
-    with apply(llama, profile_of(llama, types), budget=0.2, decode_compression=False) as handle:
+    with apply(llama, profile_of(llama, types), budget=0.2, compress_every=0) as handle:
         llama.generate(input_ids=ids, max_new_tokens=300, **GREEDY)
         assert handle.receipt().resident_share > 0.5
 
@@ -219,7 +219,7 @@ def test_prompt_lookup_equals_plain_decoding(llama: Any) -> None:
         assert abs(handle.receipt().resident_share - share) < 0.15
     # Compression happens at other tokens when several come at once; up to there they agree.
     assert torch.equal(got[:, :188], expected[:, :188])
-    with apply(llama, profile_of(llama, "static"), budget=0.5, decode_compression=False):
+    with apply(llama, profile_of(llama, "static"), budget=0.5, compress_every=0):
         expected = llama.generate(input_ids=ids, max_new_tokens=60, **GREEDY)
         got = llama.generate(input_ids=ids, max_new_tokens=60, prompt_lookup_num_tokens=4, **GREEDY)
     assert torch.equal(got, expected)
@@ -359,8 +359,8 @@ def test_a_broken_row_leaves_the_others_alone(llama: Any, types: str, value: flo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compress_every": 0}, "decode_compression=False"),
-        ({"compress_every": -3}, "at least 1"),
+        ({"decode_compression": False}, "compress_every=0"),
+        ({"compress_every": -3}, "at least 0"),
         ({"host_dtype": "int4"}, "same, int8"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"retrieve_every": 0}, "retrieve_every"),

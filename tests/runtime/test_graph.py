@@ -97,7 +97,7 @@ def profile_of(model: Any, types: str) -> Any:
     ("types", "steps", "rows", "options"),
     [
         ("static", 60, (220, 200), {"budget": 0.5, "compress_every": 40}),
-        ("static", 40, (150, 131), {"budget": 0.3, "decode_compression": False}),
+        ("static", 40, (150, 131), {"budget": 0.3, "compress_every": 0}),
         ("mixed", 60, (220, 200), {"budget": 0.5, "compress_every": 40, "smoothing": 0.5}),
         ("mixed", 60, (150, 150), {"budget": 0.3}),  # less room than queries are kept
     ],

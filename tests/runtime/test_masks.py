@@ -132,7 +132,7 @@ class Twins:
 
 OPTIONS: list[dict[str, Any]] = [
     {"budget": 0.35, "compress_every": 16},
-    {"budget": 0.5, "decode_compression": False},
+    {"budget": 0.5, "compress_every": 0},
     {"budget": 0.4, "compress_every": 16, "smoothing": 0.0},
 ]
 passes = st.tuples(

@@ -128,12 +128,12 @@ def test_compress_every_is_an_upper_bound(llama: Any) -> None:
 
 
 def test_what_is_kept_whole_is_told(llama: Any) -> None:
-    with apply(llama, profile_of(llama, "static"), budget=0.2, decode_compression=False) as handle:
+    with apply(llama, profile_of(llama, "static"), budget=0.2, compress_every=0) as handle:
         llama.generate(input_ids=token_ids(1, 300), max_new_tokens=40, **GREEDY)
         receipt = handle.receipt()
     assert receipt.query_bytes == 0
     assert receipt.over_tokens > 30
-    assert "decode_compression=False" in receipt.excess
+    assert "compress_every=0" in receipt.excess
     assert f"because {receipt.excess}" in str(receipt)
     assert receipt.to_json()["excess"] == receipt.excess
 

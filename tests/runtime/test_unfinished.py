@@ -112,7 +112,8 @@ WRONG: tuple[tuple[str, Any], ...] = (
     *(("retrieve_every", value) for value in ("a", 1.5, 0)),
     *(("smoothing", value) for value in ("a", True, 1.0)),
     *(("monitor", value) for value in ("a", None, 2)),
-    ("prefetch", "a"), ("strict", None), ("decode_compression", None),
+    ("prefetch", "a"), ("strict", None), ("decode_compression", False),
+    ("buget", 0.1),
 )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def prefilled(model: Any, monkeypatch: pytest.MonkeyPatch, types: str, **options
     use(monkeypatch, TorchKernels())
     index = {} if types == "static" else {"index": types, "chunk": 8}
     profile = uniform_profile(model, "static" if types == "static" else "dynamic", **index)
-    handle = apply(model, profile, budget=0.3, decode_compression=False, **options)
+    handle = apply(model, profile, budget=0.3, compress_every=0, **options)
     cache = handle.new_cache()
     model(input_ids=token_ids(2, 150), **with_cache(model, cache))
     return cache
