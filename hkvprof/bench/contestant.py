@@ -353,7 +353,7 @@ class FilledContestant(Contestant):
             retriever = layer.ragged.retriever
             if retriever.prefetch is not None:
                 counts += int(retriever.prefetch.corrected.sum())
-                steps += retriever.steps * len(retriever.prefetch.corrected)
+                steps += retriever.prefetch.steps * len(retriever.prefetch.corrected)
         return counts / steps if steps else None
 
 

@@ -31,9 +31,8 @@ RUNTIME = (
     "compress_every",
     "host_dtype",
     "smoothing",
-    "retrieve_every",
 )
-_WHOLE = ("min_tokens", "compress_every", "retrieve_every")
+_WHOLE = ("min_tokens", "compress_every")
 
 
 @dataclass(frozen=True)

@@ -141,11 +141,6 @@ class GraphDecoder:
                 "prefetch works across steps and cannot be part of a graph of one step: apply the "
                 "profile without prefetch, or call the model itself"
             )
-        if options.retrieve_every > 1:
-            raise UsageError(
-                "a graph's steps are all alike, retrieve_every makes them differ: apply the "
-                "profile without it, or call the model itself"
-            )
         if self._cache.conversation.hides:
             raise CompressionError(
                 "the last pass's attention mask hides tokens after the prompt, and recorded steps "

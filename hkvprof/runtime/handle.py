@@ -31,7 +31,6 @@ def apply(
     compress_every: int = COMPRESS_EVERY,
     host_dtype: str = "same",
     smoothing: float = SMOOTHING,
-    retrieve_every: int = 1,
     prefetch: float | None = None,
     monitor: float = 0.0,
     **unknown: Never,
@@ -50,8 +49,7 @@ def apply(
     `compress_every` tokens at the latest (static heads are pruned again, full chunks of dynamic
     heads move to the host); 0 keeps them whole. Dynamic heads:
     `host_dtype="int8"` halves their host memory, `smoothing` s keeps a token hot while s times its
-    last score would (fewer transfers), and with `retrieve_every` n only every n-th step selects,
-    then with the n - 1 successors of what it picks (docs/retrieval.md).
+    last score would (fewer transfers; docs/retrieval.md).
     `prefetch` c, on CUDA only: selection and reads of host memory for the next step run beside this
     one, but for heads whose query has a cosine below c to its last (0.85; docs/gpu.md).
 
@@ -75,9 +73,7 @@ def apply(
     check_fingerprint(profile, view)
     if vars(model).get(HANDLE) is not None:
         raise UsageError("this model already has a profile applied: call handle.detach() first")
-    options = Options(
-        strict, min_tokens, compress_every, host_dtype, smoothing, retrieve_every, prefetch, monitor
-    )
+    options = Options(strict, min_tokens, compress_every, host_dtype, smoothing, prefetch, monitor)
     if prefetch is not None:
         queues_for(model.device)
     parsed = Budget.parse(profile.default_budget if budget is None else budget)

@@ -23,6 +23,7 @@ REMOVED = {
     "decode_compression": (
         "compress_every=0 keeps generated tokens whole; without it they join the budget"
     ),
+    "retrieve_every": "dynamic heads select at every step; leave it out",
 }
 """Options of earlier versions, and what to do instead."""
 
@@ -55,7 +56,6 @@ class Options:
     compress_every: int = COMPRESS_EVERY
     host_dtype: str = "same"
     smoothing: float = SMOOTHING
-    retrieve_every: int = 1
     prefetch: float | None = None
     monitor: float = 0.0
 
@@ -67,7 +67,6 @@ class Options:
             self.compress_every, "compress_every", 0,
             " (0 keeps generated tokens whole)",
         )  # fmt: skip
-        require_count(self.retrieve_every, "retrieve_every", 1)
         for name in ("smoothing", "monitor", "prefetch"):
             value = getattr(self, name)
             absent = name == "prefetch" and value is None
@@ -81,15 +80,9 @@ class Options:
             raise UsageError(f"smoothing must be in [0, 1), found {self.smoothing}")
         if not 0 <= self.monitor <= 1:
             raise UsageError(f"monitor is a share of requests in [0, 1], found {self.monitor}")
-        if self.prefetch is None:
-            return
-        if not 0 < self.prefetch <= 1:
+        if self.prefetch is not None and not 0 < self.prefetch <= 1:
             raise UsageError(
                 f"prefetch must be a cosine in (0, 1] such as {PREFETCH}, found {self.prefetch}"
-            )
-        if self.retrieve_every > 1:
-            raise UsageError(
-                "prefetch selects at every step: give prefetch or retrieve_every, not both"
             )
 
     @property

@@ -73,7 +73,7 @@ class RaggedLayer(LiveState):
         self._known = seen
         """Logical length up to which `_places` go."""
         self.storage: RaggedStorage
-        self.retriever = self._new_retriever(0)
+        self.retriever = self._new_retriever()
 
     @classmethod
     def compress(
@@ -268,7 +268,7 @@ class RaggedLayer(LiveState):
         self.dynamic = {i: old[s].clone() for i, s in enumerate(segments) if s in old}
         self._places = [self._places[s] for s in segments]
         take_heads(self.account, segments, heads)
-        self.retriever = self._new_retriever(self.retriever.steps)
+        self.retriever = self._new_retriever()
         self.measure()
 
     # -- attention ------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ class RaggedLayer(LiveState):
     def _install(self, packed: list[Packed], positions: Sequence[NDArray[np.int32] | None]) -> None:
         self.storage = RaggedStorage([p.key for p in packed], [p.value for p in packed])
         self.dynamic = {i: p.dynamic for i, p in enumerate(packed) if p.dynamic is not None}
-        self.retriever = self._new_retriever(self.retriever.steps)
+        self.retriever = self._new_retriever()
         self._known = self.seen
         self._places = [
             None if one.kept is None or known is None else Places(known, one.kept)
@@ -377,13 +377,13 @@ class RaggedLayer(LiveState):
         open_heads(self.account, [p.name for p in packed], self.kv_heads)
         self.measure()
 
-    def _new_retriever(self, steps: int) -> Retriever:
+    def _new_retriever(self) -> Retriever:
         options = self._shared.planner.options
         rerank = {
             segment: self._plan(*divmod(segment, self.kv_heads)).strategy.rerank
             for segment in self.dynamic
         }
-        return Retriever(self.dynamic, rerank, self.account, options, self.scaling, steps)
+        return Retriever(self.dynamic, rerank, self.account, options, self.scaling)
 
     def _finish(self, began: float) -> None:
         if not self.storage.key.is_cuda:

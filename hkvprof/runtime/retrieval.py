@@ -108,6 +108,7 @@ class Prefetch:
         self.queues = queues
         self.corrected = torch.zeros(len(segments), dtype=torch.int64, device=device)
         """Corrections so far per dynamic head, counted on the device."""
+        self.steps = 0
         self._threshold = threshold
         self._segments = device_integers(list(segments), device)
         self._turned = torch.empty(len(segments), dtype=torch.bool, device=device)
@@ -124,6 +125,7 @@ class Prefetch:
 
         `query` may be overwritten by the caller afterwards: a copy is kept.
         """
+        self.steps += 1
         self.queues.join()
         if self._last is None:
             retrieval.step(query)
@@ -158,8 +160,7 @@ class Prefetch:
 class Retriever:
     """Bound to the dynamic heads of one compression: make a new one when they are replaced.
 
-    `rerank` says of every dynamic segment how many items more its index names; `steps` counts
-    decoding steps: every `retrieve_every`-th of them selects.
+    `rerank` says of every dynamic segment how many items more its index names.
     """
 
     def __init__(
@@ -169,9 +170,7 @@ class Retriever:
         account: LayerAccount,
         options: Options,
         scaling: float,
-        steps: int = 0,
     ) -> None:
-        self.steps = steps
         self.prefetch: Prefetch | None = None
         self._dynamic, self._rerank, self._account = dynamic, rerank, account
         self._options, self._scaling = options, scaling
@@ -188,14 +187,12 @@ class Retriever:
         began = time.perf_counter()
         if self._bound is None:
             self._bound = self._bind(kernels, storage)
-        selects = self.steps % self._options.retrieve_every == 0
         self.advance(1)
         if self.prefetch is not None:
             return self.prefetch.step(self._bound, query, attend)
-        if selects:
-            self._bound.step(query)
-            if not storage.key.is_cuda:
-                self._account.retrieval_seconds += time.perf_counter() - began
+        self._bound.step(query)
+        if not storage.key.is_cuda:
+            self._account.retrieval_seconds += time.perf_counter() - began
         return attend()
 
     def step_seeing(
@@ -209,10 +206,7 @@ class Retriever:
         In plain torch, and at once where others prefetch.
         """
         self.unbind()
-        selects = self.steps % self._options.retrieve_every == 0
         self.advance(1)
-        if not selects:
-            return
         bound = self._bind(TorchKernels(), storage)
         assert isinstance(bound, TorchRetrieval)
         bound.step_seeing(query, [hidden[segment] for segment in self._dynamic])
@@ -221,13 +215,10 @@ class Retriever:
 
     def advance(self, count: int) -> None:
         """Book decoding steps, taken by the device (or, below 0, not taken)."""
-        every = self._options.retrieve_every
-        selections = -(-(self.steps + count) // every) + -self.steps // every
-        self.steps += count
         for segment, head in self._dynamic.items():
             account = self._account.heads[segment]
-            account.chunks_requested += selections * head.layout.hot
-            account.bytes_moved += selections * self._key_bytes(segment)
+            account.chunks_requested += count * head.layout.hot
+            account.bytes_moved += count * self._key_bytes(segment)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Retriever:
         """Bound to the copies of its heads, at their next step."""
@@ -261,7 +252,6 @@ class Retriever:
             segments,
             self._scaling,
             options.smoothing,
-            options.retrieve_every - 1,
             None if before is None else before.counts,
         )
         if before is None:

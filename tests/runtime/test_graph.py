@@ -166,9 +166,3 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(ragged, "for_device", lambda device, dtype: TorchKernels())
         with pytest.raises(CompressionError, match="plain torch make the host wait"):
             GraphDecoder(model, cache, recorder=recorder)
-    profile = uniform_profile(model, "dynamic")
-    with (
-        apply(model, profile, budget=0.3, retrieve_every=2) as handle,
-        pytest.raises(UsageError, match="retrieve_every makes them differ"),
-    ):
-        GraphDecoder(model, handle.new_cache(), recorder=recorder)

@@ -170,5 +170,3 @@ def test_prefetch_is_refused_where_nothing_overlaps() -> None:
         apply(model, uniform_profile(model, "dynamic"), budget=0.3, prefetch=0.85)
     with pytest.raises(UsageError, match=r"a cosine in \(0, 1\] such as 0.85, found 1.5"):
         Options(prefetch=1.5)
-    with pytest.raises(UsageError, match="prefetch selects at every step"):
-        Options(prefetch=0.9, retrieve_every=2)

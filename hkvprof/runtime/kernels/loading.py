@@ -135,7 +135,7 @@ class RetrieveArgs(ctypes.Structure):
         ("heads", POINTER(Head)),
         ("fetched", c_void_p),
         ("count", c_int64),
-        *((name, c_int32) for name in ("dim", "threads", "successors")),
+        *((name, c_int32) for name in ("dim", "threads")),
         *((name, c_float) for name in ("scaling", "smoothing")),
     )
 

@@ -107,7 +107,7 @@ def prefilled(model: Any, monkeypatch: pytest.MonkeyPatch, types: str, **options
     [
         ("static", {}),
         ("mean", {}),
-        ("minmax", {"smoothing": 0.0, "retrieve_every": 2}),
+        ("minmax", {"smoothing": 0.0}),
         ("mean", {"prefetch": 0.85}),
         ("mean", {"host_dtype": "int8"}),
     ],
@@ -134,7 +134,7 @@ def test_steps_ask_for_nothing(
     elif "prefetch" in options:
         assert selections == 2 * (1 + 2 * 11)  # each layer: once at first, then in two parts
     else:
-        assert selections == 24 / options.get("retrieve_every", 1)
+        assert selections == 24
     assert cache.get_seq_length() == 162
 
 
