@@ -65,20 +65,6 @@ class CudaQueues:
                 tensor.record_stream(self._side)
 
 
-class InOrder:
-    """One queue: what goes aside runs at once. For tests where there is no device."""
-
-    def join(self) -> None:
-        """There is nothing to wait for."""
-
-    def aside(self, work: Callable[[], None]) -> None:
-        """Now."""
-        work()
-
-    def uses(self, tensors: Sequence[Tensor]) -> None:
-        """There is one queue alone."""
-
-
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -54,18 +54,17 @@ class HostTurnedBack:
     def _numbers(self) -> list[Any]:
         return [
             (layer._seen, layer.ragged.seen, list(layer.ragged.storage.lengths),
-             layer.ragged.retriever.steps, copy.deepcopy(vars(layer.account)["heads"]),
+             copy.deepcopy(vars(layer.account)["heads"]),
              {name: value for name, value in vars(layer.account).items() if name != "heads"})
             for layer in self.cache.covered
         ]  # fmt: skip
 
     def _set(self, numbers: list[Any]) -> None:
-        for layer, (seen, total, lengths, steps, heads, account) in zip(
+        for layer, (seen, total, lengths, heads, account) in zip(
             self.cache.covered, numbers, strict=True
         ):
             layer._seen, layer.ragged.seen = seen, total
             layer.ragged.storage.lengths = list(lengths)
-            layer.ragged.retriever.steps = steps
             vars(layer.account).update(account)
             for mine, old in zip(layer.account.heads, heads, strict=True):
                 vars(mine).update(vars(old))

@@ -27,9 +27,9 @@ from hkvprof.runtime import retrieval as retrieving
 from hkvprof.runtime.graph import GraphDecoder
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels
-from hkvprof.runtime.retrieval import InOrder
 from tests.models_for_tests import apply, random_llama, token_ids
 from tests.runtime.kernels.triton_cases import INTERPRETED, triton_kernels
+from tests.runtime.queues import InOrder
 
 BY_VALUE = {
     "_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "nonzero_static",
