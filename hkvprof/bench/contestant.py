@@ -26,7 +26,7 @@ from hkvprof.models.calls import last_row_only, with_cache
 from hkvprof.profile.budgets import Budget
 from hkvprof.runtime import apply, measure_storage
 from hkvprof.runtime.graph import GraphDecoder
-from hkvprof.runtime.host import HostChunks
+from hkvprof.runtime.storage import HostChunks
 from hkvprof.runtime.options import PREFETCH
 
 if TYPE_CHECKING:

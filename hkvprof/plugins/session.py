@@ -15,8 +15,7 @@ from hkvprof.models.load import load_model
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile, load_profile
-from hkvprof.runtime.fingerprints import without_weights
-from hkvprof.runtime.handle import Handle, apply
+from hkvprof.runtime.handle import Handle, apply, without_weights
 from hkvprof.runtime.options import REMOVED
 from hkvprof.runtime.receipt import Receipt
 

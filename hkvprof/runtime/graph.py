@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.models.calls import with_cache
+from hkvprof.runtime.accounts import LayerState
 from hkvprof.runtime.cache import CompressedCache
 
 AHEAD = 96
@@ -147,8 +148,9 @@ class GraphDecoder:
                 "have no mask: call the model itself, with attention_mask"
             )
         for layer in self._cache.covered:
-            reason = "no prompt yet" if layer.account.state == "empty" else layer.account.reason
             if layer.ragged is None:
+                empty = layer.account.state is LayerState.EMPTY
+                reason = "no prompt yet" if empty else layer.account.reason
                 raise CompressionError(
                     f"layer {layer.account.layer} is not compressed ({reason}): expected a cache "
                     "whose prompt was compressed; call the model itself"

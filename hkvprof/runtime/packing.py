@@ -21,8 +21,8 @@ from hkvprof.profile.costs import (
     least_layout,
     static_tokens,
 )
-from hkvprof.runtime.host import DynamicHead, HostChunks
 from hkvprof.runtime.options import Options
+from hkvprof.runtime.storage import DynamicHead, HostChunks
 from hkvprof.selection.index import HeadTables, KeyIndex, build_index
 from hkvprof.selection.static import rank_tokens, select_tokens
 

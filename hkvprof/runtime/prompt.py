@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hkvprof.errors import CompressionError
 from hkvprof.heads import HeadGrid
-from hkvprof.runtime.masks import View, read_view, row_starts, to_bool
+from hkvprof.runtime.accounts import Meter
+from hkvprof.runtime.attention import View, read_view, row_starts, to_bool
 from hkvprof.runtime.plan import Planner, RowPlan
-from hkvprof.runtime.receipt import Meter
 
 
 @dataclass

@@ -13,14 +13,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hkvprof.errors import UsageError
+from hkvprof.runtime.accounts import Fetches, LayerAccount
 from hkvprof.runtime.copies import deep_copy
-from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval
 from hkvprof.runtime.kernels.interface import device_integers
 from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from hkvprof.runtime.options import Options
-from hkvprof.runtime.receipt import Fetches, LayerAccount
-from hkvprof.runtime.storage import RaggedStorage
+from hkvprof.runtime.storage import DynamicHead, RaggedStorage
 
 
 class Queues(Protocol):

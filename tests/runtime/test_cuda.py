@@ -15,7 +15,7 @@ from hkvprof.bench.run import bench_filled
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime.graph import GraphDecoder
-from hkvprof.runtime.host import HostChunks
+from hkvprof.runtime.storage import HostChunks
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 
 pytestmark = [

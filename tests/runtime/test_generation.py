@@ -15,7 +15,7 @@ from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime import measure_storage
-from hkvprof.runtime.receipt import measure_queries
+from hkvprof.runtime.accounts import measure_queries
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
 from tests.runtime.test_handle import TYPES, logits_of, profile_of

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkvprof.runtime.host import SCALE_TOKENS, HostChunks
+from hkvprof.runtime.storage import SCALE_TOKENS, HostChunks
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from hkvprof.errors import CompressionError, ModelError
 from hkvprof.models.attention import AttentionCall, MarkedLayer
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime import measure_storage
-from hkvprof.runtime.masks import own_block, read_view, row_starts
+from hkvprof.runtime.attention import own_block, read_view, row_starts
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import kept_positions
 from tests.runtime.test_handle import TYPES, profile_of

@@ -10,7 +10,8 @@ import torch
 import hkvprof
 import hkvprof.runtime
 from hkvprof.runtime import measure_storage
-from hkvprof.runtime.receipt import Receipt, measure_queries
+from hkvprof.runtime.accounts import measure_queries
+from hkvprof.runtime.receipt import Receipt
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.test_forecast import FOLDER, MENUS, measured
