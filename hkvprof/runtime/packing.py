@@ -170,7 +170,7 @@ def _pack_dynamic(
         torch.cat([ends_key, hot_key.flatten(0, 1)]),
         torch.cat([ends_value, hot_value.flatten(0, 1)]),
         rule.strategy.name,
-        DynamicHead(layout, host, index, slots, hot_score),
+        DynamicHead(layout, host, index, rule.strategy.rerank, slots, hot_score),
     )
 
 

@@ -415,11 +415,7 @@ class RaggedLayer(LiveState):
 
     def _new_retriever(self) -> Retriever:
         options = self._shared.planner.options
-        rerank = {
-            segment: self._plan(*divmod(segment, self.kv_heads)).strategy.rerank
-            for segment in self.dynamic
-        }
-        return Retriever(self.dynamic, rerank, self.account, options, self.scaling)
+        return Retriever(self.dynamic, self.account, options, self.scaling)
 
     def _finish(self, began: float, held: int) -> None:
         """Of a compression that began then, of what took `held` bytes."""

@@ -143,21 +143,17 @@ class Prefetch:
 
 
 class Retriever:
-    """Bound to the dynamic heads of one compression: make a new one when they are replaced.
-
-    `rerank` says of every dynamic segment how many items more its index names.
-    """
+    """Bound to the dynamic heads of one compression: make a new one when they are replaced."""
 
     def __init__(
         self,
         dynamic: Mapping[int, DynamicHead],
-        rerank: Mapping[int, int],
         account: LayerAccount,
         options: Options,
         scaling: float,
     ) -> None:
         self.prefetch: Prefetch | None = None
-        self._dynamic, self._rerank, self._account = dynamic, rerank, account
+        self._dynamic, self._account = dynamic, account
         self._options, self._scaling = options, scaling
         self._bound: Retrieval | None = None
 
@@ -203,7 +199,7 @@ class Retriever:
         for segment, head in self._dynamic.items():
             account = self._account.heads[segment]
             account.chunks_requested += count * head.layout.hot
-            account.bytes_moved += count * self._key_bytes(segment)
+            account.bytes_moved += count * head.rerank_bytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Retriever:
         """Bound to the copies of its heads, at their next step."""
@@ -220,17 +216,10 @@ class Retriever:
         self.join()
         self._bound = None
 
-    def _key_bytes(self, segment: int) -> int:
-        """Bytes of the exact keys that reranking reads from the host at every selection."""
-        head = self._dynamic[segment]
-        more = self._rerank[segment]
-        if not more or head.layout.hot == head.layout.items:
-            return 0
-        return min(head.layout.items, head.layout.hot + more) * head.host.item_bytes // 2
-
     def _bind(self, kernels: Kernels, storage: RaggedStorage) -> Retrieval:
         options, before = self._options, self._account.fetches
-        segments = [self._segment(number, storage) for number in self._dynamic]
+        heads = self._dynamic.items()
+        segments = [head.described(number, storage.offsets[number]) for number, head in heads]
         bound = kernels.bind(
             storage.key,
             storage.value,
@@ -246,22 +235,6 @@ class Retriever:
         if options.prefetch is not None:
             self._prepare_prefetch(options.prefetch, storage, segments, bound)
         return bound
-
-    def _segment(self, number: int, storage: RaggedStorage) -> DynamicSegment:
-        head = self._dynamic[number]
-        return DynamicSegment(
-            segment=number,
-            index=head.index,
-            slots=head.slots,
-            hot_score=head.hot_score,
-            host=head.host.data,
-            scale=head.host.scale,
-            items_per_group=head.host.items_per_group,
-            hot_start=storage.offsets[number] + head.hot_start,
-            chunk=head.layout.chunk,
-            items=head.layout.items,
-            rerank=self._rerank[number],
-        )
 
     def _prepare_prefetch(
         self,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hkvprof.errors import CompressionError
 from hkvprof.profile.costs import DynamicLayout
-from hkvprof.runtime.kernels.interface import Extents, device_integers
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, device_integers
 from hkvprof.selection.index import KeyIndex
 
 SLACK_SHARE = 1 / 32
@@ -115,8 +115,11 @@ class RaggedStorage:
         return True
 
     def drop_last(self, count: int) -> None:
-        """Forget the last `count` tokens of every segment."""
-        assert all(count <= n for n in self.lengths)
+        """Forget the last `count` tokens of every segment. Raises CompressionError beyond them."""
+        if count > min(self.lengths):
+            raise CompressionError(
+                f"cannot remove {count} tokens from segments of {min(self.lengths)} and more"
+            )
         self.lengths = [n - count for n in self.lengths]
         self.ends -= count
 
@@ -307,13 +310,14 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tenso
 class DynamicHead:
     """One (batch row, KV head): host items, device index, and which item every hot slot holds.
 
-    Its storage segment is laid out [sinks | recent | hot slots | tokens since]. `hot_score` exists
-    with smoothing only.
+    Its storage segment is laid out [sinks | recent | hot slots | tokens since]. Its index names
+    `rerank` items beyond the hot buffer for exact scores. `hot_score` exists with smoothing only.
     """
 
     layout: DynamicLayout
     host: HostChunks
     index: KeyIndex
+    rerank: int
     slots: Int[Tensor, " hot"]
     hot_score: Float[Tensor, " hot"] | None = None
 
@@ -331,6 +335,30 @@ class DynamicHead:
     def hot_start(self) -> int:
         """First row of the hot slots within the segment."""
         return self.layout.sinks + self.layout.recent
+
+    def described(self, segment: int, start: int) -> DynamicSegment:
+        """For the kernels: its storage segment has this number and begins at row `start`."""
+        return DynamicSegment(
+            segment=segment,
+            index=self.index,
+            slots=self.slots,
+            hot_score=self.hot_score,
+            host=self.host.data,
+            scale=self.host.scale,
+            items_per_group=self.host.items_per_group,
+            hot_start=start + self.hot_start,
+            chunk=self.layout.chunk,
+            items=self.layout.items,
+            rerank=self.rerank,
+        )
+
+    @property
+    def rerank_bytes(self) -> int:
+        """Bytes of the exact keys that reranking reads from the host at every selection."""
+        layout = self.layout
+        if not self.rerank or layout.hot == layout.items:
+            return 0
+        return min(layout.items, layout.hot + self.rerank) * self.host.item_bytes // 2
 
     @property
     def index_bytes(self) -> int:
