@@ -228,12 +228,12 @@ def measure_queries(cache: Any) -> int:
 
 
 def _measure(cache: Any) -> dict[str, int]:
-    found: dict[str, dict[int, int]] = {"resident": {}, "host": {}, "queries": {}}
+    sizes: dict[str, dict[int, int]] = {"resident": {}, "host": {}, "queries": {}}
     for layer in cache.layers:
         for tensor, place in _tensors(layer, "resident", set()):
             storage = tensor.untyped_storage()
-            found[place][storage.data_ptr()] = storage.nbytes()
-    return {place: sum(sizes.values()) for place, sizes in found.items()}
+            sizes[place][storage.data_ptr()] = storage.nbytes()
+    return {place: sum(one.values()) for place, one in sizes.items()}
 
 
 def _tensors(value: Any, place: str, seen: set[int]) -> Iterator[tuple[torch.Tensor, str]]:

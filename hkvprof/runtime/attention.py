@@ -128,9 +128,9 @@ def _places(marked: Bool[Tensor, "rows seen"]) -> str:
     """Rows and positions in words; at most four rows."""
     texts = []
     for row in marked.any(dim=1).nonzero()[:, 0].tolist():
-        found = marked[row].nonzero()[:, 0].tolist()
-        count = "" if len(found) == found[-1] - found[0] + 1 else f" ({len(found)} of them)"
-        texts.append(f"positions {found[0]} to {found[-1]}{count} of row {row}")
+        places = marked[row].nonzero()[:, 0].tolist()
+        count = "" if len(places) == places[-1] - places[0] + 1 else f" ({len(places)} of them)"
+        texts.append(f"positions {places[0]} to {places[-1]}{count} of row {row}")
     more = [f"and {len(texts) - 4} more rows"] if len(texts) > 4 else []
     return ", ".join(texts[:4] + more)
 

@@ -152,8 +152,8 @@ class Handle:
 
 def check_fingerprint(profile: Profile, view: ModelView) -> None:
     """Raise ProfileError naming the fields in which the profile's model differs; warn on others."""
-    mine, theirs = profile.fingerprint, view.fingerprint
-    mismatches = mine.mismatches(theirs)
+    calibrated, given = profile.fingerprint, view.fingerprint
+    mismatches = calibrated.mismatches(given)
     if mismatches:
         more = f" and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
         raise ProfileError(
@@ -161,14 +161,14 @@ def check_fingerprint(profile: Profile, view: ModelView) -> None:
             + "; ".join(mismatches[:4])
             + f"{more}. Calibrate this model with `hkvprof calibrate`"
         )
-    remarks = mine.remarks(theirs)
+    remarks = calibrated.remarks(given)
     if remarks:
         warnings.warn(
             f"the profile was {'; '.join(remarks)}: head types may not carry over; calibrate this "
             "model to be sure",
             stacklevel=3,
         )
-    elif mine.config_hash != theirs.config_hash:
+    elif calibrated.config_hash != given.config_hash:
         warnings.warn(
             "the model's config differs from the one calibrated in fields that do not change "
             "attention; compression works, its measured quality may not carry over",

@@ -296,12 +296,12 @@ def first_rows(
 
 def reasons(rows: Sequence[RowPlan]) -> str:
     """Why rows stay dense, in one text; empty where none does."""
-    found = {row: plan.dense_reason for row, plan in enumerate(rows) if plan.dense_reason}
-    if len(found) == len(rows) and len(set(found.values())) == 1:
-        return found[0]
+    dense = {row: plan.dense_reason for row, plan in enumerate(rows) if plan.dense_reason}
+    if len(dense) == len(rows) and len(set(dense.values())) == 1:
+        return dense[0]
     texts = [
         reason if reason.startswith(f"row {row}") else f"row {row}: {reason}"
-        for row, reason in found.items()
+        for row, reason in dense.items()
     ]
     more = [f"and {len(texts) - 4} more rows"] if len(texts) > 4 else []
     return "; ".join(texts[:4] + more)

@@ -200,9 +200,9 @@ def library(dtype: torch.dtype, group: int) -> ctypes.CDLL | None:
 
 def opened(dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
     """Any library, or any for this element type, that this process has opened already."""
-    for (kind, _), found in STATE.libraries.copy().items():  # other threads may open one now
-        if found is not None and (dtype is None or kind == DTYPES[dtype]):
-            return found
+    for (kind, _), one in STATE.libraries.copy().items():  # other threads may open one now
+        if one is not None and (dtype is None or kind == DTYPES[dtype]):
+            return one
     return None
 
 

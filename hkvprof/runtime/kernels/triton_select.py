@@ -74,9 +74,9 @@ def _cut(
             others = BLOCK - tl.sum(fits.to(tl.int32), 0)  # they are counted as 0
             histogram += tl.histogram(digit, BINS) - tl.where(bins == 0, others, 0)
         above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
-        found = tl.sum((above + histogram >= room).to(tl.int32), 0) - 1
-        room -= tl.sum(tl.where(bins == found, above, 0), 0)
-        last = last * BINS + found
+        best = tl.sum((above + histogram >= room).to(tl.int32), 0) - 1
+        room -= tl.sum(tl.where(bins == best, above, 0), 0)
+        last = last * BINS + best
     return last, room
 
 
