@@ -26,8 +26,8 @@ from hkvprof.models.calls import last_row_only, with_cache
 from hkvprof.profile.budgets import Budget
 from hkvprof.runtime import apply, measure_storage
 from hkvprof.runtime.graph import GraphDecoder
-from hkvprof.runtime.host import HostChunks
 from hkvprof.runtime.options import PREFETCH
+from hkvprof.runtime.storage import HostChunks
 
 if TYPE_CHECKING:
     from hkvprof.bench.prompts import Prompt
@@ -353,7 +353,7 @@ class FilledContestant(Contestant):
             retriever = layer.ragged.retriever
             if retriever.prefetch is not None:
                 counts += int(retriever.prefetch.corrected.sum())
-                steps += retriever.steps * len(retriever.prefetch.corrected)
+                steps += retriever.prefetch.steps * len(retriever.prefetch.corrected)
         return counts / steps if steps else None
 
 

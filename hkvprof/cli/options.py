@@ -51,7 +51,7 @@ def open_empty(name: str, profile: Profile) -> tuple[Any, Any]:
     With them all is checked that does not need weights, before `open_model`.
     """
     from hkvprof.cli.output import quiet_transformers
-    from hkvprof.runtime.fingerprints import without_weights
+    from hkvprof.runtime.handle import without_weights
 
     quiet_transformers()
     return without_weights(name, profile)

@@ -41,7 +41,7 @@ def text(patient: Patient) -> str:
     tokens = patient.prompt_tokens
     joined = _probe(patient, patient.text([tokens], steps=_STEPS, turn=True))
     whole = patient.text([tokens // 2], steps=_STEPS)
-    grown = _probe(patient, whole, decode_compression=False)
+    grown = _probe(patient, whole, compress_every=0)
     return f"{joined}; generated tokens kept whole: {grown}"
 
 
@@ -50,7 +50,7 @@ def batch(patient: Patient) -> str:
     tokens = patient.prompt_tokens
     padded = _probe(patient, patient.text([tokens, tokens * 2 // 3], turn=True))
     equal = patient.text([tokens // 2] * 3, steps=_STEPS, shuffle=(2, 0, 2))
-    shuffled = _probe(patient, equal, decode_compression=False)
+    shuffled = _probe(patient, equal, compress_every=0)
     return f"padded: {padded}; rows change places: {shuffled}"
 
 

@@ -61,8 +61,7 @@ class HeadJudge:
         """The layer attended compressed: what to. Raises FaultError."""
         before = seen.key.shape[2] - seen.query.shape[2]
         every = self._recording.options.get("compress_every", 0)
-        joins = self._recording.options.get("decode_compression", True)
-        due = joins and before - self._compressed_at[seen.number] >= every
+        due = every and before - self._compressed_at[seen.number] >= every
         window = None
         if due:
             self._compressed_at[seen.number] = before

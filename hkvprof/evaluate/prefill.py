@@ -26,7 +26,7 @@ from hkvprof.models.decoder_input import DecoderInput, watch_input
 from hkvprof.models.processing import Encoded
 from hkvprof.runtime import CompressedCache
 from hkvprof.runtime.packing import Packed
-from hkvprof.runtime.plan import HeadPlan
+from hkvprof.runtime.plan import HeadPlan, RowPlan
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,14 @@ class Prefill:
         plans: Sequence[tuple[HeadPlan, ...]],
         given: Sequence[Mapping[int, Packed]],
     ) -> None:
-        """As `fill`, but with these plans per layer; heads in `given` hold what they are given."""
+        """As `fill`, but with these plans per layer, whatever the planner says; heads in `given`
+        hold what they are given."""
         self._open(cache)
+        cache.conversation.observe_rows(None, 1, self.tokens, self.tokens)
         for layer, call, heads, packed in zip(cache.covered, self.calls, plans, given, strict=True):
             layer.update(call.key, call.value)
-            layer.adopt(call, heads, packed)
+            plan = RowPlan(self.tokens, 1.0, (heads,) * len(plans))
+            layer.compress_by([plan], call.query.detach(), self.tokens, call.scaling, packed)
 
     def restore(self, model: Any) -> None:
         """Put this prompt's position offsets on the model, for passes with a cache of its own."""

@@ -15,8 +15,8 @@ from hkvprof.models.load import load_model
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile, load_profile
-from hkvprof.runtime.fingerprints import without_weights
-from hkvprof.runtime.handle import Handle, apply
+from hkvprof.runtime.handle import Handle, apply, without_weights
+from hkvprof.runtime.options import REMOVED
 from hkvprof.runtime.receipt import Receipt
 
 MIN_TOKENS = 64
@@ -27,13 +27,11 @@ LOADING = ("dtype", "device", "device_map")
 RUNTIME = (
     "budget",
     "min_tokens",
-    "decode_compression",
     "compress_every",
     "host_dtype",
     "smoothing",
-    "retrieve_every",
 )
-_WHOLE = ("min_tokens", "compress_every", "retrieve_every")
+_WHOLE = ("min_tokens", "compress_every")
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,7 @@ def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
+            hint = f". {REMOVED[name]}" if name in REMOVED else hint
             raise UsageError(
                 f"--model hkvprof knows no argument {name!r}: expected {', '.join(known)}.{hint}"
             )

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from hkvprof.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hkvprof.runtime.accounts import measure_storage
     from hkvprof.runtime.cache import CompressedCache
     from hkvprof.runtime.handle import Handle, apply
-    from hkvprof.runtime.receipt import Receipt, measure_storage
+    from hkvprof.runtime.receipt import Receipt
 
 __all__ = ["CompressedCache", "Handle", "Receipt", "apply", "measure_storage"]
 
@@ -23,7 +24,7 @@ __getattr__ = lazy_names(
         "Handle": "hkvprof.runtime.handle",
         "Receipt": "hkvprof.runtime.receipt",
         "apply": "hkvprof.runtime.handle",
-        "measure_storage": "hkvprof.runtime.receipt",
+        "measure_storage": "hkvprof.runtime.accounts",
     },
 )
 

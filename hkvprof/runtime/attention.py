@@ -1,7 +1,14 @@
-"""Attention over ragged segments: the reference implementation in plain torch."""
+"""Attention over ragged segments in plain torch, and the masks that say what a pass may see.
+
+transformers gives SDPA no mask where nothing is hidden, else a boolean one [rows, 1, new, seen]
+over logical positions; a user's own 4D mask may be additive. Masks are read once per pass and told
+to every layer. Compressed storage has no pads before a row's start, and everything else that it
+kept: hidden tokens among these are masked exactly.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,11 +18,188 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hkvprof.runtime.host import DynamicHead
-from hkvprof.runtime.masks import View, dynamic_positions
-from hkvprof.runtime.receipt import LayerAccount
+from hkvprof.errors import ModelError
+from hkvprof.runtime.accounts import LayerAccount
+from hkvprof.runtime.copies import NeverCopied
 from hkvprof.runtime.retrieval import Retriever
-from hkvprof.runtime.storage import RaggedStorage
+from hkvprof.runtime.storage import DynamicHead, RaggedStorage
+
+HIDES = -1e4
+"""Additive masks hide by values up to this one (they use -1e4, -1e9, the least finite, -inf)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Which of the `seen` logical positions each of a pass's new tokens sees."""
+
+    visible: Bool[Tensor, "rows new seen"]
+
+    @property
+    def hidden(self) -> Bool[Tensor, "rows seen"]:
+        """What the last token does not see, pads before a row's start included."""
+        return ~self.visible[:, -1]
+
+
+def to_bool(mask: Tensor, rows: int, new: int, seen: int) -> Bool[Tensor, "rows new seen"]:
+    """A pass's mask, of whatever kind. Raises ModelError for masks that are more than a mask."""
+    expected = f"expected a mask [{rows}, 1, {new}, {seen}] (rows, 1, new tokens, all tokens)"
+    if mask.ndim != 4 or mask.shape[2:] != (new, seen) or mask.shape[0] not in (1, rows):
+        raise ModelError(f"{expected}, found {list(mask.shape)}: it must be over all tokens so far")
+    if mask.shape[1] != 1:
+        raise ModelError(
+            f"{expected}, found {mask.shape[1]} masks per row: one for every attention head is not "
+            "supported; give one for all"
+        )
+    plain = mask[:, 0]
+    if plain.is_floating_point():
+        if not bool(((plain == 0) | (plain <= HIDES)).all()):
+            raise ModelError(
+                "the attention mask adds a bias to attention: expected 0 for tokens that are seen "
+                "and the least value of its dtype for hidden ones; biases are not supported"
+            )
+        plain = plain == 0
+    return plain.bool().expand(rows, new, seen)
+
+
+def read_view(mask: Tensor | None, starts: tuple[int, ...], new: int, seen: int) -> View | None:
+    """What a pass after the prompt sees; None where that is all tokens from the rows' starts on.
+
+    Which of its own tokens a pass of several sees is then told by `own_block`. Makes the host wait
+    once where there is a mask. Raises ModelError where a mask shows pads that were dropped.
+    """
+    if mask is None or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    visible = to_bool(mask, len(starts), new, seen)
+    begin = torch.tensor(starts, device=mask.device)[:, None, None]
+    kept = torch.arange(seen, device=mask.device) >= begin  # [rows, 1, seen]
+    earlier = seen - new
+    same = (visible[:, :, :earlier] == kept[:, :, :earlier]).all()
+    if bool(same & (visible[:, -1, earlier:] == kept[:, 0, earlier:]).all()):
+        return None
+    shown = (visible & ~kept).any(dim=1)
+    if bool(shown.any()):
+        raise ModelError(
+            f"the attention mask shows {_places(shown)}, which it hid when the prompt was "
+            "compressed, so that they were dropped as padding: hide them in every pass, or start a "
+            "new cache"
+        )
+    return View(visible)
+
+
+def own_block(
+    mask: Tensor | None, rows: int, new: int, seen: int, device: torch.device
+) -> Bool[Tensor, "rows new new"]:
+    """Which of this pass's own tokens each of them sees."""
+    if mask is None:
+        causal = torch.ones(new, new, dtype=torch.bool, device=device).tril()
+        return causal.expand(rows, new, new)
+    return to_bool(mask, rows, new, seen)[:, :, seen - new :]
+
+
+def row_starts(mask: Tensor | None, rows: int, new: int, seen: int) -> tuple[int, ...]:
+    """First valid position per batch row, from the mask of a prompt's last pass.
+
+    Raises ModelError unless what it hides is padding on the left.
+    """
+    if mask is None:
+        return (0,) * rows
+    visible = to_bool(mask, rows, new, seen)
+    valid = visible[:, -1]
+    counts = valid.sum(dim=1)
+    starts = seen - counts
+    padded = torch.arange(seen, device=valid.device) < starts[:, None]
+    holes = ~valid & ~padded
+    packed = visible.any(dim=1) & ~valid & padded
+    if bool((holes | packed).any()):
+        if bool(holes.any()):
+            raise ModelError(
+                f"the attention mask hides {_places(holes)} in the middle or on the right of a "
+                "prompt: pad on the left (tokenizer.padding_side = 'left')"
+            )
+        raise ModelError(
+            f"the attention mask shows {_places(packed)} to some tokens of the prompt and hides "
+            "them from its last one (several sequences packed into a row?): give every sequence a "
+            "row of its own"
+        )
+    return tuple(starts.tolist())
+
+
+def _places(marked: Bool[Tensor, "rows seen"]) -> str:
+    """Rows and positions in words; at most four rows."""
+    texts = []
+    for row in marked.any(dim=1).nonzero()[:, 0].tolist():
+        places = marked[row].nonzero()[:, 0].tolist()
+        count = "" if len(places) == places[-1] - places[0] + 1 else f" ({len(places)} of them)"
+        texts.append(f"positions {places[0]} to {places[-1]}{count} of row {row}")
+    more = [f"and {len(texts) - 4} more rows"] if len(texts) > 4 else []
+    return ", ".join(texts[:4] + more)
+
+
+class Places(NeverCopied):
+    """Ascending positions of the tokens that a static segment kept. Never changes once made."""
+
+    def __init__(self, among: NDArray[np.int32], kept: Int[Tensor, " kept"]) -> None:
+        """Tokens number `kept` among those at the positions `among`.
+
+        A choice made on a device is copied without waiting, and waited for when it is asked for.
+        """
+        self._among: NDArray[np.int32] = among
+        self._kept: Tensor | None = None
+        self._written: torch.cuda.Event | None = None
+        if not kept.is_cuda:
+            self._among = among[np.from_dlpack(kept)]
+            return
+        self._kept = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+        self._kept.copy_(kept, non_blocking=True)
+        self._written = torch.cuda.Event()
+        self._written.record()
+
+    def read(self) -> NDArray[np.int32]:
+        """The positions."""
+        if self._kept is not None and self._written is not None:
+            self._written.synchronize()
+            self._among = self._among[self._kept.numpy()]
+            self._kept = self._written = None
+        return self._among
+
+    def before(self, limit: int) -> Places:
+        """Without positions from `limit` on."""
+        known = self.read()
+        return Places(known, torch.arange(int((known < limit).sum())))
+
+
+def span(first: int, end: int) -> NDArray[np.int32]:
+    """Positions from `first` up to `end`."""
+    return np.arange(first, end, dtype=np.int32)
+
+
+def dynamic_positions(
+    head: DynamicHead, start: int, stored: int, resident: bool
+) -> Int[Tensor, " tokens"]:
+    """Positions of a dynamic head's tokens, on its device; its row begins at `start`.
+
+    In the order of its segment, of `stored` tokens, where `resident`; else in that of all its
+    tokens (`DynamicHead.all_tokens`).
+    """
+    layout, slots = head.layout, head.slots.long()
+    moved = layout.items * layout.chunk
+    whole = layout.sinks + moved + layout.recent
+    tail = stored - layout.sinks - layout.recent - layout.hot * layout.chunk
+
+    def count(first: int, tokens: int) -> Tensor:
+        return torch.arange(first, first + tokens, device=slots.device)
+
+    if resident:
+        items = (slots[:, None] * layout.chunk + count(0, layout.chunk)).flatten()
+    else:
+        items = count(0, moved)
+    parts = [
+        count(0, layout.sinks),
+        count(layout.sinks + moved, layout.recent),
+        layout.sinks + items,
+        count(whole, tail),
+    ]
+    return start + torch.cat(parts)
 
 
 def attend(
@@ -75,7 +259,7 @@ def _attend(
     return out.view(group, rows, value.shape[-1])
 
 
-class Kept(Protocol):
+class HeldSegments(Protocol):
     """What a compressed layer holds, and where its tokens stand (runtime.ragged)."""
 
     account: LayerAccount
@@ -95,7 +279,7 @@ class Kept(Protocol):
 
 
 def attend_seeing(
-    layer: Kept, query: Float[Tensor, "rows query_heads new dim"], view: View
+    layer: HeldSegments, query: Float[Tensor, "rows query_heads new dim"], view: View
 ) -> Float[Tensor, "rows new query_heads dim"]:
     """As `attend_one` and `attend_many`, of what the mask shows alone.
 
@@ -129,7 +313,7 @@ def attend_seeing(
 
 
 def _hidden_items(
-    layer: Kept, segment: int, visible: Bool[Tensor, "rows 1 seen"]
+    layer: HeldSegments, segment: int, visible: Bool[Tensor, "rows 1 seen"]
 ) -> Bool[Tensor, " items"]:
     """Items of a dynamic head of which no token is seen."""
     head, row = layer.dynamic[segment], segment // layer.kv_heads
@@ -139,7 +323,7 @@ def _hidden_items(
     return ~shown.any(dim=1)
 
 
-def segment_positions(layer: Kept, segment: int, resident: bool) -> Int[Tensor, " tokens"]:
+def segment_positions(layer: HeldSegments, segment: int, resident: bool) -> Int[Tensor, " tokens"]:
     """Positions of a segment's tokens in their order, or (of dynamic heads, unless `resident`) in
     that of `DynamicHead.all_tokens`; on the device."""
     head = layer.dynamic.get(segment)

@@ -16,6 +16,7 @@ from hkvprof.models.attention import guarded, hook_attention, is_hooked, refuse_
 from hkvprof.models.calls import Call, Signature, rope_holder
 from hkvprof.models.overrides import Overrides
 from hkvprof.profile.budgets import Budget
+from hkvprof.runtime.accounts import LayerAccount, LayerState, Meter
 from hkvprof.runtime.cache import Books, CompressedCache
 from hkvprof.runtime.monitor import Monitor
 from hkvprof.runtime.options import require_count
@@ -28,7 +29,6 @@ from hkvprof.runtime.passes import (
     refuse_batching,
 )
 from hkvprof.runtime.plan import Planner
-from hkvprof.runtime.receipt import LayerAccount, Meter
 
 HANDLE = "_hkvprof_handle"
 """The attribute under which a model keeps its handle."""
@@ -271,7 +271,7 @@ class Binding:
     def _tell(self, reason: str) -> None:
         """The next receipt says why a request was not compressed."""
         if _GENERATING.get() is None:
-            accounts = [LayerAccount(n, "dense", reason) for n in self._view.layer_ids]
+            accounts = [LayerAccount(n, LayerState.DENSE, reason) for n in self._view.layer_ids]
             self.books = Books(accounts, Meter(), self._planner)
 
     def _warn_without_cache(self) -> None:

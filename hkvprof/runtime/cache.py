@@ -15,13 +15,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import HeadGrid
 from hkvprof.runtime import kernels
+from hkvprof.runtime.accounts import LayerAccount, LayerState, Meter
 from hkvprof.runtime.copies import LiveState
 from hkvprof.runtime.layer import CompressedLayer, row_list
 from hkvprof.runtime.monitor import Watch, WatchedLayer
 from hkvprof.runtime.passes import Owner, require_pass
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
-from hkvprof.runtime.receipt import ONE_MEMORY, LayerAccount, Meter, Receipt
+from hkvprof.runtime.receipt import ONE_MEMORY, Receipt
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class CompressedCache(LiveState, DynamicCache):
 
     def check_compressed(self) -> None:
         """Raise CompressionError if a covered layer neither compressed nor says why it did not."""
-        silent = [layer.account.layer for layer in self.covered if layer.account.state == "pending"]
+        accounts = [layer.account for layer in self.covered]
+        silent = [one.layer for one in accounts if one.state is LayerState.PENDING]
         if silent:
             raise CompressionError(
                 f"layers {silent} were not compressed although the profile covers them: their "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.models.calls import with_cache
+from hkvprof.runtime.accounts import LayerState
 from hkvprof.runtime.cache import CompressedCache
 
 AHEAD = 96
@@ -141,19 +142,15 @@ class GraphDecoder:
                 "prefetch works across steps and cannot be part of a graph of one step: apply the "
                 "profile without prefetch, or call the model itself"
             )
-        if options.retrieve_every > 1:
-            raise UsageError(
-                "a graph's steps are all alike, retrieve_every makes them differ: apply the "
-                "profile without it, or call the model itself"
-            )
         if self._cache.conversation.hides:
             raise CompressionError(
                 "the last pass's attention mask hides tokens after the prompt, and recorded steps "
                 "have no mask: call the model itself, with attention_mask"
             )
         for layer in self._cache.covered:
-            reason = "no prompt yet" if layer.account.state == "empty" else layer.account.reason
             if layer.ragged is None:
+                empty = layer.account.state is LayerState.EMPTY
+                reason = "no prompt yet" if empty else layer.account.reason
                 raise CompressionError(
                     f"layer {layer.account.layer} is not compressed ({reason}): expected a cache "
                     "whose prompt was compressed; call the model itself"

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Never
 
-from hkvprof.errors import BudgetError, CompressionError, UsageError
+from hkvprof.errors import BudgetError, CompressionError, ProfileError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.approval import require_approval
+from hkvprof.models.load import load_empty
+from hkvprof.models.processing import ChatProcessor
 from hkvprof.models.wrappers import unwrap
 from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.binding import HANDLE, Binding
 from hkvprof.runtime.cache import Books, CompressedCache
-from hkvprof.runtime.fingerprints import check_fingerprint
-from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options
+from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options, refuse_unknown
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.receipt import Receipt
 from hkvprof.runtime.retrieval import queues_for
@@ -28,13 +30,12 @@ def apply(
     budget: float | int | str | None = None,
     strict: bool = True,
     min_tokens: int = MIN_TOKENS,
-    decode_compression: bool = True,
     compress_every: int = COMPRESS_EVERY,
     host_dtype: str = "same",
     smoothing: float = SMOOTHING,
-    retrieve_every: int = 1,
     prefetch: float | None = None,
     monitor: float = 0.0,
+    **unknown: Never,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
 
@@ -48,10 +49,9 @@ def apply(
 
     Generated tokens and later turns join the budget before they are more than 5% over it, and after
     `compress_every` tokens at the latest (static heads are pruned again, full chunks of dynamic
-    heads move to the host); `decode_compression=False` keeps them whole. Dynamic heads:
+    heads move to the host); 0 keeps them whole. Dynamic heads:
     `host_dtype="int8"` halves their host memory, `smoothing` s keeps a token hot while s times its
-    last score would (fewer transfers), and with `retrieve_every` n only every n-th step selects,
-    then with the n - 1 successors of what it picks (docs/retrieval.md).
+    last score would (fewer transfers; docs/retrieval.md).
     `prefetch` c, on CUDA only: selection and reads of host memory for the next step run beside this
     one, but for heads whose query has a cosine below c to its last (0.85; docs/gpu.md).
 
@@ -62,8 +62,10 @@ def apply(
     ProfileError if the profile is for another model, ModelError for unsupported models (for
     unlisted architectures that `hkvprof doctor` has not passed here, and for untested releases of
     transformers that fail a built-in check),
-    BudgetError for budgets that cannot be met, UsageError if the model is already hooked.
+    BudgetError for budgets that cannot be met, UsageError for unknown or impossible options and
+    if the model is already hooked.
     """
+    refuse_unknown(unknown)
     require_tested_seam(apply)
     if isinstance(profile, (str, Path)):
         profile = load_profile(profile)
@@ -73,17 +75,7 @@ def apply(
     check_fingerprint(profile, view)
     if vars(model).get(HANDLE) is not None:
         raise UsageError("this model already has a profile applied: call handle.detach() first")
-    if decode_compression and compress_every == 0:
-        raise UsageError(
-            "compress_every must be at least 1; to keep generated tokens whole use "
-            "decode_compression=False"
-        )
-    if not isinstance(decode_compression, bool):
-        raise UsageError(f"decode_compression must be True or False, found {decode_compression!r}")
-    every = compress_every if decode_compression else 0
-    options = Options(
-        strict, min_tokens, every, host_dtype, smoothing, retrieve_every, prefetch, monitor
-    )
+    options = Options(strict, min_tokens, compress_every, host_dtype, smoothing, prefetch, monitor)
     if prefetch is not None:
         queues_for(model.device)
     parsed = Budget.parse(profile.default_budget if budget is None else budget)
@@ -156,3 +148,41 @@ class Handle:
             "a handle cannot be copied or saved: copies of its model come without the profile; "
             "apply it to them"
         )
+
+
+def check_fingerprint(profile: Profile, view: ModelView) -> None:
+    """Raise ProfileError naming the fields in which the profile's model differs; warn on others."""
+    calibrated, given = profile.fingerprint, view.fingerprint
+    mismatches = calibrated.mismatches(given)
+    if mismatches:
+        more = f" and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
+        raise ProfileError(
+            "this profile was made for another model (profile != model): "
+            + "; ".join(mismatches[:4])
+            + f"{more}. Calibrate this model with `hkvprof calibrate`"
+        )
+    remarks = calibrated.remarks(given)
+    if remarks:
+        warnings.warn(
+            f"the profile was {'; '.join(remarks)}: head types may not carry over; calibrate this "
+            "model to be sure",
+            stacklevel=3,
+        )
+    elif calibrated.config_hash != given.config_hash:
+        warnings.warn(
+            "the model's config differs from the one calibrated in fields that do not change "
+            "attention; compression works, its measured quality may not carry over",
+            stacklevel=3,
+        )
+
+
+def without_weights(name_or_path: str | Path, profile: Profile) -> tuple[Any, ChatProcessor]:
+    """The model as `load_empty` gives it, and its processor, where the profile is of this model.
+
+    Raises ProfileError where it is not, ModelError. What `apply` only warns of is left to it.
+    """
+    empty, processor = load_empty(name_or_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_fingerprint(profile, view_model(empty))
+    return empty, processor

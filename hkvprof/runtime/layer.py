@@ -6,55 +6,51 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hkvprof.errors import CompressionError
 from hkvprof.models.attention import AttentionCall, mark
 from hkvprof.profile.costs import QUIET
-from hkvprof.runtime.attention import attend_seeing
+from hkvprof.runtime.accounts import LayerAccount, LayerState
 from hkvprof.runtime.copies import LiveState
-from hkvprof.runtime.dense_states import DenseStates
-from hkvprof.runtime.masks import own_block
+from hkvprof.runtime.layer_states import DenseTokens
 from hkvprof.runtime.packing import Packed
-from hkvprof.runtime.parked import ParkedPrompt
-from hkvprof.runtime.plan import HeadPlan, Row, RowPlan, reasons
+from hkvprof.runtime.plan import RowPlan, reasons
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
-from hkvprof.runtime.receipt import LayerAccount
 
 NEAR = 2
 """Windows of tokens before a compression from which on queries are kept for it: one to fill the
 window, one for steps that may be replayed (runtime.graph)."""
 
 
-class CompressedLayer(LiveState, DenseStates, DynamicLayer):
+class CompressedLayer(LiveState, DynamicLayer):
     """Dense until the prompt is complete, compressed as soon as its attention is done then.
 
-    A layer whose plan says so (budget 1.0, short prompt) stays dense and behaves bit for bit as
-    the stock layer. Later compressions (`compress_every`) happen at the start of a pass, when all
+    `state` holds the tokens (layer_states); this class decides when it turns into the next one. A
+    layer whose plan says so (budget 1.0, short prompt) stays dense and behaves bit for bit as the
+    stock layer. Later compressions (`compress_every`) happen at the start of a pass, when all
     tokens in the cache are final.
     """
 
     shared_attributes = ("_shared", "account")
-    """Not this layer's own memory (see receipt.measure_storage)."""
+    """Not this layer's own memory (see accounts.measure_storage)."""
     query_attributes = ("_window",)
     """Queries for the next compression, which are counted by themselves."""
+    state: DenseTokens | RaggedLayer
 
     def __init__(self, number: int, shared: Conversation) -> None:
-        super().__init__()
         self.number = number
         self.account = LayerAccount(shared.layer_ids[number])
-        self.ragged: RaggedLayer | None = None
-        self.parked: ParkedPrompt | None = None
         self._shared = shared
         self._clear()
+        super().__init__()
 
     def _clear(self) -> None:
-        self.keys = self.values = self.ragged = self.parked = None
+        self.state = DenseTokens(self._shared, self.number, self.account)
         self._seen = 0
-        self._until = self._shared.planner.options.compress_every
-        """Logical length up to which a layer that stays dense need not decide again."""
         self._complete = False
         self._reopened = False
         """Whether the prompt was complete before, and went on while all was dense."""
@@ -64,6 +60,38 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         self._scaling = 1.0
 
     # -- transformers' interface ------------------------------------------------------------
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Post-RoPE keys [rows, kv_heads, tokens, dim]; None before the first token.
+
+        Raises CompressionError where there is no such tensor: once the layer is compressed, and
+        between the chunks of a prompt, which wait on the host.
+        """
+        return self._dense("keys").keys
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._dense("keys").keys = keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values of all tokens; as `keys`."""
+        return self._dense("values").values
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._dense("values").values = values
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether dense keys and values are here."""
+        return isinstance(self.state, DenseTokens) and self.state.keys is not None
+
+    @property
+    def ragged(self) -> RaggedLayer | None:
+        """What is held, once that is compressed."""
+        return self.state if isinstance(self.state, RaggedLayer) else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device."""
@@ -80,20 +108,8 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         self._reopen()
         self._compress_again(key_states.shape[-2])
         self._seen += key_states.shape[-2]
-        if self.ragged is not None:
-            if self.ragged.append(key_states.detach(), value_states.detach()):
-                self._measure()
-            return mark(key_states, self), value_states
-        if self.parked is not None:
-            self.keys, self.values = self.parked.extended(key_states, value_states)
-        elif self.keys is None:
-            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
-        else:
-            assert self.values is not None
-            self.keys = torch.cat([self.keys, key_states], dim=-2)
-            self.values = torch.cat([self.values, value_states], dim=-2)
-        self._measure()
-        return mark(self.keys, self), self.values
+        keys, values = self.state.append(key_states, value_states)
+        return mark(keys, self), values
 
     def get_seq_length(self) -> int:
         """Logical length: positions depend on it."""
@@ -110,6 +126,16 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         fresh = LayerAccount(self.account.layer)
         vars(self.account).update(vars(fresh))
 
+    def offload(self) -> None:
+        """Move dense keys and values to the CPU, as the stock layer does."""
+        if self._dense("offload").keys is not None:
+            super().offload()
+
+    def prefetch(self) -> None:
+        """Bring them back."""
+        if self._dense("prefetch").keys is not None:
+            super().prefetch()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (a negative number, as transformers passes it).
 
@@ -120,24 +146,11 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
             raise CompressionError("crop takes minus the number of tokens to remove")
         if count == 0 or not self.is_initialized:
             return
-        if self.ragged is None:
-            if self.parked is not None:
-                raise CompressionError("a prompt cannot be cropped between its prefill chunks")
-            super().crop(-count)
-            if self.keys is not None and self.values is not None:  # views hold what is forgotten
-                self.keys, self.values = self.keys.clone(), self.values.clone()
-        elif count > self.ragged.tail:
-            raise CompressionError(
-                f"cannot remove {count} tokens: only the {self.ragged.tail} tokens since the last "
-                "compression can be cropped; start a new cache, or use decode_compression=False"
-            )
-        else:
-            self.ragged.drop_last(count)
+        self.state.drop_last(count)
         self._seen -= count
         if self._window is not None:
             left = self._window.shape[2] - count
-            self._window = self._window[:, :, :left].clone() if left > 0 else None
-        self._measure()
+            self._keep_queries(self._window[:, :, :left].clone() if left > 0 else None)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder batch rows for beam search."""
@@ -154,35 +167,41 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
 
     def take_rows(self, rows: list[int]) -> None:
         """Reorder, drop or repeat batch rows; `Conversation.take_rows` comes first."""
-        if self.ragged is not None:
-            self.ragged.take_rows(rows)
-            self.account.reason = reasons([row.plan for row in self.ragged.rows])
-        elif self.parked is not None:
-            raise CompressionError("batch rows cannot change between the chunks of a prefill")
-        elif self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+        self.state.take_rows(rows)
         if self._window is not None:
-            self._window = self._window[rows]
-        self._measure()
+            self._keep_queries(self._window[rows])
+
+    def _dense(self, what: str) -> DenseTokens:
+        """The state that has dense tensors; refuses `what` where there is none."""
+        if self.state.absent:
+            raise CompressionError(
+                f"layer {self.account.layer} {self.state.absent}, so that it has no dense {what}. "
+                "Use get_seq_length() for lengths, receipt() for what is kept, "
+                "measure_storage(cache) for bytes, copy.deepcopy for copies, and "
+                "apply(budget=1.0) or detach() where keys and values must be whole"
+            )
+        assert isinstance(self.state, DenseTokens)
+        return self.state
 
     # -- steps that the device takes by itself (runtime.graph) --------------------------------
 
     @property
     def quiet_steps(self) -> int:
         """Steps that change tensors alone: until the next compression, or until queries are kept
-        for it. Queries that are kept in full move up in place."""
+        for it. Queries that are kept in full move up in place. 0 while the layer is dense."""
+        if not isinstance(self.state, RaggedLayer):
+            return 0
         if not self._shared.planner.options.compress_every:
             return QUIET
         keep = self._shared.planner.profile.keep.window
         full = self._window is not None and self._window.shape[2] == keep
-        left = self._left if self.ragged is None else min(self._left, self.ragged.spare)
+        left = min(self._left, self.state.spare)
         return left if full else min(left, self._left - NEAR * keep)
 
     @property
     def _left(self) -> int:
         """Tokens that may come before the next compression or decision."""
-        until = self._until if self.ragged is None else self.ragged.until
-        return until - self._seen
+        return self.state.until - self._seen
 
     @property
     def _is_near(self) -> bool:
@@ -193,98 +212,57 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
 
     def reserve(self, tokens: int) -> None:
         """Make room in compressed storage."""
-        assert self.ragged is not None
-        self.ragged.reserve(tokens)
-        self._measure()
+        assert isinstance(self.state, RaggedLayer)
+        self.state.reserve(tokens)
 
     def advance(self, steps: int) -> None:
         """Book steps taken (or, below 0, not taken)."""
-        assert self.ragged is not None
+        assert isinstance(self.state, RaggedLayer)
         self._seen += steps
-        self.ragged.advance(steps)
+        self.state.advance(steps)
 
     # -- attention --------------------------------------------------------------------------
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
         """Dense attention and then, maybe, compression; or attention over what is resident."""
         self._scaling = call.scaling
-        rows = call.query.shape[2]
-        self._note_turn(rows)
-        if self.ragged is not None:
-            self._remember(call.query)
-            return self._attend_kept(call), None
-        result = call.dense()
+        self._note_turn(call.query.shape[2])
+        result = self.state.attend(call)
         self._remember(call.query)
-        goal = self._shared.goal
-        last = rows > 1 if goal is None else self._seen >= goal
-        first = last and not (self._complete or self._reopened)
-        if self.number == 0 and (first or not self._shared.starts):
-            self._shared.observe_rows(call.mask, call.query.shape[0], rows, self._seen)
-        elif self.number == 0 and (self._complete or self._reopened):
-            self._shared.look_dense(call.mask, rows, self._seen)
-        if not self._complete and last:
-            self._complete = True
-            self._compress(goal or self._seen, self._shared.planner.options.strict)
-        elif not self._complete and goal is None:
-            self.account.state, self.account.reason = "dense", "no pass of several tokens yet"
-        elif not self._complete:
-            self._wait()
+        if isinstance(self.state, DenseTokens):
+            self._decide(self.state, call)
         return result
 
-    def _attend_kept(self, call: AttentionCall) -> Tensor:
-        """Attention over what is kept, of what the mask shows."""
-        assert self.ragged is not None
-        shared, rows, new = self._shared, call.query.shape[0], call.query.shape[2]
-        view = shared.look(call.mask, new, self._seen, begins=self.number == 0)
-        if view is not None:
-            return attend_seeing(self.ragged, call.query, view)
-        if new == 1:
-            return self.ragged.attend_one(call.query)
-        own = own_block(call.mask, rows, new, self._seen, call.query.device)
-        return self.ragged.attend_many(call.query, own)
-
-    def adopt(
-        self, call: AttentionCall, plans: tuple[HeadPlan, ...], given: Mapping[int, Packed]
-    ) -> None:
-        """Compress a whole prompt (a batch of one) by these plans, whatever the planner says, as if
-        all layers had them.
-
-        Heads in `given` hold what they are given. For comparisons of methods.
-        """
-        assert self.keys is not None
-        assert self.values is not None
-        assert call.query.shape[0] == 1
-        self._scaling, self._complete = call.scaling, True
-        if self.number == 0:
-            self._shared.observe_rows(None, 1, self._seen, self._seen)
-        plan = RowPlan(self._seen, 1.0, (plans,) * self._shared.grid.layers)
-        self.ragged = RaggedLayer.compress(
-            self._shared, self.number, self.account, [plan], call.query.detach(),
-            self.keys.detach(), self.values.detach(), self._seen, self._scaling, given,
-        )  # fmt: skip
-        self.keys = self.values = None
-        self.account.state, self.account.reason = "compressed", ""
-        self._measure()
-
-    def _wait(self) -> None:
-        """Between the chunks of a prefill, dense keys and values wait on the host."""
-        planner, goal = self._shared.planner, self._shared.goal
-        self.account.state, self.account.reason = "dense", "the prompt is not complete yet"
-        assert self.keys is not None
-        assert self.values is not None
-        assert goal is not None
-        if planner.keeps_everything or goal < planner.options.min_tokens:
+    def _decide(self, state: DenseTokens, call: AttentionCall) -> None:
+        """After dense attention: is the prompt complete, and what becomes of the layer then?"""
+        rows, new = call.query.shape[0], call.query.shape[2]
+        goal = self._shared.goal
+        last = new > 1 if goal is None else self._seen >= goal
+        first = last and not (self._complete or self._reopened)
+        if self.number == 0 and (first or not self._shared.starts):
+            self._shared.observe_rows(call.mask, rows, new, self._seen)
+        elif self.number == 0 and (self._complete or self._reopened):
+            self._shared.look_dense(call.mask, new, self._seen)
+        if self._complete:
             return
-        if self.parked is None:
-            self.parked = ParkedPrompt.start(self.keys, goal)
-        self.parked.take(self.keys, self.values)
-        self.keys = self.values = None
-        self._measure()
+        if last:
+            self._complete = True
+            self._compress(goal or self._seen, self._shared.planner.options.strict)
+        elif goal is None:
+            self._explain("no pass of several tokens yet")
+        else:
+            self._explain("the prompt is not complete yet")
+            planner = self._shared.planner
+            if not planner.keeps_everything and goal >= planner.options.min_tokens:
+                self.state = state.wait(goal)
+
+    def _explain(self, reason: str) -> None:
+        self.account.state, self.account.reason = LayerState.DENSE, reason
 
     def _reopen(self) -> None:
         """A prompt that goes on while all is still dense is planned as a whole."""
-        goal = self._shared.goal
-        if self._complete and self.ragged is None and goal is not None and self._seen < goal:
+        goal, dense = self._shared.goal, isinstance(self.state, DenseTokens)
+        if self._complete and dense and goal is not None and self._seen < goal:
             self._complete, self._reopened = False, True
 
     def _note_turn(self, new: int) -> None:
@@ -294,10 +272,7 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         if not self._complete or shared.planner.options.compress_every:
             return
         asked = self._seen - new < (shared.goal or 0) if shared.generating else new > 1
-        dense = [self._until]
-        if self.ragged is not None:
-            dense = [row.until for row in self.ragged.rows if row.is_whole]
-        self._owed |= asked and self._seen >= min(dense, default=QUIET)
+        self._owed |= asked and self._seen >= self.state.whole_until
 
     def _compress_again(self, new: int) -> None:
         """At the start of a pass of `new` tokens: is it time for those before it?"""
@@ -308,63 +283,56 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
         if self._shared.goal is not None and not self._complete:
             return
         self._owed = False
-        if self.ragged is None:
-            if self._seen >= self._until:
+        if isinstance(self.state, DenseTokens):
+            if self._seen >= self.state.until:
                 self._complete = True
                 self._compress(self._seen, strict=False)
-            return
-        if not any(row.is_due(self._seen, new) for row in self.ragged.rows):
-            return
-        held = self.account.resident_bytes
-        self.ragged.compress_tail(self._window, new)
-        self.account.reason = reasons([row.plan for row in self.ragged.rows])
-        self._shared.meter.set(self.number, held + self.account.resident_bytes)
-        self._forget()
-        self._measure()
+        elif self.state.is_due(new):
+            self.state.compress_tail(self._window, new)
+            self._forget()
 
     def _compress(self, tokens: int, strict: bool) -> None:
         """Compress the first `tokens` positions, unless the plans say to stay dense."""
         assert self.keys is not None
-        assert self.values is not None
         assert self._window is not None
-        size = self.keys.element_size()
-        plans = self._shared.plans(tokens, size, strict)
-        self.account.reason = reasons(plans)
+        plans = self._shared.plans(tokens, self.keys.element_size(), strict)
         if all(plan.dense_reason for plan in plans):
-            self._stay_dense(plans, tokens, size)
+            self.account.reason = reasons(plans)
+            self.state = self._dense("keys").stay(plans, tokens)
+            self._forget()
             return
         beyond = self._seen - tokens  # guesses of assisted decoding are no part of the prompt
         window = self._window[:, :, : self._window.shape[2] - beyond]
-        dense = self.account.resident_bytes
-        self.ragged = RaggedLayer.compress(
-            self._shared, self.number, self.account, plans, window,
-            self.keys.detach(), self.values.detach(), tokens, self._scaling,
-        )  # fmt: skip
-        self._shared.meter.set(self.number, dense + self.account.resident_bytes)
-        self.keys = self.values = self.parked = None
-        self.account.state = "compressed"
-        self._forget()
-        self._measure()
+        self.compress_by(plans, window, tokens, self._scaling)
 
-    def _stay_dense(self, plans: Sequence[RowPlan], tokens: int, size: int) -> None:
-        """All rows do; note when to decide again."""
-        lengths, planner = self._shared.lengths(tokens), self._shared.planner
-        rows = [
-            Row.first(planner, plan, row, lengths, size, tokens) for row, plan in enumerate(plans)
-        ]
-        self.account.state, self._until = "dense", min(row.until for row in rows)
-        if self.parked is not None:  # views of the room for the prompt
-            assert self.keys is not None
-            assert self.values is not None
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-        self.parked = None
+    def compress_by(
+        self,
+        plans: Sequence[RowPlan],
+        query: Float[Tensor, "rows query_heads window dim"],
+        tokens: int,
+        scaling: float,
+        given: Mapping[int, Packed] | None = None,
+    ) -> None:
+        """Compress the first `tokens` positions of a dense layer by these plans, one per row.
+
+        `query` holds the last rows up to position `tokens`. Heads in `given` hold what they are
+        given there (batches of one).
+        """
+        self.state = self._dense("keys").compress(plans, query, tokens, scaling, given)
+        self._complete = True
         self._forget()
-        self._measure()
+
+    # -- queries for the next compression -----------------------------------------------------
 
     def _forget(self) -> None:
         """Drop the queries kept, unless the next compression is so near that it needs them, too."""
         if not self._is_near:
-            self._window = None
+            self._keep_queries(None)
+
+    def _keep_queries(self, queries: Tensor | None) -> None:
+        self._window = queries
+        held = 0 if queries is None else queries.untyped_storage().nbytes()
+        self.account.query_bytes = held
 
     def _remember(self, query: Tensor) -> None:
         """Keep the queries of the last rows that the next compression will look at."""
@@ -382,31 +350,7 @@ class CompressedLayer(LiveState, DenseStates, DynamicLayer):
                 self._window.copy_(moved)
                 return
             rows = torch.cat([self._window, rows], dim=2)[:, :, -keep:]
-        self._window = rows.clone()
-        if self._complete:
-            self._measure()
-
-    # -- bytes ------------------------------------------------------------------------------
-
-    def _measure(self) -> None:
-        """Bytes of this layer, from shapes and from what the ragged layer accounted for."""
-        window = 0 if self._window is None else self._window.untyped_storage().nbytes()
-        self.account.query_bytes = window
-        if self.ragged is not None:
-            self.ragged.measure()
-            self.account.parked_bytes = 0
-        elif self.is_whole:
-            assert self.keys is not None
-            assert self.values is not None
-            if self.account.state == "empty":
-                self.account.state = "pending"
-            held = self.keys.nbytes + self.values.nbytes
-            self.account.dense_bytes = self.account.resident_bytes = held
-            self.account.budget_bytes = held
-        elif self.parked is not None:
-            self.account.resident_bytes = 0
-            self.account.parked_bytes = self.parked.nbytes
-        self._shared.meter.set(self.number, self.account.resident_bytes)
+        self._keep_queries(rows.clone())
 
 
 def row_list(indices: Tensor) -> list[int]:

@@ -135,7 +135,7 @@ class Watch:
         if not len(rows):  # a prompt that ends with an image has no text that sees it
             return
         end = start + len(text)
-        found = (
+        sparsity = (
             text_sparsity(
                 call.query[row, :, start:end][:, rows].detach(),
                 call.key[row, :, start:end].detach(),
@@ -149,7 +149,7 @@ class Watch:
         )
         mean = profile.sparsity_mean[:, number].astype(np.float64)
         std = profile.sparsity_std[:, number].astype(np.float64)
-        moved = deviations(found, mean, std, domain.samples)
+        moved = deviations(sparsity, mean, std, domain.samples)
         kappa, head = np.unravel_index(int(moved.argmax()), moved.shape)
         if moved[kappa, head] > self.verdict.deviations:
             self.verdict = DomainCheck(
@@ -157,7 +157,7 @@ class Watch:
                 query_head=int(head),
                 kappa=profile.kappas[kappa],
                 expected=float(mean[kappa, head]),
-                found=float(found[kappa, head]),
+                found=float(sparsity[kappa, head]),
                 deviations=float(moved[kappa, head]),
                 bound=domain.bound,
                 out_of_domain=bool(moved[kappa, head] > domain.bound),

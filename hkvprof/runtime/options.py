@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -18,12 +19,28 @@ PREFETCH = 0.85
 """Within FreeKV's range for its correction (arXiv 2505.13109)."""
 
 
+REMOVED = {
+    "decode_compression": (
+        "compress_every=0 keeps generated tokens whole; without it they join the budget"
+    ),
+    "retrieve_every": "dynamic heads select at every step; leave it out",
+}
+"""Options of earlier versions, and what to do instead."""
+
+
+def refuse_unknown(given: Collection[str]) -> None:
+    """Raise UsageError where `given` names an option."""
+    for name in given:
+        advice = REMOVED.get(name, "see help(hkvprof.runtime.apply) for those there are")
+        raise UsageError(f"apply has no option {name!r}: {advice}")
+
+
 def require_count(value: object, name: str, least: int, advice: str = "") -> None:
     """Raise UsageError unless `value` is a whole number of at least `least`."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or int(value) < least:  # type: ignore[call-overload]
         raise UsageError(
-            f"{name} must be a whole number of at least {max(1, least)}, found {value!r}{advice}"
+            f"{name} must be a whole number of at least {least}, found {value!r}{advice}"
         )
 
 
@@ -39,7 +56,6 @@ class Options:
     compress_every: int = COMPRESS_EVERY
     host_dtype: str = "same"
     smoothing: float = SMOOTHING
-    retrieve_every: int = 1
     prefetch: float | None = None
     monitor: float = 0.0
 
@@ -49,9 +65,8 @@ class Options:
         require_count(self.min_tokens, "min_tokens", 1)
         require_count(
             self.compress_every, "compress_every", 0,
-            "; to keep generated tokens whole use decode_compression=False",
+            " (0 keeps generated tokens whole)",
         )  # fmt: skip
-        require_count(self.retrieve_every, "retrieve_every", 1)
         for name in ("smoothing", "monitor", "prefetch"):
             value = getattr(self, name)
             absent = name == "prefetch" and value is None
@@ -65,15 +80,9 @@ class Options:
             raise UsageError(f"smoothing must be in [0, 1), found {self.smoothing}")
         if not 0 <= self.monitor <= 1:
             raise UsageError(f"monitor is a share of requests in [0, 1], found {self.monitor}")
-        if self.prefetch is None:
-            return
-        if not 0 < self.prefetch <= 1:
+        if self.prefetch is not None and not 0 < self.prefetch <= 1:
             raise UsageError(
                 f"prefetch must be a cosine in (0, 1] such as {PREFETCH}, found {self.prefetch}"
-            )
-        if self.retrieve_every > 1:
-            raise UsageError(
-                "prefetch selects at every step: give prefetch or retrieve_every, not both"
             )
 
     @property

@@ -21,8 +21,8 @@ from hkvprof.profile.costs import (
     least_layout,
     static_tokens,
 )
-from hkvprof.runtime.host import DynamicHead, HostChunks
 from hkvprof.runtime.options import Options
+from hkvprof.runtime.storage import DynamicHead, HostChunks
 from hkvprof.selection.index import HeadTables, KeyIndex, build_index
 from hkvprof.selection.static import rank_tokens, select_tokens
 
@@ -170,7 +170,7 @@ def _pack_dynamic(
         torch.cat([ends_key, hot_key.flatten(0, 1)]),
         torch.cat([ends_value, hot_value.flatten(0, 1)]),
         rule.strategy.name,
-        DynamicHead(layout, host, index, slots, hot_score),
+        DynamicHead(layout, host, index, rule.strategy.rerank, slots, hot_score),
     )
 
 

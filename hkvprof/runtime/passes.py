@@ -136,10 +136,10 @@ def prompt_length(call: Call, config: Any) -> int | None:
     if getattr(config, "token_healing", False):
         return None  # takes tokens off the prompt
     for name in ("inputs_embeds", "input_ids", "inputs"):
-        if (found := call.get(name)) is not None and found.ndim > 1:
+        if (prompt := call.get(name)) is not None and prompt.ndim > 1:
             mask = call.get("attention_mask")
             whole = mask.shape[1] if mask is not None and mask.ndim == 2 else 0
-            return max(int(found.shape[1]), int(whole))
+            return max(int(prompt.shape[1]), int(whole))
     return None
 
 

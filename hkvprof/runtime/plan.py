@@ -240,7 +240,7 @@ class Planner(NeverCopied):
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """One batch row. `base` is the logical length, padding included, when it last joined the budget
     (or decided to stay dense); later tokens are its tail."""
 
@@ -269,30 +269,39 @@ class Row:
     @classmethod
     def first(
         cls, planner: Planner, plan: RowPlan, row: int, lengths: Sequence[int], size: int, seen: int
-    ) -> Row:
+    ) -> BatchRow:
         """Row number `row` of rows that are `lengths` tokens long, as planned; `size` bytes per
         element."""
         return cls(plan, planner.schedule(plan, row, lengths, size, first=True), seen)
 
     def again(
         self, planner: Planner, row: int, lengths: Sequence[int], size: int, seen: int
-    ) -> Row:
+    ) -> BatchRow:
         """It joins the budget; one that was whole is planned anew."""
         if self.is_whole:
             plan = planner.rows(lengths, size, strict=False)[row]
-            return Row.first(planner, plan, row, lengths, size, seen)
+            return BatchRow.first(planner, plan, row, lengths, size, seen)
         schedule = planner.schedule(self.plan, row, lengths, size, first=False)
-        return Row(self.plan, schedule, seen)
+        return BatchRow(self.plan, schedule, seen)
+
+
+def first_rows(
+    planner: Planner, plans: Sequence[RowPlan], lengths: Sequence[int], size: int, seen: int
+) -> list[BatchRow]:
+    """The rows of a batch as planned (`BatchRow.first`)."""
+    return [
+        BatchRow.first(planner, plan, row, lengths, size, seen) for row, plan in enumerate(plans)
+    ]
 
 
 def reasons(rows: Sequence[RowPlan]) -> str:
     """Why rows stay dense, in one text; empty where none does."""
-    found = {row: plan.dense_reason for row, plan in enumerate(rows) if plan.dense_reason}
-    if len(found) == len(rows) and len(set(found.values())) == 1:
-        return found[0]
+    dense = {row: plan.dense_reason for row, plan in enumerate(rows) if plan.dense_reason}
+    if len(dense) == len(rows) and len(set(dense.values())) == 1:
+        return dense[0]
     texts = [
         reason if reason.startswith(f"row {row}") else f"row {row}: {reason}"
-        for row, reason in found.items()
+        for row, reason in dense.items()
     ]
     more = [f"and {len(texts) - 4} more rows"] if len(texts) > 4 else []
     return "; ".join(texts[:4] + more)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hkvprof.errors import CompressionError
 from hkvprof.heads import HeadGrid
-from hkvprof.runtime.masks import View, read_view, row_starts, to_bool
+from hkvprof.runtime.accounts import Meter
+from hkvprof.runtime.attention import View, read_view, row_starts, to_bool
 from hkvprof.runtime.plan import Planner, RowPlan
-from hkvprof.runtime.receipt import Meter
 
 
 @dataclass
@@ -115,13 +115,13 @@ class Conversation:
         """Which of the first `tokens` positions are text; None where no strategy asks."""
         if not self.planner.needs_text:
             return None
-        found = self.known_text(tokens)
-        if found is None:
+        known = self.known_text(tokens)
+        if known is None:
             raise CompressionError(
                 "this profile keeps text tokens first, which needs the tokens' ids: pass "
                 "input_ids to the model (not inputs_embeds alone)"
             )
-        return found
+        return known
 
     def known_text(self, tokens: int) -> Bool[Tensor, "rows tokens"] | None:
         """Which of the first `tokens` positions are text; None where their ids are not known."""

@@ -14,12 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
-from hkvprof.runtime.attention import attend, segment_positions
-from hkvprof.runtime.booking import measure, open_heads, take_heads
+from hkvprof.models.attention import AttentionCall
+from hkvprof.profile.costs import QUIET
+from hkvprof.runtime.accounts import LayerAccount, LayerState, measure, open_heads, take_heads
+from hkvprof.runtime.attention import (
+    Places,
+    attend,
+    attend_seeing,
+    own_block,
+    segment_positions,
+    span,
+)
 from hkvprof.runtime.copies import LiveState, deep_copy
-from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import Kernels, for_device
-from hkvprof.runtime.masks import Places, span
 from hkvprof.runtime.packing import (
     Attention,
     Packed,
@@ -29,14 +36,13 @@ from hkvprof.runtime.packing import (
     repack_static,
     whole,
 )
-from hkvprof.runtime.plan import HeadPlan, Row, RowPlan
+from hkvprof.runtime.plan import BatchRow, HeadPlan, RowPlan, first_rows, reasons
 from hkvprof.runtime.prompt import Conversation
-from hkvprof.runtime.receipt import LayerAccount
 from hkvprof.runtime.retrieval import Retriever
-from hkvprof.runtime.storage import RaggedStorage
+from hkvprof.runtime.storage import DynamicHead, RaggedStorage
 from hkvprof.selection.static import window_attention
 
-KEPT_WHOLE = "generated tokens are kept whole (decode_compression=False)"
+KEPT_WHOLE = "generated tokens are kept whole (compress_every=0)"
 TOO_MUCH = "indexes, recent tokens and the floor of a row need more than its budget at this length"
 LONG_PASS = (
     "a pass was longer than the room left: its tokens join the budget at the start of the next one"
@@ -44,20 +50,23 @@ LONG_PASS = (
 
 
 class RaggedLayer(LiveState):
-    """Segments (row * kv_heads + head) of a layer, each static, dynamic or whole.
+    """A compressed layer (the last of layer_states): segments (row * kv_heads + head), each static,
+    dynamic or whole.
 
     `seen` is the logical length. What came since a row last joined the budget is its tail, which
     its segments hold whole at their ends.
     """
 
     shared_attributes = ("_shared", "account", "retriever", "_places")
+    absent = "is compressed: every head keeps tokens of its own"
+    """Why there are no dense keys and values."""
 
     def __init__(
         self,
         shared: Conversation,
         number: int,
         account: LayerAccount,
-        rows: Sequence[Row],
+        rows: Sequence[BatchRow],
         scaling: float,
         seen: int,
     ) -> None:
@@ -73,7 +82,7 @@ class RaggedLayer(LiveState):
         self._known = seen
         """Logical length up to which `_places` go."""
         self.storage: RaggedStorage
-        self.retriever = self._new_retriever(0)
+        self.retriever = self._new_retriever()
 
     @classmethod
     def compress(
@@ -94,12 +103,8 @@ class RaggedLayer(LiveState):
         One plan per row. `query` holds the last rows up to position `tokens`. Heads in `given` hold
         what they are given there (batches of one).
         """
-        began = time.perf_counter()
-        lengths, size = shared.lengths(tokens), key.element_size()
-        rows = [
-            Row.first(shared.planner, plan, row, lengths, size, tokens)
-            for row, plan in enumerate(plans)
-        ]
+        began, held = time.perf_counter(), account.resident_bytes
+        rows = first_rows(shared.planner, plans, shared.lengths(tokens), key.element_size(), tokens)
         layer = cls(shared, number, account, rows, scaling, tokens)
         text = shared.text(tokens)
         packed = []
@@ -120,7 +125,8 @@ class RaggedLayer(LiveState):
         layer._install(packed, [span(start, tokens) for start in starts])
         if key.shape[2] > tokens:
             layer.append(key[:, :, tokens:], value[:, :, tokens:])
-        layer._finish(began)
+        account.state = LayerState.COMPRESSED
+        layer._finish(began, held)
         return layer
 
     @property
@@ -134,6 +140,15 @@ class RaggedLayer(LiveState):
         return min(row.until for row in self.rows)
 
     @property
+    def whole_until(self) -> int:
+        """The same, of rows that are still dense beside compressed ones."""
+        return min((row.until for row in self.rows if row.is_whole), default=QUIET)
+
+    def is_due(self, new: int) -> bool:
+        """Whether a row must join the budget before `new` tokens come."""
+        return any(row.is_due(self.seen, new) for row in self.rows)
+
+    @property
     def spare(self) -> int:
         """Tokens for which the storage may have room now."""
         return min(row.schedule.spare(self.seen - row.base) for row in self.rows)
@@ -143,7 +158,7 @@ class RaggedLayer(LiveState):
     ) -> None:
         """Let the tails of rows for which it is time join the budget, before `new` tokens come:
         prune static segments, move full chunks to the host."""
-        began = time.perf_counter()
+        began, held = time.perf_counter(), self.account.resident_bytes
         self.retriever.join()
         text = self._shared.text(self.seen)
         lengths, size = self._shared.lengths(self.seen), self.storage.key.element_size()
@@ -166,7 +181,7 @@ class RaggedLayer(LiveState):
             flags = None if text is None or positions is None else text[row, positions]
             packed.append(self._join(segment, query[row, self._group(head)], lengths[row], flags))
         self._install(packed, known)
-        self._finish(began)
+        self._finish(began, held)
 
     def _join(self, segment: int, query: Tensor, tokens: int, flags: Tensor | None) -> Packed:
         """A segment whose tail joins; its row is `tokens` tokens long."""
@@ -216,15 +231,17 @@ class RaggedLayer(LiveState):
         self,
         key: Float[Tensor, "rows kv_heads tokens dim"],
         value: Float[Tensor, "rows kv_heads tokens dim"],
-    ) -> bool:
-        """Store new tokens, whole; True when the storage had to grow."""
+    ) -> tuple[Tensor, Tensor]:
+        """Store new tokens, whole; gives them back."""
         before = self.storage.key
         if key.shape[2] > self.storage.room:
             self.retriever.unbind()  # it is bound to tensors that will be replaced
         self.seen += key.shape[2]
-        self.storage.append(key.flatten(0, 1), value.flatten(0, 1), self.spare)
+        self.storage.append(key.detach().flatten(0, 1), value.detach().flatten(0, 1), self.spare)
         self._count(key.shape[2])
-        return self.storage.key is not before
+        if self.storage.key is not before:
+            self.measure()
+        return key, value
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens, so that the storage stays where it is meanwhile."""
@@ -248,8 +265,15 @@ class RaggedLayer(LiveState):
         self._book_budget()
 
     def drop_last(self, count: int) -> None:
-        """Forget the last `count` tokens, which must be of every row's tail."""
-        assert count <= self.tail
+        """Forget the last `count` tokens.
+
+        Raises CompressionError when the cut would reach into what is compressed.
+        """
+        if count > self.tail:
+            raise CompressionError(
+                f"cannot remove {count} tokens: only the {self.tail} tokens since the last "
+                "compression can be cropped; start a new cache, or use compress_every=0"
+            )
         self.storage.drop_last(count)
         self.seen -= count
         if self.seen < self._known:
@@ -268,10 +292,22 @@ class RaggedLayer(LiveState):
         self.dynamic = {i: old[s].clone() for i, s in enumerate(segments) if s in old}
         self._places = [self._places[s] for s in segments]
         take_heads(self.account, segments, heads)
-        self.retriever = self._new_retriever(self.retriever.steps)
+        self.account.reason = reasons([row.plan for row in self.rows])
+        self.retriever = self._new_retriever()
         self.measure()
 
     # -- attention ------------------------------------------------------------------------------
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, None]:
+        """Attention over what is kept, of what the mask shows; the pass's tokens are appended."""
+        rows, new = call.query.shape[0], call.query.shape[2]
+        view = self._shared.look(call.mask, new, self.seen, begins=self._number == 0)
+        if view is not None:
+            return attend_seeing(self, call.query, view), None
+        if new == 1:
+            return self.attend_one(call.query), None
+        own = own_block(call.mask, rows, new, self.seen, call.query.device)
+        return self.attend_many(call.query, own), None
 
     def attend_one(
         self, query: Float[Tensor, "rows query_heads 1 dim"]
@@ -368,7 +404,7 @@ class RaggedLayer(LiveState):
     def _install(self, packed: list[Packed], positions: Sequence[NDArray[np.int32] | None]) -> None:
         self.storage = RaggedStorage([p.key for p in packed], [p.value for p in packed])
         self.dynamic = {i: p.dynamic for i, p in enumerate(packed) if p.dynamic is not None}
-        self.retriever = self._new_retriever(self.retriever.steps)
+        self.retriever = self._new_retriever()
         self._known = self.seen
         self._places = [
             None if one.kept is None or known is None else Places(known, one.kept)
@@ -377,21 +413,23 @@ class RaggedLayer(LiveState):
         open_heads(self.account, [p.name for p in packed], self.kv_heads)
         self.measure()
 
-    def _new_retriever(self, steps: int) -> Retriever:
+    def _new_retriever(self) -> Retriever:
         options = self._shared.planner.options
-        rerank = {
-            segment: self._plan(*divmod(segment, self.kv_heads)).strategy.rerank
-            for segment in self.dynamic
-        }
-        return Retriever(self.dynamic, rerank, self.account, options, self.scaling, steps)
+        return Retriever(self.dynamic, self.account, options, self.scaling)
 
-    def _finish(self, began: float) -> None:
+    def _finish(self, began: float, held: int) -> None:
+        """Of a compression that began then, of what took `held` bytes."""
+        self.account.reason = reasons([row.plan for row in self.rows])
+        resident = self.account.resident_bytes
+        self._shared.meter.set(self._number, held + resident)
+        self._shared.meter.set(self._number, resident)
         if not self.storage.key.is_cuda:
             self.account.compression_seconds += time.perf_counter() - began
 
     def measure(self) -> None:
         """Account for every head's tokens and bytes."""
         measure(self.account, self.storage, self.dynamic, self._shared.starts, self.seen)
+        self._shared.meter.set(self._number, self.account.resident_bytes)
         self._book_budget()
 
     def _book_budget(self) -> None:

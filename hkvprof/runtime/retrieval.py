@@ -13,14 +13,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hkvprof.errors import UsageError
+from hkvprof.runtime.accounts import Fetches, LayerAccount
 from hkvprof.runtime.copies import deep_copy
-from hkvprof.runtime.host import DynamicHead
 from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval
 from hkvprof.runtime.kernels.interface import device_integers
 from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from hkvprof.runtime.options import Options
-from hkvprof.runtime.receipt import Fetches, LayerAccount
-from hkvprof.runtime.storage import RaggedStorage
+from hkvprof.runtime.storage import DynamicHead, RaggedStorage
 
 
 class Queues(Protocol):
@@ -65,20 +64,6 @@ class CudaQueues:
                 tensor.record_stream(self._side)
 
 
-class InOrder:
-    """One queue: what goes aside runs at once. For tests where there is no device."""
-
-    def join(self) -> None:
-        """There is nothing to wait for."""
-
-    def aside(self, work: Callable[[], None]) -> None:
-        """Now."""
-        work()
-
-    def uses(self, tensors: Sequence[Tensor]) -> None:
-        """There is one queue alone."""
-
-
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
@@ -108,6 +93,7 @@ class Prefetch:
         self.queues = queues
         self.corrected = torch.zeros(len(segments), dtype=torch.int64, device=device)
         """Corrections so far per dynamic head, counted on the device."""
+        self.steps = 0
         self._threshold = threshold
         self._segments = device_integers(list(segments), device)
         self._turned = torch.empty(len(segments), dtype=torch.bool, device=device)
@@ -124,6 +110,7 @@ class Prefetch:
 
         `query` may be overwritten by the caller afterwards: a copy is kept.
         """
+        self.steps += 1
         self.queues.join()
         if self._last is None:
             retrieval.step(query)
@@ -156,24 +143,17 @@ class Prefetch:
 
 
 class Retriever:
-    """Bound to the dynamic heads of one compression: make a new one when they are replaced.
-
-    `rerank` says of every dynamic segment how many items more its index names; `steps` counts
-    decoding steps: every `retrieve_every`-th of them selects.
-    """
+    """Bound to the dynamic heads of one compression: make a new one when they are replaced."""
 
     def __init__(
         self,
         dynamic: Mapping[int, DynamicHead],
-        rerank: Mapping[int, int],
         account: LayerAccount,
         options: Options,
         scaling: float,
-        steps: int = 0,
     ) -> None:
-        self.steps = steps
         self.prefetch: Prefetch | None = None
-        self._dynamic, self._rerank, self._account = dynamic, rerank, account
+        self._dynamic, self._account = dynamic, account
         self._options, self._scaling = options, scaling
         self._bound: Retrieval | None = None
 
@@ -188,14 +168,12 @@ class Retriever:
         began = time.perf_counter()
         if self._bound is None:
             self._bound = self._bind(kernels, storage)
-        selects = self.steps % self._options.retrieve_every == 0
         self.advance(1)
         if self.prefetch is not None:
             return self.prefetch.step(self._bound, query, attend)
-        if selects:
-            self._bound.step(query)
-            if not storage.key.is_cuda:
-                self._account.retrieval_seconds += time.perf_counter() - began
+        self._bound.step(query)
+        if not storage.key.is_cuda:
+            self._account.retrieval_seconds += time.perf_counter() - began
         return attend()
 
     def step_seeing(
@@ -209,10 +187,7 @@ class Retriever:
         In plain torch, and at once where others prefetch.
         """
         self.unbind()
-        selects = self.steps % self._options.retrieve_every == 0
         self.advance(1)
-        if not selects:
-            return
         bound = self._bind(TorchKernels(), storage)
         assert isinstance(bound, TorchRetrieval)
         bound.step_seeing(query, [hidden[segment] for segment in self._dynamic])
@@ -221,13 +196,10 @@ class Retriever:
 
     def advance(self, count: int) -> None:
         """Book decoding steps, taken by the device (or, below 0, not taken)."""
-        every = self._options.retrieve_every
-        selections = -(-(self.steps + count) // every) + -self.steps // every
-        self.steps += count
         for segment, head in self._dynamic.items():
             account = self._account.heads[segment]
-            account.chunks_requested += selections * head.layout.hot
-            account.bytes_moved += selections * self._key_bytes(segment)
+            account.chunks_requested += count * head.layout.hot
+            account.bytes_moved += count * head.rerank_bytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Retriever:
         """Bound to the copies of its heads, at their next step."""
@@ -244,24 +216,16 @@ class Retriever:
         self.join()
         self._bound = None
 
-    def _key_bytes(self, segment: int) -> int:
-        """Bytes of the exact keys that reranking reads from the host at every selection."""
-        head = self._dynamic[segment]
-        more = self._rerank[segment]
-        if not more or head.layout.hot == head.layout.items:
-            return 0
-        return min(head.layout.items, head.layout.hot + more) * head.host.item_bytes // 2
-
     def _bind(self, kernels: Kernels, storage: RaggedStorage) -> Retrieval:
         options, before = self._options, self._account.fetches
-        segments = [self._segment(number, storage) for number in self._dynamic]
+        heads = self._dynamic.items()
+        segments = [head.described(number, storage.offsets[number]) for number, head in heads]
         bound = kernels.bind(
             storage.key,
             storage.value,
             segments,
             self._scaling,
             options.smoothing,
-            options.retrieve_every - 1,
             None if before is None else before.counts,
         )
         if before is None:
@@ -271,22 +235,6 @@ class Retriever:
         if options.prefetch is not None:
             self._prepare_prefetch(options.prefetch, storage, segments, bound)
         return bound
-
-    def _segment(self, number: int, storage: RaggedStorage) -> DynamicSegment:
-        head = self._dynamic[number]
-        return DynamicSegment(
-            segment=number,
-            index=head.index,
-            slots=head.slots,
-            hot_score=head.hot_score,
-            host=head.host.data,
-            scale=head.host.scale,
-            items_per_group=head.host.items_per_group,
-            hot_start=storage.offsets[number] + head.hot_start,
-            chunk=head.layout.chunk,
-            items=head.layout.items,
-            rerank=self._rerank[number],
-        )
 
     def _prepare_prefetch(
         self,

@@ -1,22 +1,34 @@
-"""Flat ragged storage of a layer's resident keys and values.
+"""Where a compressed layer's keys and values lie: flat on the device, and in chunks on the host.
 
 All (batch row, KV head) segments of a layer lie in one [capacity, dim] tensor for K and one for V.
 A segment holds the head's prompt tokens in any order (keys carry their positions), then generated
 tokens, then slack. Segments grow together; growth copies the resident bytes once every few tokens.
+
+A dynamic head's segment is laid out [sinks | recent | hot slots | tokens since]; its other tokens
+are items in host memory, of which an index and a slot map stay on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hkvprof.runtime.kernels.interface import Extents, device_integers
+from hkvprof.errors import CompressionError
+from hkvprof.profile.costs import DynamicLayout
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, device_integers
+from hkvprof.selection.index import KeyIndex
 
 SLACK_SHARE = 1 / 32
 MIN_SLACK = 4
+SCALE_TOKENS = 128
+"""Tokens that share one scale per channel when host items are stored as int8."""
+GROWTH = 1 / 8
+"""Room for later items, as a share of those stored, when a store has to grow."""
 
 
 class RaggedStorage:
@@ -103,8 +115,11 @@ class RaggedStorage:
         return True
 
     def drop_last(self, count: int) -> None:
-        """Forget the last `count` tokens of every segment."""
-        assert all(count <= n for n in self.lengths)
+        """Forget the last `count` tokens of every segment. Raises CompressionError beyond them."""
+        if count > min(self.lengths):
+            raise CompressionError(
+                f"cannot remove {count} tokens from segments of {min(self.lengths)} and more"
+            )
         self.lengths = [n - count for n in self.lengths]
         self.ends -= count
 
@@ -140,3 +155,230 @@ def append_rows(
     key.index_copy_(0, where, new_key.reshape(-1, new_key.shape[-1]))
     value.index_copy_(0, where, new_value.reshape(-1, new_value.shape[-1]))
     ends += count
+
+
+@dataclass
+class HostChunks:
+    """Keys and values of a head's host items, K and V of an item adjacent.
+
+    `data` [capacity, 2, chunk, dim], of which the first `items` are in use, in the K/V dtype or as
+    int8 with `scale` [groups, 2, dim] (float32; `items_per_group` items share a scale, per
+    channel). Pinned where the device is CUDA, whose copies are done when `written` has passed.
+    Stored items never change but for int8's last group; a store that several batch rows share is
+    copied before it grows.
+    """
+
+    data: Tensor
+    scale: Float[Tensor, "groups 2 dim"] | None
+    items: int
+    dtype: torch.dtype
+    pinned: bool
+    shared: bool = False
+    written: torch.cuda.Event | None = None
+    on_host = True
+
+    @classmethod
+    def store(
+        cls,
+        key: Float[Tensor, "items chunk dim"],
+        value: Float[Tensor, "items chunk dim"],
+        host_dtype: str = "same",
+    ) -> HostChunks:
+        """Copy to the host. Raises CompressionError when host memory cannot be had."""
+        items, chunk, dim = key.shape
+        kind = torch.int8 if host_dtype == "int8" else key.dtype
+        pinned = key.device.type == "cuda"
+        data = _allocate((items, 2, chunk, dim), kind, pinned)
+        made = cls(data, None, items, key.dtype, pinned)
+        made._write(0, key, value)
+        return made
+
+    @property
+    def loses(self) -> bool:
+        """Whether items are not exactly what was stored."""
+        return self.data.dtype != self.dtype
+
+    @property
+    def chunk(self) -> int:
+        """Tokens per item."""
+        return self.data.shape[2]
+
+    @property
+    def items_per_group(self) -> int:
+        """Items that share a scale."""
+        return max(1, SCALE_TOKENS // self.chunk)
+
+    @property
+    def item_bytes(self) -> int:
+        """Host bytes of one item, scales aside."""
+        return self.data[:1].numel() * self.data.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes."""
+        scale = 0 if self.scale is None else self.scale.untyped_storage().nbytes()
+        return self.data.untyped_storage().nbytes() + scale
+
+    def append(
+        self, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
+    ) -> HostChunks:
+        """The store with more items; the same object unless it is shared or full."""
+        self._settle()
+        target, total = self, self.items + len(key)
+        if self.shared or total > len(self.data):
+            capacity = total + (0 if self.shared else int(GROWTH * total))
+            data = _allocate((capacity, *self.data.shape[1:]), self.data.dtype, self.pinned)
+            data[: self.items] = self.data[: self.items]
+            target = replace(self, data=data, shared=False)
+        target._write(self.items, key, value)
+        target.items = total
+        return target
+
+    def fetch(
+        self, items: Int[Tensor, " n"], device: torch.device
+    ) -> Float[Tensor, "n 2 chunk dim"]:
+        """Chosen items on the device, in the K/V dtype."""
+        where = items.cpu()
+        self._settle()
+        rows = self.data[where].to(device, non_blocking=True)
+        if self.scale is None:
+            return rows
+        scale = self.scale[where // self.items_per_group].to(device, non_blocking=True)
+        return (rows.float() * scale[:, :, None]).to(self.dtype)
+
+    def everything(self, device: torch.device) -> Float[Tensor, "items 2 chunk dim"]:
+        """All items on the device."""
+        if self.scale is None:
+            return self.data[: self.items].to(device)
+        return self.fetch(torch.arange(self.items), device)
+
+    def _settle(self) -> None:
+        """Before the host itself reads: wait until what was stored is there."""
+        if self.written is not None:
+            self.written.synchronize()
+            self.written = None
+
+    def _write(self, start: int, key: Tensor, value: Tensor) -> None:
+        if not self.loses:
+            room = self.data[start : start + len(key)]
+            if key.is_cuda:  # one transfer without waiting: halves would pass through other memory
+                room.copy_(torch.stack([key, value], dim=1), non_blocking=True)
+                self.written = torch.cuda.Event()
+                self.written.record()
+            else:
+                room[:, 0], room[:, 1] = key, value
+            return
+        rows = torch.stack([key, value], dim=1)
+        group = self.items_per_group
+        begin = start // group * group  # int8: the group that was not full is quantised anew
+        if begin < start:
+            old = self.fetch(torch.arange(begin, start), torch.device("cpu"))
+            rows = torch.cat([old, rows.to("cpu")])
+        scales = [] if self.scale is None else [self.scale[: begin // group]]
+        for first in range(0, len(rows), group):
+            block = torch.nan_to_num(rows[first : first + group].float())
+            scale = block.abs().amax(dim=(0, 2)).clamp(min=1e-12) / 127  # [2, dim]
+            code = (block / scale[:, None]).round().clamp(-127, 127)
+            self.data[begin + first : begin + first + len(block)] = code.to(torch.int8)
+            scales.append(scale.cpu()[None])
+        scale = torch.cat(scales)
+        self.scale = _allocate(tuple(scale.shape), scale.dtype, self.pinned).copy_(scale)
+
+
+def allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, pinned: bool, purpose: str, advice: str
+) -> Tensor:
+    """Host memory. Raises CompressionError, naming purpose and size, when it cannot be had."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    except (RuntimeError, MemoryError) as error:
+        size = torch.Size(shape).numel() * dtype.itemsize / 2**20
+        raise CompressionError(
+            f"host memory for {purpose} ({size:.1f} MiB) cannot be allocated "
+            f"({str(error).splitlines()[0]}): free host memory, {advice}"
+        ) from error
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    advice = (
+        "lower the batch or the prompt, use host_dtype='int8', or a profile with static heads only"
+    )
+    return allocate(shape, dtype, pinned, "a dynamic head", advice)
+
+
+@dataclass
+class DynamicHead:
+    """One (batch row, KV head): host items, device index, and which item every hot slot holds.
+
+    Its storage segment is laid out [sinks | recent | hot slots | tokens since]. Its index names
+    `rerank` items beyond the hot buffer for exact scores. `hot_score` exists with smoothing only.
+    """
+
+    layout: DynamicLayout
+    host: HostChunks
+    index: KeyIndex
+    rerank: int
+    slots: Int[Tensor, " hot"]
+    hot_score: Float[Tensor, " hot"] | None = None
+
+    def clone(self) -> DynamicHead:
+        """A copy for another beam: shares what does not change with a step."""
+        self.host.shared = True
+        score = None if self.hot_score is None else self.hot_score.clone()
+        return replace(self, slots=self.slots.clone(), hot_score=score)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicHead:
+        """For a copy of the cache: as for another beam."""
+        return self.clone()
+
+    @property
+    def hot_start(self) -> int:
+        """First row of the hot slots within the segment."""
+        return self.layout.sinks + self.layout.recent
+
+    def described(self, segment: int, start: int) -> DynamicSegment:
+        """For the kernels: its storage segment has this number and begins at row `start`."""
+        return DynamicSegment(
+            segment=segment,
+            index=self.index,
+            slots=self.slots,
+            hot_score=self.hot_score,
+            host=self.host.data,
+            scale=self.host.scale,
+            items_per_group=self.host.items_per_group,
+            hot_start=start + self.hot_start,
+            chunk=self.layout.chunk,
+            items=self.layout.items,
+            rerank=self.rerank,
+        )
+
+    @property
+    def rerank_bytes(self) -> int:
+        """Bytes of the exact keys that reranking reads from the host at every selection."""
+        layout = self.layout
+        if not self.rerank or layout.hot == layout.items:
+            return 0
+        return min(layout.items, layout.hot + self.rerank) * self.host.item_bytes // 2
+
+    @property
+    def index_bytes(self) -> int:
+        """Device bytes of the index."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.index.tensors())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Device bytes of the slot map, and of smoothed scores."""
+        score = 0 if self.hot_score is None else self.hot_score.untyped_storage().nbytes()
+        return self.slots.untyped_storage().nbytes() + score
+
+    def all_tokens(
+        self, key: Float[Tensor, "stored dim"], value: Float[Tensor, "stored dim"]
+    ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
+        """The segment's tokens without the hot copies, and every host item."""
+        begin = self.hot_start
+        end = begin + self.layout.hot * self.layout.chunk
+        items = self.host.everything(key.device)
+        return (
+            torch.cat([key[:begin], items[:, 0].flatten(0, 1), key[end:]]),
+            torch.cat([value[:begin], items[:, 1].flatten(0, 1), value[end:]]),
+        )

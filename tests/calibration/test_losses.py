@@ -406,7 +406,7 @@ def test_losses_are_those_of_the_runtime_at_the_first_layer(
     passes = list(runtime_passes(traced.continuation))
     assert max(end - start for start, end in passes) > 5  # there are later questions
     # Losses are of what the prompt keeps: what comes after it stays whole.
-    whole = {"smoothing": 0.0, "decode_compression": False}
+    whole = {"smoothing": 0.0, "compress_every": 0}
     with apply(model, profile, budget=ratio, **whole) as handle:
         cache = handle.new_cache()
         pruned = run_first_layer(model, view, inputs, ids, passes, cache)

@@ -14,17 +14,17 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from hkvprof.models import adapter, attention
 from hkvprof.models.architectures import Adapter
-from hkvprof.runtime import layer, packing, prompt, ragged
+from hkvprof.runtime import packing, prompt, ragged
 from hkvprof.runtime.binding import Binding
 from hkvprof.runtime.cache import CompressedCache
-from hkvprof.runtime.host import DynamicHead, HostChunks
 from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from hkvprof.runtime.layer import CompressedLayer
-from hkvprof.runtime.parked import ParkedPrompt
+from hkvprof.runtime.layer_states import ParkedPrompt
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
 from hkvprof.runtime.retrieval import Retriever
+from hkvprof.runtime.storage import DynamicHead, HostChunks
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 LEAKED: list[Tensor] = []
@@ -205,7 +205,7 @@ def later_tokens_are_seen(patch: pytest.MonkeyPatch) -> None:
     def all_of_them(mask: Tensor | None, rows: int, new: int, *rest: Any) -> Tensor:
         return torch.ones(rows, new, new, dtype=torch.bool)
 
-    patch.setattr(layer, "own_block", all_of_them)
+    patch.setattr(ragged, "own_block", all_of_them)
 
 
 def dense_keys_kept_by_the_layer(patch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def goes_all_the_way(model: Any, again: Any, name: str, tmp_path: Path, kind: st
     assert profile.loss[profile.loss < 1e30].max() > 0
     path = profile.save(tmp_path / "p.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hkvprof.runtime.fingerprints.warnings.warn", None)
+        patch.setattr("hkvprof.runtime.handle.warnings.warn", None)
         apply(again, path).detach()
     report = examine(again, processor if seen else None, only=CHECKS)
     failed = [f"{o.name}: {o.detail}" for o in report.outcomes if o.status.value == "failed"]

@@ -37,10 +37,11 @@ def test_given_min_tokens_win() -> None:
         ({"buget": 0.1}, "no argument 'buget'.*Did you mean budget"),
         ({"trust_remote_code": True}, "no argument 'trust_remote_code'"),
         ({"max_length": 8}, "no argument 'max_length'"),
+        ({"decode_compression": False}, "'decode_compression'.*compress_every=0"),
         ({"batch_size": "auto"}, "batch_size must be a number.*'auto'"),
         ({"batch_size": 0}, "batch_size must be a number"),
         ({"min_tokens": "many"}, "min_tokens must be a whole number, found 'many'"),
-        ({"retrieve_every": True}, "retrieve_every must be a whole number, found True"),
+        ({"compress_every": True}, "compress_every must be a whole number, found True"),
     ],
 )
 def test_what_is_wrong_is_named(more: dict[str, Any], message: str) -> None:

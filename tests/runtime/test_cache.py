@@ -59,8 +59,7 @@ def test_third_turn_sees_everything_that_dynamic_heads_moved(llama: Any, every: 
     """Turns of several tokens stay exact, also when earlier turns have gone to the host."""
     turns = [token_ids(2, length, seed=length) for length in (200, 25, 31, 18)]
     dense = DynamicCache(config=llama.config)
-    options: dict[str, Any] = {"compress_every": every} if every else {"decode_compression": False}
-    with apply(llama, profile_of(llama, "dynamic"), budget=0.3, **options) as handle:
+    with apply(llama, profile_of(llama, "dynamic"), budget=0.3, compress_every=every) as handle:
         cache = handle.new_cache()
         got = [llama(input_ids=ids, **with_cache(llama, cache)).logits for ids in turns]
         assert {layer.account.compressions for layer in cache.covered} == {3 if every else 1}

@@ -15,7 +15,7 @@ from hkvprof.bench.run import bench_filled
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime.graph import GraphDecoder
-from hkvprof.runtime.host import HostChunks
+from hkvprof.runtime.storage import HostChunks
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 
 pytestmark = [
@@ -80,7 +80,7 @@ def test_whole_steps_do_not_wait(types: str, prefetch: float | None) -> None:
     model = random_llama().to("cuda")
     tokens = token_ids(2, 40).to("cuda").split(1, dim=1)
     profile = profile_of(model, types)
-    with apply(model, profile, budget=0.3, decode_compression=False, prefetch=prefetch) as handle:
+    with apply(model, profile, budget=0.3, compress_every=0, prefetch=prefetch) as handle:
         cache = handle.new_cache()
         model(input_ids=token_ids(2, 300).to("cuda"), **with_cache(model, cache))
         for one in tokens[:3]:  # compiles

@@ -15,7 +15,7 @@ from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime import measure_storage
-from hkvprof.runtime.receipt import measure_queries
+from hkvprof.runtime.accounts import measure_queries
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
 from tests.runtime.test_handle import TYPES, logits_of, profile_of
@@ -71,14 +71,11 @@ def test_generation_equals_masked_dense_attention(llama: Any, types: str) -> Non
     assert all(layer.ragged.seen <= layer.ragged.until for layer in cache.covered)
 
 
-@pytest.mark.parametrize("options", [{"smoothing": 0.7}, {"retrieve_every": 3}], ids=str)
-def test_retrieval_options_equal_masked_dense_attention(
-    llama: Any, options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.7])
+def test_smoothing_equals_masked_dense_attention(llama: Any, smoothing: float) -> None:
     ids, mask = left_padded([150, 131])
-    compare_with_masked_dense(
-        llama, profile_of(llama, "dynamic"), ids, mask, 30, budget=0.3, compress_every=12, **options
-    )
+    options: dict[str, Any] = {"budget": 0.3, "compress_every": 12, "smoothing": smoothing}
+    compare_with_masked_dense(llama, profile_of(llama, "dynamic"), ids, mask, 30, **options)
 
 
 @pytest.mark.parametrize("types", TYPES)
@@ -92,7 +89,7 @@ def test_share_stays_at_the_budget_however_long_the_generation(llama: Any, types
         assert receipt.resident_share <= 1.05 * 0.2
         assert handle.profile.keep == keep
         assert 1 + 699 // 32 <= min(layer.compressions for layer in receipt.layers) < 2 * 699 / 32
-    with apply(llama, profile_of(llama, types), budget=0.2, decode_compression=False) as handle:
+    with apply(llama, profile_of(llama, types), budget=0.2, compress_every=0) as handle:
         llama.generate(input_ids=ids, max_new_tokens=300, **GREEDY)
         assert handle.receipt().resident_share > 0.5
 
@@ -219,7 +216,7 @@ def test_prompt_lookup_equals_plain_decoding(llama: Any) -> None:
         assert abs(handle.receipt().resident_share - share) < 0.15
     # Compression happens at other tokens when several come at once; up to there they agree.
     assert torch.equal(got[:, :188], expected[:, :188])
-    with apply(llama, profile_of(llama, "static"), budget=0.5, decode_compression=False):
+    with apply(llama, profile_of(llama, "static"), budget=0.5, compress_every=0):
         expected = llama.generate(input_ids=ids, max_new_tokens=60, **GREEDY)
         got = llama.generate(input_ids=ids, max_new_tokens=60, prompt_lookup_num_tokens=4, **GREEDY)
     assert torch.equal(got, expected)
@@ -359,11 +356,11 @@ def test_a_broken_row_leaves_the_others_alone(llama: Any, types: str, value: flo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compress_every": 0}, "decode_compression=False"),
-        ({"compress_every": -3}, "at least 1"),
+        ({"decode_compression": False}, "compress_every=0"),
+        ({"compress_every": -3}, "at least 0"),
         ({"host_dtype": "int4"}, "same, int8"),
         ({"smoothing": 1.0}, "smoothing"),
-        ({"retrieve_every": 0}, "retrieve_every"),
+        ({"retrieve_every": 2}, "select at every step"),
         ({"min_tokens": 0}, "min_tokens"),
     ],
     ids=str,

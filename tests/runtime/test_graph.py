@@ -54,18 +54,17 @@ class HostTurnedBack:
     def _numbers(self) -> list[Any]:
         return [
             (layer._seen, layer.ragged.seen, list(layer.ragged.storage.lengths),
-             layer.ragged.retriever.steps, copy.deepcopy(vars(layer.account)["heads"]),
+             copy.deepcopy(vars(layer.account)["heads"]),
              {name: value for name, value in vars(layer.account).items() if name != "heads"})
             for layer in self.cache.covered
         ]  # fmt: skip
 
     def _set(self, numbers: list[Any]) -> None:
-        for layer, (seen, total, lengths, steps, heads, account) in zip(
+        for layer, (seen, total, lengths, heads, account) in zip(
             self.cache.covered, numbers, strict=True
         ):
             layer._seen, layer.ragged.seen = seen, total
             layer.ragged.storage.lengths = list(lengths)
-            layer.ragged.retriever.steps = steps
             vars(layer.account).update(account)
             for mine, old in zip(layer.account.heads, heads, strict=True):
                 vars(mine).update(vars(old))
@@ -97,7 +96,7 @@ def profile_of(model: Any, types: str) -> Any:
     ("types", "steps", "rows", "options"),
     [
         ("static", 60, (220, 200), {"budget": 0.5, "compress_every": 40}),
-        ("static", 40, (150, 131), {"budget": 0.3, "decode_compression": False}),
+        ("static", 40, (150, 131), {"budget": 0.3, "compress_every": 0}),
         ("mixed", 60, (220, 200), {"budget": 0.5, "compress_every": 40, "smoothing": 0.5}),
         ("mixed", 60, (150, 150), {"budget": 0.3}),  # less room than queries are kept
     ],
@@ -166,9 +165,3 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(ragged, "for_device", lambda device, dtype: TorchKernels())
         with pytest.raises(CompressionError, match="plain torch make the host wait"):
             GraphDecoder(model, cache, recorder=recorder)
-    profile = uniform_profile(model, "dynamic")
-    with (
-        apply(model, profile, budget=0.3, retrieve_every=2) as handle,
-        pytest.raises(UsageError, match="retrieve_every makes them differ"),
-    ):
-        GraphDecoder(model, handle.new_cache(), recorder=recorder)

@@ -15,7 +15,7 @@ from hkvprof.errors import CompressionError, ModelError
 from hkvprof.models.attention import AttentionCall, MarkedLayer
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime import measure_storage
-from hkvprof.runtime.masks import own_block, read_view, row_starts
+from hkvprof.runtime.attention import own_block, read_view, row_starts
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import kept_positions
 from tests.runtime.test_handle import TYPES, profile_of
@@ -132,7 +132,7 @@ class Twins:
 
 OPTIONS: list[dict[str, Any]] = [
     {"budget": 0.35, "compress_every": 16},
-    {"budget": 0.5, "decode_compression": False},
+    {"budget": 0.5, "compress_every": 0},
     {"budget": 0.4, "compress_every": 16, "smoothing": 0.0},
 ]
 passes = st.tuples(

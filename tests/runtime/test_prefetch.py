@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,29 +17,11 @@ from hkvprof.runtime import retrieval as retrieving
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.options import Options
-from hkvprof.runtime.retrieval import InOrder, Prefetch, Queues
+from hkvprof.runtime.retrieval import Prefetch, Queues
 from tests.models_for_tests import apply, random_llama, token_ids
 from tests.runtime.kernels.cases import Layer, make_layer
 from tests.runtime.kernels.triton_cases import DEVICES, QUIET, moved, triton_kernels
-
-
-class Late:
-    """A second queue that is as slow as can be: its work happens when somebody must wait for it."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Callable[[], None]] = []
-
-    def join(self) -> None:
-        for work in self.waiting:
-            work()
-        self.waiting.clear()
-
-    def aside(self, work: Callable[[], None]) -> None:
-        self.waiting.append(work)
-
-    def uses(self, tensors: Sequence[Tensor]) -> None:
-        assert all(isinstance(tensor, Tensor) for tensor in tensors)
-
+from tests.runtime.queues import InOrder, Late
 
 QUEUES = pytest.mark.parametrize("queues", [InOrder, Late])
 
@@ -170,5 +151,3 @@ def test_prefetch_is_refused_where_nothing_overlaps() -> None:
         apply(model, uniform_profile(model, "dynamic"), budget=0.3, prefetch=0.85)
     with pytest.raises(UsageError, match=r"a cosine in \(0, 1\] such as 0.85, found 1.5"):
         Options(prefetch=1.5)
-    with pytest.raises(UsageError, match="prefetch selects at every step"):
-        Options(prefetch=0.9, retrieve_every=2)

@@ -20,7 +20,7 @@ GREEDY: dict[str, Any] = {
     "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, "max_new_tokens": 6,
     "output_logits": True, "return_dict_in_generate": True,
 }  # fmt: skip
-EVERY: list[dict[str, Any]] = [{"decode_compression": False}, {"compress_every": 200}, {}]
+EVERY: list[dict[str, Any]] = [{"compress_every": 0}, {"compress_every": 200}, {}]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_near_the_dense_model_when_nearly_all_is_kept(llama: Any, new_alone: boo
         return llama.generate(**inputs, **with_cache(llama, cache), **GREEDY)
 
     expected = run(DynamicCache(config=llama.config))
-    options: dict[str, Any] = {"budget": 0.97, "decode_compression": False}
+    options: dict[str, Any] = {"budget": 0.97, "compress_every": 0}
     with apply(llama, profile_of(llama, "dynamic"), **options) as handle:
         cache = handle.new_cache()
         got = run(cache)
@@ -101,7 +101,7 @@ def test_the_rest_may_come_in_chunks(llama: Any, types: str, chunk: int | None) 
     llama.generate(input_ids=prompt, **with_cache(llama, stock), **options)
     if stock.get_seq_length() != 190 + GREEDY["max_new_tokens"] - 1:
         pytest.skip("transformers 5.16 reads chunks of the prefix again")
-    with apply(llama, profile_of(llama, types), budget=0.4, decode_compression=False) as handle:
+    with apply(llama, profile_of(llama, types), budget=0.4, compress_every=0) as handle:
         branch, whole = handle.new_cache(), handle.new_cache()
         llama(input_ids=prefix, **with_cache(llama, branch))
         llama.generate(input_ids=prompt, **with_cache(llama, branch), **options)
@@ -117,7 +117,7 @@ def test_a_long_turn_by_hand_joins_before_the_next_pass(llama: Any, types: str) 
     ids, mask = left_padded([40, 31])
     turn = token_ids(2, 153, seed=4)
     step = token_ids(2, 1, seed=6)
-    with apply(llama, profile_of(llama, types), budget=0.4, decode_compression=False) as handle:
+    with apply(llama, profile_of(llama, types), budget=0.4, compress_every=0) as handle:
         cache, whole = handle.new_cache(), handle.new_cache()
         llama(input_ids=ids, attention_mask=mask, **with_cache(llama, cache))
         longer = torch.cat([mask, torch.ones_like(turn)], dim=1)
@@ -142,7 +142,7 @@ def test_a_long_turn_by_hand_joins_before_the_next_pass(llama: Any, types: str) 
 def test_what_is_generated_stays_whole_until_a_turn_comes(llama: Any) -> None:
     ids = token_ids(1, 40)
     options = {**GREEDY, "max_new_tokens": 60}
-    with apply(llama, profile_of(llama, "mixed"), budget=0.4, decode_compression=False) as handle:
+    with apply(llama, profile_of(llama, "mixed"), budget=0.4, compress_every=0) as handle:
         cache = handle.new_cache()
         out = llama.generate(input_ids=ids, **with_cache(llama, cache), **options).sequences
         assert cache.receipt().compressed_layers == 0
@@ -160,7 +160,7 @@ def test_what_is_generated_stays_whole_until_a_turn_comes(llama: Any) -> None:
 def test_a_short_row_beside_a_long_one_joins_with_its_turn(llama: Any) -> None:
     ids, mask = left_padded([150, 30])
     turn: Tensor = token_ids(2, 100, seed=4)
-    with apply(llama, profile_of(llama, "static"), budget=0.4, decode_compression=False) as handle:
+    with apply(llama, profile_of(llama, "static"), budget=0.4, compress_every=0) as handle:
         cache = handle.new_cache()
         llama(input_ids=ids, attention_mask=mask, **with_cache(llama, cache))
         assert [row.is_whole for row in cache.covered[0].ragged.rows] == [False, True]

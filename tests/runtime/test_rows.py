@@ -14,7 +14,8 @@ from hkvprof.errors import BudgetError
 from hkvprof.models.calls import with_cache
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import measure_storage
-from hkvprof.runtime.receipt import HeadAccount, Receipt
+from hkvprof.runtime.accounts import HeadAccount
+from hkvprof.runtime.receipt import Receipt
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.test_forecast import FOLDER, MENUS, measured

@@ -1,12 +1,20 @@
-"""Ragged storage against a list of tensors, under random sequences of operations."""
+"""Ragged storage against a list of tensors, under random sequences of operations; and host items,
+exactly or within int8's error, however they grow."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkvprof.runtime.storage import MIN_SLACK, SLACK_SHARE, RaggedStorage
+from hkvprof.runtime.storage import (
+    MIN_SLACK,
+    SCALE_TOKENS,
+    SLACK_SHARE,
+    HostChunks,
+    RaggedStorage,
+)
 
 DIM = 3
 
@@ -78,3 +86,101 @@ def test_keys_and_values_may_differ_in_width() -> None:
     storage.append(torch.zeros(1, 3, 2), torch.zeros(1, 3, 5), 0)
     assert storage.keys(0).shape == (7, 2)
     assert storage.values(0).shape == (7, 5)
+
+
+CPU = torch.device("cpu")
+
+
+def items_of(count: int, chunk: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.randn(count, chunk, 8, generator=generator) * torch.linspace(0.1, 20, 8)
+    return key, torch.randn(count, chunk, 8, generator=generator)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chunk=st.sampled_from([1, 4, 16]),
+    counts=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    kind=st.sampled_from(["same", "int8"]),
+)
+def test_store_returns_what_was_stored_and_appended(
+    chunk: int, counts: list[int], kind: str
+) -> None:
+    parts = [items_of(count, chunk, seed) for seed, count in enumerate(counts)]
+    store = HostChunks.store(*parts[0], kind)
+    for part in parts[1:]:
+        store = store.append(*part)
+    key, value = (torch.cat(of) for of in zip(*parts, strict=True))
+    expected = torch.stack([key, value], dim=1)
+    got = store.everything(CPU)
+    assert store.items == len(key) == len(got)
+    picked = torch.randperm(store.items)[:7]
+    assert torch.equal(store.fetch(picked, CPU), got[picked])
+    if kind == "same":
+        assert torch.equal(got, expected)
+        return
+    # Symmetric int8 per channel and group: half a step, and at most a little more for each time
+    # that the last group was quantised anew.
+    group = max(1, SCALE_TOKENS // chunk)
+    for first in range(0, store.items, group):
+        block = expected[first : first + group]
+        step = block.abs().amax(dim=(0, 2), keepdim=True) / 127
+        error = (got[first : first + group] - block).abs()
+        assert bool((error <= step * (0.5 * len(parts) + 0.01)).all())
+
+
+def test_int8_halves_the_bytes_of_bf16() -> None:
+    key, value = items_of(2048, 1, 0)
+    key, value = (x.repeat(1, 1, 8).bfloat16() for x in (key, value))
+    whole, small = (HostChunks.store(key, value, kind) for kind in ("same", "int8"))
+    assert whole.nbytes == 2 * 2 * key.numel()
+    assert small.nbytes <= 0.52 * whole.nbytes
+
+
+def test_nan_is_stored_without_harm_to_others() -> None:
+    key, value = items_of(200, 1, 0)
+    clean = HostChunks.store(key, value, "int8").everything(CPU)
+    key[150, 0, 3] = torch.nan
+    got = HostChunks.store(key, value, "int8").everything(CPU)
+    assert bool(got.isfinite().all())
+    assert torch.equal(got[:SCALE_TOKENS], clean[:SCALE_TOKENS])
+
+
+def test_a_shared_store_is_copied_before_it_grows() -> None:
+    key, value = items_of(20, 4, 0)
+    store = HostChunks.store(key, value)
+    more = store.append(key[:1], value[:1])
+    assert more is not store  # it was full
+    assert more.append(key[1:2], value[1:2]) is more
+    more.shared = True
+    other, another = more.append(key[2:3], value[2:3]), more.append(key[3:4], value[3:4])
+    assert len({id(x.data) for x in (more, other, another)}) == 3
+    assert torch.equal(other.everything(CPU)[-1, 0], key[2])
+    assert torch.equal(another.everything(CPU)[-1, 0], key[3])
+
+
+@pytest.mark.parametrize("kind", ["same", "int8"])
+def test_refused_memory_names_its_size(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    from hkvprof.errors import CompressionError
+
+    def refuse(*args: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    key, value = items_of(1 << 14, 1, 0)
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(CompressionError, match=r"host memory for a dynamic head \([01]\.\d MiB\)"):
+        HostChunks.store(key, value, kind)
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_keys_and_values_of_an_item_are_neighbours(chunk: int) -> None:
+    """One item is one stretch of memory, K before V, whether stored at once or appended."""
+    key, value = items_of(20, chunk, 0)
+    store = HostChunks.store(key[:12], value[:12]).append(key[12:], value[12:])
+    flat = store.data.untyped_storage()
+    assert store.data.is_contiguous()
+    plain = torch.tensor([], dtype=torch.float32).set_(flat)
+    width = 2 * chunk * 8
+    for item in range(20):
+        both = torch.cat([key[item].reshape(-1), value[item].reshape(-1)])
+        assert torch.equal(plain[item * width : (item + 1) * width], both)

@@ -10,7 +10,8 @@ import torch
 import hkvprof
 import hkvprof.runtime
 from hkvprof.runtime import measure_storage
-from hkvprof.runtime.receipt import Receipt, measure_queries
+from hkvprof.runtime.accounts import measure_queries
+from hkvprof.runtime.receipt import Receipt
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.test_forecast import FOLDER, MENUS, measured
@@ -128,12 +129,12 @@ def test_compress_every_is_an_upper_bound(llama: Any) -> None:
 
 
 def test_what_is_kept_whole_is_told(llama: Any) -> None:
-    with apply(llama, profile_of(llama, "static"), budget=0.2, decode_compression=False) as handle:
+    with apply(llama, profile_of(llama, "static"), budget=0.2, compress_every=0) as handle:
         llama.generate(input_ids=token_ids(1, 300), max_new_tokens=40, **GREEDY)
         receipt = handle.receipt()
     assert receipt.query_bytes == 0
     assert receipt.over_tokens > 30
-    assert "decode_compression=False" in receipt.excess
+    assert "compress_every=0" in receipt.excess
     assert f"because {receipt.excess}" in str(receipt)
     assert receipt.to_json()["excess"] == receipt.excess
 

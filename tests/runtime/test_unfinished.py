@@ -109,10 +109,10 @@ def test_training_under_gradient_checkpointing(more: dict[str, Any]) -> None:
 WRONG: tuple[tuple[str, Any], ...] = (
     *(("min_tokens", value) for value in ("a", None, 1.5, float("nan"), True, 0)),
     *(("compress_every", value) for value in ("a", None, 2.5, True, -1)),
-    *(("retrieve_every", value) for value in ("a", 1.5, 0)),
     *(("smoothing", value) for value in ("a", True, 1.0)),
     *(("monitor", value) for value in ("a", None, 2)),
-    ("prefetch", "a"), ("strict", None), ("decode_compression", None),
+    ("prefetch", "a"), ("strict", None), ("decode_compression", False),
+    ("buget", 0.1),
 )  # fmt: skip
 
 

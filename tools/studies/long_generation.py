@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import hkvprof
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime import apply, measure_storage
+from hkvprof.runtime.options import COMPRESS_EVERY
 from hkvprof.testbed.generator import make_sample
 
 LOOK_EVERY = 64
@@ -54,12 +55,12 @@ def main() -> None:
     encoded = processor.encode([sample.messages])
     out = sys.stdout
     out.write(f"tinyvl, {model.dtype}, prompt {encoded.tokens} tokens, budget {options.budget}\n")
-    for on in (True, False):
+    for every in (COMPRESS_EVERY, 0):
         with apply(
             model,
             "profiles/tinyvl.hkv.safetensors",
             budget=options.budget,
-            decode_compression=on,
+            compress_every=every,
         ) as handle:
             cache = handle.new_cache()
             watch = Watch(cache)
@@ -74,7 +75,7 @@ def main() -> None:
             )
             marks = [watch.seen[i * (len(watch.seen) - 1) // 8] for i in range(9)]
             shares = ", ".join(f"{tokens}: {share:.1%}" for tokens, share in marks)
-            out.write(f"decode_compression={on}: {shares}\n  {handle.receipt()}\n")
+            out.write(f"compress_every={every}: {shares}\n  {handle.receipt()}\n")
 
 
 if __name__ == "__main__":

@@ -74,8 +74,6 @@ VARIANTS = (
     *(_projected(32, f", rerank {count}", count) for count in (16, 32, 128)),
     _projected(32, ", smoothing 0.5", smoothing=0.5),
     _projected(32, ", smoothing 0.7", smoothing=0.7),
-    _projected(32, ", every 2nd step", retrieve_every=2),
-    _projected(32, ", every 4th step", retrieve_every=4),
     _projected(32, ", host int8", host_dtype="int8"),
     Variant("static, pool 7", Strategy(HeadType.STATIC, pool=7)),
     *(

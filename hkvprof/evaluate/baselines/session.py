@@ -53,7 +53,7 @@ def applied(model: Any, method: Baseline, share: float, profile: Profile | None)
     base = profile or uniform_profile(model)
     mine = base if method.keep is None else replace(base, keep=method.keep)
     return apply(
-        model, mine, budget=share, min_tokens=1, decode_compression=False,
+        model, mine, budget=share, min_tokens=1, compress_every=0,
         smoothing=method.smoothing,
     )  # fmt: skip
 

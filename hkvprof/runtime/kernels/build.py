@@ -129,12 +129,12 @@ def _private(path: Path, folder: int | None, flags: int) -> int | None:
         return None
     except OSError as error:  # a link, or of another kind
         raise _not_yours(path, error.strerror or str(error)) from error
-    found = os.fstat(descriptor)
-    kind = stat.S_ISREG(found.st_mode) if folder is not None else stat.S_ISDIR(found.st_mode)
-    if kind and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+    status = os.fstat(descriptor)
+    kind = stat.S_ISREG(status.st_mode) if folder is not None else stat.S_ISDIR(status.st_mode)
+    if kind and status.st_uid == os.geteuid() and not status.st_mode & 0o022:
         return descriptor
     os.close(descriptor)
-    raise _not_yours(path, f"owner {found.st_uid}, mode {stat.filemode(found.st_mode)}")
+    raise _not_yours(path, f"owner {status.st_uid}, mode {stat.filemode(status.st_mode)}")
 
 
 def _not_yours(path: Path, found: str) -> BuildError:

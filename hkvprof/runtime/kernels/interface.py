@@ -102,10 +102,10 @@ class Retrieval(Protocol):
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
         """Select by `scores`, fetch what is not hot yet and add its items to `fetched`.
 
-        With d = score (NaN: -1): d[i] = max(d[i - successors .. i]); then, for every hot slot j,
-        d[slots[j]] = max(d[slots[j]], smoothing * hot_score[j]). The `hot` items with the largest d
-        are wanted; of equals, first those that are hot, then the lower number. hot_score becomes
-        the d of the items that the slots then hold.
+        With d = score (NaN: -1), for every hot slot j: d[slots[j]] = max(d[slots[j]], smoothing *
+        hot_score[j]). The `hot` items with the largest d are wanted; of equals, first those that
+        are hot, then the lower number. hot_score becomes the d of the items that the slots then
+        hold.
         """
         ...
 
@@ -149,7 +149,6 @@ class Kernels(Protocol):
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        successors: int = 0,
         fetched: Int[Tensor, " heads"] | None = None,
     ) -> Retrieval:
         """Prepare the retrieval of a layer's dynamic heads; `fetched` is counted on, if given."""

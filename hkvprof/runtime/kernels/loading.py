@@ -135,7 +135,7 @@ class RetrieveArgs(ctypes.Structure):
         ("heads", POINTER(Head)),
         ("fetched", c_void_p),
         ("count", c_int64),
-        *((name, c_int32) for name in ("dim", "threads", "successors")),
+        *((name, c_int32) for name in ("dim", "threads")),
         *((name, c_float) for name in ("scaling", "smoothing")),
     )
 
@@ -200,9 +200,9 @@ def library(dtype: torch.dtype, group: int) -> ctypes.CDLL | None:
 
 def opened(dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
     """Any library, or any for this element type, that this process has opened already."""
-    for (kind, _), found in STATE.libraries.copy().items():  # other threads may open one now
-        if found is not None and (dtype is None or kind == DTYPES[dtype]):
-            return found
+    for (kind, _), one in STATE.libraries.copy().items():  # other threads may open one now
+        if one is not None and (dtype is None or kind == DTYPES[dtype]):
+            return one
     return None
 
 

@@ -106,7 +106,6 @@ class NativeKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        successors: int = 0,
         fetched: Int[Tensor, " heads"] | None = None,
     ) -> Retrieval:
         """Keeps pointers to the tensors of all heads."""
@@ -114,12 +113,8 @@ class NativeKernels:
         if unfit or not self._plain(storage_key, storage_value) or loading.switched_off():
             for reason in unfit:
                 loading.STATE.notes[f"torch for {reason}"] = None
-            return self.torch.bind(
-                storage_key, storage_value, heads, scaling, smoothing, successors, fetched
-            )
-        return NativeRetrieval(
-            self, storage_key, storage_value, heads, scaling, smoothing, successors, fetched
-        )
+            return self.torch.bind(storage_key, storage_value, heads, scaling, smoothing, fetched)
+        return NativeRetrieval(self, storage_key, storage_value, heads, scaling, smoothing, fetched)
 
     def encode(
         self,
@@ -180,16 +175,13 @@ class NativeRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        successors: int,
         fetched: Int[Tensor, " heads"] | None,
     ) -> None:
         check_storage(key, value)
         self.fetched = counter(fetched, heads, key.device)
         self._smoothing = smoothing
         self.kernels, self.key, self.value, self.heads = kernels, key, value, tuple(heads)
-        self._plain = kernels.torch.bind(
-            key, value, heads, scaling, smoothing, successors, self.fetched
-        )
+        self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, self.fetched)
         self._alive: list[Tensor] = []
         self.tensors: Sequence[Tensor] = ()
         self._heads = (loading.Head * len(heads))(*map(self._describe, heads))
@@ -201,7 +193,6 @@ class NativeRetrieval:
             fetched=self.fetched.data_ptr(),
             count=len(heads),
             dim=key.shape[1],
-            successors=successors,
             scaling=scaling,
             smoothing=smoothing,
         )

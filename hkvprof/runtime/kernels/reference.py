@@ -52,13 +52,10 @@ class TorchKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        successors: int = 0,
         fetched: Int[Tensor, " heads"] | None = None,
     ) -> TorchRetrieval:
         """Prepare the retrieval of a layer's dynamic heads."""
-        return TorchRetrieval(
-            storage_key, storage_value, heads, scaling, smoothing, successors, fetched
-        )
+        return TorchRetrieval(storage_key, storage_value, heads, scaling, smoothing, fetched)
 
     def encode(
         self,
@@ -115,12 +112,11 @@ class TorchRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        successors: int,
         fetched: Int[Tensor, " heads"] | None = None,
     ) -> None:
         self.fetched = counter(fetched, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
-        self.scaling, self.smoothing, self.successors = scaling, smoothing, successors
+        self.scaling, self.smoothing = scaling, smoothing
         self.tensors: Sequence[Tensor] = ()
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
@@ -192,9 +188,6 @@ class TorchRetrieval:
     ) -> int:
         held = head.slots.long()
         due = torch.where(score.isnan(), -1.0, score.float())
-        plain = due
-        for step in range(1, min(self.successors, head.items - 1) + 1):
-            due = torch.cat([due[:step], torch.maximum(due[step:], plain[:-step])])
         if self.smoothing > 0:
             assert head.hot_score is not None, "smoothing needs hot_score"
             due = due.clone()

@@ -53,14 +53,12 @@ class TritonRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        successors: int,
         fetched: Int[Tensor, " heads"] | None,
     ) -> None:
         check_storage(key, value)
         self.fetched = counter(fetched, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self._scale, self._smoothing = scaling * LOG2_E, smoothing
-        self._successors = successors
         self._dim = key.shape[1]
         self._width = padded(self._dim)
         self._block = min(128, max(16, TILE_BYTES // (self._width * key.element_size())))
@@ -180,9 +178,8 @@ class TritonRetrieval:
         counts = torch.empty(count, dtype=torch.int32, device=device)
         smooth = self._smoothing > 0
         everyone = self._everyone
-        longest = max(head.items for head in self.heads)
         selection.due_kernel[everyone.grid(items_of, 1024)](
-            self._table, scores, due, held, min(self._successors, longest - 1), BLOCK=1024
+            self._table, scores, due, held, BLOCK=1024
         )
         selection.hold_kernel[everyone.grid(lambda head: head.hot, 256)](
             self._table, due, held, float(self._smoothing), BLOCK=256, SMOOTH=smooth

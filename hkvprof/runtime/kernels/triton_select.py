@@ -74,9 +74,9 @@ def _cut(
             others = BLOCK - tl.sum(fits.to(tl.int32), 0)  # they are counted as 0
             histogram += tl.histogram(digit, BINS) - tl.where(bins == 0, others, 0)
         above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
-        found = tl.sum((above + histogram >= room).to(tl.int32), 0) - 1
-        room -= tl.sum(tl.where(bins == found, above, 0), 0)
-        last = last * BINS + found
+        best = tl.sum((above + histogram >= room).to(tl.int32), 0) - 1
+        room -= tl.sum(tl.where(bins == best, above, 0), 0)
+        last = last * BINS + best
     return last, room
 
 
@@ -116,23 +116,17 @@ def due_kernel(
     scores: tl.tensor,
     due: tl.tensor,
     held: tl.tensor,
-    successors: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """due[i] = max(score[i - successors .. i]); no item is held yet."""
+    """`due` starts as the score (NaN: -1); no item is held yet."""
     head = tl.program_id(0)
     if idle(heads, head):
         return
     items = small(heads, head, ITEMS)
     base = field(heads, head, BASE)
     item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], -float("inf"), tl.float32)
-    for step in range(successors + 1):
-        other = item - step
-        inside = (other >= 0) & (item < items)
-        score = tl.load(scores + base + other, mask=inside, other=-float("inf"))
-        best = tl.maximum(best, _settled(score))
-    tl.store(due + base + item, best, mask=item < items)
+    score = tl.load(scores + base + item, mask=item < items, other=0.0)
+    tl.store(due + base + item, _settled(score), mask=item < items)
     tl.store(held + base + item, tl.zeros([BLOCK], tl.int8), mask=item < items)
 
 

@@ -158,11 +158,10 @@ def shares_exactly(
 
 
 def wanted_exactly(
-    head: DynamicSegment, score: Sequence[float], smoothing: float, successors: int
+    head: DynamicSegment, score: Sequence[float], smoothing: float
 ) -> tuple[set[int], list[float]]:
     """Items that must be hot afterwards, and d of every item, from interface.Retrieval.load."""
-    plain = [-1.0 if value != value else value for value in score]
-    due = [max(plain[max(0, i - successors) : i + 1]) for i in range(len(plain))]
+    due = [-1.0 if value != value else value for value in score]
     held = head.slots.tolist()
     if smoothing > 0:
         assert head.hot_score is not None
@@ -179,12 +178,11 @@ def check_loaded(
     scores: list[Tensor],
     counts: list[int],
     smoothing: float,
-    successors: int,
 ) -> None:
     """What Retrieval.load promises."""
     outside = torch.ones(len(after.key), dtype=torch.bool)
     for old, head, score, count in zip(before.heads, after.heads, scores, counts, strict=True):
-        wanted, due = wanted_exactly(old, score.tolist(), smoothing, successors)
+        wanted, due = wanted_exactly(old, score.tolist(), smoothing)
         held = head.slots.tolist()
         assert set(held) == wanted
         kept = sum(a == b for a, b in zip(old.slots.tolist(), held, strict=True))

@@ -91,7 +91,7 @@ def main() -> None:
     for dtype in (getattr(torch, name) for name in sys.argv[2:]):
         kernels = TritonKernels(dtype)
         for layer in layers(dtype):
-            kernels.bind(layer.key, layer.value, layer.heads, 0.1, 0.5, 1).step(layer.query)
+            kernels.bind(layer.key, layer.value, layer.heads, 0.1, 0.5).step(layer.query)
             extents = Extents.of([0, 500], [500, 60])
             kernels.attend(layer.key, layer.value, extents, layer.query, 0.1)
         assert not kernels.notes

@@ -27,9 +27,9 @@ from hkvprof.runtime import retrieval as retrieving
 from hkvprof.runtime.graph import GraphDecoder
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels
-from hkvprof.runtime.retrieval import InOrder
 from tests.models_for_tests import apply, random_llama, token_ids
 from tests.runtime.kernels.triton_cases import INTERPRETED, triton_kernels
+from tests.runtime.queues import InOrder
 
 BY_VALUE = {
     "_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "nonzero_static",
@@ -95,7 +95,7 @@ def prefilled(model: Any, monkeypatch: pytest.MonkeyPatch, types: str, **options
     use(monkeypatch, TorchKernels())
     index = {} if types == "static" else {"index": types, "chunk": 8}
     profile = uniform_profile(model, "static" if types == "static" else "dynamic", **index)
-    handle = apply(model, profile, budget=0.3, decode_compression=False, **options)
+    handle = apply(model, profile, budget=0.3, compress_every=0, **options)
     cache = handle.new_cache()
     model(input_ids=token_ids(2, 150), **with_cache(model, cache))
     return cache
@@ -107,7 +107,7 @@ def prefilled(model: Any, monkeypatch: pytest.MonkeyPatch, types: str, **options
     [
         ("static", {}),
         ("mean", {}),
-        ("minmax", {"smoothing": 0.0, "retrieve_every": 2}),
+        ("minmax", {"smoothing": 0.0}),
         ("mean", {"prefetch": 0.85}),
         ("mean", {"host_dtype": "int8"}),
     ],
@@ -134,7 +134,7 @@ def test_steps_ask_for_nothing(
     elif "prefetch" in options:
         assert selections == 2 * (1 + 2 * 11)  # each layer: once at first, then in two parts
     else:
-        assert selections == 24 / options.get("retrieve_every", 1)
+        assert selections == 24
     assert cache.get_seq_length() == 162
 
 

@@ -81,7 +81,6 @@ def test_scores(
     dtype=st.sampled_from(DTYPES),
     int8=st.booleans(),
     smoothing=st.sampled_from([0.0, 0.5, 1.0]),
-    successors=st.sampled_from([0, 1, 2, 100]),
     levels=st.sampled_from([2, 5, 10**6]),
     data=st.data(),
 )
@@ -92,7 +91,6 @@ def test_load(
     dtype: torch.dtype,
     int8: bool,
     smoothing: float,
-    successors: int,
     levels: int,
     data: st.DataObject,
 ) -> None:
@@ -107,10 +105,10 @@ def test_load(
     scores[0][data.draw(st.integers(0, items[0] - 1))] = torch.nan
     for kernel in both(dtype):
         own = layer.copy()
-        retrieval = kernel.bind(own.key, own.value, own.heads, 0.1, smoothing, successors)
+        retrieval = kernel.bind(own.key, own.value, own.heads, 0.1, smoothing)
         assert isinstance(retrieval, TorchRetrieval if kernel.name == "torch" else NativeRetrieval)
         retrieval.load(scores)
-        check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing, successors)
+        check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing)
 
 
 @compiler
@@ -182,7 +180,6 @@ def test_reranked_scores(
     rerank=st.sampled_from([1, 40]),
     int8=st.booleans(),
     smoothing=st.sampled_from([0.0, 0.9]),
-    successors=st.sampled_from([0, 2]),
 )
 def test_reranked_steps(
     seed: int,
@@ -191,9 +188,8 @@ def test_reranked_steps(
     rerank: int,
     int8: bool,
     smoothing: float,
-    successors: int,
 ) -> None:
-    """Smoothing and successors work on the exact scores."""
+    """Smoothing works on the exact scores."""
     hot = [1 + n // 8 for n in items]
     layer = make_layer(
         seed, "projected", items, hot, group=GROUPS[dtype][-1], dtype=dtype, int8=int8,
@@ -201,10 +197,10 @@ def test_reranked_steps(
     )  # fmt: skip
     for kernel in both(dtype):
         own = layer.copy()
-        retrieval = kernel.bind(own.key, own.value, own.heads, 0.3, smoothing, successors)
+        retrieval = kernel.bind(own.key, own.value, own.heads, 0.3, smoothing)
         scores = retrieval.score(own.query)
         retrieval.step(own.query)
-        check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing, successors)
+        check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing)
 
 
 @compiler

@@ -42,7 +42,7 @@ def test_decoding_steps_do_not_wait(types: str) -> None:
     """Appending, growth, binding again, retrieval and attention, over many tokens."""
     model = random_llama().to("cuda")
     profile = uniform_profile(model, types, index="mean", chunk=8)
-    with apply(model, profile, budget=0.3, decode_compression=False) as handle:
+    with apply(model, profile, budget=0.3, compress_every=0) as handle:
         cache = handle.new_cache()
         model(input_ids=token_ids(2, 300).to("cuda"), **with_cache(model, cache))
         for _ in range(3):  # compiles

@@ -92,7 +92,6 @@ def scores_exactly(layer: Layer, number: int) -> torch.Tensor:
     dtype=st.sampled_from(DTYPES),
     int8=st.booleans(),
     smoothing=st.sampled_from([0.0, 0.5, 1.0]),
-    successors=st.sampled_from([0, 1, 2, 100]),
     levels=st.sampled_from([2, 5, 10**6]),
     shift=st.sampled_from([0.0, -0.5]),
     data=st.data(),
@@ -105,7 +104,6 @@ def test_load(
     dtype: torch.dtype,
     int8: bool,
     smoothing: float,
-    successors: int,
     levels: int,
     shift: float,
     data: st.DataObject,
@@ -121,12 +119,10 @@ def test_load(
     scores = [score + shift for score in scores]
     scores[0][data.draw(st.integers(0, items[0] - 1))] = torch.nan
     own = moved(layer, device)
-    retrieval = triton_kernels(dtype).bind(
-        own.key, own.value, own.heads, 0.1, smoothing, successors
-    )
+    retrieval = triton_kernels(dtype).bind(own.key, own.value, own.heads, 0.1, smoothing)
     retrieval.load([score.to(device) for score in scores])
     counts = retrieval.fetched.tolist()
-    check_loaded(layer, moved(own, "cpu"), scores, counts, smoothing, successors)
+    check_loaded(layer, moved(own, "cpu"), scores, counts, smoothing)
 
 
 @settings(max_examples=25, deadline=None)

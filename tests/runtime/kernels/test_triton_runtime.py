@@ -62,7 +62,7 @@ def decode(
     [
         ("static", 8, {}),  # storage grows meanwhile
         ("mean", 3, {"smoothing": 0.5, "compress_every": 2}),
-        ("minmax", 3, {"smoothing": 0.0, "retrieve_every": 2, "host_dtype": "int8"}),
+        ("minmax", 3, {"smoothing": 0.0, "host_dtype": "int8"}),
         ("shipped", 2, {"smoothing": 0.5}),
     ],
 )

@@ -22,9 +22,9 @@ pytestmark = [QUIET, pytest.mark.parametrize("device", DEVICES)]
         ("projected", 64, 1, False),
     ],
 )
-@pytest.mark.parametrize(("smoothing", "successors"), [(0.0, 0), (0.7, 2)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.7])
 def test_walks_follow_the_definition(
-    device: str, kind: str, rerank: int, chunk: int, int8: bool, smoothing: float, successors: int
+    device: str, kind: str, rerank: int, chunk: int, int8: bool, smoothing: float
 ) -> None:
     """Step by step: the scores are close, and the same scores lead to the same state.
 
@@ -34,12 +34,10 @@ def test_walks_follow_the_definition(
         3, kind, [500, 40, 170], [60, 40, 7], rerank=rerank, chunk=chunk, int8=int8,
         smoothing=smoothing > 0,
     )  # fmt: skip
-    defined = TorchKernels().bind(layer.key, layer.value, layer.heads, 0.3, smoothing, successors)
+    defined = TorchKernels().bind(layer.key, layer.value, layer.heads, 0.3, smoothing)
     parts_layer, whole_layer = moved(layer, device), moved(layer, device)
     parts, whole = (
-        triton_kernels(torch.bfloat16).bind(
-            one.key, one.value, one.heads, 0.3, smoothing, successors
-        )
+        triton_kernels(torch.bfloat16).bind(one.key, one.value, one.heads, 0.3, smoothing)
         for one in (parts_layer, whole_layer)
     )
     random = torch.Generator().manual_seed(1)
@@ -104,7 +102,7 @@ def test_heads_of_all_kinds_in_one_layer(device: str) -> None:
     for head, score in zip(layer.heads, scores, strict=True):
         assert_close(score, head.index.score(layer.query[head.segment], 0.3))
     retrieval.step(own.query)
-    check_loaded(layer, moved(own, "cpu"), scores, retrieval.fetched.tolist(), 0.0, 0)
+    check_loaded(layer, moved(own, "cpu"), scores, retrieval.fetched.tolist(), 0.0)
 
 
 def test_no_heads_is_no_work_and_counting_goes_on(device: str) -> None:

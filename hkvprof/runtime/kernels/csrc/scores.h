@@ -23,7 +23,7 @@ struct RetrieveArgs {
   const Head* heads;
   int64_t* fetched;
   int64_t count;
-  int32_t dim, threads, successors;
+  int32_t dim, threads;
   float scaling, smoothing;
 };
 constexpr int64_t SPAN = 512, SPANS = 8;  // items per task; such tasks per task of the second pass

@@ -82,10 +82,6 @@ uint64_t cut(const Head& h, Work& w, const float* due, int64_t count, int64_t& n
 void choose(const RetrieveArgs& a, const Head& h, Work& w) {
   float* due = w.score;
   settle(due, h.items);
-  if (a.successors > 0)
-    for (int64_t i = h.items - 1; i > 0; i--)
-      for (int64_t j = std::max<int64_t>(0, i - a.successors); j < i; j++)
-        due[i] = std::max(due[i], due[j]);
   if (a.smoothing > 0)
     for (int64_t j = 0; j < h.hot; j++)
       due[h.slots[j]] = std::max(due[h.slots[j]], a.smoothing * h.hot_score[j]);
