@@ -19,6 +19,7 @@ from typing import Any
 
 from scipy.stats import binom
 
+from hkvprof.calibration.probe import content_digest
 from hkvprof.calibration.rows import current_versions
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.compare import Track, compare
@@ -142,7 +143,7 @@ def check_contents(
     shared = []
     for sample in track(samples, "comparing with the calibration", len(samples)):
         encoded = processor.encode([replace(sample, messages=tuple(open_images(sample))).messages])
-        if short_digest(sample_digest(sample, encoded)) in seen:
+        if short_digest(content_digest(sample, encoded)) in seen:
             shared.append(sample.id)
     if shared:
         named = ", ".join(repr(name) for name in shared[:_NAMED])
