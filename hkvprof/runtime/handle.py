@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Never
+from typing import Any
 
 from hkvprof.errors import BudgetError, CompressionError, ProfileError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
@@ -17,7 +17,7 @@ from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.binding import HANDLE, Binding
 from hkvprof.runtime.cache import Books, CompressedCache
-from hkvprof.runtime.options import COMPRESS_EVERY, MIN_TOKENS, SMOOTHING, Options, refuse_unknown
+from hkvprof.runtime.options import Options
 from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.receipt import Receipt
 from hkvprof.runtime.retrieval import queues_for
@@ -28,14 +28,8 @@ def apply(
     model: Any,
     profile: Profile | str | Path,
     budget: float | int | str | None = None,
-    strict: bool = True,
-    min_tokens: int = MIN_TOKENS,
-    compress_every: int = COMPRESS_EVERY,
-    host_dtype: str = "same",
-    smoothing: float = SMOOTHING,
-    prefetch: float | None = None,
-    monitor: float = 0.0,
-    **unknown: Never,
+    options: Options | None = None,
+    **changes: Any,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
 
@@ -43,20 +37,9 @@ def apply(
     is what the profile is applied to.
 
     `budget` is the all-in share of dense K/V bytes to keep (0.10), a number of tokens per head
-    (4096), or bytes ("2GiB"); default: the profile's own. Prompts shorter than `min_tokens` stay
-    dense and the receipt says so. With `strict`, a covered layer that was not compressed, a foreign
-    cache and a budget that does not fit a prompt raise; without, they stay dense with a reason.
-
-    Generated tokens and later turns join the budget before they are more than 5% over it, and after
-    `compress_every` tokens at the latest (static heads are pruned again, full chunks of dynamic
-    heads move to the host); 0 keeps them whole. Dynamic heads:
-    `host_dtype="int8"` halves their host memory, `smoothing` s keeps a token hot while s times its
-    last score would (fewer transfers; docs/retrieval.md).
-    `prefetch` c, on CUDA only: selection and reads of host memory for the next step run beside this
-    one, but for heads whose query has a cosine below c to its last (0.85; docs/gpu.md).
-
-    `monitor` is the share of requests (0.01) whose prompt is compared with the calibration's; the
-    first one out of their domain warns (HkvWarning), all say so on their receipt (docs/method.md).
+    (4096), or bytes ("2GiB"); default: the profile's own. All else is an option: a record
+    (hkvprof.Options says what each one does), single ones by name, or both:
+    `apply(model, profile, 0.10, min_tokens=512, compress_every=0)`.
 
     Returns a handle that is also a context manager; `detach()` restores the model. Raises
     ProfileError if the profile is for another model, ModelError for unsupported models (for
@@ -65,7 +48,7 @@ def apply(
     BudgetError for budgets that cannot be met, UsageError for unknown or impossible options and
     if the model is already hooked.
     """
-    refuse_unknown(unknown)
+    options = Options.changed(options, changes)
     require_tested_seam(apply)
     if isinstance(profile, (str, Path)):
         profile = load_profile(profile)
@@ -75,8 +58,7 @@ def apply(
     check_fingerprint(profile, view)
     if vars(model).get(HANDLE) is not None:
         raise UsageError("this model already has a profile applied: call handle.detach() first")
-    options = Options(strict, min_tokens, compress_every, host_dtype, smoothing, prefetch, monitor)
-    if prefetch is not None:
+    if options.prefetch is not None:
         queues_for(model.device)
     parsed = Budget.parse(profile.default_budget if budget is None else budget)
     floor = profile.keep.floor_tokens

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from typing import Any
 
 from hkvprof.errors import UsageError
 from hkvprof.profile.costs import SCORE_BYTES, SLOT_BYTES
@@ -28,13 +29,6 @@ REMOVED = {
 """Options of earlier versions, and what to do instead."""
 
 
-def refuse_unknown(given: Collection[str]) -> None:
-    """Raise UsageError where `given` names an option."""
-    for name in given:
-        advice = REMOVED.get(name, "see help(hkvprof.runtime.apply) for those there are")
-        raise UsageError(f"apply has no option {name!r}: {advice}")
-
-
 def require_count(value: object, name: str, least: int, advice: str = "") -> None:
     """Raise UsageError unless `value` is a whole number of at least `least`."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
@@ -46,9 +40,25 @@ def require_count(value: object, name: str, least: int, advice: str = "") -> Non
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of `hkvprof.runtime.apply`; see there.
+    """What `hkvprof.apply` lets one choose beside the profile and the budget.
 
-    `compress_every` 0 means that generated tokens are kept whole. Raises UsageError.
+    - `strict`: a covered layer that was not compressed, a foreign cache and a budget that does not
+      fit a prompt raise; without, they stay dense with a reason on the receipt.
+    - `min_tokens`: shorter prompts stay dense, and the receipt says so.
+    - `compress_every`: generated tokens and later turns join the budget before they are more than
+      5% over it, and after so many tokens at the latest (static heads are pruned again, full
+      chunks of dynamic heads move to the host); 0 keeps them whole.
+    - `host_dtype`: "int8" halves the host memory of dynamic heads; "same" is the model's dtype.
+    - `smoothing` s in [0, 1) keeps a fetched token hot while s times its last score would: fewer
+      transfers (docs/retrieval.md).
+    - `prefetch` c in (0, 1], on CUDA only: selection and reads of host memory for the next step run
+      beside this one, but for heads whose query has a cosine below c to its last (0.85;
+      docs/gpu.md).
+    - `monitor`: the share of requests (0.01) whose prompt is compared with the calibration's; the
+      first one out of their domain warns (HkvWarning), all say so on their receipt
+      (docs/method.md).
+
+    Raises UsageError.
     """
 
     strict: bool = True
@@ -84,6 +94,17 @@ class Options:
             raise UsageError(
                 f"prefetch must be a cosine in (0, 1] such as {PREFETCH}, found {self.prefetch}"
             )
+
+    @classmethod
+    def changed(cls, options: Options | None, changes: Mapping[str, Any]) -> Options:
+        """`options`, or the defaults, with some fields changed by name. Raises UsageError."""
+        names = {field.name for field in fields(cls)}
+        for name in changes.keys() - names:
+            advice = REMOVED.get(name, f"there are {', '.join(sorted(names))}")
+            raise UsageError(f"apply has no option {name!r}: {advice}")
+        if options is not None and not isinstance(options, cls):
+            raise UsageError(f"options must be hkvprof.Options, found {options!r}")
+        return replace(options or cls(), **changes)
 
     @property
     def slot_bytes(self) -> int:
