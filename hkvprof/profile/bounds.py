@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -13,6 +16,8 @@ from hkvprof.heads import MOST_ADAPTERS, HeadGrid, HeadType, KeepRule, ModelFing
 MAX_RATIOS = 1024
 _LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
 MOST_LENGTHS, MOST_TOKENS = 16, 2**40
+LONGEST_TEXT = 1024
+"""Characters of a text in a fingerprint or a record of the provenance."""
 _FINGERPRINT_TEXTS = (
     "architecture", "config_hash", "weights_digest", "hub_id", "commit", "quantisation",
 )  # fmt: skip
@@ -162,12 +167,61 @@ def check_lengths(lengths: NDArray[np.int64]) -> None:
     )
 
 
+@dataclass(frozen=True)
+class ProvenanceReader:
+    """Reads one record of a provenance, which anyone may have written, value by value.
+
+    `key` is where the record stands in the provenance, `remedy` what makes a sound one. Everything
+    raises ProfileError that names the value, what was expected and what was found.
+    """
+
+    key: str
+    remedy: str
+
+    def wrong(self, name: str, expected: str, found: object) -> ProfileError:
+        """The error for a value called `name` that is something else than expected."""
+        return ProfileError(
+            f"provenance.{self.key}: expected {expected} as {name}, found {repr(found)[:60]}; "
+            f"{self.remedy} again for a sound record"
+        )
+
+    def mapping(self, data: Any, name: str) -> dict[str, Any]:
+        """A JSON object, copied."""
+        if not isinstance(data, Mapping):
+            raise self.wrong(name, "an object", data)
+        return dict(data)
+
+    def entries(self, data: Any, name: str, most: int) -> list[Any]:
+        """A list that is not empty, of at most so many entries."""
+        if not isinstance(data, list) or not 1 <= len(data) <= most:
+            raise self.wrong(name, f"a list of 1 to {most} entries", data)
+        return data
+
+    def text(self, data: Any, name: str, least: int = 0) -> str:
+        """A text of `least` to LONGEST_TEXT characters."""
+        if not isinstance(data, str) or not least <= len(data) <= LONGEST_TEXT:
+            raise self.wrong(name, f"a text of {least} to {LONGEST_TEXT} characters", data)
+        return data
+
+    def number(self, data: Any, name: str, low: float, high: float) -> float:
+        """A finite number from `low` to `high`."""
+        if not _is_number(data) or not math.isfinite(data) or not low <= data <= high:
+            raise self.wrong(name, f"a number from {low:g} to {high:g}", data)
+        return float(data)
+
+    def count(self, data: Any, name: str, least: int = 0) -> int:
+        """A whole number of at least `least`."""
+        if type(data) is not int or data < least:
+            raise self.wrong(name, f"a whole number of at least {least}", data)
+        return data
+
+
 def _is_int(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 1024 and value.isprintable()
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT and value.isprintable()
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -7,13 +7,12 @@ which it keeps a digest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from hkvprof.errors import ProfileError
+from hkvprof.profile.bounds import ProvenanceReader
 
 KEY = "certificate"
 """Where the record stands in a profile's provenance."""
@@ -25,7 +24,7 @@ LOSSES = {
 MOST_ALPHA, MOST_DELTA = 0.5, 0.2
 """Beyond them the binomial tail does not bound samples of unequal risk (docs/certificate.md)."""
 _MOST_LEVELS = 64
-_LONGEST = 1024
+_READ = ProvenanceReader(KEY, "run `hkvprof certify`")
 
 
 @dataclass(frozen=True)
@@ -92,34 +91,38 @@ class Certificate:
     @classmethod
     def from_json(cls, data: Any) -> Certificate:
         """Build from JSON, checked down to the verdict. Raises ProfileError."""
-        data = _object(data, "the record")
+        data = _READ.mapping(data, "the record")
         unknown = data.keys() ^ cls.__dataclass_fields__.keys()
         if unknown:
-            raise _wrong("the record", "its own fields alone", sorted(unknown))
-        samples = _count(data["samples"], "samples", 1)
+            raise _READ.wrong("the record", "its own fields alone", sorted(unknown))
+        samples, score = _READ.count(data["samples"], "samples", 1), data["full_score"]
         levels = _levels(data["levels"], samples)
-        found = cls(
-            alpha=_number(data["alpha"], "alpha", 0, MOST_ALPHA),
-            delta=_number(data["delta"], "delta", 0, MOST_DELTA),
-            loss=_text(data["loss"], "loss"),
+        regimes = _READ.entries(data["regimes"], "regimes", _MOST_LEVELS)
+        options, versions = (_READ.mapping(data[name], name) for name in ("options", "versions"))
+        certificate = cls(
+            alpha=_READ.number(data["alpha"], "alpha", 0, MOST_ALPHA),
+            delta=_READ.number(data["delta"], "delta", 0, MOST_DELTA),
+            loss=_READ.text(data["loss"], "loss"),
             samples=samples,
             levels=levels,
             certified=data["certified"],
-            reason=_text(data["reason"], "reason"),
-            regimes=tuple(_text(name, "regimes") for name in _list(data["regimes"], "regimes")),
-            full_score=_optional(data["full_score"], "full_score"),
-            **{name: _text(data[name], name) for name in _TEXTS},
-            options={k: _count(v, k, 0) for k, v in _object(data["options"], "options").items()},
-            versions={k: _text(v, k) for k, v in _object(data["versions"], "versions").items()},
+            reason=_READ.text(data["reason"], "reason"),
+            regimes=tuple(_READ.text(name, "regimes") for name in regimes),
+            full_score=None if score is None else _READ.number(score, "full_score", 0, 1),
+            **{name: _READ.text(data[name], name) for name in _TEXTS},
+            options={name: _READ.count(value, name) for name, value in options.items()},
+            versions={name: _READ.text(value, name) for name, value in versions.items()},
         )
-        if found.loss not in LOSSES:
-            raise _wrong("loss", f"one of {', '.join(LOSSES)}", found.loss)
-        verdict = fixed_sequence(levels, samples, found.delta)
-        if found.certified != verdict or isinstance(found.certified, bool):
-            raise _wrong("certified", f"{verdict} by its own levels", found.certified)
-        if bool(found.reason) is not (verdict is None):
-            raise _wrong("reason", "a reason if and only if nothing is certified", found.reason)
-        return found
+        if certificate.loss not in LOSSES:
+            raise _READ.wrong("loss", f"one of {', '.join(LOSSES)}", certificate.loss)
+        verdict = fixed_sequence(levels, samples, certificate.delta)
+        if certificate.certified != verdict or isinstance(certificate.certified, bool):
+            raise _READ.wrong("certified", f"{verdict} by its own levels", certificate.certified)
+        if bool(certificate.reason) is not (verdict is None):
+            raise _READ.wrong(
+                "reason", "a reason if and only if nothing is certified", certificate.reason
+            )
+        return certificate
 
 
 _TEXTS = ("content", "weights_digest", "dtype", "data", "data_digest")
@@ -130,65 +133,25 @@ def recorded(provenance: Mapping[str, Any]) -> Certificate | None:
     return Certificate.from_json(provenance[KEY]) if KEY in provenance else None
 
 
-def _wrong(name: str, expected: str, found: object) -> ProfileError:
-    return ProfileError(
-        f"provenance.{KEY}: expected {expected} as {name}, found {repr(found)[:60]}; run `hkvprof "
-        "certify` again for a sound record"
-    )
-
-
-def _object(data: Any, name: str) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise _wrong(name, "an object", data)
-    return dict(data)
-
-
-def _list(data: Any, name: str) -> list[Any]:
-    if not isinstance(data, list) or not 1 <= len(data) <= _MOST_LEVELS:
-        raise _wrong(name, f"a list of 1 to {_MOST_LEVELS} entries", data)
-    return data
-
-
-def _text(data: Any, name: str) -> str:
-    if not isinstance(data, str) or len(data) > _LONGEST:
-        raise _wrong(name, f"a text of at most {_LONGEST} characters", data)
-    return data
-
-
-def _number(data: Any, name: str, low: float, high: float) -> float:
-    plain = isinstance(data, int | float) and not isinstance(data, bool)
-    if not plain or not math.isfinite(data) or not low <= data <= high:
-        raise _wrong(name, f"a number from {low:g} to {high:g}", data)
-    return float(data)
-
-
-def _optional(data: Any, name: str) -> float | None:
-    return None if data is None else _number(data, name, 0, 1)
-
-
-def _count(data: Any, name: str, least: int) -> int:
-    if type(data) is not int or data < least:
-        raise _wrong(name, f"a number of at least {least}", data)
-    return data
-
-
 def _levels(data: Any, samples: int) -> tuple[Level, ...]:
     levels = []
-    for entry in _list(data, "levels"):
-        entry = _object(entry, "levels")
+    for entry in _READ.entries(data, "levels", _MOST_LEVELS):
+        entry = _READ.mapping(entry, "levels")
         if entry.keys() != Level.__dataclass_fields__.keys():
-            raise _wrong("levels", f"entries of {', '.join(Level.__dataclass_fields__)}", entry)
-        asked = _count(entry["samples"], "levels.samples", 0)
+            raise _READ.wrong(
+                "levels", f"entries of {', '.join(Level.__dataclass_fields__)}", entry
+            )
+        asked = _READ.count(entry["samples"], "levels.samples", 0)
         level = Level(
-            _number(entry["budget"], "levels.budget", 0, 1),
+            _READ.number(entry["budget"], "levels.budget", 0, 1),
             asked,
-            _count(entry["degraded"], "levels.degraded", 0),
-            _number(entry["p_value"], "levels.p_value", 0, 1),
+            _READ.count(entry["degraded"], "levels.degraded", 0),
+            _READ.number(entry["p_value"], "levels.p_value", 0, 1),
         )
         if not level.degraded <= asked <= samples:
-            raise _wrong("levels", f"degraded <= samples <= {samples}", entry)
+            raise _READ.wrong("levels", f"degraded <= samples <= {samples}", entry)
         levels.append(level)
     budgets = [level.budget for level in levels]
     if any(low >= high for high, low in pairwise(budgets)):
-        raise _wrong("levels", "falling budgets", budgets)
+        raise _READ.wrong("levels", "falling budgets", budgets)
     return tuple(levels)

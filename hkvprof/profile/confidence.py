@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from hkvprof.errors import ProfileError
+from hkvprof.profile.bounds import ProvenanceReader
 
 KEY = "confidence"
 """Where the record stands in a profile's provenance."""
+_READ = ProvenanceReader(KEY, "calibrate or merge")
 
 MEASURES = {"types": 0.0, "kappa": -1.0, "jaccard": 0.0, "ratios": -1.0, "curves": -1.0}
 """What is compared, and the least value of each; the most is 1.
@@ -61,19 +61,21 @@ class Comparison:
     @classmethod
     def from_json(cls, data: Any, name: str) -> Comparison:
         """Build from a stranger's JSON, checked. Raises ProfileError."""
-        data = _object(data, name)
+        data = _READ.mapping(data, name)
         if "reason" in data:
-            return cls(reason=_text(data["reason"], f"{name}.reason"))
+            return cls(reason=_READ.text(data["reason"], f"{name}.reason", 1))
         figures = {}
         for measure, least in MEASURES.items():
             entry = data.get(measure)
             if not isinstance(entry, list) or len(entry) != 3:
-                raise _wrong(f"{name}.{measure}", "three numbers (value, low, high)", entry)
-            value, low, high = (_number(x, f"{name}.{measure}", least) for x in entry)
+                raise _READ.wrong(f"{name}.{measure}", "three numbers (value, low, high)", entry)
+            value, low, high = (_READ.number(x, f"{name}.{measure}", least, 1) for x in entry)
             if not low <= value <= high:
-                raise _wrong(f"{name}.{measure}", "low <= value <= high", entry)
+                raise _READ.wrong(f"{name}.{measure}", "low <= value <= high", entry)
             figures[measure] = Interval(value, low, high)
-        repeats, resamples = (_count(data, key, name) for key in ("repeats", "resamples"))
+        repeats, resamples = (
+            _READ.count(data.get(key), f"{name}.{key}") for key in ("repeats", "resamples")
+        )
         return cls(figures, repeats, resamples)
 
 
@@ -151,12 +153,12 @@ class Confidence:
     @classmethod
     def from_json(cls, data: Any, shape: tuple[int, int]) -> Confidence:
         """Build from JSON, checked for a profile of (layers, KV heads). Raises ProfileError."""
-        data = _object(data, KEY)
-        samples = _count(data, "samples", KEY)
+        data = _READ.mapping(data, KEY)
+        samples = _READ.count(data.get("samples"), f"{KEY}.samples")
         if "reason" in data:
-            return cls(samples, _text(data["reason"], f"{KEY}.reason"))
-        heads = _object(data.get("heads"), "heads")
-        by_task = _object(data.get("by_task"), "by_task")
+            return cls(samples, _READ.text(data["reason"], f"{KEY}.reason", 1))
+        heads = _READ.mapping(data.get("heads"), "heads")
+        by_task = _READ.mapping(data.get("by_task"), "by_task")
         return cls(
             samples,
             agree=_heads(heads.get("agree"), "agree", shape),
@@ -173,45 +175,10 @@ def _lists(heads: Heads) -> list[list[float]]:
     return [list(layer) for layer in heads]
 
 
-def _wrong(name: str, expected: str, found: object) -> ProfileError:
-    text = repr(found)
-    return ProfileError(
-        f"provenance.{KEY}: expected {expected} as {name}, found {text[:60]}; calibrate or merge "
-        "again for a sound record"
-    )
-
-
-def _object(data: Any, name: str) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise _wrong(name, "an object", data)
-    return dict(data)
-
-
-def _text(data: Any, name: str) -> str:
-    if not isinstance(data, str) or not data:
-        raise _wrong(name, "a text", data)
-    return data
-
-
-def _number(data: Any, name: str, least: float) -> float:
-    if isinstance(data, bool) or not isinstance(data, int | float) or not math.isfinite(data):
-        raise _wrong(name, "a number", data)
-    if not least <= data <= 1:
-        raise _wrong(name, f"a number from {least:g} to 1", data)
-    return float(data)
-
-
-def _count(data: Mapping[str, Any], key: str, name: str) -> int:
-    value = data.get(key)
-    if type(value) is not int or value < 0:
-        raise _wrong(f"{name}.{key}", "a count", value)
-    return value
-
-
 def _measures(data: Any, task: str) -> dict[str, float]:
-    found = _object(data, f"by_task.{task}")
+    found = _READ.mapping(data, f"by_task.{task}")
     return {
-        name: _number(found.get(name), f"by_task.{task}.{name}", least)
+        name: _READ.number(found.get(name), f"by_task.{task}.{name}", least, 1)
         for name, least in MEASURES.items()
     }
 
@@ -220,5 +187,5 @@ def _heads(data: Any, name: str, shape: tuple[int, int]) -> Heads:
     layers, heads = shape
     rows = data if isinstance(data, list) else []
     if len(rows) != layers or any(not isinstance(r, list) or len(r) != heads for r in rows):
-        raise _wrong(f"heads.{name}", f"{layers} lists of {heads} numbers", data)
-    return tuple(tuple(_number(x, f"heads.{name}", 0) for x in row) for row in rows)
+        raise _READ.wrong(f"heads.{name}", f"{layers} lists of {heads} numbers", data)
+    return tuple(tuple(_READ.number(x, f"heads.{name}", 0, 1) for x in row) for row in rows)

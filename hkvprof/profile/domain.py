@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.errors import ProfileError
+from hkvprof.profile.bounds import ProvenanceReader
 
 KEY = "domain"
 """Where the record stands in a profile's provenance."""
+_READ = ProvenanceReader(KEY, "calibrate or merge")
 LEAST_SAMPLES = 10
 FALSE_ALARMS = 0.01
 """Share of prompts of the calibrated kind that may be called out of domain."""
@@ -93,13 +94,13 @@ class Domain:
             not isinstance(data, Mapping)
             or not {"samples", "reason"} <= data.keys() <= known.keys()
         ):
-            raise _wrong("an object of samples, bound, false_alarms, reason", data)
+            raise _READ.wrong(KEY, "an object of samples, bound, false_alarms, reason", data)
         for name, value in data.items():
             if type(value) is not known[name]:
-                raise _wrong(f"{known[name].__name__} as {name}", value)
+                raise _READ.wrong(name, f"a value of type {known[name].__name__}", value)
         found = cls(**data)
         if found.samples < 1 or not 0 <= found.bound < 1e6 or not 0 <= found.false_alarms <= 1:
-            raise _wrong("samples above 0, a finite bound, a rate", data)
+            raise _READ.wrong(KEY, "samples above 0, a finite bound, a rate", data)
         return found
 
 
@@ -124,10 +125,3 @@ def deviations(
     """
     spread = np.maximum(std * math.sqrt(samples / (samples - 1)), FLOOR)
     return np.abs(found - mean) / (spread * math.sqrt(1 + 1 / samples))
-
-
-def _wrong(expected: str, found: object) -> ProfileError:
-    return ProfileError(
-        f"provenance.{KEY}: expected {expected}, found {repr(found)[:60]}; calibrate or merge "
-        "again for a sound record"
-    )
