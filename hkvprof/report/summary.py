@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
 from hkvprof.profile.budgets import INFEASIBLE
-from hkvprof.profile.planning import Reach, find_reach
+from hkvprof.profile.capacity import Reach, find_reach
 from hkvprof.profile.record import SCHEMA_VERSION, Profile
 from hkvprof.profile.upgrade import tokens_told
 from hkvprof.report import attention
