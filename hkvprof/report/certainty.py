@@ -172,10 +172,14 @@ def section(profile: Profile) -> list[str]:
 def certificate_json(profile: Profile) -> dict[str, Any] | None:
     """For `inspect --json`: the record, and whether it is of this very content."""
     record = recorded_certificate(profile.provenance)
-    return None if record is None else {
-        **record.to_json(),
-        "valid": record.content == profile.content_digest,
-    }
+    return (
+        None
+        if record is None
+        else {
+            **record.to_json(),
+            "valid": record.content == profile.content_digest,
+        }
+    )
 
 
 def _verdict(record: Certificate) -> str:
