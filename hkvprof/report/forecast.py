@@ -291,7 +291,7 @@ class DryRun:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The dry run as plain data, for `--json`."""
+        """The dry run as a JSON-ready dict."""
         return {
             "samples": self.samples,
             "unusable": self.unusable,
@@ -308,7 +308,7 @@ class DryRun:
         }
 
     def lines(self) -> list[str]:
-        """The dry run as lines for people."""
+        """The dry run in words, as lines."""
         memory, spare = self.memory, ""
         if self.unusable:
             spare = f"; {len(self.unusable)} cannot be used"

@@ -39,7 +39,7 @@ AUTO_MAPS = {
 
 
 def sources() -> list[Path]:
-    return [path for name in ("hkvprof", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    return [path for name in ("hkvprof", "tools") for path in (ROOT / name).rglob("*.py")]
 
 
 def name_of(call: ast.Call) -> str:
