@@ -53,10 +53,9 @@ def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert rows["dynamic only, 0.2"]["host_bytes"] > 0
     assert f"{rows['profile, 0.2']['step_ms']:.3f}" in out
     assert (data["regime"]["model"], data["regime"]["threads"]) == ("tinyvl", 1)
-    drawn = (
-        ElementTree.parse(tmp_path / "b.svg").getroot().iter("{http://www.w3.org/2000/svg}polyline")
-    )
-    assert len(list(drawn)) == 2 * len(rows)
+    drawn = ElementTree.parse(tmp_path / "b.svg").getroot().iter("{http://www.w3.org/2000/svg}g")
+    curves = [group for group in drawn if group.get("id", "").startswith("curve ")]
+    assert len(curves) == 2 * len(rows)
 
 
 def test_a_shape_needs_no_file_and_prints_json_alone(
