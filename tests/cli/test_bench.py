@@ -40,7 +40,7 @@ def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert run([*TINY, "--context", "256", "--budget", "0.2", "--threads", "1", *files]) == 0
     out, err = capsys.readouterr()
     assert torch.get_num_threads() == threads
-    assert "256 tokens: prefill, dense" in err
+    assert "256 tokens x 1: 5 methods" in err
     data = json.loads((tmp_path / "new" / "b.json").read_text())
     (context,) = data["contexts"]
     rows = {row["method"]: row for row in context["rows"]}
