@@ -21,6 +21,7 @@ from hkvprof.cli import (
     plan,
     profiles,
 )
+from hkvprof.cli.demo import run_command
 
 __all__ = ["app", "main", "run"]
 
@@ -68,7 +69,7 @@ app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line in this process and return its exit code; never raises HkvError."""
-    return demo.run_command(typer.main.get_command(app), arguments)
+    return run_command(typer.main.get_command(app), arguments)
 
 
 def main() -> None:

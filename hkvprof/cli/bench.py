@@ -14,6 +14,7 @@ from hkvprof.cli import options
 from hkvprof.cli.output import check_file
 from hkvprof.errors import UsageError
 from hkvprof.files.atomic import writable
+from hkvprof.lazy import require_extra
 
 if TYPE_CHECKING:
     from hkvprof.bench.methods import Kind
@@ -91,7 +92,10 @@ def bench(
         str | None, typer.Option("--json", metavar="PATH|-", help="Write JSON; - prints it alone.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="PATH.svg", help="Draw bytes and time.")
+        Path | None,
+        typer.Option(
+            "--plot", metavar="PATH.svg", help="Draw bytes and time (needs `hkvprof[report]`)."
+        ),
     ] = None,
 ) -> None:
     """Measure memory and decoding time of dense and compressed caches on the same tokens."""
@@ -113,6 +117,8 @@ def bench(
     json_file = None if json_path in (None, "-") else Path(str(json_path))
     for path, option in ((json_file, "--json"), (plot, "--plot")):
         _check_target(path, option)
+    if plot is not None:
+        require_extra("matplotlib", "report")
     loaded = None if profile is None else load_profile(profile)
     with _threads(threads):
         source = (

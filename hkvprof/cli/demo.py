@@ -50,7 +50,6 @@ def demo(
     ] = False,
 ) -> None:
     """Make calibration samples, calibrate the embedded model, show its profile, evaluate it."""
-    from hkvprof.cli.demo import run_command
     from hkvprof.evaluate.journal import forget
 
     _check(output)

@@ -308,7 +308,9 @@ def _figure(rows: int, names: Sequence[str]) -> Figure:
 def _curve(axes: Axes, look: Look, points: Sequence[tuple[float, float]]) -> None:
     """A line with marks at its points, so that a single one is seen too."""
     if points:
-        axes.plot(*zip(*points, strict=True), **look.style())
+        place = axes.get_subplotspec()
+        panel = place.num1 if place else 0
+        axes.plot(*zip(*points, strict=True), gid=f"curve {panel}: {look.name}", **look.style())
 
 
 def _drawn(axes: Axes) -> set[str]:

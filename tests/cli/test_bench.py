@@ -40,7 +40,7 @@ def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert run([*TINY, "--context", "256", "--budget", "0.2", "--threads", "1", *files]) == 0
     out, err = capsys.readouterr()
     assert torch.get_num_threads() == threads
-    assert "256 tokens: prefill, dense" in err
+    assert "256 tokens x 1: 5 methods" in err
     data = json.loads((tmp_path / "new" / "b.json").read_text())
     (context,) = data["contexts"]
     rows = {row["method"]: row for row in context["rows"]}
@@ -53,10 +53,9 @@ def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert rows["dynamic only, 0.2"]["host_bytes"] > 0
     assert f"{rows['profile, 0.2']['step_ms']:.3f}" in out
     assert (data["regime"]["model"], data["regime"]["threads"]) == ("tinyvl", 1)
-    drawn = (
-        ElementTree.parse(tmp_path / "b.svg").getroot().iter("{http://www.w3.org/2000/svg}polyline")
-    )
-    assert len(list(drawn)) == 2 * len(rows)
+    drawn = ElementTree.parse(tmp_path / "b.svg").getroot().iter("{http://www.w3.org/2000/svg}g")
+    curves = [group for group in drawn if group.get("id", "").startswith("curve ")]
+    assert len(curves) == 2 * len(rows)
 
 
 def test_a_shape_needs_no_file_and_prints_json_alone(

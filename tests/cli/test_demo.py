@@ -47,6 +47,16 @@ def test_the_way_from_samples_to_figures(
     assert "All in " in out
 
 
+def test_without_matplotlib_there_is_no_plot(
+    lines: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["demo", "--quick"]) == 0
+    monkeypatch.setattr(running, "find_spec", lambda name: None)
+    assert run(["demo", "--quick"]) == 0
+    assert ["--no-plot" in line for line in lines] == [False] * 5 + [True]
+    assert capsys.readouterr().out.count("pip install 'hkvprof[report]'\n") == 1
+
+
 def test_it_is_made_anew(lines: list[list[str]], tmp_path: Path) -> None:
     """Answers of an earlier demo, perhaps with other versions, do not count."""
     for _ in range(2):
