@@ -87,7 +87,7 @@ class Contestant:
         self.cache: Any = None
         self.steps = 0
         self.blocks: list[list[Lap]] = []
-        self._step: Callable[[Tensor], Any] = self._forward_ids
+        self._recorded: Callable[[Tensor], Any] | None = None
         self._row_only = last_row_only(self.model)
 
     @contextmanager
@@ -108,8 +108,9 @@ class Contestant:
         """Continue with the next `steps` forced tokens; timed ones make a block."""
         ids = self.forced[self.steps : self.steps + steps]
         assert len(ids) == steps
+        step = self._recorded or self._forward_ids  # not kept: a cycle would keep the cache alive
         with self.hooked():
-            laps = [self.machine.lap(partial(self._step, one)) for one in ids]
+            laps = [self.machine.lap(partial(step, one)) for one in ids]
         self.machine.wait()
         self.steps += steps
         if timed:
@@ -289,10 +290,10 @@ class FilledContestant(Contestant):
         graph, dense = self.method.graph, self.method.profile is None
         if graph and not dense:
             recorder = self.machine.recorder(self.cache.advance)
-            self._step = GraphDecoder(self.model, self.cache, len(self.forced), recorder)
+            self._recorded = GraphDecoder(self.model, self.cache, len(self.forced), recorder)
             return
         rows = len(self.forced[0])
-        self._step = RecordedSteps(
+        self._recorded = RecordedSteps(
             self.model, self.cache, self.tokens, rows, self.machine.recorder() if graph else None
         )
 

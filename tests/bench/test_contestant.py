@@ -1,12 +1,16 @@
 """Claims of compression that a second figure contradicts."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
 
-from hkvprof.bench.contestant import Sizes, verify
+from hkvprof.bench.contestant import BenchModel, PromptContestant, Sizes, verify
+from hkvprof.bench.machine import no_collector
 from hkvprof.bench.methods import Kind, Method
+from hkvprof.bench.prompts import random_prompt
 from hkvprof.errors import CompressionError
+from tests.models_for_tests import random_llama
 
 METHOD = Method(Kind.PROFILE, "0.10")
 
@@ -31,3 +35,17 @@ def test_a_sound_row_passes() -> None:
 def test_an_unsound_row_fails(sizes: Sizes, account: SimpleNamespace, words: str) -> None:
     with pytest.raises(CompressionError, match=words):
         verify(METHOD, 512, sizes, account)
+
+
+def test_a_cache_is_gone_with_its_contestant() -> None:
+    """Without the garbage collector, which rests while a benchmark runs."""
+    model = random_llama(layers=1)
+    contestant = PromptContestant(
+        BenchModel.of(model), Method(Kind.DENSE), random_prompt(model, 32, 1, 4)
+    )
+    contestant.prefill()
+    contestant.decode(4)
+    cache = weakref.ref(contestant.cache)
+    with no_collector():
+        del contestant
+        assert cache() is None
