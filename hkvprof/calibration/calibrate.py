@@ -8,101 +8,68 @@ then a run can be stopped, and several processes can share the work.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from hkvprof.calibration import decide as classify
-from hkvprof.calibration.evidence import CONSERVATIVE, MEAN
 from hkvprof.calibration.group import ALONE, Group
-from hkvprof.calibration.merge import Decision, build_profile
-from hkvprof.calibration.probe import KAPPAS, RATIOS, Bench
-from hkvprof.calibration.risk import Risk
-from hkvprof.calibration.rows import SampleRow
-from hkvprof.calibration.run import Run, Track, nothing_usable
+from hkvprof.calibration.index_fit import FIT_SAMPLES, Moments, until_enough
+from hkvprof.calibration.merge import build_profile
+from hkvprof.calibration.probe import Probe, ProbedModel
+from hkvprof.calibration.recipe import MEASURED, Recipe
+from hkvprof.calibration.rows import RowFolder, SampleRow
 from hkvprof.errors import SampleError, UsageError
-from hkvprof.heads import KeepRule
-from hkvprof.models.adapter import view_model
-from hkvprof.models.approval import require_approval
+from hkvprof.models.attention import hooked_attention
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.models.weights import require_gradients
-from hkvprof.models.wrappers import unwrap
-from hkvprof.profile.planning import DEFAULT, Rules
-from hkvprof.profile.record import Profile
-from hkvprof.samples.read import Sample
+from hkvprof.profile.record import Profile, ProjectedIndexTables
+from hkvprof.samples.read import OnError, Sample
 
-__all__ = ["KAPPAS", "RATIOS", "calibrate", "measure"]
+__all__ = ["calibrate", "measure"]
 
-Recipe = Literal["paper", "measured"]
+T = TypeVar("T")
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def calibrate(
     model: Any,
     processor: ChatProcessor,
     samples: Sequence[Sample],
+    recipe: Recipe = MEASURED,
     *,
-    recipe: Recipe = "measured",
-    theta: float = 0.9,
-    kappa: float = 0.10,
-    coefficient: float = 1.0,
-    chunk: int = 16,
-    text_prior: float = 0.5,
-    budget: float = 0.10,
-    seed: int = 0,
-    on_error: Literal["raise", "skip"] = "raise",
-    replies: Literal["given", "own"] = "given",
-    track: Track | None = None,
-    keep: KeepRule | None = None,
     rows: str | Path | None = None,
+    on_error: OnError = "raise",
+    track: Track | None = None,
     group: Group = ALONE,
-    rules: Rules = DEFAULT,
-    risk: Risk = MEAN,
-    conservative: bool = CONSERVATIVE,
 ) -> Profile:
     """Measure every KV head of `model` on `samples` and decide types and budgets.
 
-    `recipe="measured"` chooses strategy and ratio per head to minimise the loss at the head's
-    output and at the reply (docs/method.md); `"paper"` applies HybridKV's rule: static when
-    text-centric sparsity, the mass of the top `kappa` of visible keys, reaches `theta`; static
-    heads keep `coefficient` times the mean share of dynamic ones, up to `text_prior` of it text
-    tokens first, dynamic ones chunks of `chunk` tokens. It reads prompts alone, no replies, and its
-    profile has no loss curves. `budget` is the profile's default share; `seed`, with
-    which the samples were chosen, is only recorded. With `on_error="skip"`, samples that cannot be
-    used are left out; the provenance counts and names
-    them (`skipped`, `skipped_ids`).
-    `replies="own"` judges the model's own greedy replies in place of those in the samples (a sample
-    without a reply is always judged by the model's own); `keep` are the tokens that every head
-    keeps. `track(iterable, description, total)` may wrap the loops to show progress. With `rows`, a
-    folder, every measured sample is kept there at once, and a run that was stopped goes on from it.
-    With a `group` of processes (`distributed.together`), each of which calls this with the same
-    samples, they share the work and all return the same profile, that of one process alone.
+    `recipe` says how. With `rows`, a folder, every measured sample is kept there at once, and a run
+    that was stopped goes on from it. With `on_error="skip"`, samples that cannot be used are left
+    out; the provenance counts and names them (`skipped`, `skipped_ids`).
+    `track(iterable, description, total)` may wrap the loops to show progress. With a `group` of
+    processes (`distributed.together`), each of which calls this with the same samples, they share
+    the work and all return the same profile, that of one process alone.
 
-    `rules`, `risk` and `conservative` are those of evidence.Decision, for `measured`.
-
-    Raises ModelError for unsupported models, SampleError for bad samples, UsageError for options
-    out of range and for a folder of other conditions.
+    Raises ModelError for unsupported models, SampleError for bad samples, UsageError for a folder
+    of other conditions.
     """
-    decision = Decision(
-        theta, budget, kappa=kappa, coefficient=coefficient, seed=seed, rules=rules, risk=risk,
-        conservative=conservative,
-    )  # fmt: skip
-    decision.check(recipe)
-    constants = {"theta": theta, "coefficient": coefficient}
-    classify.refuse_paper_constants(recipe, constants)
-    bench = prepare_bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
-    run = Run(bench, recipe, on_error, track or _untracked, rows, group)
+    run = Run(ProbedModel.of(model, processor, recipe), rows, on_error, track, group)
     ordered = _in_order(samples)
-    tables, mine = run.measure(ordered, group.share(ordered))
-    share = (mine, run.skipped)
+    tables, measured = run.measure(ordered, ordered[group.part])
+    share = (measured, run.skipped)
     shares = [share] if group.in_step else group.collect(share)
 
-    def decide() -> Profile:
-        found, skipped = _joined(shares)
-        return build_profile(run.conditions, found, tables, replace(decision, skipped=skipped))
+    def build() -> Profile:
+        joined = [row for part, _ in shares for row in part]
+        skipped = {name: reason for _, part in shares for name, reason in part.items()}
+        if not joined:
+            raise _nothing_usable(skipped)
+        return build_profile(run.conditions, joined, tables, recipe, sorted(skipped))
 
-    return group.from_leader(decide)
+    return group.from_leader(build)
 
 
 def measure(
@@ -110,16 +77,11 @@ def measure(
     processor: ChatProcessor,
     samples: Sequence[Sample],
     rows: str | Path,
+    recipe: Recipe = MEASURED,
     *,
     shard: tuple[int, int] = (1, 1),
-    recipe: Recipe = "measured",
-    on_error: Literal["raise", "skip"] = "raise",
-    replies: Literal["given", "own"] = "given",
+    on_error: OnError = "raise",
     track: Track | None = None,
-    keep: KeepRule | None = None,
-    kappa: float = 0.10,
-    chunk: int = 16,
-    text_prior: float = 0.5,
 ) -> int:
     """Measure part `shard` (number, of how many) of the samples into a folder of rows.
 
@@ -130,52 +92,79 @@ def measure(
     part, parts = shard
     if not 1 <= part <= parts:
         raise UsageError(f"shard is {part} of {parts}: expected 1 <= part <= parts")
-    bench = prepare_bench(model, processor, recipe, replies, keep, kappa, chunk, text_prior)
-    run = Run(bench, recipe, on_error, track or _untracked, rows, ALONE)
+    run = Run(ProbedModel.of(model, processor, recipe), rows, on_error, track, ALONE)
     ordered = _in_order(samples)
-    mine = ordered[part - 1 :: parts]
-    _, found = run.measure(ordered, mine)
-    if mine and not found:
-        raise nothing_usable(run.skipped)
-    return len(found)
+    chosen = ordered[part - 1 :: parts]
+    _, measured = run.measure(ordered, chosen)
+    if chosen and not measured:
+        raise _nothing_usable(run.skipped)
+    return len(measured)
 
 
-def prepare_bench(
-    model: Any,
-    processor: ChatProcessor,
-    recipe: str,
-    replies: str = "given",
-    keep: KeepRule | None = None,
-    kappa: float = 0.10,
-    chunk: int = 16,
-    text_prior: float = 0.5,
-) -> Bench:
-    """What all samples of a run share. Raises UsageError, ModelError."""
-    if recipe not in ("paper", "measured"):
-        raise UsageError(f"unknown recipe {recipe!r}: expected paper or measured")
-    if replies not in ("given", "own"):
-        raise UsageError(f"replies is {replies!r}: expected 'given' or 'own'")
-    paper = recipe == "paper"
-    if paper and replies == "own":
-        raise UsageError("recipe 'paper' judges no replies: leave replies out, or choose measured")
-    constants = {"kappa": kappa, "chunk": chunk, "text_prior": text_prior}
-    classify.refuse_paper_constants(recipe, constants)
-    if not 0 < kappa <= 1:
-        raise UsageError(f"kappa must be a share in (0, 1], found {kappa}")
-    view = view_model(model)
-    require_approval(view)
-    if not paper:
-        require_gradients(unwrap(model))
-    return Bench(
-        model=model,
-        processor=processor,
-        view=view,
-        menu=classify.paper_menu(chunk, text_prior) if paper else classify.MEASURED_MENU,
-        kappas=tuple(sorted({*KAPPAS, kappa})),
-        ratios=(1.0,) if paper else RATIOS,
-        keep=keep or (KeepRule() if paper else classify.MEASURED_KEEP),
-        own_replies=replies == "own",
-    )
+class Run:
+    """The two passes over the samples: one that fits the index, one that measures rows."""
+
+    def __init__(
+        self,
+        probed: ProbedModel,
+        rows: str | Path | None = None,
+        on_error: OnError = "raise",
+        track: Track | None = None,
+        group: Group = ALONE,
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise UsageError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
+        self.probed, self.on_error, self.group = probed, on_error, group
+        self.track = track or _untracked
+        self.conditions = probed.conditions
+        self.folder = None if rows is None else RowFolder(Path(rows), self.conditions)
+        self.skipped: dict[str, str] = {}
+
+    def measure(
+        self, samples: Sequence[Sample], share: Sequence[Sample]
+    ) -> tuple[ProjectedIndexTables | None, list[SampleRow]]:
+        """The index tables, fitted on all samples, and the rows of this process's `share`."""
+        tables = None
+        with hooked_attention(self.probed.model):
+            if self.probed.recipe.index_sizes:
+                fitted_on = _digest(samples)
+                tables = self.group.index(self.folder, fitted_on, lambda: self.fit(samples))
+            return tables, self._rows(share, tables)
+
+    def fit(self, samples: Sequence[Sample]) -> ProjectedIndexTables:
+        """Look at samples until enough is seen, and fit the projected index."""
+        moments = Moments(self.probed.view.grid)
+        enough = until_enough(samples, moments, self.skipped)
+        for sample in self.track(enough, "fitting the index", min(len(samples), FIT_SAMPLES)):
+            self._probe(sample, lambda probe: probe.add_moments(moments))
+        if not bool(moments.key_rows.all()):
+            raise _nothing_usable(self.skipped)
+        return moments.fit(self.probed.recipe.index_sizes)
+
+    def _rows(
+        self, samples: Sequence[Sample], tables: ProjectedIndexTables | None
+    ) -> list[SampleRow]:
+        """Sparsity and loss curves of these samples: measured, or of the folder."""
+
+        def row(probe: Probe) -> SampleRow:
+            return self.group.row(self.folder, probe, tables)
+
+        tracked = self.track(samples, "measuring heads", len(samples))
+        rows = [self._probe(sample, row) for sample in tracked]
+        return [row for row in rows if row is not None]
+
+    def _probe(self, sample: Sample, work: Callable[[Probe], T]) -> T | None:
+        """What `work` makes of the sample; None, and the reason kept, where it is skipped."""
+        self.group.check()
+        if sample.id in self.skipped:
+            return None
+        try:
+            return work(Probe(self.probed, sample))
+        except SampleError as error:
+            if self.on_error != "skip":
+                raise
+            self.skipped[sample.id] = str(error)
+            return None
 
 
 def _in_order(samples: Sequence[Sample]) -> list[Sample]:
@@ -188,15 +177,15 @@ def _in_order(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.id)
 
 
-def _joined(
-    shares: Sequence[tuple[list[SampleRow], dict[str, str]]],
-) -> tuple[list[SampleRow], tuple[str, ...]]:
-    """All rows, and the ids of all skipped samples. Raises SampleError where there are no rows."""
-    rows = [row for found, _ in shares for row in found]
-    skipped = {name: reason for _, reasons in shares for name, reason in reasons.items()}
-    if not rows:
-        raise nothing_usable(skipped)
-    return rows, tuple(sorted(skipped))
+def _digest(samples: Sequence[Sample]) -> str:
+    """Of the samples that an index is fitted on: their ids, in order."""
+    names = json.dumps([sample.id for sample in samples])
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _nothing_usable(skipped: dict[str, str]) -> SampleError:
+    """The error for samples none of which could be used, with the first reason."""
+    return SampleError(f"no sample could be used: {next(iter(skipped.values()))}")
 
 
 def _untracked(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:

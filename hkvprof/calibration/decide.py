@@ -2,62 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.errors import UsageError
-from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
+from hkvprof.heads import HeadGrid, HeadType
 from hkvprof.profile.budgets import INFEASIBLE, Allocation, scale_ratios
-
-
-def paper_menu(chunk: int, text_prior: float) -> tuple[Strategy, Strategy]:
-    """HybridKV: text-prior pruning; chunks of tokens behind their mean key. Raises UsageError."""
-    if not 1 <= chunk <= 4096:
-        raise UsageError(f"chunk is {chunk}: expected 1 to 4096 tokens (HybridKV: 16 to 64)")
-    if not 0 <= text_prior <= 1:
-        raise UsageError(f"text_prior is {text_prior}: expected a share in [0, 1]")
-    return (
-        Strategy(HeadType.STATIC, pool=1, text_prior=float(text_prior)),
-        Strategy(HeadType.DYNAMIC, index="mean", chunk=chunk),
-    )
-
-
-PAPER_MENU = paper_menu(chunk=16, text_prior=0.5)
-PAPER_CONSTANTS = {"theta": 0.9, "kappa": 0.10, "coefficient": 1.0, "chunk": 16, "text_prior": 0.5}
-"""Defaults of the recipe's options."""
-
-
-def refuse_paper_constants(recipe: str, given: Mapping[str, float]) -> None:
-    """Raise UsageError where constants of `paper` are given to another recipe."""
-    changed = [name for name, value in given.items() if value != PAPER_CONSTANTS[name]]
-    if recipe != "paper" and changed:
-        raise UsageError(
-            f"{', '.join(changed)} belong to recipe 'paper', and the recipe is {recipe!r}: leave "
-            "them out, or choose paper"
-        )
-
-
-RERANK = 64
-"""Candidates beyond the hot buffer: more of them no longer help (docs/retrieval.md)."""
-
-MEASURED_MENU = (
-    Strategy(HeadType.STATIC, pool=1),
-    Strategy(HeadType.STATIC, pool=7),
-    Strategy(HeadType.STATIC, pool=31),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=16, rerank=RERANK),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=RERANK),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=64, rerank=RERANK),
-)
-"""Static scores at three pooling widths, and the projected index at three sizes."""
-
-MEASURED_KEEP = KeepRule(sinks=2, recent=4, window=16)
-"""Fewer forced tokens than in the literature: scores and indexes find the useful ones themselves
-(docs/experiments.md)."""
 
 REPLY_WEIGHT, OUTPUT_WEIGHT, POWER = 1.0, 0.5, 0.5
 """Weights of the two terms (the reply knows what the answer depends on), and the root taken."""
@@ -154,25 +106,13 @@ class Sampled:
     """Curves of some samples and what they rest on.
 
     `losses`, `fits` [samples, 3 or 1 terms, strategies, layers, kv_heads, ratios] as in Evidence,
-    `weights` [samples]; `edges` [2 terms, ...], where the mean is one of the worst part, the least
-    value of that part, which is the share `tail` of the samples.
+    `weights` [samples].
     """
 
     losses: NDArray[np.float32]
     fits: NDArray[np.bool_]
     weights: NDArray[np.float64]
     curves: Curves
-    edges: NDArray[np.float64] | None = None
-    tail: float = 1.0
-
-    def term(self, sample: int, term: int) -> NDArray[np.float64]:
-        """What a sample adds to the mean of a term, 1 (output) or 2 (reply): the weighted mean of
-        these over samples is the curve, whatever the risk."""
-        value = self.losses[sample, term].astype(np.float64)
-        if self.edges is None:
-            return value
-        edge = self.edges[term - 1]
-        return np.asarray(edge + np.maximum(value - edge, 0) / self.tail)
 
 
 def static_margin(
@@ -195,7 +135,7 @@ def static_margin(
     for sample in sampled.weights.nonzero()[0].tolist():
         change = np.zeros_like(loss)
         for term, (slope, mean) in slopes.items():
-            change += slope * (sampled.term(sample, term) - mean)
+            change += slope * (sampled.losses[sample, term] - mean)
         fits = sampled.fits[sample, 0]
         own = np.where(_pick(fits, ours) & _pick(fits, theirs), sampled.weights[sample], 0.0)
         weight += own
@@ -230,78 +170,3 @@ def _slopes(
 def _pick(values: NDArray[T], choice: NDArray[np.intp]) -> NDArray[T]:
     """[layers, kv_heads, ratios] of the chosen strategy."""
     return np.take_along_axis(values, choice[None], axis=0)[0]
-
-
-MOST = 4
-"""Anchors of a profile."""
-STEP = 2.0
-"""About the factor between two of them."""
-SPREAD = 1.5
-"""Longest over shortest prompt below which one anchor is enough."""
-LEAST_WEIGHT = 4.0
-"""Samples that an anchor rests on at least, each counted by its weight."""
-NEAREST = 1.2
-"""Least factor between two anchors; what is nearer says the same twice."""
-
-Weights = NDArray[np.float64]
-"""[anchors, samples]: how much each sample counts at each anchor."""
-
-
-@dataclass(frozen=True, eq=False)
-class Anchors:
-    """`lengths` int64 [anchors], rising, and `weights`, which sum to 1 for every sample."""
-
-    lengths: NDArray[np.int64]
-    weights: Weights
-
-    def of(self, counts: NDArray[np.int64]) -> Weights:
-        """Weights where sample i counts `counts[i]` times, at least one more than 0 times.
-
-        An anchor that none of them reaches takes those of the nearest one that is reached.
-        """
-        weights = self.weights * counts
-        (reached,) = np.nonzero(weights.sum(axis=1))
-        nearest = [reached[np.abs(reached - a).argmin()] for a in range(len(weights))]
-        return weights[nearest]
-
-
-def choose_anchors(tokens: NDArray[np.int64]) -> Anchors:
-    """Anchors for samples of these lengths [samples], in any order.
-
-    Evenly spaced in log length from the shortest to the longest; one that has too little weight, or
-    lies too near to another, gives its samples to its neighbours. Each anchor stands at the
-    weighted (geometric) mean length of its samples, so that what grows with log length is read
-    without bias.
-    """
-    logs = np.array([math.log(max(1, n)) for n in tokens.tolist()])
-    spread = float(logs.max() - logs.min())
-    count = min(MOST, 1 + round(spread / math.log(STEP))) if spread >= math.log(SPREAD) else 1
-    places = np.linspace(logs.min(), logs.max(), count)
-    while True:
-        weights = _hats(logs, places)
-        # fsum, so that sums do not depend on the order of samples
-        total = np.array([math.fsum(row) for row in weights])
-        means = np.array([math.fsum(row * logs) for row in weights]) / total.clip(min=1e-9)
-        drop = _dispensable(total, means)
-        if drop is None:
-            return Anchors(np.exp(means).round().astype(np.int64), weights)
-        places = np.delete(places, drop)
-
-
-def _hats(logs: NDArray[np.float64], places: NDArray[np.float64]) -> Weights:
-    """Linear weights of each sample at the two places around it; all at the end beyond the ends."""
-    unit = np.eye(len(places))
-    return np.stack([np.interp(logs, places, row) for row in unit])
-
-
-def _dispensable(total: NDArray[np.float64], means: NDArray[np.float64]) -> int | None:
-    """The anchor to drop: the lightest below LEAST_WEIGHT, else the lighter of the nearest pair."""
-    if len(total) == 1:
-        return None
-    if total.min() < LEAST_WEIGHT - 1e-6:  # weights of whole samples are not quite whole
-        return int(total.argmin())
-    gaps = np.diff(means)
-    left = int(gaps.argmin())
-    if gaps[left] >= math.log(NEAREST):
-        return None
-    return left + int(total[left + 1] < total[left])

@@ -56,10 +56,10 @@ class _Torchrun(Group):
         return made
 
     def collect(self, value: T) -> list[T]:
-        found: list[Any] | None = [None] * self.size if self.leads else None
+        gathered: list[Any] | None = [None] * self.size if self.leads else None
         with _connected():
-            dist.gather_object(value, found, dst=0, group=self._gloo)
-        return found or []
+            dist.gather_object(value, gathered, dst=0, group=self._gloo)
+        return gathered or []
 
     def is_first_to_fail(self) -> bool:
         """Tell the others; False where one of them has failed before."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from hkvprof.calibration.index_fit import Moments
-from hkvprof.calibration.probe import MAX_CONTINUATION, Bench, Probe
-from hkvprof.calibration.run import is_enough, spread
+from hkvprof.calibration.index_fit import Moments, is_enough, spread
+from hkvprof.calibration.probe import MAX_CONTINUATION, Probe, ProbedModel
 from hkvprof.errors import SampleError
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.outline import Outline
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.samples.read import Sample, open_images
+from hkvprof.samples.read import OnError, Sample, open_images
 
 T = TypeVar("T")
 
@@ -62,9 +61,7 @@ class Timing:
     measure: float
 
 
-def lengths(
-    processor: ChatProcessor, samples: Iterable[Sample], on_error: Literal["raise", "skip"]
-) -> Lengths:
+def lengths(processor: ChatProcessor, samples: Iterable[Sample], on_error: OnError) -> Lengths:
     """Encode all samples, images included. Raises SampleError, with "raise", for a bad one."""
     tokens, unusable = {}, {}
     for sample in samples:
@@ -98,15 +95,15 @@ def memory(model: Outline, longest: int) -> Memory:
     )
 
 
-def time_one(bench: Bench, sample: Sample) -> Timing:
+def time_one(probed: ProbedModel, sample: Sample) -> Timing:
     """Do with one sample what a calibration does with all of them, after a pass that warms up."""
-    moments = Moments(bench.view.grid)
-    with hooked_attention(bench.model):
-        Probe(bench, sample).add_moments(Moments(bench.view.grid))
-        look, _ = _timed(lambda: Probe(bench, sample).add_moments(moments))
-        sizes = tuple(sorted({s.bits for s in bench.menu if s.index == "projected"}))
+    moments = Moments(probed.view.grid)
+    with hooked_attention(probed.model):
+        Probe(probed, sample).add_moments(Moments(probed.view.grid))
+        look, _ = _timed(lambda: Probe(probed, sample).add_moments(moments))
+        sizes = probed.recipe.index_sizes
         fit, tables = _timed(lambda: moments.fit(sizes) if sizes else None)
-        measure, row = _timed(lambda: Probe(bench, sample).measure(tables))
+        measure, row = _timed(lambda: Probe(probed, sample).measure(tables))
     return Timing(row.tokens, look / row.tokens, fit, measure / row.tokens)
 
 
@@ -116,20 +113,20 @@ def _timed(work: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - started, made
 
 
-def middle(found: Lengths, samples: Sequence[Sample]) -> Sample:
+def middle(known: Lengths, samples: Sequence[Sample]) -> Sample:
     """The usable sample of median length."""
-    usable = [sample for sample in samples if sample.id in found.tokens]
-    return sorted(usable, key=lambda sample: found.tokens[sample.id])[len(usable) // 2]
+    usable = [sample for sample in samples if sample.id in known.tokens]
+    return sorted(usable, key=lambda sample: known.tokens[sample.id])[len(usable) // 2]
 
 
-def fitted_tokens(found: Lengths, samples: Sequence[Sample]) -> int:
+def fitted_tokens(known: Lengths, samples: Sequence[Sample]) -> int:
     """Tokens of the samples that the index will be fitted to."""
     used = total = 0
     for sample in spread(sorted(samples, key=lambda sample: sample.id)):
         if is_enough(used, total):
             break
-        if sample.id in found.tokens:
-            used, total = used + 1, total + found.tokens[sample.id]
+        if sample.id in known.tokens:
+            used, total = used + 1, total + known.tokens[sample.id]
     return total
 
 

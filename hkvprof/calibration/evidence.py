@@ -17,76 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.calibration import decide as classify
-from hkvprof.calibration.decide import NO_PROOF, Anchors, Sampled, choose_anchors, static_margin
-from hkvprof.calibration.risk import Ranked, Risk
+from hkvprof.calibration.decide import NO_PROOF, Sampled, static_margin
+from hkvprof.calibration.recipe import Recipe
 from hkvprof.errors import UsageError
 from hkvprof.heads import HeadType
 from hkvprof.profile.budgets import INFEASIBLE, Allocation
-from hkvprof.profile.planning import DEFAULT, Menu, Rules, loss_between, plan_anew
+from hkvprof.profile.planning import Menu, loss_between, plan_anew
 
 if TYPE_CHECKING:
-    from hkvprof.calibration.conditions import Conditions
-    from hkvprof.calibration.rows import SampleRow
-
-THETA_KAPPA = 0.10
-"""The kappa whose sparsity HybridKV's rule looks at by default."""
-
-CONSERVATIVE = True
-"""Whether types in doubt become dynamic (docs/experiments.md, "Types in doubt")."""
-MEAN = Risk()
+    from hkvprof.calibration.rows import Conditions, SampleRow
 
 Counts = NDArray[np.int64]
 """[samples]: how often each sample counts."""
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What is decided after measuring.
-
-    The default budget. Of the recipe `paper`: `theta`, the `kappa` whose sparsity is held against
-    it, and the `coefficient` r of allocate_by_sparsity. For `measured`: the `rules` of planning,
-    the `risk` over samples, and whether a head whose type is in doubt becomes dynamic
-    (`conservative`). `seed` and `skipped` samples are only recorded. Raises UsageError for numbers
-    out of range.
-    """
-
-    theta: float = 0.9
-    budget: float = 0.10
-    kappa: float = THETA_KAPPA
-    coefficient: float = 1.0
-    seed: int = 0
-    skipped: tuple[str, ...] = ()
-    rules: Rules = DEFAULT
-    risk: Risk = MEAN
-    conservative: bool = CONSERVATIVE
-
-    def __post_init__(self) -> None:
-        if not 0 < self.theta <= 1:
-            raise UsageError(f"theta must lie in (0, 1], found {self.theta}")
-        if not 0 < self.budget <= 1:
-            raise UsageError(f"the default budget must be a share in (0, 1], found {self.budget}")
-        if not 0 < self.kappa <= 1:
-            raise UsageError(f"kappa must be a share in (0, 1], found {self.kappa}")
-        if not 0.01 <= self.coefficient <= 100:
-            raise UsageError(f"coefficient must lie in [0.01, 100], found {self.coefficient}")
-
-    def check(self, recipe: str) -> None:
-        """Raise UsageError where something is decided that the recipe does not ask about."""
-        asked = {
-            "rules of planning": self.rules != DEFAULT,
-            "a risk other than the mean": not self.risk.is_mean,
-            "conservative types": self.conservative != CONSERVATIVE,
-        }
-        given = [name for name, differs in asked.items() if differs]
-        if recipe != "measured" and given:
-            raise UsageError(
-                f"{', '.join(given)} belong to the recipe 'measured', and these samples were "
-                f"measured for {recipe!r}: leave them out, or calibrate with --recipe measured"
-            )
-
-
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Verdict:
     """What a part of the samples decides.
 
     Mean curves and what planning minimises, both [anchors, strategies, layers, kv_heads, ratios];
@@ -113,7 +59,7 @@ class Evidence:
     """
 
     conditions: Conditions
-    decision: Decision
+    recipe: Recipe
     tasks: tuple[str, ...]
     tokens: NDArray[np.int64]
     vision_tokens: NDArray[np.int64]
@@ -122,14 +68,14 @@ class Evidence:
     fits: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, conditions: Conditions, rows: Sequence[SampleRow], decision: Decision) -> Evidence:
+    def of(cls, conditions: Conditions, rows: Sequence[SampleRow], recipe: Recipe) -> Evidence:
         """The evidence of one or more rows, in any order."""
         rows = sorted(rows, key=lambda row: row.id)
         losses = np.stack([row.losses for row in rows])
         fits = losses[:, :1] < INFEASIBLE
         return cls(
             conditions=conditions,
-            decision=decision,
+            recipe=recipe,
             tasks=tuple(row.task for row in rows),
             tokens=np.array([row.tokens for row in rows], dtype=np.int64),
             vision_tokens=np.array([row.vision_tokens for row in rows], dtype=np.int64),
@@ -162,7 +108,7 @@ class Evidence:
     def menu(self) -> Menu:
         """For the mean prompt length, or the shortest at which the default share holds sinks and
         recent tokens."""
-        conditions, budget = self.conditions, self.decision.budget
+        conditions, budget = self.conditions, self.recipe.budget
         tokens = max(
             math.ceil(float(self.tokens.mean())),
             math.ceil(conditions.keep.floor_tokens / budget) + 1,
@@ -175,52 +121,50 @@ class Evidence:
     @cached_property
     def _kappa(self) -> int:
         known = self.conditions.kappas
-        if self.decision.kappa not in known:
+        if self.recipe.kappa not in known:
             raise UsageError(
-                f"sparsity was not measured at kappa {self.decision.kappa:g}: expected one of "
+                f"sparsity was not measured at kappa {self.recipe.kappa:g}: expected one of "
                 f"{', '.join(f'{kappa:g}' for kappa in known)}, or measure again with that kappa"
             )
-        return known.index(self.decision.kappa)
+        return known.index(self.recipe.kappa)
 
-    def plan(
+    def judge(
         self, counts: Counts, scales: tuple[float, float] | None = None, whole: bool = True
-    ) -> Plan:
+    ) -> Verdict:
         """Types and budgets at the default share, for the menu's prompt length whatever the counts.
 
         `scales` of the planning loss: those of these very samples unless given. A part
         of the samples (not `whole`) doubts no type where it has but one of them.
         """
-        decision, grid = self.decision, self.conditions.grid
+        recipe, grid = self.recipe, self.conditions.grid
         scales = scales or classify.loss_scales(self.pooled(counts), self.ratios)
         parts = [self._sampled(weights) for weights in self.anchors.of(counts)]
         curves = _stacked(parts)
         margin = None
         if self._doubts:
-            found = [static_margin(part, self.ratios, scales, self._static) for part in parts]
-            margin = np.stack(found)
+            margins = [static_margin(part, self.ratios, scales, self._static) for part in parts]
+            margin = np.stack(margins)
             margin = margin if whole else np.where(margin < NO_PROOF, margin, np.float32(0))
         loss = classify.planning_loss(curves, self.ratios, scales)
         here = loss_between(loss, self.anchors.lengths, self.menu.tokens)
         if self.conditions.recipe == "paper":
             mean, std = self.moments(counts)
-            types = classify.classify_by_sparsity(
-                mean, std, int(counts.sum()), decision.theta, grid
-            )
+            types = classify.classify_by_sparsity(mean, std, int(counts.sum()), recipe.theta, grid)
             chosen = classify.allocate_by_sparsity(
-                types, mean, decision.budget, self.menu.floor, grid, decision.coefficient
+                types, mean, recipe.budget, self.menu.floor, grid, recipe.coefficient
             )
         else:
             chosen = self.chosen(here, margin)
         types = np.where(self._static, HeadType.STATIC, HeadType.DYNAMIC)[chosen.strategy]
-        return Plan(curves, loss, scales, here, margin, chosen, types.astype(np.uint8))
+        return Verdict(curves, loss, scales, here, margin, chosen, types.astype(np.uint8))
 
     def chosen(self, loss: NDArray[np.float32], margin: NDArray[np.float32] | None) -> Allocation:
         """Curves at the menu's prompt length, planned; `margin` is one of every anchor."""
         here = None
         if margin is not None:
             here = loss_between(margin, self.anchors.lengths, self.menu.tokens)
-        decision = self.decision
-        return plan_anew(self.menu, loss, self.ratios, decision.budget, decision.rules, here)
+        recipe = self.recipe
+        return plan_anew(self.menu, loss, self.ratios, recipe.budget, recipe.rules, here)
 
     @cached_property
     def _static(self) -> NDArray[np.bool_]:
@@ -230,7 +174,7 @@ class Evidence:
     def _doubts(self) -> bool:
         """Whether types may be in doubt: measured ones of a menu with both."""
         both = bool(self._static.any()) and not bool(self._static.all())
-        return self.decision.conservative and self.conditions.recipe == "measured" and both
+        return self.conditions.recipe == "measured" and both
 
     def types_of_sample(self, sample: int, scales: tuple[float, float]) -> NDArray[np.uint8]:
         """[layers, kv_heads]: what this sample alone would say.
@@ -240,10 +184,10 @@ class Evidence:
         """
         if self.conditions.recipe == "paper":
             sparsity = self.sparsity[sample, self._kappa]
-            return classify.types_by_sparsity(sparsity, self.decision.theta, self.conditions.grid)
+            return classify.types_by_sparsity(sparsity, self.recipe.theta, self.conditions.grid)
         alone = np.zeros(self.samples, dtype=np.int64)
         alone[sample] = 1
-        return self.plan(alone, scales, whole=False).types
+        return self.judge(alone, scales, whole=False).types
 
     def curves(self, counts: Counts) -> classify.Curves:
         """Means at every anchor, [anchors, strategies, layers, kv_heads, ratios]."""
@@ -254,24 +198,9 @@ class Evidence:
         return self._sampled(counts.astype(np.float64)).curves
 
     def _sampled(self, weights: NDArray[np.float64]) -> Sampled:
-        """Curves of samples of these weights, by the decision's risk; the output error is always
-        its mean."""
-        mean = self._mean(weights)
-        risk, edges = self.decision.risk, None
-        if not risk.is_mean:
-            edges = np.zeros_like(mean[1:])
-            there = mean[0] < INFEASIBLE
-            for (term, number), ranked in self._ranked.items():
-                worst, edges[term, number] = ranked.tail(weights, risk.level)
-                mean[term + 1, number] = np.where(there[number], worst, float(INFEASIBLE))
-        curves, tail = classify.Curves(*mean), 1.0 if risk.is_mean else 1 - risk.level
-        return Sampled(self.losses, self.fits, weights, curves, edges, tail)
-
-    @cached_property
-    def _ranked(self) -> dict[tuple[int, int], Ranked]:
-        """By term (0: output, 1: reply) and strategy."""
-        places = np.ndindex(2, len(self._static))
-        return {(t, s): Ranked(self.losses[:, t + 1, s], self.fits[:, 0, s]) for t, s in places}
+        """Curves of samples of these weights, and what they rest on."""
+        curves = classify.Curves(*self._mean(weights))
+        return Sampled(self.losses, self.fits, weights, curves)
 
     def _mean(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """[3 terms, strategies, ...]: over the samples where a point fits, in float64.
@@ -307,3 +236,80 @@ def _weighted_sum(
         row = values[sample].astype(np.float64)
         total += row if weights[sample] == 1 else row * weights[sample]
     return total
+
+
+# -- prompt lengths that curves are kept at -------------------------------------------------------
+
+MOST = 4
+"""Anchors of a profile."""
+STEP = 2.0
+"""About the factor between two of them."""
+SPREAD = 1.5
+"""Longest over shortest prompt below which one anchor is enough."""
+LEAST_WEIGHT = 4.0
+"""Samples that an anchor rests on at least, each counted by its weight."""
+NEAREST = 1.2
+"""Least factor between two anchors; what is nearer says the same twice."""
+
+Weights = NDArray[np.float64]
+"""[anchors, samples]: how much each sample counts at each anchor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Anchors:
+    """`lengths` int64 [anchors], rising, and `weights`, which sum to 1 for every sample."""
+
+    lengths: NDArray[np.int64]
+    weights: Weights
+
+    def of(self, counts: NDArray[np.int64]) -> Weights:
+        """Weights where sample i counts `counts[i]` times, at least one more than 0 times.
+
+        An anchor that none of them reaches takes those of the nearest one that is reached.
+        """
+        weights = self.weights * counts
+        (reached,) = np.nonzero(weights.sum(axis=1))
+        nearest = [reached[np.abs(reached - a).argmin()] for a in range(len(weights))]
+        return weights[nearest]
+
+
+def choose_anchors(tokens: NDArray[np.int64]) -> Anchors:
+    """Anchors for samples of these lengths [samples], in any order.
+
+    Evenly spaced in log length from the shortest to the longest; one that has too little weight, or
+    lies too near to another, gives its samples to its neighbours. Each anchor stands at the
+    weighted (geometric) mean length of its samples, so that what grows with log length is read
+    without bias.
+    """
+    logs = np.array([math.log(max(1, n)) for n in tokens.tolist()])
+    spread = float(logs.max() - logs.min())
+    count = min(MOST, 1 + round(spread / math.log(STEP))) if spread >= math.log(SPREAD) else 1
+    places = np.linspace(logs.min(), logs.max(), count)
+    while True:
+        weights = _hats(logs, places)
+        # fsum, so that sums do not depend on the order of samples
+        total = np.array([math.fsum(row) for row in weights])
+        means = np.array([math.fsum(row * logs) for row in weights]) / total.clip(min=1e-9)
+        drop = _dispensable(total, means)
+        if drop is None:
+            return Anchors(np.exp(means).round().astype(np.int64), weights)
+        places = np.delete(places, drop)
+
+
+def _hats(logs: NDArray[np.float64], places: NDArray[np.float64]) -> Weights:
+    """Linear weights of each sample at the two places around it; all at the end beyond the ends."""
+    unit = np.eye(len(places))
+    return np.stack([np.interp(logs, places, row) for row in unit])
+
+
+def _dispensable(total: NDArray[np.float64], means: NDArray[np.float64]) -> int | None:
+    """The anchor to drop: the lightest below LEAST_WEIGHT, else the lighter of the nearest pair."""
+    if len(total) == 1:
+        return None
+    if total.min() < LEAST_WEIGHT - 1e-6:  # weights of whole samples are not quite whole
+        return int(total.argmin())
+    gaps = np.diff(means)
+    left = int(gaps.argmin())
+    if gaps[left] >= math.log(NEAREST):
+        return None
+    return left + int(total[left + 1] < total[left])

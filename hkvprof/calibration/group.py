@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from hkvprof.errors import HkvError
+
+if TYPE_CHECKING:
+    from hkvprof.calibration.probe import Probe
+    from hkvprof.calibration.rows import RowFolder, SampleRow
+    from hkvprof.profile.tables import ProjectedIndexTables
 
 T = TypeVar("T")
 
@@ -34,9 +39,10 @@ class Group:
         """Whether this process fits, merges, writes and speaks."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """What this process is to measure."""
-        return list(items if self.in_step else items[self.rank :: self.size])
+    @property
+    def part(self) -> slice:
+        """Which of the samples this process is to measure."""
+        return slice(None) if self.in_step else slice(self.rank, None, self.size)
 
     def check(self) -> None:
         """Raise ElsewhereError when another process has failed."""
@@ -44,6 +50,45 @@ class Group:
     def from_leader(self, make: Callable[[], T]) -> T:
         """What `make` returns in the leading process, in all of them; it runs there alone."""
         return make()
+
+    def index(
+        self, folder: RowFolder | None, fitted_on: str, fit: Callable[[], ProjectedIndexTables]
+    ) -> ProjectedIndexTables:
+        """The index tables of the folder; where there are none, they are fitted, and kept there.
+
+        Fitted once: by the leading process for all, or by all in step. `fitted_on` as in
+        RowFolder.tables.
+        """
+
+        def known() -> ProjectedIndexTables | None:
+            return folder.tables(fitted_on) if folder else None
+
+        def kept(tables: ProjectedIndexTables) -> ProjectedIndexTables:
+            return folder.keep_tables(tables, fitted_on) if folder else tables
+
+        if not self.in_step:
+            return self.from_leader(lambda: known() or kept(fit()))
+        tables = self.from_leader(known) or fit()
+        return self.from_leader(lambda: kept(tables))
+
+    def row(
+        self, folder: RowFolder | None, probe: Probe, tables: ProjectedIndexTables | None
+    ) -> SampleRow:
+        """The sample's row in the folder; where it has none, or one of other content, one is
+        measured, and added. In step, the leading process's folder counts, and it alone writes."""
+        if folder is None:
+            return probe.measure(tables)
+
+        def find() -> SampleRow | None:
+            return folder.find(probe.sample.id, probe.digest)
+
+        known = self.from_leader(find) if self.in_step else find()
+        if known is not None:
+            return known
+        row = probe.measure(tables)
+        if self.leads or not self.in_step:
+            folder.add(row)
+        return row
 
     def collect(self, value: T) -> list[T]:
         """Every process's value in the leading one, by rank; empty in the others."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +18,28 @@ from hkvprof.profile.record import ProjectedIndexTables
 from hkvprof.selection.index import HeadTables
 from hkvprof.selection.quantiser import fit_codebook, fit_projection
 
+if TYPE_CHECKING:
+    from hkvprof.samples.record import Sample
+
+T = TypeVar("T")
+
 SAMPLED_KEYS = 4096
 """Prompt keys per head that codebooks are fitted to."""
+FIT_SAMPLES = 64
+FIT_TOKENS = 65_536
+"""The index is fitted on up to FIT_SAMPLES samples, but at least 16 and then no more than these."""
+
+
+def is_enough(samples: int, tokens: int) -> bool:
+    """Whether an index that has seen so many needs no more: FIT_SAMPLES, or 16 with FIT_TOKENS."""
+    return samples >= FIT_SAMPLES or (samples >= 16 and tokens >= FIT_TOKENS)
+
+
+def spread(samples: Sequence[T]) -> list[T]:
+    """The samples in an order of which every beginning is spread evenly over the list."""
+    golden = (math.sqrt(5) - 1) / 2
+    places = sorted(range(len(samples)), key=lambda i: (i * golden) % 1.0)
+    return [samples[i] for i in places]
 
 
 class KeySample:
@@ -121,6 +144,19 @@ class Moments:
             arrays[f"index.{name}"] = arrays[f"index.{name}"].astype(np.float16)
         arrays["index.key_mean"] = mean.float().numpy()
         return ProjectedIndexTables.take(sizes, arrays)
+
+
+def until_enough(
+    samples: Sequence[Sample], moments: Moments, skipped: Collection[str]
+) -> Iterator[Sample]:
+    """Samples spread evenly over the list, until `moments`, to which the caller adds each of them
+    but the `skipped`, have seen enough."""
+    used = 0
+    for sample in spread(samples):
+        if is_enough(used, int(moments.key_rows.max())):
+            return
+        yield sample
+        used += sample.id not in skipped
 
 
 def tables_of_layer(

@@ -27,44 +27,54 @@ from hkvprof.calibration.continuation import Continuation, answered, build_conti
 from hkvprof.calibration.index_fit import Moments, tables_of_layer
 from hkvprof.calibration.losses import DecodeRows, layer_losses
 from hkvprof.calibration.observe import ObservedCache, Observer
-from hkvprof.calibration.rows import SampleRow
+from hkvprof.calibration.recipe import Recipe
+from hkvprof.calibration.rows import Conditions, SampleRow
 from hkvprof.errors import SampleError
-from hkvprof.heads import KeepRule, Modality, Strategy
-from hkvprof.models.adapter import ModelView
+from hkvprof.heads import Modality
+from hkvprof.models.adapter import ModelView, view_model
+from hkvprof.models.approval import require_approval
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.calls import last_row_only, with_cache
 from hkvprof.models.processing import ChatProcessor, Encoded
-from hkvprof.models.weights import passing_gradients
+from hkvprof.models.weights import passing_gradients, require_gradients
 from hkvprof.models.wrappers import unwrap
 from hkvprof.profile.record import ProjectedIndexTables
 from hkvprof.profile.tables import PAIRS
 from hkvprof.samples.read import Sample, open_images
 from hkvprof.selection.sparsity import sample_text_rows
 
-RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
-KAPPAS = (0.02, 0.05, 0.10, 0.20)
 VISION = (Modality.IMAGE, Modality.VIDEO)
 MAX_CONTINUATION = 192
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all probes of a run share.
+class ProbedModel:
+    """The model that samples are probed on, its processor and geometry, and the recipe.
 
-    With the whole prompt alone in `ratios`, no losses are measured, and no replies are needed.
     `answered` holds samples whose replies were generated, so that a second pass need not do it
     again.
     """
 
     model: Any
     processor: ChatProcessor
+    recipe: Recipe
     view: ModelView
-    menu: tuple[Strategy, ...]
-    kappas: tuple[float, ...]
-    ratios: tuple[float, ...]
-    keep: KeepRule
-    own_replies: bool
     answered: dict[str, Sample] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any, processor: ChatProcessor, recipe: Recipe) -> ProbedModel:
+        """Raises ModelError for a model that is not supported, or not by the recipe."""
+        view = view_model(model)
+        require_approval(view)
+        if recipe.name == "measured":
+            require_gradients(unwrap(model))
+        return cls(model, processor, recipe, view)
+
+    @property
+    def conditions(self) -> Conditions:
+        """What rows that are measured now depend on."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return Conditions.of(self.view.fingerprint, dtype, self.recipe)
 
 
 def content_digest(sample: Sample, encoded: Encoded) -> str:
@@ -80,17 +90,18 @@ def content_digest(sample: Sample, encoded: Encoded) -> str:
 class Probe:
     """One sample on the model: prefill, reply, and what the layers showed."""
 
-    def __init__(self, bench: Bench, sample: Sample) -> None:
-        self.bench, self.sample = bench, sample
+    def __init__(self, probed: ProbedModel, sample: Sample) -> None:
+        self.probed, self.sample = probed, sample
+        self.keep = probed.recipe.keep_rule
         opened = replace(sample, messages=tuple(open_images(sample)))
-        self.encoded = bench.processor.encode([opened.messages])
-        self.text = (self.encoded.modality[0] == Modality.TEXT).to(bench.model.device)
-        self.observer = Observer(bench.keep.window)
-        self.cache = ObservedCache(bench.view, self.observer)
-        if self.encoded.tokens < bench.keep.floor_tokens + bench.keep.window:
+        self.encoded = probed.processor.encode([opened.messages])
+        self.text = (self.encoded.modality[0] == Modality.TEXT).to(probed.model.device)
+        self.observer = Observer(self.keep.window)
+        self.cache = ObservedCache(probed.view, self.observer)
+        if self.encoded.tokens < self.keep.floor_tokens + self.keep.window:
             raise SampleError(
                 f"sample {sample.id}: the prompt has {self.encoded.tokens} tokens, too few to "
-                f"calibrate on (at least {bench.keep.floor_tokens + bench.keep.window})"
+                f"calibrate on (at least {self.keep.floor_tokens + self.keep.window})"
             )
         self.opened = opened
 
@@ -121,20 +132,20 @@ class Probe:
 
     def measure(self, tables: ProjectedIndexTables | None) -> SampleRow:
         """What text rows attend to during prefill; losses and drift over the continuation."""
-        found: dict[int, TextStatistics] = {}
+        seen: dict[int, TextStatistics] = {}
         rows = sample_text_rows(self.text)
         held = self.encoded.modality[0]
-        classes = token_classes(held.to(self.text.device), self.bench.keep)
+        classes = token_classes(held.to(self.text.device), self.keep)
 
         def watch(layer: int, call: AttentionCall, output: Tensor) -> None:
-            found[layer] = text_statistics(
-                call.query[0], call.key[0], rows, call.scaling, self.bench.kappas, classes,
-                self.bench.keep.recent,
+            seen[layer] = text_statistics(
+                call.query[0], call.key[0], rows, call.scaling, self.probed.recipe.kappas, classes,
+                self.keep.recent,
             )  # fmt: skip
 
         with torch.no_grad():
             self._prefill(watch)
-        shown = [found[layer] for layer in sorted(found)]
+        shown = [seen[layer] for layer in sorted(seen)]
         losses, drift, pairs = self._after_prompt(tables)
         return SampleRow(
             id=self.sample.id,
@@ -158,15 +169,15 @@ class Probe:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
         """Losses [3 terms, strategies, layers, kv_heads, ratios], drift [PAIRS, layers,
         query_heads], and which of PAIRS there are."""
-        grid, bench = self.bench.view.grid, self.bench
-        if bench.ratios == (1.0,):  # the whole prompt loses nothing
+        grid, recipe = self.probed.view.grid, self.probed.recipe
+        if recipe.ratios == (1.0,):  # the whole prompt loses nothing
             return (
-                np.zeros((3, len(bench.menu), grid.layers, grid.kv_heads, 1), np.float32),
+                np.zeros((3, len(recipe.strategies), grid.layers, grid.kv_heads, 1), np.float32),
                 np.zeros((len(PAIRS), grid.layers, grid.query_heads), np.float32),
                 np.zeros(len(PAIRS), np.uint8),
             )
         continuation = self._continuation()
-        with torch.enable_grad(), passing_gradients(unwrap(bench.model)):
+        with torch.enable_grad(), passing_gradients(unwrap(self.probed.model)):
             logits = self._continue(continuation)
             margins = _margins(logits, continuation)
             # Gradients for the traced outputs alone: none are left on the model's parameters.
@@ -196,7 +207,7 @@ class Probe:
     def _layer_drift(self, layer: int, phases: list[Phase]) -> Tensor:
         keys, scaling = self.cache.covered[layer].keys, self.observer.traces[layer].scaling
         assert keys is not None
-        return layer_drift(phases, keys[0], self.encoded.tokens, scaling, self.bench.keep)
+        return layer_drift(phases, keys[0], self.encoded.tokens, scaling, self.keep)
 
     def _layer_losses(
         self,
@@ -212,7 +223,7 @@ class Probe:
         keys, values = cached.keys[0].detach(), cached.values[0].detach()
         prompt, device = self.encoded.tokens, keys.device
         rows = continuation.rows.to(device)
-        projection = self.bench.view.output_projection(layer).detach()
+        projection = self.probed.view.output_projection(layer).detach()
         output = trace.output[0].detach()[rows].float()
         assert trace.output.grad is not None, "the reply's margin does not depend on this layer"
         judged = DecodeRows(
@@ -224,16 +235,16 @@ class Probe:
             positions=rows,
             gradient=trace.output.grad[0][rows] / margins.abs().clamp(min=1)[:, None, None],
             projection=projection,
-            output_norm=_projected(output, projection, self.bench.view.grid.group).norm(dim=-1),
+            output_norm=_projected(output, projection, self.probed.view.grid.group).norm(dim=-1),
             exact=continuation.exact.to(device),
             scaling=trace.scaling,
         )
         losses = layer_losses(
             judged,
             self.observer.window_query[layer],
-            self.bench.menu,
-            self.bench.ratios,
-            self.bench.keep,
+            self.probed.recipe.strategies,
+            self.probed.recipe.ratios,
+            self.keep,
             tables_of_layer(tables, layer, device) if tables else {},
             self.text,
             keys.element_size(),
@@ -244,7 +255,7 @@ class Probe:
 
     def _prefill(self, watch: Any) -> None:
         """Run the prompt."""
-        model = self.bench.model
+        model = self.probed.model
         self.observer.on_prefill = watch
         with self.observer.phase("prefill"):
             inputs = self.encoded.to(model.device, model.dtype)
@@ -253,23 +264,24 @@ class Probe:
 
     def _continuation(self) -> Continuation:
         """What follows the prompt: the given reply, else the model's own."""
-        if self.opened.reply is None or self.bench.own_replies:
-            said = self.bench.answered.get(self.sample.id)
+        own = self.probed.recipe.replies == "own"
+        if self.opened.reply is None or own:
+            said = self.probed.answered.get(self.sample.id)
             if said is None:
                 said = answered(
-                    self.bench.model, self.bench.processor, self.opened, self.cache,
-                    self.next_token, later=self.bench.own_replies,
+                    self.probed.model, self.probed.processor, self.opened, self.cache,
+                    self.next_token, later=own,
                 )  # fmt: skip
-                self.bench.answered[self.sample.id] = replace(said, messages=())
+                self.probed.answered[self.sample.id] = replace(said, messages=())
             self.opened = replace(self.opened, reply=said.reply, followups=said.followups)
         assert self.opened.reply is not None
         return build_continuation(
-            self.bench.processor, self.opened, self.opened.reply, MAX_CONTINUATION
+            self.probed.processor, self.opened, self.opened.reply, MAX_CONTINUATION
         )
 
     def _continue(self, continuation: Continuation) -> Tensor:
         """Teacher-force the continuation; logits [T, vocabulary]."""
-        model = self.bench.model
+        model = self.probed.model
         with self.observer.phase("trace"):
             ids = continuation.ids[None].to(model.device)
             output = model(input_ids=ids, **with_cache(model, self.cache))

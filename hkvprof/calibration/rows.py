@@ -1,4 +1,4 @@
-"""Rows on disk: a folder with one small file per measured sample.
+"""Rows on disk: a folder with one small file per measured sample, and the conditions of them all.
 
 A run that was stopped goes on from its folder, several processes may fill one (each with a shard of
 the samples), and `merge` makes a profile of folders without a model. Files are safetensors, written
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+import hkvprof
 from hkvprof.calibration.attention import SampleStatistics
-from hkvprof.calibration.conditions import ROW_SCHEMA, Conditions
+from hkvprof.calibration.recipe import Recipe, RecipeName, Replies
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import strict_json
 from hkvprof.files.atomic import (
@@ -31,7 +31,14 @@ from hkvprof.files.atomic import (
     write_once,
 )
 from hkvprof.files.container import read_container
-from hkvprof.profile.bounds import expect, expect_shares, require
+from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Strategy
+from hkvprof.profile.bounds import (
+    check_ratios,
+    check_setting,
+    expect,
+    expect_shares,
+    require,
+)
 from hkvprof.profile.record import ProjectedIndexTables
 
 CONDITIONS = "conditions.json"
@@ -41,6 +48,134 @@ _KEY = "hkvprof_row"
 _MOST_BYTES = 64 * 2**20
 _MOST_CONDITIONS_BYTES = 4 * 2**20
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ProfileError)
+ROW_SCHEMA = 2
+"""What a row holds; folders before it was recorded have 1."""
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+"""Of weights and K/V, with their bytes per element."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The model, what was measured of it, and with which versions.
+
+    `dtype` is that of the weights and K/V, `replies` "given" or "own" (whatever they are, a `paper`
+    row does not depend on them), `versions` those of hkvprof, torch and transformers, `row_schema`
+    that of the rows' files. `ratios` of the loss curves: 1 alone where none are measured.
+    """
+
+    fingerprint: ModelFingerprint
+    recipe: str
+    strategies: tuple[Strategy, ...]
+    keep: KeepRule
+    kappas: tuple[float, ...]
+    ratios: tuple[float, ...]
+    replies: str
+    dtype: str
+    versions: tuple[tuple[str, str], ...]
+    row_schema: int = ROW_SCHEMA
+
+    @classmethod
+    def of(cls, fingerprint: ModelFingerprint, dtype: str, recipe: Recipe) -> Conditions:
+        """Those of a measurement that starts now; `dtype` as in DTYPES."""
+        return cls(
+            fingerprint=fingerprint,
+            recipe=recipe.name,
+            strategies=recipe.strategies,
+            keep=recipe.keep_rule,
+            kappas=recipe.kappas,
+            ratios=recipe.ratios,
+            replies=recipe.replies,
+            dtype=dtype,
+            versions=current_versions(),
+        )
+
+    @property
+    def measured_by(self) -> Recipe:
+        """The recipe of the measurement, with defaults for what is decided after it.
+
+        Raises UsageError for conditions that no recipe has.
+        """
+        name, replies = cast(RecipeName, self.recipe), cast(Replies, self.replies)
+        menu: dict[str, Any] = {}
+        if name == "paper":
+            menu["chunk"] = max(strategy.chunk for strategy in self.strategies)
+            menu["text_prior"] = max(strategy.text_prior for strategy in self.strategies)
+        return Recipe(name, replies=replies, keep=self.keep, **menu)
+
+    @property
+    def grid(self) -> HeadGrid:
+        """The model's attention geometry."""
+        return self.fingerprint.grid
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per K/V element."""
+        return DTYPES[self.dtype]
+
+    @property
+    def digest(self) -> str:
+        """Of everything: rows carry it."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON; the inverse of `from_json`."""
+        return json.dumps(self._plain(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Conditions:
+        """Checked. Raises ValueError, KeyError, TypeError, AttributeError or ProfileError."""
+        data = strict_json.loads(text)
+        conditions = cls(
+            fingerprint=ModelFingerprint.from_json(data["fingerprint"]),
+            recipe=str(data["recipe"]),
+            strategies=tuple(Strategy.from_json(entry) for entry in data["strategies"]),
+            keep=KeepRule(**data["keep"]),
+            kappas=tuple(float(kappa) for kappa in data["kappas"]),
+            ratios=tuple(float(ratio) for ratio in data["ratios"]),
+            replies=str(data["replies"]),
+            dtype=str(data["dtype"]),
+            versions=tuple(sorted((str(k), str(v)) for k, v in data["versions"].items())),
+            row_schema=int(data.get("row_schema", 1)),
+        )
+        check_setting(
+            conditions.fingerprint, conditions.recipe, conditions.keep, conditions.strategies,
+            conditions.kappas,
+        )  # fmt: skip
+        require(all(0 < ratio <= 1 for ratio in conditions.ratios), "ratios must lie in (0, 1]")
+        check_ratios(np.array(conditions.ratios, dtype=np.float32))
+        require(conditions.dtype in DTYPES, f"unknown dtype {conditions.dtype[:40]!r}")
+        return conditions
+
+    def differences(self, other: Conditions) -> list[str]:
+        """Names of the fields in which another's differ."""
+        mine, theirs = self._plain(), other._plain()
+        return [name for name in mine if mine[name] != theirs[name]]
+
+    def _plain(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint.to_json(),
+            "recipe": self.recipe,
+            "strategies": [strategy.to_json() for strategy in self.strategies],
+            "keep": asdict(self.keep),
+            "kappas": list(self.kappas),
+            "ratios": list(self.ratios),
+            "replies": self.replies,
+            "dtype": self.dtype,
+            "versions": dict(self.versions),
+            "row_schema": self.row_schema,
+        }
+
+
+def current_versions() -> tuple[tuple[str, str], ...]:
+    """Versions that a measurement depends on."""
+    import torch
+    import transformers
+
+    return (
+        ("hkvprof", hkvprof.__version__),
+        ("torch", str(torch.__version__)),
+        ("transformers", transformers.__version__),
+    )
 
 
 @dataclass(frozen=True)
@@ -117,13 +252,13 @@ class RowFolder:
         """
         if not (self.path / INDEX).exists():
             return None
-        found, samples = read_tables(self.path, self.conditions)
+        tables, samples = read_tables(self.path, self.conditions)
         if samples != fitted_on:
             raise UsageError(
                 f"{self.path}: its index was fitted on other samples, and rows depend on the index:"
                 " give another folder with --rows (or the same --data and --max-samples)"
             )
-        return found
+        return tables
 
     def keep_tables(self, tables: ProjectedIndexTables, fitted_on: str) -> ProjectedIndexTables:
         """Write the index tables, or read those of a process that was faster. Raises as `tables`
@@ -254,73 +389,3 @@ def read_tables(path: Path, conditions: Conditions) -> tuple[ProjectedIndexTable
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     container = read_container(file, _MOST_BYTES)
     return strict_json.loads(container.metadata[_KEY]), container.tensors()
-
-
-_MOST_NAMED = 5
-Gathered = tuple[Conditions, list[SampleRow], ProjectedIndexTables | None]
-
-
-def gather(folders: Iterable[Path]) -> Gathered:
-    """Conditions, rows (sorted by id) and index tables of folders that belong together.
-
-    Raises UsageError where conditions or tables differ, or a sample lies in two folders.
-    """
-    paths = list(folders)
-    _check_distinct(paths)
-    conditions = read_conditions(paths[0])
-    if conditions.row_schema != ROW_SCHEMA:
-        raise UsageError(
-            f"{paths[0]} holds rows of version {conditions.row_schema}, and this hkvprof reads "
-            f"{ROW_SCHEMA}: measure again"
-        )
-    rows: dict[str, SampleRow] = {}
-    origin: dict[str, Path] = {}
-    tables: tuple[ProjectedIndexTables, str] | None = None
-    for path in paths:
-        if differing := conditions.differences(read_conditions(path)):
-            raise UsageError(
-                f"{paths[0]} and {path} were measured under different conditions "
-                f"({', '.join(differing)}): their rows cannot be merged"
-            )
-        found = read_rows(path, conditions)
-        _check_overlap([row.id for row in found], origin, path)
-        rows |= {row.id: row for row in found}
-        origin |= {row.id: path for row in found}
-        if (path / INDEX).exists():
-            mine = read_tables(path, conditions)
-            if tables is not None and not _same_tables(tables[0], mine[0]):
-                raise UsageError(
-                    f"{path}: its index differs from that of the folders before it, and rows "
-                    "depend on the index: measure all shards with the same --data"
-                )
-            tables = mine
-    if not rows:
-        raise UsageError(f"{', '.join(map(str, paths))}: no rows yet")
-    return conditions, sorted(rows.values(), key=lambda row: row.id), tables and tables[0]
-
-
-def _check_distinct(paths: list[Path]) -> None:
-    if not paths:
-        raise UsageError("there is nothing to merge: name one or more folders of rows")
-    places = [path.resolve() for path in paths]
-    for path, place in zip(paths, places, strict=True):
-        if places.count(place) > 1:
-            raise UsageError(f"{path} is given {places.count(place)} times: name each folder once")
-
-
-def _check_overlap(samples: list[str], origin: dict[str, Path], path: Path) -> None:
-    """A sample must count once: also where its rows are equal, the folders overlap by mistake."""
-    twice = [sample for sample in samples if sample in origin]
-    if not twice:
-        return
-    named = ", ".join(map(repr, twice[:_MOST_NAMED]))
-    more = f" and {len(twice) - _MOST_NAMED} more" if len(twice) > _MOST_NAMED else ""
-    raise UsageError(
-        f"{origin[twice[0]]} and {path} both hold sample{'s'[: len(twice) > 1]} {named}{more}: a "
-        "sample counts once; give different samples different ids, or leave one folder out"
-    )
-
-
-def _same_tables(first: ProjectedIndexTables, second: ProjectedIndexTables) -> bool:
-    mine, theirs = first.tensors(), second.tensors()
-    return mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)

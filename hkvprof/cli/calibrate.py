@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hkvprof.calibration.recipe import Recipe, RecipeName, Replies
 from hkvprof.cli import options
-from hkvprof.cli import options as planning
-from hkvprof.cli.runs import Place, check_kind, kept, own_device, processes
-from hkvprof.errors import BudgetError, UsageError
+from hkvprof.cli.runs import Loading, Place, check_kind, kept, processes
 
 if TYPE_CHECKING:
+    from hkvprof.calibration.group import Group
     from hkvprof.profile.record import Profile
-    from hkvprof.samples.read import LoadedSamples
+    from hkvprof.samples.read import LoadedSamples, OnError
 
 EXAMPLES = """\b
 Examples:
@@ -33,27 +32,6 @@ Examples:
 _MOST_REASONS = 20
 
 
-class Recipe(StrEnum):
-    """How types and budgets are decided."""
-
-    PAPER = "paper"
-    MEASURED = "measured"
-
-
-class Replies(StrEnum):
-    """Whose replies are teacher-forced."""
-
-    GIVEN = "given"
-    OWN = "own"
-
-
-class OnError(StrEnum):
-    """What a bad sample does."""
-
-    RAISE = "raise"
-    SKIP = "skip"
-
-
 def calibrate(
     model: options.Model,
     data: Annotated[
@@ -68,31 +46,29 @@ def calibrate(
         int | None, typer.Option("--max-samples", min=1, help="Use a subset balanced over tasks.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the subset and of sampling.")] = 0,
-    recipe: Annotated[
-        Recipe, typer.Option("--recipe", help="Types by sparsity (paper) or by measured loss.")
-    ] = Recipe.MEASURED,
-    theta: planning.Theta = 0.9,
-    kappa: planning.Kappa = 0.10,
-    coefficient: planning.Coefficient = 1.0,
+    name: Annotated[
+        RecipeName, typer.Option("--recipe", help="Types by sparsity (paper) or by measured loss.")
+    ] = Recipe.name,
+    theta: options.Theta = Recipe.theta,
+    kappa: options.Kappa = Recipe.kappa,
+    coefficient: options.Coefficient = Recipe.coefficient,
     chunk: Annotated[
         int, typer.Option("--chunk", help="Tokens that dynamic heads fetch at once (paper).")
-    ] = 16,
+    ] = Recipe.chunk,
     text_prior: Annotated[
         float,
         typer.Option("--text-prior", help="Share of static heads that text may claim (paper)."),
-    ] = 0.5,
-    budget: planning.Budget = "0.10",
-    even: planning.Even = None,
-    risk: planning.RiskOption = None,
-    risk_level: planning.Level = None,
-    conservative: planning.Conservative = None,
-    transfer_weight: planning.TransferWeight = None,
+    ] = Recipe.text_prior,
+    budget: options.Budget = options.DEFAULT_BUDGET,
+    even: options.Even = Recipe.even,
+    transfer_weight: options.TransferWeight = Recipe.transfer_weight,
     replies: Annotated[
         Replies, typer.Option("--replies", help="Judge the given replies, or the model's own.")
-    ] = Replies.GIVEN,
+    ] = Recipe.replies,
     on_error: Annotated[
-        OnError, typer.Option("--on-error", help="Stop at a bad sample, or skip and count it.")
-    ] = OnError.RAISE,
+        Literal["raise", "skip"],
+        typer.Option("--on-error", help="Stop at a bad sample, or skip and count it."),
+    ] = "raise",
     rows: Annotated[
         Path | None,
         typer.Option("--rows", help="Folder of measured samples; default OUTPUT.rows until done."),
@@ -119,52 +95,32 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Observe a model on samples and write its profile. A run that was stopped goes on."""
-    from hkvprof.calibration.decide import paper_menu, refuse_paper_constants
-    from hkvprof.calibration.merge import Decision
     from hkvprof.cli.dryrun import foretell
-    from hkvprof.cli.output import check_output, default_profile_path
+    from hkvprof.cli.output import default_profile_path
 
-    measured = {"kappa": kappa, "chunk": chunk, "text_prior": text_prior}
-    decided: dict[str, Any] = {"theta": theta, "coefficient": coefficient}
-    how: dict[str, Any] = {
-        "recipe": recipe.value, "on_error": on_error.value, "replies": replies.value, **measured,
-    }  # fmt: skip
     with processes(in_step=fsdp) as group:
-        share = parse_share(budget)
-        refuse_paper_constants(recipe.value, {**measured, **decided})
-        planned = planning.planning(even, risk, risk_level, conservative, transfer_weight)
-        decision = Decision(budget=share, kappa=kappa, **decided, **planned)
-        decision.check(recipe.value)
-        paper_menu(chunk, text_prior)
-        if recipe is Recipe.PAPER and replies is Replies.OWN:
-            raise UsageError("--replies own is for --recipe measured: paper judges no replies")
+        recipe = Recipe(
+            name, options.parse_share(budget), replies, theta=theta, kappa=kappa,
+            coefficient=coefficient, chunk=chunk, text_prior=text_prior, even=even,
+            transfer_weight=transfer_weight, seed=seed,
+        )  # fmt: skip
+        loading = Loading(model, dtype, device, device_map, fsdp)
         place = Place(output or default_profile_path(model), rows, options.parse_shard(shard))
-        check_kind(place, device, device_map, resume, fsdp=fsdp, dry_run=dry_run, as_json=as_json)
-        if place.is_shard and decision != Decision(kappa=kappa):
-            raise UsageError(
-                "a shard only measures: give --budget, --theta, --coefficient and the options of "
-                "planning to `hkvprof merge`"
-            )
-        if not (place.is_shard or dry_run):
-            check_output(place.output, force)
+        check_kind(place, loading, resume=resume, dry_run=dry_run, as_json=as_json)
+        if place.is_shard or not dry_run:
+            place.check(recipe, force)
         samples = _samples(data, max_samples, seed, on_error)
         if dry_run:
-            load = {"dtype": dtype, "device": device, "device_map": device_map}
-            foretell(model, load, samples.samples, place, how, as_json)
+            foretell(loading, samples.samples, recipe, place, on_error, as_json)
             return
         group.from_leader(lambda: place.prepare(samples.samples, resume))
         _require_tested_seam()
-        loaded, processor = options.open_model(
-            model, dtype, own_device(device, fsdp), device_map, group.size if fsdp else None
-        )
+        network, processor = loading.open(group.size)
         with kept(place, samples.samples):
             if place.is_shard:
-                _measure(loaded, processor, samples, place, how)
+                _measure(network, processor, samples, recipe, place, on_error)
                 return
-            profile = _calibrated(
-                loaded, processor, samples, budget=share, seed=seed, rows=place.folder,
-                group=group, **decided, **planned, **how,
-            )  # fmt: skip
+            profile = _calibrated(network, processor, samples, recipe, place, on_error, group)
             if group.leads:
                 _finish(profile, data, samples, place, force)
 
@@ -191,25 +147,12 @@ def _finish(profile: Profile, data: str, samples: LoadedSamples, place: Place, f
     announce(profile, place.output)
 
 
-def parse_share(text: str) -> float:
-    """A profile's default budget. Raises BudgetError for tokens and bytes."""
-    from hkvprof.profile.budgets import Budget
-
-    share = Budget.parse(text).share
-    if share is None:
-        raise BudgetError(
-            f"--budget {text} is not a share: a profile's default is a share in (0, 1] such as "
-            "0.10 or 10%; tokens and bytes are for hkvprof.runtime.apply"
-        )
-    return share
-
-
 def _samples(data: str, limit: int | None, seed: int, on_error: OnError) -> LoadedSamples:
     from hkvprof.cli.output import say
     from hkvprof.samples.read import load_samples
 
     options.announce_source(data)
-    loaded = load_samples(data, max_samples=limit, seed=seed, on_error=on_error.value)
+    loaded = load_samples(data, max_samples=limit, seed=seed, on_error=on_error)
     say(f"{len(loaded.samples)} samples of {len(loaded.tasks)} tasks from {data}")
     for reason in loaded.skipped[:_MOST_REASONS]:
         say(f"skipped: {reason}")
@@ -218,23 +161,40 @@ def _samples(data: str, limit: int | None, seed: int, on_error: OnError) -> Load
     return loaded
 
 
-def _calibrated(model: Any, processor: Any, samples: LoadedSamples, **options: Any) -> Profile:
-    from hkvprof.calibration.calibrate import calibrate as measure
+def _calibrated(
+    model: Any,
+    processor: Any,
+    samples: LoadedSamples,
+    recipe: Recipe,
+    place: Place,
+    on_error: OnError,
+    group: Group,
+) -> Profile:
+    from hkvprof.calibration import calibrate as calibration
     from hkvprof.cli.progress import track
 
-    return measure(model, processor, samples.samples, track=track, **options)
+    return calibration.calibrate(
+        model, processor, samples.samples, recipe, rows=place.folder, on_error=on_error,
+        track=track, group=group,
+    )  # fmt: skip
 
 
 def _measure(
-    model: Any, processor: Any, samples: LoadedSamples, place: Place, how: dict[str, Any]
+    model: Any,
+    processor: Any,
+    samples: LoadedSamples,
+    recipe: Recipe,
+    place: Place,
+    on_error: OnError,
 ) -> None:
-    from hkvprof.calibration.calibrate import measure
+    from hkvprof.calibration import calibrate as calibration
     from hkvprof.cli.progress import track
 
     part, parts = place.part
-    count = measure(
-        model, processor, samples.samples, place.folder, shard=place.part, track=track, **how
-    )
+    count = calibration.measure(
+        model, processor, samples.samples, place.folder, recipe, shard=place.part,
+        on_error=on_error, track=track,
+    )  # fmt: skip
     typer.echo(f"{count} samples of shard {part} of {parts} measured into {place.folder}")
     typer.echo(f"Next, when all shards are done: hkvprof merge {place.folder} -o PROFILE")
 

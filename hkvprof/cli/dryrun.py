@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from hkvprof.cli import options
 from hkvprof.errors import ModelError
 
 if TYPE_CHECKING:
     from hkvprof.calibration.estimate import Lengths, Timing
-    from hkvprof.cli.runs import Place
-    from hkvprof.samples.read import Sample
+    from hkvprof.calibration.recipe import Recipe
+    from hkvprof.cli.runs import Loading, Place
+    from hkvprof.samples.read import OnError, Sample
 
 
 def foretell(
-    model: str,
-    load: dict[str, Any],
+    loading: Loading,
     samples: Sequence[Sample],
+    recipe: Recipe,
     place: Place,
-    how: dict[str, Any],
+    on_error: OnError,
     as_json: bool,
 ) -> None:
-    """Print what measuring `samples` takes; `load` are the options of `open_model`."""
+    """Print what measuring `samples` takes."""
     from hkvprof.calibration import estimate
     from hkvprof.cli.output import quiet_transformers
     from hkvprof.cli.progress import track
@@ -34,20 +34,20 @@ def foretell(
     from hkvprof.report.forecast import DryRun
 
     quiet_transformers()
-    empty, processor = load_empty(model)
-    sizes = outline(empty, load["dtype"])
+    empty, processor = load_empty(loading.name)
+    sizes = outline(empty, loading.dtype)
     encoding = track(samples, "encoding samples", len(samples))
-    found = estimate.lengths(processor, encoding, how["on_error"])
-    timing, untimed = _timing(model, load, estimate.middle(found, samples), how)
+    lengths = estimate.lengths(processor, encoding, on_error)
+    timing, untimed = _timing(loading, estimate.middle(lengths, samples), recipe)
     measured, _ = place.measured(samples)
     dry = DryRun(
         samples=len(samples),
-        unusable=found.unusable,
+        unusable=lengths.unusable,
         measured=measured,
-        tokens=list(found.tokens.values()),
-        memory=estimate.memory(sizes, max(found.tokens.values())),
+        tokens=list(lengths.tokens.values()),
+        memory=estimate.memory(sizes, max(lengths.tokens.values())),
         timing=timing,
-        seconds=_seconds(timing, found, samples, place, how["recipe"]) if timing else None,
+        seconds=_seconds(timing, lengths, samples, place, recipe) if timing else None,
         untimed=untimed,
     )
     if as_json:
@@ -57,28 +57,24 @@ def foretell(
         typer.echo(line)
 
 
-def _timing(
-    model: str, load: dict[str, Any], sample: Sample, how: dict[str, Any]
-) -> tuple[Timing | None, str]:
+def _timing(loading: Loading, sample: Sample, recipe: Recipe) -> tuple[Timing | None, str]:
     """One sample's times, or why the model cannot be loaded."""
-    from hkvprof.calibration.calibrate import prepare_bench
     from hkvprof.calibration.estimate import time_one
+    from hkvprof.calibration.probe import ProbedModel
 
     try:
-        loaded, processor = options.open_model(model, **load)
+        model, processor = loading.open()
     except ModelError as error:
         return None, str(error)
-    constants = {name: how[name] for name in ("kappa", "chunk", "text_prior")}
-    bench = prepare_bench(loaded, processor, how["recipe"], how["replies"], **constants)
-    return time_one(bench, sample), ""
+    return time_one(ProbedModel.of(model, processor, recipe), sample), ""
 
 
 def _seconds(
-    timing: Timing, found: Lengths, samples: Sequence[Sample], place: Place, recipe: str
+    timing: Timing, lengths: Lengths, samples: Sequence[Sample], place: Place, recipe: Recipe
 ) -> float:
     """Time for the samples of this shard that have no row yet, and for the index."""
     from hkvprof.calibration import estimate
 
-    left = sum(found.tokens.get(sample.id, 0) for sample in place.left(samples))
-    fits = recipe == "measured" and not place.has_index
-    return estimate.seconds(timing, estimate.fitted_tokens(found, samples) if fits else 0, left)
+    left = sum(lengths.tokens.get(sample.id, 0) for sample in place.left(samples))
+    fits = recipe.index_sizes and not place.has_index
+    return estimate.seconds(timing, estimate.fitted_tokens(lengths, samples) if fits else 0, left)

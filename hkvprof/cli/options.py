@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hkvprof.errors import UsageError
+from hkvprof.calibration.recipe import Recipe
+from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
-    from hkvprof.calibration.risk import Risk
-    from hkvprof.profile.planning import Rules
     from hkvprof.profile.record import Profile
 
 Model = Annotated[str, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")]
@@ -43,8 +41,8 @@ def announce_source(data: str) -> None:
     from hkvprof.cli.output import say
     from hkvprof.samples.read import on_hub
 
-    if (found := on_hub(data)) is not None:
-        say(f"no such folder or file here: asking the hub for the dataset {found.name}")
+    if (source := on_hub(data)) is not None:
+        say(f"no such folder or file here: asking the hub for the dataset {source.name}")
 
 
 def open_empty(name: str, profile: Profile) -> tuple[Any, Any]:
@@ -75,13 +73,6 @@ def open_model(
     return load_model(name, dtype=dtype, device=device, device_map=device_map, fsdp=fsdp)
 
 
-class RiskKind(StrEnum):
-    """What of many samples counts."""
-
-    MEAN = "mean"
-    CVAR = "cvar"
-
-
 Budget = Annotated[
     str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
 ]
@@ -96,56 +87,22 @@ Coefficient = Annotated[
     typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
 ]
 Even = Annotated[
-    float | None,
-    typer.Option("--even", help="Part of every budget dealt evenly, 0 to 1 (measured)."),
-]
-RiskOption = Annotated[
-    RiskKind | None,
-    typer.Option("--risk", help="Plan for the mean of all samples, or of the worst (measured)."),
-]
-Level = Annotated[
-    float | None, typer.Option("--risk-level", help="With cvar: 0.9 is the worst tenth.")
-]
-Conservative = Annotated[
-    bool | None,
-    typer.Option(
-        "--conservative/--no-conservative", help="Types in doubt become dynamic (measured)."
-    ),
+    float, typer.Option("--even", help="Part of every budget dealt evenly, 0 to 1 (measured).")
 ]
 TransferWeight = Annotated[
-    float | None,
-    typer.Option("--transfer-weight", help="Loss per share fetched and step (measured)."),
+    float, typer.Option("--transfer-weight", help="Loss per share fetched and step (measured).")
 ]
+DEFAULT_BUDGET = f"{Recipe.budget:.2f}"
 
 
-class Planning(TypedDict):
-    """Arguments of calibration.evidence.Decision."""
+def parse_share(text: str) -> float:
+    """A profile's default budget. Raises BudgetError for tokens and bytes."""
+    from hkvprof.profile.budgets import Budget
 
-    rules: Rules
-    risk: Risk
-    conservative: bool
-
-
-def planning(
-    even: float | None,
-    risk: RiskKind | None,
-    level: float | None,
-    conservative: bool | None,
-    transfer_weight: float | None,
-) -> Planning:
-    """What the options say, with defaults for those that were not given. Raises UsageError."""
-    from hkvprof.calibration.evidence import CONSERVATIVE, MEAN
-    from hkvprof.calibration.risk import Risk
-    from hkvprof.errors import UsageError
-    from hkvprof.profile.planning import DEFAULT, Rules
-
-    if level is not None and risk is not RiskKind.CVAR:
-        raise UsageError("--risk-level belongs to --risk cvar: give both, or neither")
-    return {
-        "rules": Rules(
-            DEFAULT.even if even is None else even,
-            DEFAULT.transfer_weight if transfer_weight is None else transfer_weight,
-        ),
-        "risk": Risk(risk or MEAN.kind, MEAN.level if level is None else level),
-        "conservative": CONSERVATIVE if conservative is None else conservative,
-    }
+    share = Budget.parse(text).share
+    if share is None:
+        raise BudgetError(
+            f"--budget {text} is not a share: a profile's default is a share in (0, 1] such as "
+            "0.10 or 10%; tokens and bytes are for hkvprof.runtime.apply"
+        )
+    return share

@@ -1,4 +1,4 @@
-"""Where a calibration puts what it measures, and what becomes of it when it stops or goes on."""
+"""What a calibration loads, where it puts what it measures, and what is kept when it stops."""
 
 from __future__ import annotations
 
@@ -7,16 +7,40 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from hkvprof.calibration.group import ALONE, ElsewhereError, Group, is_distributed
+from hkvprof.cli import options
 from hkvprof.cli.errors import FAILURE
 from hkvprof.errors import UsageError
 
 if TYPE_CHECKING:
+    from hkvprof.calibration.recipe import Recipe
     from hkvprof.samples.read import Sample
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model that is asked for, and how: `fsdp` spreads it over the processes of torchrun."""
+
+    name: str
+    dtype: str
+    device: str | None
+    device_map: str | None
+    fsdp: bool
+
+    def open(self, processes: int = 1) -> tuple[Any, Any]:
+        """The model and its processor, on the device of this process: torchrun's processes take a
+        GPU each, where there are any. Raises as models.load_model."""
+        device = self.device
+        if is_distributed() and not self.fsdp:
+            from hkvprof.calibration.distributed import local_device
+
+            device = local_device(device)
+        spread = processes if self.fsdp else None
+        return options.open_model(self.name, self.dtype, device, self.device_map, spread)
 
 
 @dataclass(frozen=True)
@@ -37,18 +61,29 @@ class Place:
         """Whether this run measures a part of the samples, and makes no profile."""
         return self.part[1] > 1
 
-    def _mine(self, samples: Sequence[Sample]) -> list[Sample]:
+    def check(self, recipe: Recipe, force: bool) -> None:
+        """Raise UsageError for an output that cannot be written, and for a recipe that asks a shard
+        what is decided when shards are merged."""
+        from hkvprof.cli.output import check_output
+
+        if not self.is_shard:
+            check_output(self.output, force)
+        elif given := recipe.decided:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"a shard only measures: give {named} to `hkvprof merge`")
+
+    def _share(self, samples: Sequence[Sample]) -> list[Sample]:
         return sorted(samples, key=lambda sample: sample.id)[self.part[0] - 1 :: self.part[1]]
 
     def left(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples of the shard that have no row."""
         from hkvprof.calibration.rows import has_row
 
-        return [sample for sample in self._mine(samples) if not has_row(self.folder, sample.id)]
+        return [sample for sample in self._share(samples) if not has_row(self.folder, sample.id)]
 
     def measured(self, samples: Sequence[Sample]) -> tuple[int, int]:
         """How many samples of the shard have a row, and how many it has."""
-        count = len(self._mine(samples))
+        count = len(self._share(samples))
         return count - len(self.left(samples)), count
 
     @property
@@ -96,17 +131,11 @@ def kept(place: Place, samples: Sequence[Sample]) -> Iterator[None]:
 
 
 def check_kind(
-    place: Place,
-    device: str | None,
-    device_map: str | None,
-    resume: bool,
-    *,
-    fsdp: bool,
-    dry_run: bool,
-    as_json: bool,
+    place: Place, loading: Loading, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Raise UsageError for options that exclude each other, or need each other."""
     several, sharded = is_distributed(), place.is_shard
+    device, device_map, fsdp = loading.device, loading.device_map, loading.fsdp
     rules = (
         (device and device_map, "--device and --device-map exclude each other: give one of them"),
         (sharded and place.rows is None, "--shard needs --rows: the folder that all shards fill"),
@@ -150,12 +179,3 @@ def processes(in_step: bool = False) -> Iterator[Group]:
                     yield group
     except ElsewhereError:
         raise typer.Exit(FAILURE) from None
-
-
-def own_device(wanted: str | None, fsdp: bool) -> str | None:
-    """The device of this process: torchrun's processes take a GPU each, where there are any."""
-    if not is_distributed() or fsdp:
-        return wanted
-    from hkvprof.calibration.distributed import local_device
-
-    return local_device(wanted)

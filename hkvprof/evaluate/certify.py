@@ -19,8 +19,8 @@ from typing import Any
 
 from scipy.stats import binom
 
-from hkvprof.calibration.conditions import current_versions
 from hkvprof.calibration.probe import content_digest
+from hkvprof.calibration.rows import current_versions
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.evaluate.compare import Track, compare
 from hkvprof.evaluate.contest import MIN_TOKENS, ComparisonPlan, MethodAtBudget, ProfiledModel

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from hkvprof.calibration import confidence
 from hkvprof.calibration.attention import SampleStatistics
-from hkvprof.calibration.conditions import Conditions
-from hkvprof.calibration.evidence import Decision, Evidence
-from hkvprof.calibration.probe import KAPPAS, RATIOS
-from hkvprof.calibration.rows import SampleRow
+from hkvprof.calibration.evidence import Evidence
+from hkvprof.calibration.recipe import KAPPAS, RATIOS, Recipe, RecipeName
+from hkvprof.calibration.rows import Conditions, SampleRow
 from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.profile.confidence import Comparison, Confidence
 from hkvprof.profile.tables import CLASSES, PAIRS
@@ -33,7 +32,7 @@ CONDITIONS = Conditions(
     dtype="bfloat16",
     versions=(("hkvprof", "0"),),
 )
-DECISION = Decision(budget=0.3)
+RECIPE = Recipe(budget=0.3)
 EVEN = np.arange(GRID.total).reshape(SHAPE) % 2 == 0
 TYPES = np.where(EVEN, S, D).astype(np.uint8)
 
@@ -88,13 +87,13 @@ def make_rows(counts: dict[str, int], noise: float = 0.0, seed: int = 0) -> list
     return [make_row(i, task, TYPES, noise, seed=seed) for i, task in enumerate(tasks)]
 
 
-def evidence_of(rows: Sequence[SampleRow], recipe: str = "measured") -> Evidence:
-    return Evidence.of(replace(CONDITIONS, recipe=recipe), rows, DECISION)
+def evidence_of(rows: Sequence[SampleRow], recipe: RecipeName = "measured") -> Evidence:
+    return Evidence.of(replace(CONDITIONS, recipe=recipe), rows, replace(RECIPE, name=recipe))
 
 
-def assess(rows: Sequence[SampleRow], recipe: str = "measured") -> Confidence:
+def assess(rows: Sequence[SampleRow], recipe: RecipeName = "measured") -> Confidence:
     evidence = evidence_of(rows, recipe)
-    return confidence.assess(evidence, evidence.plan(evidence.everything))
+    return confidence.assess(evidence, evidence.judge(evidence.everything))
 
 
 def values(found: Comparison) -> dict[str, float]:

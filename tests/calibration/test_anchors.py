@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hkvprof.calibration.decide import LEAST_WEIGHT, MOST, NEAREST, choose_anchors
+from hkvprof.calibration.evidence import LEAST_WEIGHT, MOST, NEAREST, choose_anchors
 
 SEARCH = settings(max_examples=150, deadline=None)
 lengths = st.lists(st.integers(1, 2**20), min_size=1, max_size=60)

@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 
 import hkvprof
 from hkvprof import load_profile
-from hkvprof.calibration.calibrate import KAPPAS, RATIOS, calibrate
+from hkvprof.calibration.calibrate import calibrate
 from hkvprof.calibration.decide import (
-    MEASURED_MENU,
-    PAPER_MENU,
     Curves,
     allocate_by_sparsity,
     classify_by_sparsity,
-    paper_menu,
     planning_loss,
 )
+from hkvprof.calibration.recipe import KAPPAS, MEASURED_MENU, RATIOS, Recipe
 from hkvprof.errors import SampleError, UsageError
-from hkvprof.heads import HeadGrid, HeadType, KeepRule
+from hkvprof.heads import HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.profile.record import Profile
 from hkvprof.profile.tables import CLASSES
@@ -53,12 +51,12 @@ def samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def measured(tiny: tuple[Any, Any], samples: list[Sample]) -> Profile:
-    return calibrate(*tiny, samples, budget=BUDGET)
+    return calibrate(*tiny, samples, Recipe(budget=BUDGET))
 
 
 @pytest.fixture(scope="module")
 def paper(tiny: tuple[Any, Any], samples: list[Sample]) -> Profile:
-    return calibrate(*tiny, samples, budget=BUDGET, recipe="paper")
+    return calibrate(*tiny, samples, Recipe("paper", budget=BUDGET))
 
 
 def attention_name(model: Any) -> str:
@@ -87,7 +85,7 @@ def test_the_order_of_samples_does_not_change_a_byte(
 ) -> None:
     first: Profile = request.getfixturevalue(recipe)
     shuffled = [samples[i] for i in (3, 0, 5, 1, 4, 2)]
-    again = calibrate(*tiny, shuffled, budget=BUDGET, recipe=recipe)
+    again = calibrate(*tiny, shuffled, Recipe(recipe, budget=BUDGET))
     assert again.to_bytes() == first.to_bytes()
 
 
@@ -111,7 +109,7 @@ def test_a_measured_profile_holds_what_was_measured(measured: Profile) -> None:
 def test_both_recipes_see_the_same_sparsity(measured: Profile, paper: Profile) -> None:
     assert np.array_equal(measured.sparsity_mean, paper.sparsity_mean)
     assert np.array_equal(measured.sparsity_std, paper.sparsity_std)
-    assert paper.strategies == PAPER_MENU
+    assert paper.strategies == Recipe("paper").strategies
     assert paper.index is None
 
 
@@ -143,8 +141,8 @@ def test_means_over_samples_are_means_of_single_runs(
     tiny: tuple[Any, Any], samples: list[Sample]
 ) -> None:
     """The paper menu has no fitted index, so that samples are independent of each other."""
-    both = calibrate(*tiny, samples[:2], budget=BUDGET, recipe="paper")
-    alone = [calibrate(*tiny, [s], budget=BUDGET, recipe="paper") for s in samples[:2]]
+    both = calibrate(*tiny, samples[:2], Recipe("paper", budget=BUDGET))
+    alone = [calibrate(*tiny, [s], Recipe("paper", budget=BUDGET)) for s in samples[:2]]
     mean = (alone[0].sparsity_mean + alone[1].sparsity_mean) / 2
     gap = abs(alone[0].sparsity_mean - alone[1].sparsity_mean) / 2
     assert np.allclose(both.sparsity_mean, mean, atol=1e-6)
@@ -158,7 +156,7 @@ def test_means_over_samples_are_means_of_single_runs(
 def test_the_model_is_left_as_it_was(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
     model, _ = tiny
     before = attention_name(model), [p.requires_grad for p in model.parameters()]
-    calibrate(*tiny, samples[:1], budget=BUDGET)
+    calibrate(*tiny, samples[:1], Recipe(budget=BUDGET))
     assert (attention_name(model), [p.requires_grad for p in model.parameters()]) == before
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -170,7 +168,7 @@ def test_theta_decides_the_types(
     tiny: tuple[Any, Any], samples: list[Sample], paper: Profile
 ) -> None:
     def types(theta: float) -> np.ndarray:
-        profile = calibrate(*tiny, samples[:3], budget=BUDGET, recipe="paper", theta=theta)
+        profile = calibrate(*tiny, samples[:3], Recipe("paper", budget=BUDGET, theta=theta))
         assert profile.provenance["theta"] == theta
         return profile.strategy
 
@@ -265,13 +263,13 @@ def test_skipping_counts_and_names_bad_samples(
 ) -> None:
     empty = replace(samples[2], id="empty", reply="", followups=())
     mixed = [short_sample(), samples[0], broken_sample(), samples[1], empty]
-    profile = calibrate(*tiny, mixed, budget=BUDGET, recipe=recipe, on_error="skip")
+    profile = calibrate(*tiny, mixed, Recipe(recipe, budget=BUDGET), on_error="skip")
     skipped = ["broken", "empty", "short"] if recipe == "measured" else ["broken", "short"]
     assert profile.provenance["samples"] == 5 - len(skipped)
     assert profile.provenance["skipped"] == len(skipped)
     assert profile.provenance["skipped_ids"] == skipped
     used = [samples[0], samples[1], *([] if recipe == "measured" else [empty])]
-    good = calibrate(*tiny, used, budget=BUDGET, recipe=recipe)
+    good = calibrate(*tiny, used, Recipe(recipe, budget=BUDGET))
     assert np.array_equal(profile.loss, good.loss)
     assert np.array_equal(profile.sparsity_mean, good.sparsity_mean)
     if recipe == "measured":
@@ -288,7 +286,7 @@ def test_when_every_sample_is_bad_the_first_reason_is_given(
     cases = [[short_sample(), broken_sample()], *([[empty]] if recipe == "measured" else [])]
     for bad in cases:
         with pytest.raises(SampleError, match=r"no sample could be used: .*(empty|missing)"):
-            calibrate(*tiny, bad, budget=BUDGET, recipe=recipe, on_error="skip")
+            calibrate(*tiny, bad, Recipe(recipe, budget=BUDGET), on_error="skip")
 
 
 def test_a_bad_sample_stops_calibration_and_leaves_nothing(
@@ -297,7 +295,7 @@ def test_a_bad_sample_stops_calibration_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     before = attention_name(tiny[0])
     with pytest.raises(SampleError, match="broken"):
-        calibrate(*tiny, [*samples[:1], broken_sample()], budget=BUDGET)
+        calibrate(*tiny, [*samples[:1], broken_sample()], Recipe(budget=BUDGET))
     assert attention_name(tiny[0]) == before
     assert list(tmp_path.iterdir()) == []
 
@@ -314,7 +312,7 @@ def test_a_reply_of_one_token_can_be_calibrated_on(
     tiny: tuple[Any, Any], samples: list[Sample]
 ) -> None:
     one = replace(samples[2], reply="7", followups=())
-    profile = calibrate(*tiny, [one], budget=BUDGET)
+    profile = calibrate(*tiny, [one], Recipe(budget=BUDGET))
     assert profile.provenance["samples"] == 1
     assert bool(np.isfinite(profile.loss).all())
 
@@ -332,7 +330,7 @@ def test_without_a_reply_the_model_speaks_for_itself(
     silent = replace(given, reply=None, followups=())
     spoken = replace(given, reply=own, followups=())
     other = replace(given, reply="red cross red cross", followups=())
-    profiles = [calibrate(*tiny, [s], budget=BUDGET) for s in (silent, spoken, other)]
+    profiles = [calibrate(*tiny, [s], Recipe(budget=BUDGET)) for s in (silent, spoken, other)]
     assert np.array_equal(profiles[0].loss, profiles[1].loss)
     assert not np.array_equal(profiles[0].loss, profiles[2].loss)
 
@@ -341,8 +339,8 @@ def test_a_later_question_counts(tiny: tuple[Any, Any], samples: list[Sample]) -
     """Dropping the follow-up turn changes what is measured, not what the prompt shows."""
     sample = samples[0]
     assert sample.followups
-    whole = calibrate(*tiny, [sample], budget=BUDGET)
-    first = calibrate(*tiny, [replace(sample, followups=())], budget=BUDGET)
+    whole = calibrate(*tiny, [sample], Recipe(budget=BUDGET))
+    first = calibrate(*tiny, [replace(sample, followups=())], Recipe(budget=BUDGET))
     assert np.array_equal(whole.sparsity_mean, first.sparsity_mean)
     assert not np.array_equal(whole.output_error, first.output_error)
     assert whole.statistics is not None
@@ -352,7 +350,7 @@ def test_a_later_question_counts(tiny: tuple[Any, Any], samples: list[Sample]) -
     assert np.array_equal(whole.statistics.drift_mean[0], first.statistics.drift_mean[0])
     assert 0.1 < float(whole.statistics.drift_mean.mean()) < 1
     long = replace(sample, followups=(*sample.followups, *[Turn("yellow cross", "red")] * 60))
-    assert calibrate(*tiny, [long], budget=BUDGET).provenance["samples"] == 1
+    assert calibrate(*tiny, [long], Recipe(budget=BUDGET)).provenance["samples"] == 1
 
 
 # -- the recipe paper reads prompts alone, and its constants are options ---------------------------
@@ -362,12 +360,12 @@ def test_paper_profiles_do_not_depend_on_replies(
     tiny: tuple[Any, Any], samples: list[Sample], paper: Profile
 ) -> None:
     silent = [replace(s, reply=None, followups=()) for s in samples]
-    found = calibrate(*tiny, silent, budget=BUDGET, recipe="paper")
+    found = calibrate(*tiny, silent, Recipe("paper", budget=BUDGET))
     # But for the digests of the samples, which say what was given.
     same = {**found.provenance, SAMPLES_KEY: paper.provenance[SAMPLES_KEY]}
     assert replace(found, provenance=same).to_bytes() == paper.to_bytes()
     with pytest.raises(UsageError, match="judges no replies"):
-        calibrate(*tiny, samples, recipe="paper", replies="own")
+        calibrate(*tiny, samples, Recipe("paper", replies="own"))
 
 
 def test_paper_profiles_promise_no_loss(paper: Profile) -> None:
@@ -396,11 +394,14 @@ def test_both_recipes_see_the_same_entropy_and_masses_that_add_up(
 
 
 def test_constants_of_the_paper_are_options(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
-    found = calibrate(
-        *tiny, samples[:3], recipe="paper", budget=BUDGET, theta=0.7, kappa=0.3, coefficient=2.0,
-        chunk=8, text_prior=0.25,
-    )  # fmt: skip
-    assert found.strategies == paper_menu(8, 0.25)
+    recipe = Recipe(
+        "paper", budget=BUDGET, theta=0.7, kappa=0.3, coefficient=2.0, chunk=8, text_prior=0.25
+    )
+    found = calibrate(*tiny, samples[:3], recipe)
+    assert found.strategies == (
+        Strategy(HeadType.STATIC, pool=1, text_prior=0.25),
+        Strategy(HeadType.DYNAMIC, index="mean", chunk=8),
+    )
     assert found.kappas == (*KAPPAS, 0.3)
     assert found.provenance["theta_kappa"] == 0.3
     assert found.provenance["coefficient"] == 2.0
@@ -421,7 +422,7 @@ def test_constants_of_the_paper_belong_to_it(
     tiny: tuple[Any, Any], samples: list[Sample], options: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(options))} belong to recipe 'paper'"):
-        calibrate(*tiny, samples[:1], **options)
+        calibrate(*tiny, samples[:1], Recipe(**options))
 
 
 def test_budgets_go_to_types_by_the_coefficient() -> None:
@@ -448,17 +449,17 @@ def test_budgets_go_to_types_by_the_coefficient() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"recipe": "best"},
+        {"name": "best"},
         {"theta": 0.0},
         {"theta": 1.01},
         {"theta": float("nan")},
-        {"kappa": 0.0, "recipe": "paper"},
-        {"kappa": float("nan"), "recipe": "paper"},
-        {"coefficient": 0.0, "recipe": "paper"},
-        {"coefficient": float("inf"), "recipe": "paper"},
-        {"chunk": 0, "recipe": "paper"},
-        {"text_prior": 1.5, "recipe": "paper"},
-        {"text_prior": float("nan"), "recipe": "paper"},
+        {"kappa": 0.0, "name": "paper"},
+        {"kappa": float("nan"), "name": "paper"},
+        {"coefficient": 0.0, "name": "paper"},
+        {"coefficient": float("inf"), "name": "paper"},
+        {"chunk": 0, "name": "paper"},
+        {"text_prior": 1.5, "name": "paper"},
+        {"text_prior": float("nan"), "name": "paper"},
         {"budget": 0.0},
         {"budget": 1.5},
         {"budget": float("nan")},
@@ -473,8 +474,9 @@ def test_options_out_of_range_are_refused_before_any_work(
     def never(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
         raise AssertionError("work began")
 
-    with pytest.raises(UsageError, match=str(next(iter(options.values())))):
-        calibrate(*tiny, samples, track=never, **options)
+    running = {name: options.pop(name) for name in ["on_error"] if name in options}
+    with pytest.raises(UsageError, match=str(next(iter((options | running).values())))):
+        calibrate(*tiny, samples, Recipe(**options), track=never, **running)
 
 
 def test_no_samples_are_refused(tiny: tuple[Any, Any]) -> None:
@@ -495,7 +497,7 @@ def test_progress_sees_every_sample_of_every_pass(
             ids.append(item.id)
             yield item
 
-    calibrate(*tiny, samples[:2], budget=BUDGET, recipe=recipe, track=track)
+    calibrate(*tiny, samples[:2], Recipe(recipe, budget=BUDGET), track=track)
     assert len(seen) == passes
     assert len({description for description, _, _ in seen}) == passes
     for _, total, ids in seen:
@@ -515,7 +517,7 @@ def test_an_interruption_restores_attention(tiny: tuple[Any, Any], samples: list
             yield item
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(*tiny, samples, budget=BUDGET, track=interrupt)
+        calibrate(*tiny, samples, Recipe(budget=BUDGET), track=interrupt)
     assert attention_name(model) == before
     inputs = processor.encode([samples[0].messages]).to(model.device, model.dtype)
     with torch.no_grad():
@@ -524,8 +526,8 @@ def test_an_interruption_restores_attention(tiny: tuple[Any, Any], samples: list
 
 def test_the_keep_rule_is_used_and_recorded(tiny: tuple[Any, Any], samples: list[Sample]) -> None:
     keep = KeepRule(sinks=1, recent=2, window=4)
-    profile = calibrate(*tiny, samples[:1], budget=BUDGET, recipe="paper", keep=keep)
-    default = calibrate(*tiny, samples[:1], budget=BUDGET, recipe="paper")
+    profile = calibrate(*tiny, samples[:1], Recipe("paper", budget=BUDGET, keep=keep))
+    default = calibrate(*tiny, samples[:1], Recipe("paper", budget=BUDGET))
     assert profile.keep == keep
     for few, many in zip(
         *(p.statistics.modality_mass_mean for p in (profile, default)), strict=True
@@ -541,7 +543,7 @@ def test_own_replies_are_what_the_model_says(tiny: tuple[Any, Any]) -> None:
     model, processor = tiny
     sample = make_sample("list", 2, images=3, split="calibration", followups=2)
     wrong = [replace(sample, id=f"s{i}", reply="red", followups=sample.followups) for i in range(2)]
-    own = calibrate(model, processor, wrong, budget=BUDGET, replies="own")
+    own = calibrate(model, processor, wrong, Recipe(budget=BUDGET, replies="own"))
     spoken = _spoken(model, processor, sample)
     given = [
         replace(
@@ -555,11 +557,11 @@ def test_own_replies_are_what_the_model_says(tiny: tuple[Any, Any]) -> None:
         )
         for i in range(2)
     ]
-    expected = calibrate(model, processor, given, budget=BUDGET)
+    expected = calibrate(model, processor, given, Recipe(budget=BUDGET))
     assert np.array_equal(own.loss, expected.loss)
     assert own.provenance["replies"] == "own"
     with pytest.raises(UsageError, match="replies"):
-        calibrate(model, processor, wrong, replies="mine")  # type: ignore[arg-type]
+        calibrate(model, processor, wrong, Recipe(replies="mine"))  # type: ignore[arg-type]
 
 
 def _spoken(model: Any, processor: Any, sample: Sample) -> list[str]:
@@ -592,13 +594,13 @@ def test_bad_samples_do_not_use_up_the_index_fit(
     tiny: tuple[Any, Any], samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every sample but the last two unusable, the index is fitted on those two."""
-    import hkvprof.calibration.run as loop
+    from hkvprof.calibration import index_fit
 
-    monkeypatch.setattr(loop, "FIT_SAMPLES", 2)
+    monkeypatch.setattr(index_fit, "FIT_SAMPLES", 2)
     short = [
         Sample(f"a{i}", "ocr", ({"role": "user", "content": "x"},), reply="1") for i in range(5)
     ]
-    found = calibrate(*tiny, [*short, *samples[:2]], budget=BUDGET, on_error="skip")
-    expected = calibrate(*tiny, samples[:2], budget=BUDGET)
+    found = calibrate(*tiny, [*short, *samples[:2]], Recipe(budget=BUDGET), on_error="skip")
+    expected = calibrate(*tiny, samples[:2], Recipe(budget=BUDGET))
     assert np.array_equal(found.loss, expected.loss)
     assert found.provenance["skipped"] == 5

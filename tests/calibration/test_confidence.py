@@ -19,8 +19,8 @@ from hkvprof.profile.confidence import MEASURES, Confidence
 from hkvprof.profile.planning import plan_anew
 from tests.calibration.made_rows import (
     CONDITIONS,
-    DECISION,
     GRID,
+    RECIPE,
     SHAPE,
     TYPES,
     D,
@@ -48,13 +48,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_single_samples_are_planned_with_the_scales_of_the_whole() -> None:
     rows = make_rows({"a": 5, "b": 4}, noise=1.0)
     evidence = evidence_of(rows)
-    whole = evidence.plan(evidence.everything)
+    whole = evidence.judge(evidence.everything)
     ratios = evidence.ratios
     same = np.zeros(SHAPE)
     for row in rows:
         alone = classify.Curves(*row.losses.astype(np.float64))
         loss = classify.planning_loss(alone, ratios, whole.scales)
-        chosen = plan_anew(evidence.menu, loss, ratios, DECISION.budget)
+        chosen = plan_anew(evidence.menu, loss, ratios, RECIPE.budget)
         same += chosen.strategy == whole.chosen.strategy  # strategy 0 is static, 1 dynamic
     found = assess(rows)
     np.testing.assert_allclose(found.agree, same / len(rows), atol=1e-4)
@@ -68,8 +68,8 @@ def test_single_samples_are_planned_with_the_scales_of_the_whole() -> None:
 def test_paper_samples_are_judged_by_theta_alone() -> None:
     rows = make_rows({"a": 6}, noise=1.0)
     evidence = evidence_of(rows, "paper")
-    whole = evidence.plan(evidence.everything)
-    static = np.stack([row.sparsity[2] >= DECISION.theta for row in rows])
+    whole = evidence.judge(evidence.everything)
+    static = np.stack([row.sparsity[2] >= RECIPE.theta for row in rows])
     static = static.reshape(len(rows), *SHAPE, GRID.group).all(axis=-1)
     expected = (static == (whole.types == S)).mean(axis=0)
     np.testing.assert_allclose(assess(rows, "paper").agree, expected, atol=1e-4)

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hkvprof.calibration import run as run_module
-from hkvprof.calibration.calibrate import prepare_bench
+from hkvprof.calibration import index_fit
+from hkvprof.calibration.calibrate import Run
 from hkvprof.calibration.estimate import (
     Lengths,
     Timing,
@@ -22,10 +22,9 @@ from hkvprof.calibration.estimate import (
     middle,
     seconds,
 )
-from hkvprof.calibration.group import ALONE
 from hkvprof.calibration.index_fit import Moments
-from hkvprof.calibration.probe import Probe
-from hkvprof.calibration.run import Run, spread
+from hkvprof.calibration.probe import Probe, ProbedModel
+from hkvprof.calibration.recipe import MEASURED
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.outline import outline
@@ -87,14 +86,14 @@ def test_the_peak_of_memory_is_foretold(
         layers=2, hidden_size=128, num_attention_heads=8, num_key_value_heads=kv_heads,
         head_dim=16, intermediate_size=256,
     )  # fmt: skip
-    bench, longest = prepare_bench(model, processor, "measured"), sample(0, tokens)
+    probed, longest = ProbedModel.of(model, processor, MEASURED), sample(0, tokens)
     with hooked_attention(model), Peak() as fitting:
-        moments = Moments(bench.view.grid)
-        Probe(bench, longest).add_moments(moments)
+        moments = Moments(probed.view.grid)
+        Probe(probed, longest).add_moments(moments)
     with hooked_attention(model):
         tables = moments.fit((16, 32, 64))
         with Peak() as measuring:
-            Probe(bench, longest).measure(tables)
+            Probe(probed, longest).measure(tables)
     found = memory(outline(model), tokens)
     assert found.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
     most = max(fitting.most, measuring.most)
@@ -135,9 +134,9 @@ def test_lengths_are_those_of_prompts(processor: TextProcessor) -> None:
 def test_the_index_is_fitted_on_as_many_samples_as_foretold(
     processor: TextProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "FIT_SAMPLES", 3)
+    monkeypatch.setattr(index_fit, "FIT_SAMPLES", 3)
     samples = [sample(i, 30 + i) for i in range(6)]
-    bench = prepare_bench(random_llama(layers=1), processor, "measured")
+    probed = ProbedModel.of(random_llama(layers=1), processor, MEASURED)
     seen: list[int] = []
 
     def count(self: Probe, moments: Moments) -> None:
@@ -146,8 +145,7 @@ def test_the_index_is_fitted_on_as_many_samples_as_foretold(
 
     monkeypatch.setattr(Probe, "add_moments", count)
     monkeypatch.setattr(Moments, "fit", lambda *_: None)
-    run = Run(bench, "measured", "raise", lambda items, *_: items, None, ALONE)
-    run._fit(spread(samples))
+    Run(probed).fit(samples)
     found = Lengths({s.id: 30 + i for i, s in enumerate(samples)}, {})
     assert fitted_tokens(found, samples[::-1]) == sum(seen)
     assert len(seen) == 3

@@ -9,11 +9,11 @@ import pytest
 
 from hkvprof.calibration import decide as classify
 from hkvprof.calibration.merge import build_profile
-from hkvprof.calibration.probe import RATIOS
+from hkvprof.calibration.recipe import RATIOS, RecipeName
 from hkvprof.calibration.rows import SampleRow
 from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.profile.planning import plan_anew
-from tests.calibration.made_rows import CONDITIONS, DECISION, SHAPE, assess, evidence_of, make_rows
+from tests.calibration.made_rows import CONDITIONS, RECIPE, SHAPE, assess, evidence_of, make_rows
 
 
 def some_fit_not(seed: int) -> list[SampleRow]:
@@ -48,11 +48,12 @@ def test_counts_weigh_as_repeated_rows_do(seed: int) -> None:
 
 def test_the_whole_is_the_profile() -> None:
     rows = make_rows({"a": 4, "b": 4}, noise=0.7)
-    for recipe in ("measured", "paper"):
+    recipes: tuple[RecipeName, ...] = ("measured", "paper")
+    for recipe in recipes:
         conditions = replace(CONDITIONS, recipe=recipe)
-        profile = build_profile(conditions, rows, None, DECISION)
+        profile = build_profile(conditions, rows, None, replace(RECIPE, name=recipe))
         evidence = evidence_of(rows, recipe)
-        plan = evidence.plan(evidence.everything)
+        plan = evidence.judge(evidence.everything)
         assert np.array_equal(plan.types, profile.head_types)
         assert np.array_equal(plan.chosen.ratio, profile.budget)
         mean, std = evidence.moments(evidence.everything)
@@ -95,7 +96,7 @@ def test_curves_of_every_length_are_weighted_means(counted: str) -> None:
 def test_the_profile_keeps_a_grid_of_lengths_on_one_scale() -> None:
     rows = of_lengths(LENGTHS)
     conditions = replace(CONDITIONS, recipe="measured")
-    profile = build_profile(conditions, rows, None, DECISION)
+    profile = build_profile(conditions, rows, None, RECIPE)
     evidence = evidence_of(rows)
     np.testing.assert_array_equal(profile.lengths, evidence.anchors.lengths)
     scales = classify.loss_scales(evidence.pooled(evidence.everything), evidence.ratios)
@@ -104,8 +105,8 @@ def test_the_profile_keeps_a_grid_of_lengths_on_one_scale() -> None:
         alone = classify.Curves(curves.output[at], curves.square[at], curves.reply[at])
         expected = classify.planning_loss(alone, evidence.ratios, scales)
         np.testing.assert_array_equal(profile.loss[at], expected)
-    plan = evidence.plan(evidence.everything)
-    again = profile.allocation(DECISION.budget, evidence.menu.tokens)
+    plan = evidence.judge(evidence.everything)
+    again = profile.allocation(RECIPE.budget, evidence.menu.tokens)
     np.testing.assert_array_equal(again.ratio, plan.chosen.ratio)
     np.testing.assert_array_equal(again.ratio, profile.budget)
     np.testing.assert_array_equal(again.strategy, profile.strategy)
@@ -116,7 +117,7 @@ def test_the_profile_keeps_a_grid_of_lengths_on_one_scale() -> None:
 def test_the_order_of_samples_does_not_matter() -> None:
     rows = of_lengths(LENGTHS)
     mixed = [rows[i] for i in np.random.RandomState(1).permutation(len(rows))]
-    first, second = (build_profile(CONDITIONS, part, None, DECISION) for part in (rows, mixed))
+    first, second = (build_profile(CONDITIONS, part, None, RECIPE) for part in (rows, mixed))
     assert first.to_bytes() == second.to_bytes()
 
 
@@ -124,11 +125,11 @@ def test_single_samples_are_judged_by_their_own_curves_at_any_length() -> None:
     """A sample alone says the same whatever anchors the others have."""
     rows = of_lengths(LENGTHS, noise=1.0)
     evidence = evidence_of(rows)
-    scales = evidence.plan(evidence.everything).scales
+    scales = evidence.judge(evidence.everything).scales
     for sample in (0, 8, len(rows) - 1):
         alone = classify.Curves(*evidence.losses[sample].astype(np.float64))
         loss = classify.planning_loss(alone, evidence.ratios, scales)
-        chosen = plan_anew(evidence.menu, loss, evidence.ratios, DECISION.budget)
+        chosen = plan_anew(evidence.menu, loss, evidence.ratios, RECIPE.budget)
         kinds = np.array([s.head_type for s in CONDITIONS.strategies])
         found = evidence.types_of_sample(sample, scales)
         np.testing.assert_array_equal(found, kinds[chosen.strategy])

@@ -14,16 +14,13 @@ from hkvprof.calibration import decide as classify
 from hkvprof.calibration.decide import NO_PROOF, static_margin
 from hkvprof.calibration.evidence import Evidence
 from hkvprof.calibration.merge import build_profile
-from hkvprof.calibration.risk import Risk
 from hkvprof.calibration.rows import SampleRow
-from hkvprof.profile.budgets import NEAR, losses_of
+from hkvprof.profile.budgets import NEAR, Allocation, losses_of
 from hkvprof.profile.planning import Rules, plan_anew
 from hkvprof.profile.record import Profile
-from tests.calibration.made_rows import CONDITIONS, DECISION, SHAPE, D, S, make_rows
+from tests.calibration.made_rows import CONDITIONS, RECIPE, SHAPE, D, S, make_rows
 
 STATIC = np.array([True, False])
-CAREFUL = replace(DECISION, conservative=True)
-FREE = replace(DECISION, conservative=False)
 
 
 def noisy_rows(samples: int, noise: float, gap: float, seed: int = 0) -> list[SampleRow]:
@@ -43,13 +40,17 @@ def best_gap(evidence: Evidence, counts: np.ndarray, scales: tuple[float, float]
     return loss[0].astype(np.float64) - loss[1]
 
 
-@pytest.mark.parametrize("risk", [Risk(), Risk("cvar", 0.5)], ids=str)
-def test_the_margin_is_a_jackknife_interval(risk: Risk) -> None:
+def decided_freely(evidence: Evidence) -> Allocation:
+    """Without the margin: strategy 0 is static, 1 dynamic, as are the types."""
+    return evidence.chosen(evidence.judge(evidence.everything).loss_here, None)
+
+
+def test_the_margin_is_a_jackknife_interval() -> None:
     """Leave out one sample at a time; the delta method agrees with that to second order."""
     samples = 60
     rows = noisy_rows(samples, noise=0.4, gap=1.0)
-    evidence = Evidence.of(CONDITIONS, rows, replace(CAREFUL, risk=risk))
-    whole = evidence.plan(evidence.everything)
+    evidence = Evidence.of(CONDITIONS, rows, RECIPE)
+    whole = evidence.judge(evidence.everything)
     assert whole.margin is not None
     left = np.stack([
         best_gap(evidence, evidence.everything - np.eye(samples, dtype=int)[i], whole.scales)
@@ -62,17 +63,23 @@ def test_the_margin_is_a_jackknife_interval(risk: Risk) -> None:
 
 
 def test_what_is_clear_stays_and_what_is_not_becomes_dynamic() -> None:
-    clear = build_profile(CONDITIONS, noisy_rows(20, 0.1, 0.5), None, CAREFUL)
+    clear = build_profile(CONDITIONS, noisy_rows(20, 0.1, 0.5), None, RECIPE)
     assert (clear.head_types == S).all()
     assert clear.provenance["conservative"] == 0
     close = noisy_rows(20, 0.5, 0.9)
-    free, careful = (build_profile(CONDITIONS, close, None, d) for d in (FREE, CAREFUL))
-    assert free.static_margin is None
-    assert "conservative" not in free.provenance
-    doubted = (free.head_types == S) & (careful.head_types == D)
+    careful = build_profile(CONDITIONS, close, None, RECIPE)
+    free = decided_freely(Evidence.of(CONDITIONS, close, RECIPE))
+    doubted = (free.strategy == S) & (careful.head_types == D)
     assert doubted.sum() == careful.provenance["conservative"] >= 4
-    assert (careful.head_types == D).sum() - (free.head_types == D).sum() == doubted.sum()
-    np.testing.assert_array_equal(free.budget, careful.budget)
+    assert (careful.head_types == D).sum() - (free.strategy == D).sum() == doubted.sum()
+    np.testing.assert_array_equal(free.ratio, careful.budget)
+
+
+def test_types_by_sparsity_have_no_margin() -> None:
+    conditions = replace(CONDITIONS, recipe="paper")
+    profile = build_profile(conditions, make_rows({"a": 4}), None, replace(RECIPE, name="paper"))
+    assert profile.static_margin is None
+    assert "conservative" not in profile.provenance
 
 
 @lru_cache
@@ -81,7 +88,7 @@ def of_two_lengths(seed: int) -> Profile:
     for row in rows[:4]:
         row.losses[:] *= 2
     rows = [replace(row, tokens=1000 if i < 4 else 3000) for i, row in enumerate(rows)]
-    return build_profile(CONDITIONS, rows, None, CAREFUL)
+    return build_profile(CONDITIONS, rows, None, RECIPE)
 
 
 @given(st.integers(0, 3), st.floats(0.05, 1), st.integers(500, 20_000))
@@ -117,32 +124,32 @@ def test_every_later_plan_keeps_static_heads_that_are_proven(
 
 def test_one_sample_proves_nothing() -> None:
     rows = make_rows({"a": 1})
-    evidence = Evidence.of(CONDITIONS, rows, CAREFUL)
+    evidence = Evidence.of(CONDITIONS, rows, RECIPE)
     (part,) = (evidence._sampled(weights) for weights in evidence.anchors.weights)
     scales = classify.loss_scales(part.curves, evidence.ratios)
     margin = static_margin(part, evidence.ratios, scales, STATIC)
     np.testing.assert_array_equal(margin, np.float32(NO_PROOF))
-    assert (build_profile(CONDITIONS, rows, None, CAREFUL).head_types == D).all()
-    assert (build_profile(CONDITIONS, rows, None, FREE).head_types == S).any()
+    assert (build_profile(CONDITIONS, rows, None, RECIPE).head_types == D).all()
+    assert (decided_freely(evidence).strategy == S).any()
 
 
 def test_the_order_of_heads_and_samples_does_not_matter() -> None:
     rows = noisy_rows(12, 0.5, 0.9)
-    evidence = Evidence.of(CONDITIONS, rows, CAREFUL)
-    whole = evidence.plan(evidence.everything)
+    evidence = Evidence.of(CONDITIONS, rows, RECIPE)
+    whole = evidence.judge(evidence.everything)
     mixed = [replace(row, id=f"x{len(rows) - i:03}") for i, row in enumerate(rows)]
-    again = Evidence.of(CONDITIONS, mixed, CAREFUL).plan(evidence.everything)
+    again = Evidence.of(CONDITIONS, mixed, RECIPE).judge(evidence.everything)
     np.testing.assert_allclose(again.margin, whole.margin, rtol=1e-6)
     turned = [replace(row, losses=row.losses[..., ::-1, :].copy()) for row in rows]
-    other = Evidence.of(CONDITIONS, turned, CAREFUL).plan(evidence.everything)
+    other = Evidence.of(CONDITIONS, turned, RECIPE).judge(evidence.everything)
     np.testing.assert_allclose(other.margin, whole.margin[..., ::-1, :], rtol=1e-6)
     np.testing.assert_array_equal(other.types, whole.types[:, ::-1])
 
 
 def test_a_margin_without_doubt_changes_nothing() -> None:
     rows = noisy_rows(6, 0.5, 0.9)
-    evidence = Evidence.of(CONDITIONS, rows, FREE)
-    plan = evidence.plan(evidence.everything)
+    evidence = Evidence.of(CONDITIONS, rows, RECIPE)
+    verdict, free = evidence.judge(evidence.everything), decided_freely(evidence)
     none = np.zeros((*SHAPE, len(evidence.ratios)), dtype=np.float32)
-    again = plan_anew(evidence.menu, plan.loss_here, evidence.ratios, 0.3, Rules(), none)
-    np.testing.assert_array_equal(again.strategy, plan.chosen.strategy)
+    again = plan_anew(evidence.menu, verdict.loss_here, evidence.ratios, 0.3, Rules(), none)
+    np.testing.assert_array_equal(again.strategy, free.strategy)

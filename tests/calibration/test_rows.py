@@ -16,11 +16,13 @@ from safetensors.numpy import load, save
 
 import hkvprof
 from hkvprof.calibration.calibrate import calibrate, measure
-from hkvprof.calibration.conditions import ROW_SCHEMA, Conditions
-from hkvprof.calibration.merge import Decision, merge
+from hkvprof.calibration.merge import measured_by, merge
 from hkvprof.calibration.probe import Probe
+from hkvprof.calibration.recipe import Recipe
 from hkvprof.calibration.rows import (
     INDEX,
+    ROW_SCHEMA,
+    Conditions,
     RowFolder,
     read_conditions,
     read_row,
@@ -53,7 +55,7 @@ def samples() -> list[Sample]:
 @pytest.fixture(scope="module")
 def whole(tiny: tuple[Any, Any], samples: list[Sample]) -> bytes:
     """The profile of one uninterrupted run."""
-    return calibrate(*tiny, samples, budget=BUDGET, keep=KEEP).to_bytes()
+    return calibrate(*tiny, samples, Recipe(budget=BUDGET, keep=KEEP)).to_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def folder(
 ) -> Path:
     """Rows of all samples."""
     path = tmp_path_factory.mktemp("rows") / "rows"
-    assert measure(*tiny, samples, path, keep=KEEP) == 4
+    assert measure(*tiny, samples, path, Recipe(keep=KEEP)) == 4
     return path
 
 
@@ -103,12 +105,12 @@ def test_a_run_that_was_stopped_goes_on(
                 raise KeyboardInterrupt
             yield item
 
-    options: dict[str, Any] = {"budget": BUDGET, "keep": KEEP, "rows": tmp_path / "rows"}
+    recipe, folder = Recipe(budget=BUDGET, keep=KEEP), tmp_path / "rows"
     with pytest.raises(KeyboardInterrupt):
-        calibrate(*tiny, samples, track=two, **options)
+        calibrate(*tiny, samples, recipe, rows=folder, track=two)
     ids = sorted(sample.id for sample in samples)
     assert measured == ids[:2]
-    assert calibrate(*tiny, samples, **options).to_bytes() == whole
+    assert calibrate(*tiny, samples, recipe, rows=folder).to_bytes() == whole
     assert measured == ids
 
 
@@ -117,10 +119,10 @@ def test_a_sample_that_changed_is_measured_again(
 ) -> None:
     rows = copy(folder, tmp_path / "rows")
     changed = [replace(samples[0], reply="another"), *samples[1:]]
-    found = calibrate(*tiny, changed, keep=KEEP, rows=rows)
+    found = calibrate(*tiny, changed, Recipe(keep=KEEP), rows=rows)
     assert measured == [samples[0].id]
     turned = replace(samples[1], messages=samples[2].messages)
-    calibrate(*tiny, [changed[0], turned, *samples[2:]], keep=KEEP, rows=rows)
+    calibrate(*tiny, [changed[0], turned, *samples[2:]], Recipe(keep=KEEP), rows=rows)
     assert measured == [samples[0].id, samples[1].id]
     # The folder now speaks of the changed samples.
     assert merge([rows]).to_bytes() != found.to_bytes()
@@ -131,26 +133,26 @@ def test_shards_make_the_same_profile(
 ) -> None:
     """In one folder, or in a folder each, whatever the order."""
     shared, apart = tmp_path / "shared", [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
-    counts = [measure(*tiny, samples, shared, shard=(n, 3), keep=KEEP) for n in (2, 1, 3)]
+    counts = [measure(*tiny, samples, shared, Recipe(keep=KEEP), shard=(n, 3)) for n in (2, 1, 3)]
     assert sorted(counts) == [1, 1, 2]
     for number, path in enumerate(apart, start=1):
-        measure(*tiny, samples[::-1], path, shard=(number, 3), keep=KEEP)
+        measure(*tiny, samples[::-1], path, Recipe(keep=KEEP), shard=(number, 3))
     assert len(measured) == 2 * len(samples)
-    decision = Decision(budget=BUDGET)
-    assert merge([shared], decision).to_bytes() == whole
-    assert merge(apart[::-1], decision).to_bytes() == whole
+    recipe = replace(measured_by(shared), budget=BUDGET)
+    assert merge([shared], recipe).to_bytes() == whole
+    assert merge(apart[::-1], recipe).to_bytes() == whole
     with pytest.raises(UsageError, match="both hold samples"):
-        merge([shared, *apart], decision)
+        merge([shared, *apart], recipe)
 
 
 def test_the_default_budget_and_theta_are_decided_when_merging(folder: Path) -> None:
-    one, other = (merge([folder], Decision(budget=share)) for share in (0.1, 0.3))
+    one, other = (merge([folder], Recipe(budget=share, keep=KEEP)) for share in (0.1, 0.3))
     assert (one.default_budget, other.default_budget) == (0.1, 0.3)
     assert np.array_equal(one.loss, other.loss)
     assert float(one.budget.mean()) < float(other.budget.mean())
     for wrong in ({"budget": 0.0}, {"budget": 1.5}, {"theta": 0.0}):
         with pytest.raises(UsageError, match=r"expected a|must (lie|be)"):
-            Decision(**wrong)  # type: ignore[arg-type]
+            Recipe(**wrong)  # type: ignore[arg-type]
 
 
 def test_rows_tell_text_from_images_and_profiles_how_sure_they_are(
@@ -165,7 +167,7 @@ def test_rows_tell_text_from_images_and_profiles_how_sure_they_are(
     assert found["samples"] == 4
     assert "holds images or video" in found["kinds"]["reason"]
     text = replace(samples[0], messages=({"role": "user", "content": "code star . " * 20},))
-    measure(*tiny, [text], tmp_path / "text", keep=KEEP)
+    measure(*tiny, [text], tmp_path / "text", Recipe(keep=KEEP))
     (row,) = read_rows(tmp_path / "text", conditions)
     assert row.vision_tokens == 0
     assert merge([tmp_path / "text"]).provenance["confidence"]["reason"].startswith("too few")
@@ -188,15 +190,15 @@ def test_conditions_come_back_as_they_were(folder: Path) -> None:
 def test_other_conditions_are_refused(
     tiny: tuple[Any, Any], samples: list[Sample], folder: Path, tmp_path: Path, measured: list[str]
 ) -> None:
-    for options, names in (
-        ({"keep": KEEP, "replies": "own"}, "replies"),
-        ({"keep": KeepRule(1, 2, 8)}, "keep"),
-        ({"keep": KEEP, "recipe": "paper"}, "recipe, strategies, ratios"),
+    for recipe, names in (
+        (Recipe(keep=KEEP, replies="own"), "replies"),
+        (Recipe(keep=KeepRule(1, 2, 8)), "keep"),
+        (Recipe("paper", keep=KEEP), "recipe, strategies, ratios"),
     ):
         with pytest.raises(UsageError, match=rf"other conditions \({names}\)"):
-            calibrate(*tiny, samples, rows=folder, **options)  # type: ignore[arg-type]
+            calibrate(*tiny, samples, recipe, rows=folder)
     with pytest.raises(UsageError, match="fitted on other samples"):
-        measure(*tiny, samples[:3], folder, keep=KEEP)
+        measure(*tiny, samples[:3], folder, Recipe(keep=KEEP))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
     with pytest.raises(UsageError, match="no folder of rows and not empty"):
@@ -265,7 +267,7 @@ def test_folders_of_an_older_hkvprof_are_refused_by_name(
     assert plain.pop("row_schema") == ROW_SCHEMA
     (old / "conditions.json").write_text(json.dumps(plain))
     with pytest.raises(UsageError, match=r"other conditions \(row_schema\)"):
-        calibrate(*tiny, samples, keep=KEEP, rows=old)
+        calibrate(*tiny, samples, Recipe(keep=KEEP), rows=old)
     with pytest.raises(UsageError, match=r"different conditions \(row_schema\)"):
         merge([folder, old])
     with pytest.raises(UsageError, match="rows of version 1, and this hkvprof reads 2: measure"):

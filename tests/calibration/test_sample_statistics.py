@@ -10,7 +10,7 @@ import pytest
 from hkvprof.calibration.attention import mean_statistics
 from hkvprof.calibration.merge import build_profile
 from hkvprof.errors import ProfileError
-from tests.calibration.made_rows import CONDITIONS, DECISION, GRID, make_rows, make_statistics
+from tests.calibration.made_rows import CONDITIONS, GRID, RECIPE, make_rows, make_statistics
 
 
 def test_means_and_deviations_over_samples() -> None:
@@ -41,7 +41,7 @@ def test_drift_is_averaged_over_the_samples_that_have_the_pair() -> None:
 
 def test_a_profile_holds_them_whatever_the_order_of_rows() -> None:
     rows = make_rows({"a": 2, "b": 1})
-    one, other = (build_profile(CONDITIONS, r, None, DECISION) for r in (rows, rows[::-1]))
+    one, other = (build_profile(CONDITIONS, r, None, RECIPE) for r in (rows, rows[::-1]))
     assert one.to_bytes() == other.to_bytes()
     assert one.statistics is not None
     expected = mean_statistics([row.statistics for row in rows])

@@ -9,6 +9,7 @@ import pytest
 
 import hkvprof
 from hkvprof.calibration.calibrate import calibrate
+from hkvprof.calibration.recipe import Recipe
 from hkvprof.models.adapter import view_model
 from hkvprof.samples.read import Sample
 from tests.plugins.checkpoints import CHAT, save_checkpoint, words
@@ -50,5 +51,6 @@ def test_a_device_map_changes_no_byte(
     projection = view.output_projection(len(view.attention) - 1)
     assert bool((view.adapter.output_projection(last) == projection).all())
     assert last.o_proj.weight.is_meta == (name == "two layers on disk")
-    profiles = [calibrate(model, processor, samples, budget=0.3) for model in (plain, spread)]
+    recipe = Recipe(budget=0.3)
+    profiles = [calibrate(model, processor, samples, recipe) for model in (plain, spread)]
     assert profiles[0].to_bytes() == profiles[1].to_bytes()

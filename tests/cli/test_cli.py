@@ -126,8 +126,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     """Calls of a calibration that runs no model; the working folder is empty."""
     made: list[dict[str, Any]] = []
 
-    def calibrate(model: Any, processor: Any, samples: Any, **options: Any) -> Any:
-        made.append({"model": model, "samples": samples, **options})
+    def calibrate(model: Any, processor: Any, samples: Any, recipe: Any, **options: Any) -> Any:
+        made.append({"model": model, "samples": samples, "recipe": recipe, **options})
         list(options["track"](iter(samples), "measuring", len(samples)))
         return make_profile()
 
@@ -155,8 +155,9 @@ def test_calibrate_writes_and_says_what_is_next(
     assert "Next:    hkvprof inspect tinyvl.profile.safetensors" in out
     assert "measuring: 8/8" in err
     (call,) = calls
-    assert (call["recipe"], call["theta"], call["budget"], call["seed"]) == ("paper", 0.8, 0.2, 7)
-    constants = [call[name] for name in ("coefficient", "chunk", "kappa", "text_prior")]
+    recipe = call["recipe"]
+    assert (recipe.name, recipe.theta, recipe.budget, recipe.seed) == ("paper", 0.8, 0.2, 7)
+    constants = [recipe.coefficient, recipe.chunk, recipe.kappa, recipe.text_prior]
     assert constants == [2.0, 32, 0.1, 0.5]
     assert len(call["samples"]) == 8
     profile = load_profile(tmp_path / "tinyvl.profile.safetensors")

@@ -47,13 +47,12 @@ def test_options_reach_the_profile_and_doubts_are_shown(
 ) -> None:
     path = tmp_path / "p.safetensors"
     code, text = merge(
-        measured, "-o", path, "--even", 0.25, "--risk", "cvar", "--risk-level", 0.75,
-        "--transfer-weight", 2, "--conservative",
+        measured, "-o", path, "--even", 0.25, "--transfer-weight", 2,
     )  # fmt: skip
     assert code == 0
     profile = load_profile(path)
     assert profile.rules == Rules(0.25, 2.0)
-    assert profile.provenance["risk"] == "cvar 0.75"
+    assert profile.provenance["risk"] == "mean"
     count = profile.provenance["conservative"]
     assert count > 0
     line = f"{count} of {GRID.total} heads are dynamic because samples do not tell (95%)"
@@ -62,22 +61,10 @@ def test_options_reach_the_profile_and_doubts_are_shown(
     assert line in " ".join(capsys.readouterr().out.split())
 
 
-def test_without_doubts_none_are_counted(measured: Path, tmp_path: Path, merge: Merge) -> None:
-    path = tmp_path / "p.safetensors"
-    code, text = merge(measured, "-o", path, "--no-conservative")
-    assert code == 0
-    profile = load_profile(path)
-    assert profile.static_margin is None
-    assert profile.rules == Rules()
-    assert "conservative" not in profile.provenance
-    assert "do not tell" not in text
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--risk-level", "0.5"], "--risk-level belongs to --risk cvar"),
-        (["--risk", "cvar", "--risk-level", "1"], "level of a risk"),
+        (["--theta", "0.8"], "theta belong to recipe 'paper'"),
         (["--even", "2"], "dealt evenly must lie in"),
         (["--transfer-weight", "-1"], "weight of transfers must lie in"),
     ],
@@ -96,7 +83,7 @@ def test_rows_of_the_paper_refuse_what_they_do_not_ask(tmp_path: Path, merge: Me
     folder = RowFolder(tmp_path / "rows", replace(CONDITIONS, recipe="paper"))
     for row in noisy_rows(4, 0.5, 0.9):
         folder.add(row)
-    code, text = merge(tmp_path / "rows", "-o", tmp_path / "p", "--risk", "cvar")
+    code, text = merge(tmp_path / "rows", "-o", tmp_path / "p", "--even", "0.5")
     assert code == 2
-    assert "belong to the recipe 'measured'" in text
+    assert "even belong to recipe 'measured', and the recipe is 'paper'" in text
     assert not (tmp_path / "p").exists()

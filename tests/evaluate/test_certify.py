@@ -268,7 +268,7 @@ def test_samples_of_the_calibration_are_found_by_content(
     tiny: tuple[Any, Any], tasks: TaskSet
 ) -> None:
     seen = tasks.samples[:2]
-    made = hkvprof.calibrate(*tiny, seen, recipe="paper")
+    made = hkvprof.calibrate(*tiny, seen, hkvprof.Recipe("paper"))
     assert len(made.provenance["sample_digests"]) == 2
 
     def track(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:

@@ -66,7 +66,7 @@ def subject(name: str) -> Subject:
         Sample(str(i), "look", (message,), reply=words(5, i))
         for i, message in enumerate(asked(name))
     ]
-    profile = hkvprof.calibrate(model, processor, samples, budget=BUDGET)
+    profile = hkvprof.calibrate(model, processor, samples, hkvprof.Recipe(budget=BUDGET))
     encoded = processor.encode([[message] for message in asked(name)])
     inputs = encoded.to(model.device, model.dtype)
     return Subject(model, processor, how, profile, inputs, encoded.modality)

@@ -60,7 +60,7 @@ def test_the_example_works_from_calibrate_to_generate(gpt2: Any) -> None:
     processor, _ = processor_of("gpt2", gpt2)
     messages = [user(words(90, i)) for i in range(2)]
     samples = [Sample(str(i), "t", (m,), reply=words(5, i)) for i, m in enumerate(messages)]
-    profile = hkvprof.calibrate(gpt2, processor, samples, budget=0.2)
+    profile = hkvprof.calibrate(gpt2, processor, samples, hkvprof.Recipe(budget=0.2))
     inputs = processor.encode([messages[:1]]).to(gpt2.device, gpt2.dtype)
     options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
     options |= {"return_dict_in_generate": True, "min_new_tokens": 4}

@@ -60,7 +60,7 @@ def plain() -> Any:
 def measured(model: Any, recipe: str = "measured") -> Profile:
     processor, _ = processor_of("qwen2", model)
     samples = [Sample(str(i), "look", (user(words(90, i)),), reply=words(5, i)) for i in range(2)]
-    return hkvprof.calibrate(model, processor, samples, recipe=recipe, budget=0.3)  # type: ignore[arg-type]
+    return hkvprof.calibrate(model, processor, samples, hkvprof.Recipe(recipe, budget=0.3))  # type: ignore[arg-type]
 
 
 # -- names --------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def goes_all_the_way(model: Any, again: Any, name: str, tmp_path: Path, kind: st
     samples = [
         Sample(str(i), "look", (user(*seen, words(90, i)),), reply=words(5, i)) for i in range(2)
     ]
-    profile = hkvprof.calibrate(model, processor, samples, budget=0.3)
+    profile = hkvprof.calibrate(model, processor, samples, hkvprof.Recipe(budget=0.3))
     assert profile.loss[profile.loss < 1e30].max() > 0
     path = profile.save(tmp_path / "p.safetensors")
     with pytest.MonkeyPatch.context() as patch:

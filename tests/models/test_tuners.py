@@ -49,7 +49,7 @@ def fingerprint(model: Any) -> ModelFingerprint:
 def measured(model: Any) -> Profile:
     processor, _ = processor_of("qwen2", view_model(model) and model.get_base_model())
     samples = [Sample(str(i), "look", (user(words(90, i)),), reply=words(5, i)) for i in range(2)]
-    return hkvprof.calibrate(model, processor, samples, budget=0.3)
+    return hkvprof.calibrate(model, processor, samples, hkvprof.Recipe(budget=0.3))
 
 
 def test_adapters_that_run_are_named() -> None:

@@ -45,7 +45,7 @@ def test_a_video_from_calibrate_to_generate(name: str) -> None:
     shown = (encoded.modality == Modality.VIDEO).sum(dim=1)
     assert shown.tolist() == (grids.prod(dim=1) // 4).tolist()
     samples = [Sample(str(i), "t", (m,), reply=words(5, i)) for i, m in enumerate(messages)]
-    profile = hkvprof.calibrate(model, processor, samples, budget=0.2)
+    profile = hkvprof.calibrate(model, processor, samples, hkvprof.Recipe(budget=0.2))
     inputs = encoded.to(model.device, model.dtype)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     options |= {"output_logits": True, "return_dict_in_generate": True}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import hkvprof
-from hkvprof.calibration.rows import SampleRow, gather
+from hkvprof.calibration.merge import gather
+from hkvprof.calibration.rows import SampleRow
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import HkvWarning, ProfileError, UsageError
 from hkvprof.models.calls import with_cache
@@ -48,7 +49,8 @@ def calibrated(
 ) -> tuple[Profile, list[SampleRow]]:
     """A profile of 12 samples, and their rows."""
     folder = tmp_path_factory.mktemp("rows")
-    profile = hkvprof.calibrate(*tiny, samples("calibration", 0, 12), recipe="paper", rows=folder)
+    paper = hkvprof.Recipe("paper")
+    profile = hkvprof.calibrate(*tiny, samples("calibration", 0, 12), paper, rows=folder)
     return profile, gather([Path(folder)])[1]
 
 

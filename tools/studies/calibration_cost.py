@@ -115,16 +115,13 @@ def main() -> None:
     samples = make_samples(options.samples, options.tokens, options.reply)
     both = options.recipe == "measured"
     short = make_samples(1, 256, options.reply)
-    hkvprof.calibrate(model, NumberProcessor(), short, recipe=options.recipe)  # warm-up
+    recipe = hkvprof.Recipe(options.recipe)
+    hkvprof.calibrate(model, NumberProcessor(), short, recipe)  # warm-up
     read(model, short, both)
     plain, ours = [], []
     for _ in range(options.pairs):
         plain.append(timed(lambda: read(model, samples, both)))
-        ours.append(
-            timed(
-                lambda: hkvprof.calibrate(model, NumberProcessor(), samples, recipe=options.recipe)
-            )
-        )
+        ours.append(timed(lambda: hkvprof.calibrate(model, NumberProcessor(), samples, recipe)))
     ratios = [[o / p for o, p in zip(*pair, strict=True)] for pair in zip(ours, plain, strict=True)]
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     against = "prefill and decoding" if both else "prefill"

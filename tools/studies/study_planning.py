@@ -1,4 +1,4 @@
-"""What each rule of planning is worth, on tinyvl's calibration split, at equal all-in bytes.
+"""What dealing a part of budgets evenly is worth, on tinyvl's calibration split, at equal bytes.
 
     python -m tools.studies.study_planning [--per-task 8] [--variants even0,even25,...]
                                         [--budgets 0.2,0.1,0.05,0.03] [--first-seed 6000]
@@ -24,11 +24,9 @@ import torch
 
 import hkvprof
 from hkvprof.calibration.calibrate import measure
-from hkvprof.calibration.merge import Decision, merge
-from hkvprof.calibration.risk import Risk
+from hkvprof.calibration.merge import merge
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.evaluate.replay import Reference, answer, end_tokens, refer, replay
-from hkvprof.profile.planning import Rules
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
 from hkvprof.samples.read import load_samples
@@ -40,15 +38,9 @@ FIRST_SEED = 6000
 STEPS, ANSWER_TOKENS = 24, 16
 
 Question = tuple[str, Prefill, Reference]
-_FREE: dict[str, Any] = {"conservative": False}
-VARIANTS: dict[str, tuple[str, Decision]] = {
-    **{
-        f"even{part}": (f"{part}% dealt evenly", Decision(rules=Rules(part / 100), **_FREE))
-        for part in (0, 25, 50, 75, 100)
-    },
-    "conservative": ("types in doubt are dynamic", Decision(conservative=True)),
-    "cvar": ("CVaR 0.9 in place of the mean", Decision(risk=Risk("cvar", 0.9), **_FREE)),
-    "cvar50": ("CVaR 0.5 in place of the mean", Decision(risk=Risk("cvar", 0.5), **_FREE)),
+VARIANTS = {
+    f"even{part}": (f"{part}% dealt evenly", hkvprof.Recipe(even=part / 100))
+    for part in (0, 25, 50, 75, 100)
 }
 
 

@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 
 import hkvprof
-from hkvprof.calibration import decide as classify
+from hkvprof.calibration import decide, recipe
 from hkvprof.heads import KeepRule
 from hkvprof.models.processing import Encoded
 from hkvprof.profile.budgets import INFEASIBLE
@@ -45,7 +45,8 @@ def _constants(**values: Any) -> Iterator[None]:
     """Constants of the planning rule set to other values."""
     with ExitStack() as stack:
         for name, value in values.items():
-            stack.enter_context(patch.object(classify, name, value))
+            home = recipe if hasattr(recipe, name) else decide
+            stack.enter_context(patch.object(home, name, value))
         yield
 
 
@@ -91,7 +92,7 @@ class Variant:
     exact: bool = False
 
 
-_PLAIN_MENU = tuple(dataclasses.replace(s, rerank=0) for s in classify.MEASURED_MENU)
+_PLAIN_MENU = tuple(dataclasses.replace(s, rerank=0) for s in recipe.MEASURED_MENU)
 
 VARIANTS = {
     "shipped": Variant("as shipped"),
@@ -132,7 +133,9 @@ def main() -> None:
     for name in options.variants.split(","):
         variant = VARIANTS[name]
         with _constants(**variant.constants):
-            profile = hkvprof.calibrate(model, processor, samples, keep=variant.keep)
+            profile = hkvprof.calibrate(
+                model, processor, samples, hkvprof.Recipe(keep=variant.keep)
+            )
         profile = variant.edit(profile)
         cells = [_accuracy(model, processor, profile, variant, prompts, b) for b in BUDGETS]
         out.write(f"| {variant.text} | " + " | ".join(f"{c:.2f}" for c in cells) + " |\n")
