@@ -133,9 +133,8 @@ def main() -> None:
     for name in options.variants.split(","):
         variant = VARIANTS[name]
         with _constants(**variant.constants):
-            profile = hkvprof.calibrate(
-                model, processor, samples, hkvprof.Recipe(keep=variant.keep)
-            )
+            kept = hkvprof.Recipe(keep=variant.keep)
+            profile = hkvprof.calibrate(model, processor, samples, kept)
         profile = variant.edit(profile)
         cells = [_accuracy(model, processor, profile, variant, prompts, b) for b in BUDGETS]
         out.write(f"| {variant.text} | " + " | ".join(f"{c:.2f}" for c in cells) + " |\n")
