@@ -58,13 +58,13 @@ def text_statistics(
     counted = is_counted(key)
     figures = []
     for head in range(len(key)):
-        mine = query[head * group : (head + 1) * group, rows]
+        asked = query[head * group : (head + 1) * group, rows]
         lines = []
-        for block in attention_blocks(mine, key[head], rows, scaling):
-            found = [mass_by_class(block, classes, recent), entropy(block)[None]]
+        for block in attention_blocks(asked, key[head], rows, scaling):
+            block_figures = [mass_by_class(block, classes, recent), entropy(block)[None]]
             if not counted:  # last: it sorts the weights in place
-                found.append(top_mass_of(block, kappas))
-            lines.append(torch.cat(found))
+                block_figures.append(top_mass_of(block, kappas))
+            lines.append(torch.cat(block_figures))
         figures.append(mean_over_rows(lines, group))
     whole = torch.cat(figures, dim=-1)
     count = len(CLASSES)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
 
-from hkvprof.calibration.evidence import Counts, Evidence, Verdict
+from hkvprof.calibration.evidence import Counts, Evidence, Judgement
 from hkvprof.heads import HeadType
 from hkvprof.profile.confidence import MEASURES, Comparison, Confidence, Heads, Interval
 
@@ -84,8 +84,8 @@ Strata = Sequence[NDArray[np.int64]]
 """Samples of each task."""
 
 
-def assess(evidence: Evidence, whole: Verdict) -> Confidence:
-    """How sure the profile is that `whole`, the verdict of everything, became.
+def assess(evidence: Evidence, whole: Judgement) -> Confidence:
+    """How sure the profile is that `whole`, the judgement of everything, became.
 
     **Per head**: the share of samples that, each alone, would give the head the profile's type
     (`measured`: planned on the sample's own curves with the scales of the whole; `paper`: the
@@ -126,17 +126,17 @@ def compare(evidence: Evidence, first: Counts, second: Counts) -> Figures:
     ])  # fmt: skip
 
 
-def _ground(evidence: Evidence, verdict: Verdict, counts: Counts) -> Figures:
+def _ground(evidence: Evidence, judgement: Judgement, counts: Counts) -> Figures:
     """What decides about heads: their least loss over strategies at the default budget, linear in
     log ratio; or, where none is measured, the sparsity of query heads."""
     if len(evidence.ratios) < 2:
         return evidence.moments(counts)[0].ravel().astype(np.float64)
-    best = verdict.loss_here.min(axis=0).astype(np.float64).reshape(-1, len(evidence.ratios))
+    best = judgement.loss_here.min(axis=0).astype(np.float64).reshape(-1, len(evidence.ratios))
     at, known = np.log(evidence.recipe.budget), np.log(evidence.ratios.astype(np.float64))
     return np.array([np.interp(at, known, curve) for curve in best])
 
 
-def _heads(evidence: Evidence, whole: Verdict) -> tuple[Heads, Heads, Heads]:
+def _heads(evidence: Evidence, whole: Judgement) -> tuple[Heads, Heads, Heads]:
     """Agreeing share, lower and upper end per head."""
     same = np.zeros(whole.types.shape, dtype=np.int64)
     for sample in range(evidence.samples):

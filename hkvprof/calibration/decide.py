@@ -158,13 +158,13 @@ def _slopes(
 ) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """By term: derivative of the planning loss by the term's mean (0 where that is 0), the mean."""
     terms = ((curves.square, OUTPUT_WEIGHT), (curves.reply, REPLY_WEIGHT))
-    found = {}
+    slopes = {}
     for term, ((mean, weight), scale) in enumerate(zip(terms, scales, strict=True), start=1):
         there = (mean > 0) & (mean < INFEASIBLE)
         unit = max(scale, 1e-30)
         slope = weight * POWER * (np.where(there, mean, unit) / unit) ** (POWER - 1) / unit
-        found[term] = (np.where(there, slope, 0.0), np.where(there, mean, 0.0))
-    return found
+        slopes[term] = (np.where(there, slope, 0.0), np.where(there, mean, 0.0))
+    return slopes
 
 
 def _pick(values: NDArray[T], choice: NDArray[np.intp]) -> NDArray[T]:

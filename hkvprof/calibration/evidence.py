@@ -32,7 +32,7 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class Judgement:
     """What a part of the samples decides.
 
     Mean curves and what planning minimises, both [anchors, strategies, layers, kv_heads, ratios];
@@ -130,7 +130,7 @@ class Evidence:
 
     def judge(
         self, counts: Counts, scales: tuple[float, float] | None = None, whole: bool = True
-    ) -> Verdict:
+    ) -> Judgement:
         """Types and budgets at the default share, for the menu's prompt length whatever the counts.
 
         `scales` of the planning loss: those of these very samples unless given. A part
@@ -156,7 +156,7 @@ class Evidence:
         else:
             chosen = self.chosen(here, margin)
         types = np.where(self._static, HeadType.STATIC, HeadType.DYNAMIC)[chosen.strategy]
-        return Verdict(curves, loss, scales, here, margin, chosen, types.astype(np.uint8))
+        return Judgement(curves, loss, scales, here, margin, chosen, types.astype(np.uint8))
 
     def chosen(self, loss: NDArray[np.float32], margin: NDArray[np.float32] | None) -> Allocation:
         """Curves at the menu's prompt length, planned; `margin` is one of every anchor."""

@@ -123,22 +123,22 @@ class Moments:
         )
         moment = self.query / self.query_rows[:, None, None, None]
         names = ["key_projection", "query_projection", "deviation"]
-        found: dict[str, list[NDArray[np.generic]]] = {name: [] for name in names}
+        fits: dict[str, list[NDArray[np.generic]]] = {name: [] for name in names}
         for size in sizes:
-            found |= {f"codebook_{size}": [], f"subspace_{size}": []}
+            fits |= {f"codebook_{size}": [], f"subspace_{size}": []}
         for i in range(layers):
             for j in range(kv_heads):
                 fitted = fit_projection(moment[i, j], covariance[i, j])
                 for name in names:
-                    found[name].append(getattr(fitted, name).numpy())
+                    fits[name].append(getattr(fitted, name).numpy())
                 keys = self.sampled[i].keys[j].float() - mean[i, j].float()
                 for size in sizes:
                     pair = fit_codebook(keys @ fitted.key_projection, fitted.deviation, size)
-                    found[f"codebook_{size}"].append(pair[0])
-                    found[f"subspace_{size}"].append(pair[1])
+                    fits[f"codebook_{size}"].append(pair[0])
+                    fits[f"subspace_{size}"].append(pair[1])
         arrays = {
             f"index.{name}": np.stack(rows).reshape(layers, kv_heads, *rows[0].shape)
-            for name, rows in found.items()
+            for name, rows in fits.items()
         }
         for name in names[:2]:
             arrays[f"index.{name}"] = arrays[f"index.{name}"].astype(np.float16)

@@ -96,9 +96,9 @@ def layer_losses(
     parts = list(rows.blocks())
     per_head = []
     for head in range(len(rows.key)):
-        mine = slice(head * group, (head + 1) * group)
-        fixed = _Head.of(rows, head, mine)
-        attention = window_attention(window_query[mine], rows.key[head : head + 1], rows.scaling)
+        heads = slice(head * group, (head + 1) * group)
+        fixed = _Head.of(rows, head, heads)
+        attention = window_attention(window_query[heads], rows.key[head : head + 1], rows.scaling)
         ways: list[_Static | _Dynamic] = []
         for strategy in strategies:
             if strategy.head_type is HeadType.STATIC:
@@ -121,7 +121,7 @@ def layer_losses(
 class _Head:
     """What all blocks of rows share: a KV head's keys and values, and its group's part of W_O."""
 
-    mine: slice
+    heads: slice
     key: Float[Tensor, "tokens dim"]
     value: Float[Tensor, "tokens dim"]
     new_key: Float[Tensor, "new dim"]
@@ -129,11 +129,11 @@ class _Head:
     metric: Float[Tensor, "group_dim group_dim"]
 
     @classmethod
-    def of(cls, rows: DecodeRows, head: int, mine: slice) -> _Head:
+    def of(cls, rows: DecodeRows, head: int, heads: slice) -> _Head:
         dim = rows.query.shape[-1]
-        columns = rows.projection[:, mine.start * dim : mine.stop * dim].float()
+        columns = rows.projection[:, heads.start * dim : heads.stop * dim].float()
         return cls(
-            mine,
+            heads,
             key=rows.key[head].float(),
             value=rows.value[head].float(),
             new_key=rows.new_key[head].float(),
@@ -147,7 +147,7 @@ class _Judge:
 
     def __init__(self, rows: DecodeRows, head: _Head) -> None:
         self.rows, self.key, self.value, self.metric = rows, head.key, head.value, head.metric
-        self.query = rows.query[head.mine].float()
+        self.query = rows.query[head.heads].float()
         self.logits = torch.matmul(self.query, self.key.T).mul_(rows.scaling)
         new = torch.matmul(self.query, head.new_key.T) * rows.scaling
         seen = torch.arange(len(head.new_key), device=new.device)[None] <= rows.positions[:, None]
@@ -160,7 +160,7 @@ class _Judge:
         self.weight = (self.logits - peak).exp_()
         self.new_scale = (self.new_peak - peak).exp()
         self.dense = self._attend(self.logits, self.value)
-        self.gradient = rows.gradient[:, head.mine].float().flatten(1)
+        self.gradient = rows.gradient[:, head.heads].float().flatten(1)
 
     def _attend(self, logits: Tensor, value: Tensor) -> Tensor:
         """Attention over some prompt tokens and the new ones, each weighed from the joint peak.

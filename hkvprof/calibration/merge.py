@@ -10,7 +10,7 @@ import numpy as np
 
 from hkvprof.calibration.attention import mean_statistics
 from hkvprof.calibration.confidence import assess
-from hkvprof.calibration.evidence import Evidence, Verdict
+from hkvprof.calibration.evidence import Evidence, Judgement
 from hkvprof.calibration.recipe import Recipe
 from hkvprof.calibration.rows import (
     INDEX,
@@ -81,7 +81,7 @@ def build_profile(
     """
     evidence = Evidence.of(conditions, rows, recipe)
     sparsity = evidence.sparsity.astype(np.float64)
-    verdict = evidence.judge(evidence.everything)
+    judgement = evidence.judge(evidence.everything)
     return Profile(
         fingerprint=conditions.fingerprint,
         recipe=conditions.recipe,
@@ -91,20 +91,20 @@ def build_profile(
         kappas=conditions.kappas,
         ratios=evidence.ratios,
         lengths=evidence.anchors.lengths,
-        strategy=verdict.chosen.strategy,
-        budget=verdict.chosen.ratio,
+        strategy=judgement.chosen.strategy,
+        budget=judgement.chosen.ratio,
         sparsity_mean=np.mean(sparsity, axis=0).astype(np.float32),
         sparsity_std=np.std(sparsity, axis=0).astype(np.float32),
-        loss=verdict.loss,
-        output_error=verdict.curves.output.astype(np.float32),
+        loss=judgement.loss,
+        output_error=judgement.curves.output.astype(np.float32),
         index=tables,
         statistics=mean_statistics(row.statistics for row in sorted(rows, key=lambda row: row.id)),
         rules=recipe.rules,
-        static_margin=verdict.margin,
+        static_margin=judgement.margin,
         provenance={
             **_provenance(conditions, rows, recipe, skipped),
-            **_in_doubt(evidence, verdict),
-            KEY: assess(evidence, verdict).to_json(),
+            **_in_doubt(evidence, judgement),
+            KEY: assess(evidence, judgement).to_json(),
             DOMAIN: Domain.of(sparsity, any(row.context_tokens for row in rows)).to_json(),
         },
     )
@@ -137,12 +137,12 @@ def _provenance(
     }
 
 
-def _in_doubt(evidence: Evidence, verdict: Verdict) -> dict[str, int]:
+def _in_doubt(evidence: Evidence, judgement: Judgement) -> dict[str, int]:
     """How many heads are dynamic at the default share because static was not proven better."""
-    if verdict.margin is None:
+    if judgement.margin is None:
         return {}
-    freely = evidence.chosen(verdict.loss_here, None)
-    return {"conservative": int((freely.strategy != verdict.chosen.strategy).sum())}
+    freely = evidence.chosen(judgement.loss_here, None)
+    return {"conservative": int((freely.strategy != judgement.chosen.strategy).sum())}
 
 
 # -- folders that belong together -----------------------------------------------------------------

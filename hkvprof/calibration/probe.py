@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,11 @@ def content_digest(sample: Sample, encoded: Encoded) -> str:
 
 
 class Probe:
-    """One sample on the model: prefill, reply, and what the layers showed."""
+    """One sample on the model: prefill, reply, and what the layers showed.
+
+    `digest` is that of the sample as it was given (`content_digest`). Raises SampleError for images
+    that cannot be read and prompts that are too short.
+    """
 
     def __init__(self, probed: ProbedModel, sample: Sample) -> None:
         self.probed, self.sample = probed, sample
@@ -104,11 +107,7 @@ class Probe:
                 f"calibrate on (at least {self.keep.floor_tokens + self.keep.window})"
             )
         self.opened = opened
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the sample as it was given; see `content_digest`."""
-        return content_digest(self.sample, self.encoded)
+        self.digest = content_digest(sample, self.encoded)
 
     # -- first pass -------------------------------------------------------------------------
 

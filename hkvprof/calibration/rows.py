@@ -148,8 +148,8 @@ class Conditions:
 
     def differences(self, other: Conditions) -> list[str]:
         """Names of the fields in which another's differ."""
-        mine, theirs = self._plain(), other._plain()
-        return [name for name in mine if mine[name] != theirs[name]]
+        ours, theirs = self._plain(), other._plain()
+        return [name for name in ours if ours[name] != theirs[name]]
 
     def _plain(self) -> dict[str, Any]:
         return {

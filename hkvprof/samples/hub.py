@@ -163,9 +163,9 @@ def _sample(dataset: Any, number: int, task: str, id_: str, roots: tuple[Path, .
 
 def _images(row: dict[str, Any], roots: tuple[Path, ...]) -> list[bytes]:
     """The encoded images of a row, headers checked."""
-    found = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
     encoded = []
-    for number, image in enumerate(found):
+    for number, image in enumerate(images):
         data = image.get("bytes") if isinstance(image, dict) else None
         if data is None and isinstance(image, dict) and image.get("path"):
             data = _file(image["path"], roots)

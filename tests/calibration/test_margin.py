@@ -149,7 +149,7 @@ def test_the_order_of_heads_and_samples_does_not_matter() -> None:
 def test_a_margin_without_doubt_changes_nothing() -> None:
     rows = noisy_rows(6, 0.5, 0.9)
     evidence = Evidence.of(CONDITIONS, rows, RECIPE)
-    verdict, free = evidence.judge(evidence.everything), decided_freely(evidence)
+    judgement, free = evidence.judge(evidence.everything), decided_freely(evidence)
     none = np.zeros((*SHAPE, len(evidence.ratios)), dtype=np.float32)
-    again = plan_anew(evidence.menu, verdict.loss_here, evidence.ratios, 0.3, Rules(), none)
+    again = plan_anew(evidence.menu, judgement.loss_here, evidence.ratios, 0.3, Rules(), none)
     np.testing.assert_array_equal(again.strategy, free.strategy)
