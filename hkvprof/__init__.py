@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "Handle", "Options", "Profile", "Receipt", "Recipe", "__version__", "apply",
-    "calibrate", "load_model", "load_profile", "load_samples", "uniform_profile",
-]  # fmt: skip
+    "Profile",
+    "Recipe",
+    "__version__",
+    "calibrate",
+    "load_model",
+    "load_profile",
+    "uniform_profile",
+]
 
 __getattr__ = lazy_names(
     __name__,
@@ -42,9 +47,7 @@ __getattr__ = lazy_names(
         "Recipe": "hkvprof.calibration.recipe",
         "apply": "hkvprof.runtime.handle",
         "calibrate": "hkvprof.calibration.calibrate",
-        "load_model": "hkvprof.models.load",
-        "load_profile": "hkvprof.profile.record",
-        "load_samples": "hkvprof.samples.read",
+        "Recipe": "hkvprof.calibration.recipe",
         "uniform_profile": "hkvprof.calibration.uniform",
     },
 )

@@ -138,12 +138,9 @@ class Conditions:
             row_schema=int(data.get("row_schema", 1)),
         )
         check_setting(
-            conditions.fingerprint,
-            conditions.recipe,
-            conditions.keep,
-            conditions.strategies,
+            conditions.fingerprint, conditions.recipe, conditions.keep, conditions.strategies,
             conditions.kappas,
-        )
+        )  # fmt: skip
         require(all(0 < ratio <= 1 for ratio in conditions.ratios), "ratios must lie in (0, 1]")
         check_ratios(np.array(conditions.ratios, dtype=np.float32))
         require(conditions.dtype in DTYPES, f"unknown dtype {conditions.dtype[:40]!r}")
