@@ -10,14 +10,14 @@ ROOT = Path(__file__).parents[1] / "hkvprof"
 MOST_ARGUMENTS = 12
 LEAST_WORDS = 4
 NAMES_STILL_SHARED = {
-    "Bench", "Column", "Interval", "Kept", "Memory", "Method", "Plan", "Prefill", "Regime", "Row",
+    "Bench", "Column", "Interval", "Memory", "Method", "Plan", "Prefill", "Regime", "Row",
     "Setup",
 }  # fmt: skip
 LISTS_STILL_LONG = {
     "calibration/calibrate.py:calibrate", "calibration/calibrate.py:measure",
 }  # fmt: skip
 STILL_MUTE = (
-    "bench/", "calibration/", "cli/options.py", "cli/runs.py", "report/svg.py", "runtime/",
+    "bench/", "calibration/", "cli/options.py", "cli/runs.py", "report/svg.py",
 )  # fmt: skip
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
