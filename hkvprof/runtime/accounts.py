@@ -32,7 +32,7 @@ class Meter:
         self.peak = max(self.peak, self.total)
 
     def clear(self) -> None:
-        """Start anew."""
+        """Forget all layers, the highest count included."""
         self.bytes.clear()
         self.total = self.peak = 0
 

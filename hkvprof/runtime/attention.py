@@ -155,7 +155,7 @@ class Places(NeverCopied):
         self._written.record()
 
     def read(self) -> NDArray[np.int32]:
-        """The positions."""
+        """The positions, in ascending order."""
         if self._kept is not None and self._written is not None:
             self._written.synchronize()
             self._among = self._among[self._kept.numpy()]

@@ -35,7 +35,7 @@ class Books:
     watch: Watch | None = None
 
     def receipt(self) -> Receipt:
-        """Sum up."""
+        """The receipt of what the accounts say now."""
         layers = tuple(account.snapshot() for account in self.accounts)
         return Receipt(
             resident_bytes=sum(a.resident_bytes for a in layers),

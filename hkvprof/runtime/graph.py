@@ -38,10 +38,10 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """torch.cuda.CUDAGraph."""
+    """Records steps by torch.cuda.CUDAGraph."""
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Capture."""
+        """Capture the step in a graph; the result replays it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = step()

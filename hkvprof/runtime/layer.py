@@ -120,7 +120,7 @@ class CompressedLayer(LiveState, DynamicLayer):
         return self._seen + query_length, 0
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget the conversation, ready for a new prompt."""
         self._clear()
         self.is_initialized = False
         fresh = LayerAccount(self.account.layer)
@@ -132,7 +132,7 @@ class CompressedLayer(LiveState, DynamicLayer):
             super().offload()
 
     def prefetch(self) -> None:
-        """Bring them back."""
+        """Bring dense keys and values back to their device."""
         if self._dense("prefetch").keys is not None:
             super().prefetch()
 

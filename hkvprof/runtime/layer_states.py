@@ -158,11 +158,11 @@ class WaitingPrompt(DenseTokens):
         return self.keys, self.values
 
     def drop_last(self, count: int) -> None:
-        """Raises CompressionError."""
+        """Refused while the prompt is incomplete: raises CompressionError."""
         raise CompressionError("a prompt cannot be cropped between its prefill chunks")
 
     def take_rows(self, rows: list[int]) -> None:
-        """Raises CompressionError."""
+        """Refused while the prompt is incomplete: raises CompressionError."""
         raise CompressionError("batch rows cannot change between the chunks of a prefill")
 
     def measure(self) -> None:
@@ -238,5 +238,5 @@ class ParkedPrompt:
 
     @property
     def nbytes(self) -> int:
-        """Host bytes."""
+        """Host bytes, room for later chunks included."""
         return self.data.untyped_storage().nbytes()

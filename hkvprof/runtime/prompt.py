@@ -144,7 +144,7 @@ class Conversation:
             self.hidden = self.hidden[rows]
 
     def reset(self) -> None:
-        """Forget the conversation."""
+        """Forget the conversation, ready for a new prompt."""
         self.goal, self.starts, self.broken = None, (), ""
         self.token_ids = self.rope_deltas = self.view = self.hidden = self.looked = None
         self.meter.clear()

@@ -126,7 +126,7 @@ class Receipt:
         return text + (tables if self.shared_bytes else "")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """Plain values for JSON, what is derived included."""
         return {
             **{k: v for k, v in asdict(self).items() if k != "layers"},
             "resident_share": self.resident_share,

@@ -200,7 +200,7 @@ class HostChunks:
 
     @property
     def chunk(self) -> int:
-        """Tokens per item."""
+        """Tokens that an item holds."""
         return self.data.shape[2]
 
     @property
@@ -215,7 +215,7 @@ class HostChunks:
 
     @property
     def nbytes(self) -> int:
-        """Host bytes."""
+        """Host bytes, room for later items and scales included."""
         scale = 0 if self.scale is None else self.scale.untyped_storage().nbytes()
         return self.data.untyped_storage().nbytes() + scale
 

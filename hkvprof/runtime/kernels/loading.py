@@ -104,7 +104,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class AttendArgs(ctypes.Structure):
-    """As in csrc/attend.h."""
+    """The arguments of hkv_attend, as in csrc/attend.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("key", "value", "query", "out")),
@@ -116,7 +116,7 @@ class AttendArgs(ctypes.Structure):
 
 
 class Head(ctypes.Structure):
-    """As in csrc/retrieve.h."""
+    """A dynamic head (interface.DynamicSegment) as C++ sees it, in csrc/scores.h."""
 
     _fields_ = (
         *((name, c_int64) for name in ("kind", "segment", "items", "hot", "chunk", "hot_start")),
@@ -128,7 +128,7 @@ class Head(ctypes.Structure):
 
 
 class RetrieveArgs(ctypes.Structure):
-    """As in csrc/retrieve.h."""
+    """The arguments of hkv_retrieve, as in csrc/scores.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("key", "value", "query")),
@@ -141,7 +141,7 @@ class RetrieveArgs(ctypes.Structure):
 
 
 class EncodeArgs(ctypes.Structure):
-    """As in csrc/encode.h."""
+    """The arguments of hkv_encode, as in csrc/encode.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("projected", "codebook", "subspaces", "out")),

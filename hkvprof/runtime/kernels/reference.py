@@ -164,7 +164,7 @@ class TorchRetrieval:
         return torch.full_like(score, -1.0).index_copy_(0, best, exact)
 
     def step(self, query: Float[Tensor, "segments group dim"]) -> None:
-        """Score, then load."""
+        """Score all items, then load the best."""
         self.load(self.score(query))
 
     def step_some(

@@ -84,14 +84,14 @@ class TritonRetrieval:
         return list(self._score(query).split([head.items for head in self.heads]))
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
-        """Select and fetch."""
+        """Select items by these scores and fetch them."""
         sizes = [head.items for head in self.heads]
         require([len(score) for score in scores] == sizes, "a score per item of every head")
         if self.heads:
             self._load(torch.cat([score.float() for score in scores]))
 
     def step(self, query: Float[Tensor, "segments group dim"]) -> None:
-        """Score and load."""
+        """Score all items, then load the best."""
         if self.heads:
             self._load(self._score(query))
 

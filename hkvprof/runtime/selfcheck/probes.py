@@ -52,7 +52,7 @@ class Spy(MarkedLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int:
-        """The logical length."""
+        """The number of tokens seen so far."""
         self.asked.add("get_seq_length")
         return self._seen
 
