@@ -69,7 +69,7 @@ class Report:
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
-        """The checks that failed."""
+        """Outcomes of the checks that failed."""
         return tuple(o for o in self.outcomes if o.status is Status.FAILED)
 
     def to_json(self) -> dict[str, Any]:

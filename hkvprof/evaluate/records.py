@@ -67,7 +67,7 @@ class Gold:
     metric: Metric
 
     def score(self, answer: str) -> float:
-        """Between 0 and 1."""
+        """How good an answer is by the metric, between 0 and 1."""
         return self.metric(answer, self.references)
 
 

@@ -34,6 +34,8 @@ def main() -> None:
     count = parser.parse_args().samples
     seen = load_samples(str(MINI), max_samples=count, seed=0).samples
     names = sorted({name for sample in seen for name in _names(sample)})
+    if len(names) < LINES:
+        raise SystemExit(f"{count} samples name {len(names)} things, {LINES} are needed: take more")
     read = [_text_sample(names, number) for number in range(count)]
     model, processor = hkvprof.load_model("tinyvl", dtype="bfloat16")
     profile = hkvprof.calibrate(model, processor, [*seen, *read], track=track)

@@ -107,7 +107,7 @@ class PromptView:
 
     @property
     def device(self) -> torch.device:
-        """Where keys and values are."""
+        """The device that holds keys and values."""
         return self.prefill.calls[0].key.device
 
     def need_profile(self, name: str) -> Profile:

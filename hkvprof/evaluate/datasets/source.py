@@ -90,7 +90,7 @@ class Layout:
 
 
 def text_part(text: str) -> Part:
-    """A part of a message."""
+    """A part of a message that holds text."""
     return {"type": "text", "text": text}
 
 
