@@ -27,14 +27,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Profile",
-    "Recipe",
-    "__version__",
-    "calibrate",
-    "load_model",
-    "load_profile",
-    "uniform_profile",
-]
+    "Budget", "Handle", "Options", "Profile", "Receipt", "Recipe", "__version__", "apply",
+    "calibrate", "load_model", "load_profile", "load_samples", "uniform_profile",
+]  # fmt: skip
 
 __getattr__ = lazy_names(
     __name__,
@@ -47,7 +42,9 @@ __getattr__ = lazy_names(
         "Recipe": "hkvprof.calibration.recipe",
         "apply": "hkvprof.runtime.handle",
         "calibrate": "hkvprof.calibration.calibrate",
-        "Recipe": "hkvprof.calibration.recipe",
+        "load_model": "hkvprof.models.load",
+        "load_profile": "hkvprof.profile.record",
+        "load_samples": "hkvprof.samples.read",
         "uniform_profile": "hkvprof.calibration.uniform",
     },
 )
