@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from hkvprof.runtime.handle import Handle, apply
     from hkvprof.runtime.options import Options
     from hkvprof.runtime.receipt import Receipt
-    from hkvprof.samples.read import load_samples
+    from hkvprof.samples.read import load_samples, open_images
 
 __version__ = "0.1.0"
 __all__ = [
     "Budget", "Handle", "Options", "Profile", "Receipt", "Recipe", "__version__", "apply",
-    "calibrate", "load_model", "load_profile", "load_samples", "uniform_profile",
+    "calibrate", "load_model", "load_profile", "load_samples", "open_images",
+    "uniform_profile",
 ]  # fmt: skip
 
 __getattr__ = lazy_names(
@@ -45,6 +46,7 @@ __getattr__ = lazy_names(
         "load_model": "hkvprof.models.load",
         "load_profile": "hkvprof.profile.record",
         "load_samples": "hkvprof.samples.read",
+        "open_images": "hkvprof.samples.read",
         "uniform_profile": "hkvprof.calibration.uniform",
     },
 )
