@@ -266,6 +266,7 @@ class PromptRun(ContextRun):
         machine = self.subject.machine
         for method in group:
             contestant = PromptContestant(self.subject, method, self.prompt)
+            self.say(f"{self.tokens:,} tokens: prefill, {method.name}")
             before = machine.process_bytes()
             contestant.prefill()
             after = machine.process_bytes()
