@@ -425,7 +425,7 @@ def test_a_baseline_that_cannot_meet_a_budget_is_named(
             raise BudgetError("too small for it")
         return find("random").select(prompt)
 
-    monkeypatch.setattr(base, "_REGISTRY", dict(base.registered()))
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     base.baseline("picky", "picky", "none")(select)
     refused: dict[MethodAtBudget, str] = {}
     comparison = ComparisonPlan(("0.4", "60%"), ("picky",), ("inside",), steps=1)
