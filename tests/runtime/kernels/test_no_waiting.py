@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hkvprof.bench.filled import Keys, filled_profiles
+from hkvprof.bench.methods import Kind
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
@@ -139,8 +140,8 @@ def test_steps_ask_for_nothing(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("types", ["static", "dynamic", "hybrid"])
-def test_compressing_a_prompt_asks_for_nothing(types: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [Kind.STATIC, Kind.DYNAMIC, Kind.PROFILE])
+def test_compressing_a_prompt_asks_for_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the host would wait for a layer's prefill before it could launch the next one's."""
     model = random_llama(2)
     view = view_model(model)
@@ -148,7 +149,7 @@ def test_compressing_a_prompt_asks_for_nothing(types: str, monkeypatch: pytest.M
     kernels = TorchKernels()
     monkeypatch.setattr(plan, "for_device", lambda device, dtype: kernels)
     ids = token_ids(1, 300)
-    with apply(model, made[types], budget=0.3) as handle:
+    with apply(model, made[kind], budget=0.3) as handle:
         cache = handle.new_cache(300)
         with nobody_asks():
             model(input_ids=ids, **with_cache(model, cache))
