@@ -91,7 +91,7 @@ class Evidence:
 
     @property
     def everything(self) -> Counts:
-        """Every sample once."""
+        """Counts in which every sample occurs once."""
         return np.ones(self.samples, dtype=np.int64)
 
     @cached_property

@@ -53,7 +53,7 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        """Where rows go."""
+        """The folder that rows are written to."""
         return self.rows or self.output.with_name(f"{self.output.name}.rows")
 
     @property
