@@ -190,6 +190,16 @@ def test_lazy_names_lead_somewhere() -> None:
         assert callable(getattr(hkvprof.runtime, name))
 
 
+def test_names_that_the_readme_showed_elsewhere_go_on_working() -> None:
+    import hkvprof
+    from hkvprof.profile.samples import load_samples, open_images
+    from hkvprof.profile.uniform import uniform_profile
+
+    assert load_samples is hkvprof.load_samples
+    assert open_images is hkvprof.open_images
+    assert uniform_profile is hkvprof.uniform_profile
+
+
 def test_the_version_is_the_packages() -> None:
     import tomllib
 
