@@ -218,7 +218,7 @@ def unlisted(llama: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any
     own = adapter.view_model
     for user in (
         "runtime.handle",
-        "calibration.calibrate",
+        "calibration.probe",
         "calibration.uniform",
         "doctor.examine",
     ):
