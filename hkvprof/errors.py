@@ -7,6 +7,7 @@ the message alone; `--debug` adds the traceback.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 
 _MOST, _END = 2000, 500
 """Characters of a message, and how many of them are its last ones, which say what to do."""
@@ -33,6 +34,20 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, OSError | RuntimeError) and (
         "can't allocate memory" in text or "Cannot allocate memory" in text
     )
+
+
+def refuse_unknown(
+    what: str, given: Iterable[str], known: Iterable[str], removed: Mapping[str, str]
+) -> None:
+    """Raise UsageError unless every name in `given` is `known`; `removed` says what to do instead.
+
+    `what` is the record or function that takes the names.
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            advice = removed.get(name, f"there are {', '.join(names)}")
+            raise UsageError(f"{what} has no option {name!r}: {advice}")
 
 
 class HkvError(Exception):

@@ -56,6 +56,10 @@ def calibrate(
     Raises ModelError for unsupported models, SampleError for bad samples, UsageError for a folder
     of other conditions.
     """
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"recipe must be hkvprof.Recipe, such as Recipe('paper'), found {recipe!r}"
+        )
     run = Run(ProbedModel.of(model, processor, recipe), rows, on_error, track, group)
     ordered = _in_order(samples)
     tables, measured = run.measure(ordered, ordered[group.part])

@@ -7,9 +7,9 @@ they are merged.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from hkvprof.errors import UsageError
+from hkvprof.errors import UsageError, refuse_unknown
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.profile.planning import DEFAULT as RULES
 from hkvprof.profile.planning import Rules
@@ -38,6 +38,13 @@ MEASURED_KEEP = KeepRule(sinks=2, recent=4, window=16)
 
 RecipeName = Literal["paper", "measured"]
 Replies = Literal["given", "own"]
+
+REMOVED = {
+    "risk": "the mean over samples is what is planned for (docs/experiments.md): leave it out",
+    "risk_level": "the mean over samples is what is planned for: leave it out",
+    "conservative": "types in doubt always have to be proven by the samples: leave it out",
+}
+"""Fields of earlier versions, and what to do instead."""
 
 _OWN = {
     "paper": ("kappa", "chunk", "text_prior", "theta", "coefficient"),
@@ -69,6 +76,11 @@ class Recipe:
 
     Raises UsageError for what is out of range, and for what another recipe asks about.
     """
+
+    def __new__(cls, *_: Any, **given: Any) -> Recipe:
+        """Raises UsageError for a name that is no field."""
+        refuse_unknown("Recipe", given, cls.__dataclass_fields__, REMOVED)
+        return super().__new__(cls)
 
     name: RecipeName = "measured"
     budget: float = 0.10

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from hkvprof.calibration.group import is_follower
+from hkvprof.calibration.recipe import REMOVED
 from hkvprof.errors import HkvError, UsageError, out_of_memory, printable
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -89,7 +90,13 @@ def one_line(error: BaseException) -> str:
     return printable(" ".join(str(error).split()))
 
 
+_REMOVED = {f"--{name.replace('_', '-')}": advice for name, advice in REMOVED.items()}
+_REMOVED["--no-conservative"] = _REMOVED["--conservative"]
+
+
 def _click_message(error: Any) -> str:
+    if (removed := getattr(error, "option_name", None)) in _REMOVED:
+        return f"{removed} is gone: {_REMOVED[removed]}"
     hint = getattr(getattr(error, "ctx", None), "command_path", "hkvprof")
     return f"{' '.join(error.format_message().split())} (see `{hint} --help`)"
 

@@ -13,16 +13,21 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from hkvprof.errors import UsageError
 from hkvprof.lazy import require_extra
 
-require_extra("lm_eval.models.huggingface", "lm-eval")
+try:
+    require_extra("lm_eval.models.huggingface", "lm-eval")
+except UsageError as error:
+    if __name__ == "__main__":
+        raise SystemExit(f"error: {error}") from None
+    raise
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from hkvprof.errors import UsageError
 from hkvprof.models.calls import with_cache
 from hkvprof.plugins.requests import Pair, batches, score
 from hkvprof.plugins.session import Arguments, Counts, Session

@@ -1,4 +1,4 @@
-"""The old home of `hkvprof.load_samples` and its like: works until 0.3 (docs/versions.md)."""
+"""The old home of `hkvprof.load_samples` and its like: works until 0.2 (docs/versions.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The old home of `hkvprof.uniform_profile`: goes on working until 0.3 (docs/versions.md)."""
+"""The old home of `hkvprof.uniform_profile`: goes on working until 0.2 (docs/versions.md)."""
 
 from __future__ import annotations
 

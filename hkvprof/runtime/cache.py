@@ -124,6 +124,12 @@ class CompressedCache(LiveState, DynamicCache):
                 f"an earlier pass of this cache did not finish ({conversation.broken}) and left "
                 "it half-filled: start a new cache, or go on from a copy.deepcopy made before"
             )
+        if not torch.is_inference_mode_enabled() and any(one.is_frozen for one in self.covered):
+            raise CompressionError(
+                "this cache was filled under torch.inference_mode(), and its tensors cannot change "
+                "outside of it: go on within it, go on from copy.deepcopy(cache), or use "
+                "torch.no_grad() from the start"
+            )
         before, known = self.get_seq_length(), len(conversation.starts)
         if before and rows is not None and known not in (0, rows):
             raise UsageError(

@@ -125,7 +125,8 @@ class GraphDecoder:
 
     def _step(self) -> Tensor:
         """What is recorded: a pass over the tokens in `_ids`."""
-        return take_step(self._model, self._ids, self._positions, self._cache)
+        with self._cache.conversation.without_masks():
+            return take_step(self._model, self._ids, self._positions, self._cache)
 
     def _next_positions(self) -> Int[Tensor, "rows 1"]:
         """Of the next token: how many its row has seen, and M-RoPE's offset where there is one."""

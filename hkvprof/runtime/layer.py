@@ -89,6 +89,11 @@ class CompressedLayer(LiveState, DynamicLayer):
         return isinstance(self.state, DenseTokens) and self.state.keys is not None
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether what is held was made under torch.inference_mode() and cannot change outside."""
+        return self.ragged is not None and self.ragged.storage.key.is_inference()
+
+    @property
     def ragged(self) -> RaggedLayer | None:
         """What is held, once that is compressed."""
         return self.state if isinstance(self.state, RaggedLayer) else None
@@ -239,6 +244,12 @@ class CompressedLayer(LiveState, DynamicLayer):
         goal = self._shared.goal
         last = new > 1 if goal is None else self._seen >= goal
         first = last and not (self._complete or self._reopened)
+        if self.number and not self._shared.starts:
+            raise CompressionError(
+                f"attention of covered layer {self.number} came before that of layer 0: layers of "
+                "the decoder were replaced or reordered. Give every attention module the layer_idx "
+                "of its place, and apply the profile (again) after that"
+            )
         if self.number == 0 and (first or not self._shared.starts):
             self._shared.observe_rows(call.mask, rows, new, self._seen)
         elif self.number == 0 and (self._complete or self._reopened):

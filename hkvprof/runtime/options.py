@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
-from hkvprof.errors import UsageError
+from hkvprof.errors import UsageError, refuse_unknown
 from hkvprof.profile.costs import SCORE_BYTES, SLOT_BYTES
 
 MIN_TOKENS = 256
@@ -61,6 +61,11 @@ class Options:
     Raises UsageError.
     """
 
+    def __new__(cls, *_: Any, **given: Any) -> Options:
+        """Raises UsageError for a name that is no option."""
+        refuse_unknown("Options", given, cls.__dataclass_fields__, REMOVED)
+        return super().__new__(cls)
+
     strict: bool = True
     min_tokens: int = MIN_TOKENS
     compress_every: int = COMPRESS_EVERY
@@ -98,10 +103,7 @@ class Options:
     @classmethod
     def changed(cls, options: Options | None, changes: Mapping[str, Any]) -> Options:
         """`options`, or the defaults, with some fields changed by name. Raises UsageError."""
-        names = {field.name for field in fields(cls)}
-        for name in changes.keys() - names:
-            advice = REMOVED.get(name, f"there are {', '.join(sorted(names))}")
-            raise UsageError(f"apply has no option {name!r}: {advice}")
+        refuse_unknown("apply", changes, cls.__dataclass_fields__, REMOVED)
         if options is not None and not isinstance(options, cls):
             raise UsageError(f"options must be hkvprof.Options, found {options!r}")
         return replace(options or cls(), **changes)

@@ -103,6 +103,11 @@ class RaggedLayer(LiveState):
         One plan per row. `query` holds the last rows up to position `tokens`. Heads in `given` hold
         what they are given there (batches of one).
         """
+        if key.dtype != value.dtype:
+            raise CompressionError(
+                f"keys are {key.dtype} and values {value.dtype} (torch.autocast does so): expected "
+                "one dtype; load the model in the dtype that it is to compute in, without autocast"
+            )
         began, held = time.perf_counter(), account.resident_bytes
         rows = first_rows(shared.planner, plans, shared.lengths(tokens), key.element_size(), tokens)
         layer = cls(shared, number, account, rows, scaling, tokens)

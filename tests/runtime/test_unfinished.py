@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -132,3 +133,72 @@ def test_prompt_tokens_must_be_a_count(tokens: Any) -> None:
         new_cache = handle.new_cache
         with pytest.raises(UsageError, match="prompt_tokens must"):
             new_cache(tokens)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("given", [None, 301])
+def test_a_step_that_shows_dropped_padding_is_refused(kind: str, given: int | None) -> None:
+    """With no mask, or one that hides nothing, transformers hands none to a single token."""
+    model = random_llama()
+    ids, mask = token_ids(2, 300), torch.ones(2, 300, dtype=torch.long)
+    mask[0, :60] = 0
+    step, more = token_ids(2, 1, 5), torch.ones(2, 1, dtype=torch.long)
+    profile = uniform_profile(model, kind, index="mean", chunk=8)
+    shown = {} if given is None else {"attention_mask": torch.ones(2, given, dtype=torch.long)}
+    with torch.no_grad(), apply(model, profile, budget=0.5) as handle:
+        cache = handle.new_cache()
+        model(input_ids=ids, attention_mask=mask, **with_cache(model, cache))
+        with pytest.raises(ModelError, match=r"padding of rows \[0\]"):
+            model(input_ids=step, **shown, **with_cache(model, cache))
+    with torch.no_grad(), apply(model, profile, budget=0.5) as handle:
+        cache = handle.new_cache()
+        model(input_ids=ids, attention_mask=mask, **with_cache(model, cache))
+        whole = torch.cat([mask, more], 1)
+        model(input_ids=step, attention_mask=whole, **with_cache(model, cache))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_autocast_with_keys_and_values_of_two_dtypes_is_refused(kind: str) -> None:
+    model = random_llama()
+    profile = uniform_profile(model, kind, index="mean", chunk=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = model.generate(IDS, **GREEDY)
+        with apply(model, profile, budget=1.0):
+            assert torch.equal(model.generate(IDS, **GREEDY), dense)
+        with (
+            apply(model, profile, budget=0.3),
+            pytest.raises(CompressionError, match=r"torch\.autocast"),
+        ):
+            model.generate(IDS, **GREEDY)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_cache_of_inference_mode_goes_on_within_it_or_as_a_copy(kind: str) -> None:
+    model = random_llama()
+    profile = uniform_profile(model, kind, index="mean", chunk=8)
+    with apply(model, profile, budget=0.3) as handle:
+        cache = handle.new_cache()
+        with torch.inference_mode():
+            model(input_ids=IDS, **with_cache(model, cache))
+        with (
+            torch.no_grad(),
+            pytest.raises(CompressionError, match=r"torch\.inference_mode"),
+        ):
+            model(input_ids=STEP, **with_cache(model, cache))
+        with torch.no_grad():
+            branch = copy.deepcopy(cache)
+            copied = model(input_ids=STEP, **with_cache(model, branch)).logits
+        with torch.inference_mode():
+            logits = model(input_ids=STEP, **with_cache(model, cache)).logits
+        assert torch.equal(copied, logits)
+
+
+@pytest.mark.parametrize("budget", [0.3, 1.0])
+def test_layers_that_were_reordered_are_refused(budget: float) -> None:
+    model = random_llama()
+    layers = model.model.layers
+    with apply(model, uniform_profile(model, "static"), budget=budget) as handle:
+        model.model.layers = torch.nn.ModuleList([layers[1], layers[0], *layers[2:]])
+        with pytest.raises(CompressionError, match="replaced or reordered"):
+            model.generate(IDS, **GREEDY)
+    assert handle.model is model
