@@ -125,7 +125,11 @@ def test_replays_are_steps(
         starts = torch.tensor([0, rows[0] - rows[1]], device=device)
         for step, one in enumerate(forced.split(1, dim=1)):
             positions = rows[0] + step - starts[:, None]
-            expected = model(input_ids=one, position_ids=positions, **with_cache(model, plain))
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            expected = model(
+                input_ids=one, attention_mask=mask, position_ids=positions,
+                **with_cache(model, plain),
+            )  # fmt: skip
             got = decoder(one)
             torch.testing.assert_close(got, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
         assert decoder.replays >= steps / 4

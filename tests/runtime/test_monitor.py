@@ -66,7 +66,9 @@ def look(
         cache = handle.new_cache(encoded.tokens)
         model(**encoded.to(model.device, model.dtype), **with_cache(model, cache))
         token = torch.full((len(encoded.inputs["input_ids"]), 1), 7)
-        logits = model(input_ids=token, **with_cache(model, cache)).logits
+        mask = torch.cat([encoded.inputs["attention_mask"], torch.ones_like(token)], dim=1)
+        step = model(input_ids=token, attention_mask=mask, **with_cache(model, cache))
+        logits = step.logits
         return logits, handle.receipt().domain
 
 
