@@ -67,8 +67,11 @@ def look(
         model(**encoded.to(model.device, model.dtype), **with_cache(model, cache))
         token = torch.full((len(encoded.inputs["input_ids"]), 1), 7)
         mask = torch.cat([encoded.inputs["attention_mask"], torch.ones_like(token)], dim=1)
-        step = model(input_ids=token, attention_mask=mask, **with_cache(model, cache))
-        logits = step.logits
+        places = mask.sum(dim=1, keepdim=True) - 1  # with a mask, Qwen-VL derives those of all
+        logits = model(
+            input_ids=token, attention_mask=mask, position_ids=places.expand(3, -1, -1),
+            **with_cache(model, cache),
+        ).logits  # fmt: skip
         return logits, handle.receipt().domain
 
 
