@@ -127,7 +127,7 @@ def _run(check: Check, patient: Patient) -> tuple[Status, str, str]:
     except FaultError as fault:
         return Status.FAILED, fault.what, fault.cause
     except HkvError as error:
-        return Status.FAILED, str(error), _RAISED
+        return Status.FAILED, str(error), _REFUSED
     except Exception as error:  # a broken integration raises anything, and so do foreign models
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.name} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
@@ -135,6 +135,11 @@ def _run(check: Check, patient: Patient) -> tuple[Status, str, str]:
         return Status.FAILED, f"{type(error).__name__} in {where}: {first}", _RAISED
 
 
+_REFUSED = (
+    "hkvprof refused a pass of this check for the reason told: layers, rows or masks are not what "
+    "an earlier pass said, the cache reports other lengths (get_seq_length, get_mask_sizes) than "
+    "the logical ones, or an API moved in transformers"
+)
 _RAISED = (
     "the model or hkvprof gave up: lengths or shapes that do not fit each other, often because the "
     "cache reports its stored length instead of the logical one (get_seq_length, get_mask_sizes), "
