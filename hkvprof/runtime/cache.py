@@ -98,9 +98,11 @@ class CompressedCache(LiveState, DynamicCache):
         """
         require_pass(self.owner, self.conversation)
         layer = self.layers[layer_idx]
-        if layer.is_initialized and layer.dtype != key_states.dtype:
+        # Sliding layers of transformers 5.24 do not note their dtype.
+        holds = getattr(layer, "dtype", key_states.dtype) if layer.is_initialized else None
+        if holds not in (None, key_states.dtype):
             raise CompressionError(
-                f"this cache holds {layer.dtype}, and the model now computes {key_states.dtype}: "
+                f"this cache holds {holds}, and the model now computes {key_states.dtype}: "
                 "give the model its dtype back, or start a new cache"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
