@@ -65,9 +65,18 @@ def read_view(mask: Tensor | None, starts: tuple[int, ...], new: int, seen: int)
     """What a pass after the prompt sees; None where that is all tokens from the rows' starts on.
 
     Which of its own tokens a pass of several sees is then told by `own_block`. Makes the host wait
-    once where there is a mask. Raises ModelError where a mask shows pads that were dropped.
+    once where there is a mask. Raises ModelError where a mask, or none, shows pads that were
+    dropped.
     """
-    if mask is None or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if mask is None:
+        if padded := [row for row, start in enumerate(starts) if start]:
+            raise ModelError(
+                f"the pass has no attention mask, or one that hides nothing, and so shows the "
+                f"padding of rows {padded}, which was hidden and dropped when the prompt was "
+                "compressed: give the mask over all tokens so far, padding hidden"
+            )
+        return None
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     visible = to_bool(mask, len(starts), new, seen)
     begin = torch.tensor(starts, device=mask.device)[:, None, None]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hkvprof.errors import CompressionError, ModelError
+from hkvprof.errors import CompressionError
 from hkvprof.heads import HeadGrid
 from hkvprof.runtime.accounts import Meter
 from hkvprof.runtime.attention import View, read_view, row_starts, to_bool
@@ -87,15 +87,9 @@ class Conversation:
     def look(self, mask: Tensor | None, new: int, seen: int, begins: bool) -> View | None:
         """Read the mask of a pass after the prompt; the first covered layer does (`begins`), others
         where they get another one."""
-        if mask is None and any(self.starts) and not self.maskless:
-            padded = [row for row, start in enumerate(self.starts) if start]
-            raise ModelError(
-                f"the pass has no attention mask, or one that hides nothing, and so shows the "
-                f"padding of rows {padded}, which was hidden and dropped when the prompt was "
-                "compressed: give the mask over all tokens so far, padding hidden"
-            )
         if begins or mask is None or self.looked is None or self.looked() is not mask:
-            self.view = read_view(mask, self.starts, new, seen)
+            hides_alone = mask is None and self.maskless
+            self.view = None if hides_alone else read_view(mask, self.starts, new, seen)
             self.hidden = None if self.view is None else self.view.hidden
             self.looked = None if mask is None else weakref.ref(mask)
         return self.view
