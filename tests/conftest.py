@@ -127,6 +127,12 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     return (yield)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """The command line quiets transformers for its whole process: every test hears it again."""
+    logging.getLogger("transformers").setLevel(logging.WARNING)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Fail the last test of a file that leaves the process other than it was."""
