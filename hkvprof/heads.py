@@ -143,6 +143,10 @@ def _adapted(fingerprint: ModelFingerprint) -> str:
     return f"with the adapter{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
+EXACT_BITS = 16
+"""Stands for the model's own dtype, whatever its width."""
+
+
 @dataclass(frozen=True)
 class Strategy:
     """One way to treat a KV head: an entry of a profile's menu.
@@ -153,6 +157,9 @@ class Strategy:
     chunk, or `projected`, `bits` bits per token (method: docs/method.md, "The projected index").
     With `rerank` n the index names n items more than have room, and their exact keys, read from
     host memory, decide which of them have it.
+
+    `resident_bits` below EXACT_BITS is the precision of what stays on the device beside sinks and
+    recent tokens: kept tokens of a static head, hot items of a dynamic one (selection.residents).
     """
 
     head_type: HeadType
@@ -162,10 +169,16 @@ class Strategy:
     chunk: int = 1
     bits: int = 0
     rerank: int = 0
+    resident_bits: int = EXACT_BITS
 
     @property
     def name(self) -> str:
         """Short unique name, for tables and command lines."""
+        exact = self.resident_bits == EXACT_BITS
+        return self._method + ("" if exact else f"-int{self.resident_bits}")
+
+    @property
+    def _method(self) -> str:
         if self.head_type is HeadType.STATIC:
             prior = f"-text{self.text_prior:g}" if self.text_prior else ""
             return f"static-pool{self.pool}{prior}"

@@ -1,9 +1,9 @@
 """Synthetic profiles with fixed numbers, for tests and for the golden file.
 
-`python -m tests.profiles` writes tests/golden/profile-v3.safetensors again; its bytes are pinned
+`python -m tests.profiles` writes tests/golden/profile-v4.safetensors again; its bytes are pinned
 by tests/profile/test_golden.py, so that a change of the format cannot pass unseen. The files of
-versions 1 and 2 are as those wrote them: `one_length(make_profile())` without statistics, and of
-version 1 also `plain_profile` of that.
+versions 1 to 3 are as those wrote them: `make_profile()`; of version 2 `one_length` of it without
+statistics, and of version 1 also `plain_profile` of that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from hkvprof.profile.record import Profile, ProjectedIndexTables
 from hkvprof.profile.tables import HeadStatistics
 
 FOLDER = Path(__file__).parent / "golden"
-GOLDEN = FOLDER / "profile-v3.safetensors"
+GOLDEN = FOLDER / "profile-v4.safetensors"
+GOLDEN_V3 = FOLDER / "profile-v3.safetensors"
 GOLDEN_V2 = FOLDER / "profile-v2.safetensors"
 GOLDEN_V1_INDEX = FOLDER / "profile-v1.safetensors"
 GOLDEN_V1 = FOLDER / "profile-v1-plain.safetensors"

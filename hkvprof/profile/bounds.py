@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import ProfileError
-from hkvprof.heads import MOST_ADAPTERS, HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.heads import (
+    EXACT_BITS,
+    MOST_ADAPTERS,
+    HeadGrid,
+    HeadType,
+    KeepRule,
+    ModelFingerprint,
+    Strategy,
+)
 
 MAX_RATIOS = 1024
 _LIMITS = HeadGrid(layers=1024, query_heads=1024, kv_heads=1024, head_dim=1024)
@@ -126,7 +134,14 @@ def _check_strategy(strategy: Strategy) -> None:
     require(whole, f"strategy {strategy} has a size that is no integer in 0..65536")
     prior = strategy.text_prior
     require(_is_number(prior) and 0 <= prior <= 1, f"text_prior {prior!r} is not in [0, 1]")
-    if strategy.head_type is HeadType.STATIC:
+    static = strategy.head_type is HeadType.STATIC
+    widths = (4, 8, EXACT_BITS) if static else (8, EXACT_BITS)
+    require(
+        type(strategy.resident_bits) is int and strategy.resident_bits in widths,
+        f"resident_bits {strategy.resident_bits!r} of a {strategy.head_type.name.lower()} strategy "
+        f"is not one of {', '.join(map(str, widths))}",
+    )
+    if static:
         require(strategy.pool % 2 == 1, f"pooling width {strategy.pool} must be odd")
         plain = strategy.index == "" and type(strategy.rerank) is int and strategy.rerank == 0
         require(plain, "a static strategy has neither index nor rerank")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.heads import EXACT_BITS, HeadType, KeepRule, Strategy
 
 SLOT_BYTES = 4
 """Bytes of the device-side slot map per hot item (int32 item number)."""
@@ -17,6 +17,10 @@ SCORE_BYTES = 4
 """More of them where scores are smoothed over steps (float32)."""
 END_BYTES = 8
 """Bytes per segment, one (batch row, KV head): where it starts and ends (int32 each)."""
+QUANTISED_END_BYTES = 12
+"""More per segment with tokens in fewer bits: its number, where they start and end (int32 each)."""
+SCALE_GROUP = 32
+"""Most channels that share a scale where tokens are kept in 4 bits."""
 CENTROIDS = 256
 """Values of a one-byte code of the projected index (selection.quantiser)."""
 TOO_SHORT = "static (row too short for its index)"
@@ -41,6 +45,56 @@ class DynamicLayout:
     def resident_tokens(self) -> int:
         """Tokens with K/V on the device: sinks, recent and the hot buffer."""
         return self.sinks + self.recent + self.hot * self.chunk
+
+
+def scale_group(bits: int, head_dim: int) -> int:
+    """Channels of a token's key (or value) that share a scale: all of them in 8 bits; in 4 the
+    largest power of two that divides the width, at most SCALE_GROUP."""
+    return head_dim if bits == 8 else min(SCALE_GROUP, head_dim & -head_dim)
+
+
+def quantised_bytes(bits: int, head_dim: int) -> int:
+    """Device bytes of a token's key and value in so many bits, with their scales (float16)."""
+    return 2 * (head_dim * bits // 8 + 2 * (head_dim // scale_group(bits, head_dim)))
+
+
+@dataclass(frozen=True)
+class StaticLayout:
+    """Tokens that a static head keeps: `exact` in the model's dtype, `quantised` in fewer bits."""
+
+    exact: int
+    quantised: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.exact + self.quantised
+
+
+def static_layout(
+    strategy: Strategy, ratio: float, tokens: int, keep: KeepRule, head_dim: int, itemsize: int
+) -> StaticLayout:
+    """What a static head keeps of `tokens` for `ratio` of its dense bytes.
+
+    With residents in fewer bits sinks and recent tokens alone stay exact; the mean of the others
+    (keys and values, in the model's dtype) comes out of the share.
+    """
+    exact = min(tokens, keep.sinks + keep.recent)
+    if strategy.resident_bits == EXACT_BITS:
+        return StaticLayout(static_tokens(ratio, tokens, keep))
+    unit = 2 * head_dim * itemsize
+    left = ratio * tokens * unit - (exact + 1) * unit
+    room = math.floor(left / quantised_bytes(strategy.resident_bits, head_dim) + 1e-6)
+    return StaticLayout(exact, max(0, min(tokens - exact, room)))
+
+
+def static_bytes(strategy: Strategy, layout: StaticLayout, head_dim: int, itemsize: int) -> int:
+    """Device bytes of a static head's tokens and of what goes with them."""
+    unit = 2 * head_dim * itemsize
+    if not layout.quantised:
+        return layout.exact * unit
+    row = quantised_bytes(strategy.resident_bits, head_dim)
+    return (layout.exact + 1) * unit + layout.quantised * row + QUANTISED_END_BYTES
 
 
 def static_tokens(ratio: float, tokens: int, keep: KeepRule) -> int:
@@ -92,10 +146,28 @@ def dynamic_layout(
     unit = 2 * head_dim * itemsize
     left = ratio * tokens * unit - (keep.sinks + recent) * unit
     left -= items * index_item_bytes(strategy, head_dim, itemsize)
-    hot = int(left // (strategy.chunk * unit + slot_bytes))
+    slot = strategy.chunk * unit
+    if strategy.resident_bits != EXACT_BITS:
+        slot = strategy.chunk * quantised_bytes(strategy.resident_bits, head_dim)
+        left -= unit  # their mean
+    hot = int(left // (slot + slot_bytes))
     if items < 1 or hot < 1:
         return None
     return DynamicLayout(keep.sinks, recent, items, strategy.chunk, min(hot, items))
+
+
+def dynamic_bytes(
+    strategy: Strategy, layout: DynamicLayout, head_dim: int, itemsize: int, slot_bytes: int
+) -> int:
+    """Device bytes of a dynamic head: tokens, index, and `slot_bytes` per hot item."""
+    unit = 2 * head_dim * itemsize
+    total = (layout.sinks + layout.recent) * unit + layout.hot * slot_bytes
+    total += layout.items * index_item_bytes(strategy, head_dim, itemsize)
+    hot = layout.hot * layout.chunk
+    if strategy.resident_bits == EXACT_BITS:
+        return total + hot * unit
+    row = quantised_bytes(strategy.resident_bits, head_dim)
+    return total + unit + hot * row + QUANTISED_END_BYTES
 
 
 def least_layout(strategy: Strategy, tokens: int, keep: KeepRule) -> DynamicLayout:
@@ -124,11 +196,11 @@ def held_bytes(
     if ratio >= 1:
         return tokens * unit + END_BYTES
     if strategy.head_type is HeadType.STATIC:
-        return static_tokens(ratio, tokens, keep) * unit + END_BYTES
+        kept = static_layout(strategy, ratio, tokens, keep, head_dim, itemsize)
+        return static_bytes(strategy, kept, head_dim, itemsize) + END_BYTES
     layout = dynamic_layout(strategy, ratio, tokens, keep, head_dim, itemsize, slot_bytes)
     layout = layout or least_layout(strategy, tokens, keep)
-    index = layout.items * index_item_bytes(strategy, head_dim, itemsize)
-    return layout.resident_tokens * unit + index + layout.hot * slot_bytes + END_BYTES
+    return dynamic_bytes(strategy, layout, head_dim, itemsize, slot_bytes) + END_BYTES
 
 
 OVER = 0.05

@@ -22,9 +22,10 @@ from hkvprof.profile.costs import (
     SCORE_BYTES,
     SLOT_BYTES,
     TOO_SHORT,
+    dynamic_bytes,
     dynamic_layout,
-    index_item_bytes,
-    static_tokens,
+    static_bytes,
+    static_layout,
 )
 from hkvprof.profile.planning import Menu, poorest_loss
 
@@ -247,11 +248,13 @@ def _head(
     tables: Mapping[int, int],
 ) -> HeadForecast:
     """One head, as runtime.packing packs it; every segment has `end` bytes beside its tokens."""
-    kind, name, more, host = "static", strategy.name, end, 0
-    tokens = static_tokens(ratio, menu.tokens, menu.keep)
-    unit = 2 * menu.head_dim * menu.itemsize
+    kind, name, host = "static", strategy.name, 0
+    unit, sizes = 2 * menu.head_dim * menu.itemsize, (menu.head_dim, menu.itemsize)
+    kept = static_layout(strategy, ratio, menu.tokens, menu.keep, *sizes)
+    tokens, held = kept.tokens, static_bytes(strategy, kept, *sizes)
     if ratio >= 1:
         kind, name, tokens, loss = WHOLE, WHOLE, menu.tokens, 0.0
+        held = tokens * unit
     elif strategy.head_type is HeadType.DYNAMIC:
         slot = SLOT_BYTES + SCORE_BYTES
         layout = dynamic_layout(
@@ -261,15 +264,14 @@ def _head(
             name = TOO_SHORT
         else:
             kind, tokens = "dynamic", layout.resident_tokens
-            more += layout.items * index_item_bytes(strategy, menu.head_dim, menu.itemsize)
-            more += layout.hot * slot
+            held = dynamic_bytes(strategy, layout, *sizes, slot)
             host = layout.items * layout.chunk * unit
     return HeadForecast(
         kind=kind,
         strategy=name,
         ratio=ratio,
         resident_tokens=tokens,
-        resident_bytes=rows * (tokens * unit + more),
+        resident_bytes=rows * (held + end),
         host_bytes=rows * host,
         table_bytes=tables.get(strategy.bits, 0) if strategy.index == "projected" else 0,
         loss=loss,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA_VERSION", "Profile", "ProjectedIndexTables", "load_profile"]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 METADATA_KEY = "hkvprof"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_METADATA_BYTES = 4 * 2**20

@@ -23,9 +23,13 @@ def upgrade(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
     """Change a file's content in place. Raises ProfileError, or KeyError and TypeError if damaged.
 
     Version 1 quantised its index otherwise; versions 1 and 2 have one curve for prompts of all
-    lengths and were planned by loss alone: they are planned as profiles are today.
+    lengths and were planned by loss alone: they are planned as profiles are today. Up to version 3
+    all residents are in the model's own dtype.
     """
     schema = metadata["schema"]
+    if schema < 4:
+        later = [entry for entry in metadata["strategies"] if "resident_bits" in entry]
+        require(not later, f"resident_bits in a file of schema version {schema}, which has none")
     if schema < 2:
         require(not any(key.startswith("index.") for key in tensors), _OLD_INDEX)
     if schema < 3:

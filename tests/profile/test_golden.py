@@ -15,13 +15,15 @@ from tests.profiles import (
     GOLDEN_V1,
     GOLDEN_V1_INDEX,
     GOLDEN_V2,
+    GOLDEN_V3,
     make_profile,
     one_length,
     plain_profile,
 )
 
 SHA256 = {
-    GOLDEN: "5d4aebf28f9ee0c68bbea7bfc32471b5675b209280939cc4524dadcd9639fcb5",
+    GOLDEN: "9a9a4da48ccfad3e4b78380994c6253b9726d371eecf9f2c1ce08c58669364da",
+    GOLDEN_V3: "5d4aebf28f9ee0c68bbea7bfc32471b5675b209280939cc4524dadcd9639fcb5",
     GOLDEN_V2: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
     GOLDEN_V1: "573212a7031ef4bf8d89b2f6103250aa607fa46af741ea8606b8e88d85f9dee0",
     GOLDEN_V1_INDEX: "38d4ed3c3e1c2559c4a095c732a207e296d2443ba0019f79eec61aab9136a471",
@@ -34,7 +36,7 @@ def test_golden_files_are_those_that_were_committed(path: Path) -> None:
 
 
 def test_writing_makes_the_same_bytes() -> None:
-    assert SCHEMA_VERSION == 3, "commit a golden file of the new schema and keep this one loading"
+    assert SCHEMA_VERSION == 4, "commit a golden file of the new schema and keep this one loading"
     assert make_profile().to_bytes() == GOLDEN.read_bytes()
 
 
@@ -65,6 +67,11 @@ def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
 def test_loading_and_saving_again_keeps_the_bytes(tmp_path) -> None:
     again = load_profile(GOLDEN).save(tmp_path / "again.safetensors")
     assert again.read_bytes() == GOLDEN.read_bytes()
+
+
+def test_version_3_becomes_a_profile_of_today() -> None:
+    """All that stays on the device was in the model's own dtype."""
+    assert load_profile(GOLDEN_V3).to_bytes() == make_profile().to_bytes()
 
 
 def test_version_1_without_an_index_becomes_a_profile_of_today() -> None:
@@ -98,7 +105,7 @@ def test_a_stranger_can_read_it_as_documented() -> None:
     entry = header["budget"]
     begin, end = entry["data_offsets"]
     budget = np.frombuffer(data[8 + size + begin : 8 + size + end], "<f4").reshape(entry["shape"])
-    assert metadata["schema"] == 3
+    assert metadata["schema"] == 4
     assert metadata["fingerprint"]["grid"] == {
         "layers": 3, "query_heads": 4, "kv_heads": 2, "head_dim": 8,
     }  # fmt: skip

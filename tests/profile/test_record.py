@@ -444,11 +444,15 @@ def test_planning_rules_are_kept(tmp_path: Path) -> None:
     assert load_profile(profile.save(tmp_path / "p.safetensors")).rules == Rules(0.25, 2.0)
 
 
-@pytest.mark.parametrize("name", ["lengths", "planning"])
+@pytest.mark.parametrize("name", ["lengths", "planning", "resident_bits"])
 def test_older_files_hold_nothing_newer(tmp_path: Path, name: str) -> None:
     metadata, tensors = parts()
-    other = {"lengths": "planning", "planning": "lengths"}[name]
-    older = {key: value for key, value in metadata.items() if key != other}
-    tensors.pop(other, None)
+    for other in {"lengths", "planning"} - {name}:
+        metadata.pop(other, None)
+        tensors.pop(other, None)
+    if name != "resident_bits":
+        for strategy in metadata["strategies"]:
+            del strategy["resident_bits"]
+    older = metadata
     path = write(tmp_path / "p.safetensors", {**older, "schema": 2}, tensors)
     assert name in refused(path)
