@@ -222,19 +222,12 @@ EVEN = 0.75
 class Rules:
     """How a measured profile is planned with: from curves to the budgets and types of heads.
 
-    The part `even` of the budget is dealt evenly, the rest by loss. At its ratio a head then takes
-    the strategy of the least loss, to which is added `transfer_weight` times the share of its dense
-    bytes that it reads from the host per step (profile.costs.fetched_share). Raises UsageError for
-    numbers out of range.
+    The part `even` of the budget is dealt evenly, the rest by loss. Raises UsageError for a number
+    out of range.
     """
 
     even: float = EVEN
-    transfer_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.even <= 1:
             raise UsageError(f"the part dealt evenly must lie in [0, 1], found {self.even}")
-        if not 0 <= self.transfer_weight <= 1e9:
-            raise UsageError(
-                f"the weight of transfers must lie in [0, 1e9], found {self.transfer_weight}"
-            )

@@ -87,7 +87,7 @@ def make_profile(recipe: str = "measured", grid: HeadGrid = GRID) -> Profile:
         static_margin=_ramp(2, *heads, len(RATIOS), high=0.0625),
         index=index_tables(grid),
         statistics=None if recipe == "uniform" else head_statistics(grid),
-        rules=Rules(even=0.5, transfer_weight=0.0),
+        rules=Rules(even=0.5),
         provenance={
             "samples": 16,
             "tasks": {"ocr": 8, "count": 8},

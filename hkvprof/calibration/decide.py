@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.heads import HeadGrid, HeadType
-from hkvprof.profile.budgets import INFEASIBLE, Allocation, scale_ratios
+from hkvprof.profile.budgets import INFEASIBLE, Allocation
+from hkvprof.profile.dealing import scale_ratios
 
 REPLY_WEIGHT, OUTPUT_WEIGHT, POWER = 1.0, 0.5, 0.5
 """Weights of the two terms (the reply knows what the answer depends on), and the root taken."""

@@ -42,16 +42,17 @@ Replies = Literal["given", "own"]
 REMOVED = {
     "risk": "the mean over samples is what is planned for (docs/experiments.md): leave it out",
     "risk_level": "the mean over samples is what is planned for: leave it out",
+    "transfer_weight": "what a step reads is said where a budget is (fetch): leave it out",
     "conservative": "types in doubt always have to be proven by the samples: leave it out",
 }
 """Fields of earlier versions, and what to do instead."""
 
 _OWN = {
     "paper": ("kappa", "chunk", "text_prior", "theta", "coefficient"),
-    "measured": ("even", "transfer_weight"),
+    "measured": ("even",),
 }
 """Fields that one recipe alone asks about."""
-_DECIDED = ("budget", "theta", "coefficient", "even", "transfer_weight")
+_DECIDED = ("budget", "theta", "coefficient", "even")
 """Fields that no row depends on."""
 
 
@@ -71,8 +72,8 @@ class Recipe:
     keys, reaches `theta`; static heads keep `coefficient` times the mean share of dynamic ones, up
     to `text_prior` of it text tokens first, dynamic ones chunks of `chunk` tokens.
 
-    Of `measured`: the part `even` of every budget is dealt evenly, the rest by loss, and
-    `transfer_weight` is the loss per share fetched and step (planning.Rules).
+    Of `measured`: the part `even` of every budget is dealt evenly, the rest by loss
+    (planning.Rules).
 
     Raises UsageError for what is out of range, and for what another recipe asks about.
     """
@@ -92,7 +93,6 @@ class Recipe:
     chunk: int = 16
     text_prior: float = 0.5
     even: float = RULES.even
-    transfer_weight: float = RULES.transfer_weight
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ class Recipe:
     @property
     def rules(self) -> Rules:
         """How curves become budgets."""
-        return Rules(self.even, self.transfer_weight)
+        return Rules(self.even)
 
 
 MEASURED = Recipe()

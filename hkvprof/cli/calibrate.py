@@ -61,7 +61,6 @@ def calibrate(
     ] = Recipe.text_prior,
     budget: options.Budget = options.DEFAULT_BUDGET,
     even: options.Even = Recipe.even,
-    transfer_weight: options.TransferWeight = Recipe.transfer_weight,
     replies: Annotated[
         Replies, typer.Option("--replies", help="Judge the given replies, or the model's own.")
     ] = Recipe.replies,
@@ -102,7 +101,7 @@ def calibrate(
         recipe = Recipe(
             name, options.parse_share(budget), replies, theta=theta, kappa=kappa,
             coefficient=coefficient, chunk=chunk, text_prior=text_prior, even=even,
-            transfer_weight=transfer_weight, seed=seed,
+            seed=seed,
         )  # fmt: skip
         loading = Loading(model, dtype, device, device_map, fsdp)
         place = Place(output or default_profile_path(model), rows, options.parse_shard(shard))

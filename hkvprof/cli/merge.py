@@ -29,7 +29,6 @@ def merge(
     kappa: options.Kappa = Recipe.kappa,
     coefficient: options.Coefficient = Recipe.coefficient,
     even: options.Even = Recipe.even,
-    transfer_weight: options.TransferWeight = Recipe.transfer_weight,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Make a profile of what shards have measured. The same rows give the same profile."""
@@ -41,7 +40,7 @@ def merge(
     check_output(output, force)
     recipe = replace(
         measured_by(rows[0]), budget=share, theta=theta, kappa=kappa, coefficient=coefficient,
-        even=even, transfer_weight=transfer_weight,
+        even=even,
     )  # fmt: skip
     profile = merged(rows, recipe)
     profile.save(output)

@@ -89,9 +89,6 @@ Coefficient = Annotated[
 Even = Annotated[
     float, typer.Option("--even", help="Part of every budget dealt evenly, 0 to 1 (measured).")
 ]
-TransferWeight = Annotated[
-    float, typer.Option("--transfer-weight", help="Loss per share fetched and step (measured).")
-]
 DEFAULT_BUDGET = f"{Recipe.budget:.2f}"
 
 

@@ -1,21 +1,13 @@
-"""Budgets: how users write them, and how one is dealt out over KV heads by their loss curves.
+"""Budgets as users write them: what may be kept on the device, and what a step may read.
 
-Numpy only.
-
-The problem: choose a strategy s and a kept share r for every head so that the summed loss is
-least while the mean share, all bytes included, stays within the budget. Ratios in the curves are
-all-in (a dynamic head's index is inside its ratio), and all heads have equal dense bytes, so bytes
-are simply the mean of the ratios. Every head's best curve over the menu is made monotone and
-convex (lower hull); then the steepest segments of all heads together are bought first, which is
-the Lagrangian optimum of the convexified problem.
+How they are dealt out over heads is in `dealing`.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +48,30 @@ Measured ratios are float32: 0.2 among them is 0.2 + 3e-9, so that a budget of 0
 heads but the last, whose ratio is short by what the others are over. What fits at a measured ratio
 must therefore fit at this little less (planning.plan_anew).
 """
+
+
+ANY = 2**31 - 1
+"""Items that may become hot in a step, where as many may as a head holds."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Decisions for every head; arrays are [layers, kv_heads].
+
+    `head_loss` is each head's share of `expected_loss`; both are NaN where nothing was measured.
+    In one decoding step at most `fresh` items of a dynamic head become hot (None: ANY).
+    """
+
+    strategy: NDArray[np.uint8]
+    ratio: NDArray[np.float32]
+    expected_loss: float
+    head_loss: NDArray[np.float64] | None = None
+    fresh: NDArray[np.int64] | None = None
+
+    @property
+    def limits(self) -> NDArray[np.int64]:
+        """`fresh`, or ANY for all heads."""
+        return np.full(self.ratio.shape, ANY) if self.fresh is None else self.fresh
 
 
 @dataclass(frozen=True)
@@ -125,185 +141,69 @@ def _expected(value: object) -> str:
     )
 
 
-Extra = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""From the ratios of all heads, layer by layer, to costs [heads, strategies] beside the loss."""
-
-
 @dataclass(frozen=True)
-class Allocation:
-    """Decisions for every head; arrays are [layers, kv_heads].
+class Fetch:
+    """What a decoding step may read from host memory, per row: a share of the row's dense K/V
+    bytes, or bytes; neither: the knee (profile.dealing), which is the default."""
 
-    `head_loss` is each head's share of `expected_loss`; both are NaN where nothing was measured.
-    """
+    share: float | None = None
+    bytes: int | None = None
 
-    strategy: NDArray[np.uint8]
-    ratio: NDArray[np.float32]
-    expected_loss: float
-    head_loss: NDArray[np.float64] | None = None
+    @classmethod
+    def parse(cls, value: float | int | str | Fetch | None) -> Fetch:
+        """Read `0.01` (share), `"1%"`, `"2MiB"`, `0` (no host memory at all), `"unlimited"` or
+        infinity, and None (the knee).
+
+        Raises BudgetError on anything else.
+        """
+        if isinstance(value, Fetch):
+            return value
+        if value is None:
+            return cls()
+        if isinstance(value, bool):
+            raise BudgetError(_expected_fetch(value))
+        if isinstance(value, (int, float, np.integer, np.floating)):
+            return cls._share(float(value), value)
+        return cls._parse_text(str(value))
+
+    @classmethod
+    def _share(cls, share: float, found: object) -> Fetch:
+        if not (0 <= share <= 1 or share == math.inf):
+            raise BudgetError(_expected_fetch(found))
+        return cls(share=share)
+
+    @classmethod
+    def _parse_text(cls, text: str) -> Fetch:
+        if text.strip().lower() in ("unlimited", "inf"):
+            return cls(share=math.inf)
+        number, unit = number_and_unit(text) or ("", "?")
+        if unit in UNITS:
+            return cls(bytes=int(float(number) * UNITS[unit]))
+        if unit not in ("", "%"):
+            raise BudgetError(_expected_fetch(text))
+        return cls._share(float(number) / (100 if unit else 1), text)
+
+    def resolve(self, dense_bytes: int) -> float | None:
+        """The share of a row's `dense_bytes`, infinite where nothing is limited; None: the knee."""
+        if self.bytes is not None:
+            return self.bytes / max(dense_bytes, 1)
+        return self.share
+
+    def __str__(self) -> str:
+        if self.bytes is not None:
+            return f"{self.bytes} bytes a step"
+        if self.share is None:
+            return "the knee"
+        return "unlimited" if self.share == math.inf else f"{self.share:.4g} of dense bytes a step"
 
 
-def allocate(
-    loss: NDArray[np.float32],
-    ratios: NDArray[np.float32],
-    share: float,
-    floor: float,
-    even: float = 0.0,
-    extra: Extra | None = None,
-) -> Allocation:
-    """Choose strategy and ratio per head within a mean ratio of `share`.
+FetchLike = float | int | str | Fetch | None
+"""What Fetch.parse reads."""
 
-    `loss` is [strategies, layers, kv_heads, ratios] (INFEASIBLE where a strategy does not fit),
-    `ratios` ascending and ending at 1, `floor` the least ratio any head may get; the part `even` of
-    the budget, in [0, 1], is dealt evenly, and only the rest by loss. What `extra` says of a ratio
-    is added where a head chooses its strategy, not to the losses. Heads are judged at the very
-    ratios that they get. Raises BudgetError when `share` is below `floor`. Never exceeds `share`;
-    ratios are monotone in it.
-    """
-    strategies, layers, kv_heads, _ = loss.shape
-    _check_share(share, floor)
-    heads = layers * kv_heads
-    flat = loss.transpose(1, 2, 0, 3).reshape(heads, strategies, -1).astype(np.float64)
-    grid = np.concatenate([[floor], ratios[ratios > floor]]).astype(np.float64)
-    curves = _interpolate(np.log(ratios.astype(np.float64)), flat, np.log(grid))
-    ratio = _round_down(_spend(curves.min(axis=1), grid, share, max(floor, even * share)))
-    at_ratio = _losses_at(flat, ratios, ratio.astype(np.float64))
-    judged = at_ratio if extra is None else at_ratio + extra(ratio.astype(np.float64))
-    choice = np.where(at_ratio < INFEASIBLE, judged, np.inf).argmin(axis=1)
-    least = np.take_along_axis(at_ratio, choice[:, None], axis=1)[:, 0]
-    if float(least.max()) >= INFEASIBLE:
-        raise BudgetError(
-            f"budget {share:.4g} is too small: no strategy of some heads fits their share; raise "
-            "the budget or use longer prompts"
-        )
-    return Allocation(
-        strategy=choice.astype(np.uint8).reshape(layers, kv_heads),
-        ratio=ratio.reshape(layers, kv_heads),
-        expected_loss=float(least.sum()),
-        head_loss=least.reshape(layers, kv_heads),
+
+def _expected_fetch(value: object) -> str:
+    return (
+        f"fetch {value!r} is not understood: expected what a decoding step may read from host "
+        "memory, as a share of dense bytes such as 0.01 or '1%', bytes such as '2MiB', 0 for no "
+        "host memory at all, or 'unlimited'"
     )
-
-
-def losses_of(
-    loss: NDArray[np.float32],
-    ratios: NDArray[np.float32],
-    strategy: NDArray[np.uint8],
-    ratio: NDArray[np.float32],
-) -> NDArray[np.float64]:
-    """Loss of every head under its `strategy` at its `ratio`, all [layers, kv_heads].
-
-    NaN where the strategy was not measured at that ratio, because it did not fit.
-    """
-    flat = loss.transpose(1, 2, 0, 3).reshape(ratio.size, len(loss), -1).astype(np.float64)
-    at_ratio = _losses_at(flat, ratios, ratio.reshape(-1).astype(np.float64))
-    own = np.take_along_axis(at_ratio, strategy.reshape(-1, 1).astype(np.intp), axis=1)
-    return np.where(own < INFEASIBLE, own, np.nan).reshape(ratio.shape)
-
-
-def _losses_at(
-    flat: NDArray[np.float64], ratios: NDArray[np.float32], ratio: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """[heads, strategies] losses; `flat` [heads, strategies, ratios], `ratio` [heads]."""
-    known = np.log(ratios.astype(np.float64))
-    return np.stack(
-        [
-            _interpolate(known, flat[h : h + 1], np.log(ratio[h : h + 1]))[0, :, 0]
-            for h in range(len(flat))
-        ]
-    )
-
-
-def scale_ratios(base: NDArray[np.float32], share: float, floor: float) -> NDArray[np.float32]:
-    """Ratios in proportion to `base`, clipped to [floor, 1], with a mean of at most `share`.
-
-    Raises BudgetError when `share` is below `floor`.
-    """
-    _check_share(share, floor)
-    low, high = 0.0, 1.0 / float(base.min())
-    for _ in range(60):
-        middle = (low + high) / 2
-        if float(np.clip(base.astype(np.float64) * middle, floor, 1).mean()) <= share:
-            low = middle
-        else:
-            high = middle
-    return _round_down(np.clip(base.astype(np.float64) * (high if share >= 1 else low), floor, 1))
-
-
-def _check_share(share: float, floor: float) -> None:
-    if share < floor:
-        raise BudgetError(
-            f"budget {share:.4g} is too small: sinks, recent tokens and the floor alone need "
-            f"{floor:.4g} of this prompt; raise the budget or use longer prompts"
-        )
-
-
-def _interpolate(
-    known: NDArray[np.float64], values: NDArray[np.float64], wanted: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Monotone curves at `wanted` abscissae; values [heads, strategies, known].
-
-    A point whose left neighbour is infeasible is infeasible too (never promise what may not fit),
-    unless the right one is NEAR.
-    """
-    values = np.minimum.accumulate(values, axis=-1)
-    right = np.clip(np.searchsorted(known, wanted, side="left"), 0, len(known) - 1)
-    left = np.maximum(right - 1, 0)
-    exact = (known[right] <= wanted) | (right == 0)
-    span = np.where(exact, 1.0, known[right] - known[left])
-    part = np.where(exact, 1.0, np.clip((wanted - known[left]) / span, 0, 1))
-    low, high = values[..., left], values[..., right]
-    # Where part is 1 the left value must not enter at all: 1e30 + (x - 1e30) is 0, not x.
-    blend = np.where(part >= 1, high, low + part * (high - low))
-    near = exact | (known[right] - wanted <= NEAR)
-    return np.where(low >= INFEASIBLE, np.where(near, high, float(INFEASIBLE)), blend)
-
-
-def _spend(
-    best: NDArray[np.float64], grid: NDArray[np.float64], share: float, floor: float
-) -> NDArray[np.float64]:
-    """Kept ratio per head: buy the steepest hull segments first. best is [heads, grid].
-
-    Hulls begin at the first point of the grid, whatever the `floor`, so that a larger floor never
-    changes the order in which segments are bought.
-    """
-    heads = len(best)
-    segments = [
-        (-(curve[j] - curve[i]) / (grid[j] - grid[i]), head, grid[j] - max(grid[i], floor), grid[j])
-        for head, curve in enumerate(best)
-        for i, j in _hull(grid, curve)
-        if grid[j] > floor
-    ]
-    segments.sort(key=lambda item: (-item[0], item[1]))
-    if share >= 1:
-        return np.ones(heads)
-    ratio = np.full(heads, floor, dtype=np.float64)
-    left = max(0.0, (share - floor) * heads)
-    for _, head, width, end in segments:
-        step = min(width, left)
-        whole = step == width
-        ratio[head] = end if whole else ratio[head] + step
-        left -= step
-        if left <= 0:
-            break
-    return ratio
-
-
-def _hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[tuple[int, int]]:
-    """Index pairs of the lower convex hull's segments, left to right."""
-    vertices: list[int] = []
-    for i in range(len(x)):
-        while len(vertices) > 1:
-            a, b = vertices[-2], vertices[-1]
-            if (y[b] - y[a]) * (x[i] - x[b]) >= (y[i] - y[b]) * (x[b] - x[a]):
-                vertices.pop()
-            else:
-                break
-        vertices.append(i)
-    return list(pairwise(vertices))
-
-
-def _round_down(ratio: NDArray[np.float64]) -> NDArray[np.float32]:
-    """float32 that never exceeds the float64 it came from."""
-    single = ratio.astype(np.float32)
-    above = single.astype(np.float64) > ratio
-    single[above] = np.nextafter(single[above], np.float32(0))
-    return single

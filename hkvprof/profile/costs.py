@@ -1,4 +1,4 @@
-"""Costs: what a strategy holds and moves at a share of a head's dense bytes, in tokens and bytes.
+"""Costs: what a strategy holds and reads at a share of a head's dense bytes, in tokens and bytes.
 
 Plain integers. Layouts of single heads (static, dynamic), a menu of strategies at one prompt
 length, and what a budget is worth to a request that grows (Worth).
@@ -256,20 +256,64 @@ def _steps(left: float, each: float) -> int:
     return QUIET if each <= 0 else min(QUIET, math.floor(left / each + 1e-9))
 
 
+TURNOVER = 0.2
+"""Part of the hot items that are new in a step, in the mean: 16% to 24% at the default smoothing
+(docs/retrieval.md)."""
+FRESH = 0.25
+"""Part of the hot items that may be new in any step, where a budget limits what is read."""
+
+
+def candidates(strategy: Strategy, layout: DynamicLayout) -> int:
+    """Most keys that reranking reads from the host per step: of items that are not hot."""
+    return min(strategy.rerank, layout.items - layout.hot)
+
+
+def fresh_items(layout: DynamicLayout, part: float) -> int:
+    """Items that this part of the hot ones comes to, at least one: no more than could be new."""
+    return min(max(1, math.ceil(part * layout.hot - 1e-9)), layout.items - layout.hot)
+
+
+def read_bytes(
+    strategy: Strategy, layout: DynamicLayout, key_bytes: int, value_bytes: int, fresh: float
+) -> float:
+    """Bytes that a dynamic head reads from host memory in a step in which `fresh` items become hot.
+
+    `key_bytes` and `value_bytes` are those of one token there. Keys of candidates, then keys and
+    values of items that become hot: never more than are not hot.
+    """
+    items = min(fresh, layout.hot, layout.items - layout.hot)
+    keys = candidates(strategy, layout) * key_bytes
+    return layout.chunk * (keys + items * (key_bytes + value_bytes))
+
+
 @dataclass(frozen=True)
 class Menu:
-    """Strategies for prompts of `tokens` tokens with `itemsize` bytes per K/V element."""
+    """Strategies for prompts of `tokens` tokens with `itemsize` bytes per K/V element.
+
+    `host_itemsize` are those of an element in host memory; None: the same.
+    """
 
     strategies: tuple[Strategy, ...]
     keep: KeepRule
     head_dim: int
     tokens: int
     itemsize: int
+    host_itemsize: int | None = None
 
     @property
     def floor(self) -> float:
         """The least ratio of any head."""
         return token_floor(self.keep.floor_tokens, self.tokens)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of a head's dense keys and values."""
+        return 2 * self.head_dim * self.itemsize * self.tokens
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of one token's key, or of its value, in host memory."""
+        return self.head_dim * (self.host_itemsize or self.itemsize)
 
     def fits(self, strategy: Strategy, ratio: float) -> bool:
         """Whether the strategy's fixed bytes leave room for tokens at `ratio`."""
@@ -281,24 +325,34 @@ class Menu:
         """How a dynamic strategy divides the prompt at `ratio`; None if it does not fit."""
         return dynamic_layout(strategy, ratio, self.tokens, self.keep, self.head_dim, self.itemsize)
 
+    def reading(self, strategy: Strategy, ratio: float) -> DynamicLayout | None:
+        """The layout of a head that reads from the host; None for static heads, for those whose
+        index leaves no room at this ratio, and for those that hold everything."""
+        if strategy.head_type is HeadType.STATIC or ratio >= 1:
+            return None
+        layout = self.layout(strategy, ratio)
+        return layout if layout is not None and layout.hot < layout.items else None
 
-TURNOVER = 0.5
-"""Part of the hot items that change per step: an upper bound, hit rates were 55% to 76% where every
-step selects and nothing is smoothed (docs/retrieval.md)."""
 
+@dataclass(frozen=True)
+class Reads:
+    """What heads read from the host per decoding step, over the bytes of their dense K/V.
 
-def fetched_share(menu: Menu, strategy: Strategy, ratio: float) -> float:
-    """Bytes a head fetches per decoding step at `ratio`, over the bytes of its dense K/V.
-
-    Items that enter the hot buffer, and the exact keys that reranking reads. 0 for static heads,
-    and for dynamic ones whose index leaves no room at this ratio or that hold everything.
+    `expected` in the mean, `limit` with FRESH of their hot items, which a limited plan has to
+    have room for, and `worst` with as many new items as they hold.
     """
-    if strategy.head_type is HeadType.STATIC or ratio >= 1:
-        return 0.0
-    layout = menu.layout(strategy, ratio)
+
+    expected: float = 0.0
+    limit: float = 0.0
+    worst: float = 0.0
+
+
+def fetched_share(menu: Menu, strategy: Strategy, ratio: float) -> Reads:
+    """What a head reads per decoding step at `ratio`."""
+    layout = menu.reading(strategy, ratio)
     if layout is None:
-        return 0.0
-    items = TURNOVER * layout.hot
-    if strategy.rerank:
-        items += min(layout.items, layout.hot + strategy.rerank) / 2  # keys, not values
-    return items * layout.chunk / menu.tokens
+        return Reads()
+    mean = TURNOVER * layout.hot
+    fresh = (mean, fresh_items(layout, FRESH), layout.hot)
+    sizes = (menu.host_bytes, menu.host_bytes)
+    return Reads(*(read_bytes(strategy, layout, *sizes, n) / menu.dense_bytes for n in fresh))

@@ -22,8 +22,11 @@ from hkvprof.profile.costs import (
     SCORE_BYTES,
     SLOT_BYTES,
     TOO_SHORT,
+    TURNOVER,
+    DynamicLayout,
     dynamic_bytes,
     dynamic_layout,
+    read_bytes,
     static_bytes,
     static_layout,
 )
@@ -39,7 +42,9 @@ class HeadForecast:
 
     `ratio` is its share of its dense bytes, `resident_tokens` the tokens per row with K/V on the
     device (hot copies included), `resident_bytes` K/V, index and slot map, `host_bytes` the items
-    in host memory. `table_bytes` are loaded once per model; `loss` is NaN where not measured.
+    in host memory. `table_bytes` are loaded once per model; `loss` is NaN where not measured. A
+    decoding step is expected to read `read_bytes` from the host, and reads at most
+    `most_read_bytes`.
     """
 
     kind: str
@@ -50,6 +55,8 @@ class HeadForecast:
     host_bytes: int
     table_bytes: int
     loss: float
+    read_bytes: float = 0.0
+    most_read_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,26 @@ class Forecast:
         return sum(layer.table_bytes for layer in self.layers)
 
     @property
+    def read_bytes(self) -> float:
+        """What a decoding step of all rows is expected to read from the host."""
+        return sum(head.read_bytes for head in self._heads())
+
+    @property
+    def most_read_bytes(self) -> int:
+        """The most that any decoding step reads (Receipt.most_read_bytes)."""
+        return sum(head.most_read_bytes for head in self._heads())
+
+    @property
+    def read_share(self) -> float:
+        """Expected reads per step over dense bytes."""
+        return self.read_bytes / self.dense_bytes
+
+    @property
+    def most_read_share(self) -> float:
+        """The most that a step reads over dense bytes: what a budget of reads bounds."""
+        return self.most_read_bytes / self.dense_bytes
+
+    @property
     def device_bytes(self) -> int:
         """Resident bytes and index tables together."""
         return self.resident_bytes + self.table_bytes
@@ -165,7 +192,8 @@ class Forecast:
             name: getattr(self, name)
             for name in (
                 "share", "tokens", "rows", "itemsize", "dense_bytes", *sums, "device_bytes",
-                "peak_bytes", "resident_share", "is_dense", "expected_loss",
+                "peak_bytes", "read_bytes", "most_read_bytes", "read_share",
+                "most_read_share", "resident_share", "is_dense", "expected_loss",
                 "relative_loss", "reference_loss", "least_share", "below_measured",
             )
         }  # fmt: skip
@@ -214,13 +242,14 @@ def forecast(
         allocation.strategy.tolist(),
         allocation.ratio.tolist(),
         losses.tolist(),
+        allocation.limits.tolist(),
         strict=True,
     )
     layers = tuple(
         LayerForecast(
             tuple(
-                _head(menu, menu.strategies[choice], ratio, loss, rows, end, tables)
-                for choice, ratio, loss in zip(*layer, strict=True)
+                _head(menu, menu.strategies[choice], ratio, loss, fresh, rows, end, tables)
+                for choice, ratio, loss, fresh in zip(*layer, strict=True)
             )
         )
         for layer in decisions
@@ -243,12 +272,13 @@ def _head(
     strategy: Strategy,
     ratio: float,
     loss: float,
+    fresh: int,
     rows: int,
     end: int,
     tables: Mapping[int, int],
 ) -> HeadForecast:
     """One head, as runtime.packing packs it; every segment has `end` bytes beside its tokens."""
-    kind, name, host = "static", strategy.name, 0
+    kind, name, host, reads = "static", strategy.name, 0, (0.0, 0)
     unit, sizes = 2 * menu.head_dim * menu.itemsize, (menu.head_dim, menu.itemsize)
     kept = static_layout(strategy, ratio, menu.tokens, menu.keep, *sizes)
     tokens, held = kept.tokens, static_bytes(strategy, kept, *sizes)
@@ -266,6 +296,7 @@ def _head(
             kind, tokens = "dynamic", layout.resident_tokens
             held = dynamic_bytes(strategy, layout, *sizes, slot)
             host = layout.items * layout.chunk * unit
+            reads = _reads(menu, strategy, layout, fresh)
     return HeadForecast(
         kind=kind,
         strategy=name,
@@ -275,4 +306,15 @@ def _head(
         host_bytes=rows * host,
         table_bytes=tables.get(strategy.bits, 0) if strategy.index == "projected" else 0,
         loss=loss,
+        read_bytes=rows * reads[0],
+        most_read_bytes=rows * reads[1],
     )
+
+
+def _reads(menu: Menu, strategy: Strategy, layout: DynamicLayout, fresh: int) -> tuple[float, int]:
+    """Bytes that a dynamic head reads per step: expected, and at most."""
+    if layout.hot == layout.items:
+        return 0.0, 0
+    sizes = (menu.host_bytes, menu.host_bytes)
+    expected = read_bytes(strategy, layout, *sizes, min(TURNOVER * layout.hot, fresh))
+    return expected, int(read_bytes(strategy, layout, *sizes, fresh))

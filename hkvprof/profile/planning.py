@@ -7,15 +7,23 @@ What the strategies of a menu cost and whether they fit is in `costs`, how a bud
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError
 from hkvprof.heads import HeadType, Rules, Strategy
-from hkvprof.profile.budgets import INFEASIBLE, NEAR, Allocation, allocate, losses_of, scale_ratios
-from hkvprof.profile.costs import Menu, fetched_share
+from hkvprof.profile.budgets import ANY, INFEASIBLE, NEAR, Allocation
+from hkvprof.profile.costs import (
+    FRESH,
+    DynamicLayout,
+    Menu,
+    fetched_share,
+    fresh_items,
+    read_bytes,
+)
+from hkvprof.profile.dealing import allocate, losses_of, scale_ratios
 
 __all__ = ["DEFAULT", "Menu", "Rules", "plan_anew", "plan_scaled", "poorest_loss"]
 
@@ -48,17 +56,19 @@ def plan_anew(
     share: float,
     rules: Rules = DEFAULT,
     margin: NDArray[np.float32] | None = None,
+    fetch: float | None = None,
 ) -> Allocation:
-    """Strategy and ratio of every head from curves [S, L, Hkv, R]. Raises BudgetError.
+    """Strategy, ratio and reads of every head from curves [S, L, Hkv, R]. Raises BudgetError.
 
     `margin` [L, Hkv, R] is by how much the best static strategy must lose less than the best
-    dynamic one to be chosen (calibration.decide).
+    dynamic one to be chosen (calibration.decide). `fetch` is the most that a step reads from the
+    host, as a share of the dense bytes (infinite: no limit; None: the knee, dealing.allocate).
 
     Nothing was measured below the first ratio, so no head gets less than that (or than an even
     share, where the whole budget is smaller): on prompts far longer than the calibrated ones the
     floor in tokens would else promise the loss of many more tokens.
     """
-    extra = _Extra(menu, rules, ratios, margin)
+    extra = _Extra(menu, ratios, margin)
     floor = max(menu.floor, min(float(ratios[0]), share))
     if floor < ratios[0]:
         ratios = np.concatenate([[np.float32(floor)], ratios])
@@ -66,39 +76,90 @@ def plan_anew(
     least = ratios.astype(np.float64) * (1 - NEAR)
     fits = np.array([[menu.fits(s, float(ratio)) for ratio in least] for s in menu.strategies])
     possible = np.where(fits[:, None, None, :], loss, INFEASIBLE)
-    return allocate(possible, ratios, share, floor, rules.even, extra if extra.matters else None)
+    chosen = allocate(possible, ratios, share, floor, rules.even, extra, fetch)
+    return with_limits(menu, chosen, fetch)
 
 
 @dataclass(frozen=True)
 class _Extra:
-    """What strategies cost at a ratio beside their loss (budgets.Extra)."""
+    """What strategies cost at a ratio beside their loss (dealing.Extra)."""
 
     menu: Menu
-    rules: Rules
     known: NDArray[np.float32]
-    margin: NDArray[np.float32] | None
+    curves: NDArray[np.float32] | None
 
-    @property
-    def matters(self) -> bool:
-        """Whether any strategy costs anything beside its loss."""
-        return self.margin is not None or self.rules.transfer_weight > 0
-
-    def __call__(self, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
-        strategies = self.menu.strategies
-        cost = np.zeros((len(ratio), len(strategies)))
-        if self.margin is not None:
-            static = [strategy.head_type is HeadType.STATIC for strategy in strategies]
-            curves = self.margin.reshape(len(ratio), -1).astype(np.float64)
+    def margin(self, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[..., heads, strategies] for ratios [..., heads]: of static strategies alone."""
+        static = [strategy.head_type is HeadType.STATIC for strategy in self.menu.strategies]
+        cost = np.zeros((*ratio.shape, len(static)))
+        if self.curves is not None:
+            curves = self.curves.reshape(ratio.shape[-1], -1).astype(np.float64)
             at, known = np.log(ratio), np.log(self.known.astype(np.float64))
-            own = [np.interp(x, known, curve) for x, curve in zip(at, curves, strict=True)]
-            cost[:, static] = np.array(own)[:, None]
-        if self.rules.transfer_weight:
-            fetched = [
-                [fetched_share(self.menu, strategy, float(r)) for strategy in strategies]
-                for r in ratio
-            ]
-            cost += self.rules.transfer_weight * np.array(fetched)
+            own = [np.interp(at[..., h], known, curve) for h, curve in enumerate(curves)]
+            cost[..., static] = np.stack(own, axis=-1)[..., None]
         return cost
+
+    def reads(self, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[..., strategies]: what a limited plan has to have room for."""
+        found, places = np.unique(ratio, return_inverse=True)
+        each = [
+            [fetched_share(self.menu, strategy, r).limit for strategy in self.menu.strategies]
+            for r in found.tolist()
+        ]
+        return np.array(each)[places.reshape(ratio.shape)]
+
+
+def with_limits(menu: Menu, chosen: Allocation, fetch: float | None) -> Allocation:
+    """How many items may become hot per step and head, within a mean of `fetch` of dense bytes.
+
+    FRESH of the hot ones; more of them, alike for all heads, where `fetch` leaves room. None: just
+    FRESH; infinite: no limit. Raises BudgetError where not even that much may be read.
+    """
+    if fetch == math.inf:
+        return chosen
+    layouts = _readers(menu, chosen)
+    limits = np.full(chosen.ratio.size, ANY)
+    part = FRESH if fetch is None else _part(menu, layouts, fetch * menu.dense_bytes * limits.size)
+    for head, (_, layout) in layouts.items():
+        limits[head] = fresh_items(layout, part)
+    return replace(chosen, fresh=limits.reshape(chosen.ratio.shape))
+
+
+def _readers(menu: Menu, chosen: Allocation) -> dict[int, tuple[Strategy, DynamicLayout]]:
+    """By number, the heads that read from the host."""
+    found = {}
+    pairs = zip(chosen.strategy.flat, chosen.ratio.flat, strict=True)
+    for head, (number, ratio) in enumerate(pairs):
+        strategy = menu.strategies[number]
+        layout = menu.reading(strategy, float(ratio))
+        if layout is not None:
+            found[head] = strategy, layout
+    return found
+
+
+def _part(menu: Menu, layouts: dict[int, tuple[Strategy, DynamicLayout]], room: float) -> float:
+    """The largest part of the hot items that may be new where all heads read `room` bytes."""
+    sizes = (menu.host_bytes, menu.host_bytes)
+
+    def taken(part: float) -> float:
+        return sum(
+            read_bytes(strategy, layout, *sizes, fresh_items(layout, part))
+            for strategy, layout in layouts.values()
+        )
+
+    room *= 1 + 1e-12
+    low, high = FRESH if taken(FRESH) <= room else 0.0, 1.0
+    if taken(high) <= room:
+        return high
+    if taken(low) > room:
+        raise BudgetError(
+            f"a step may read {room:.0f} bytes of a prompt of {menu.tokens} tokens, and its "
+            f"dynamic heads read at least {taken(low):.0f}: raise fetch"
+        )
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if taken(middle) <= room else (low, middle)
+    return low
 
 
 def plan_scaled(
@@ -108,10 +169,12 @@ def plan_scaled(
     loss: NDArray[np.float32],
     ratios: NDArray[np.float32],
     share: float,
+    fetch: float | None = None,
 ) -> Allocation:
     """Strategies as they are, ratios in proportion to `base`, both [L, Hkv]. Raises BudgetError.
 
-    The curves [S, L, Hkv, R] decide nothing here: they say what to expect.
+    The curves [S, L, Hkv, R] decide nothing here: they say what to expect. Without them nothing
+    is known of reads either: where no `fetch` is given, there is no limit.
     """
     ratio = scale_ratios(base, share, menu.floor)
     for choice, kept in zip(strategy.flat, ratio.flat, strict=True):
@@ -123,7 +186,8 @@ def plan_scaled(
                 "the budget or use a longer prompt"
             )
     expected = losses_of(loss, ratios, strategy, ratio)
-    return Allocation(strategy, ratio, float(expected.sum()), expected)
+    plan = Allocation(strategy, ratio, float(expected.sum()), expected)
+    return with_limits(menu, plan, math.inf if fetch is None else fetch)
 
 
 def poorest_loss(strategies: tuple[Strategy, ...], loss: NDArray[np.float32]) -> float | None:

@@ -39,7 +39,7 @@ from hkvprof.profile.tables import HeadStatistics, ProjectedIndexTables
 from hkvprof.profile.upgrade import mean_tokens, upgrade
 
 if TYPE_CHECKING:
-    from hkvprof.profile.budgets import Allocation, Budget
+    from hkvprof.profile.budgets import Allocation, Budget, FetchLike
     from hkvprof.profile.costs import Menu
     from hkvprof.profile.forecast import Forecast
 
@@ -156,31 +156,36 @@ class Profile:
         return loss_between(self.loss, self.lengths, tokens)
 
     def allocation(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
-                   rows: int = 1) -> Allocation:  # fmt: skip
-        """Strategy and ratio of every head for one budget and prompt length.
+                   rows: int = 1, fetch: FetchLike = None,
+                   host_itemsize: int | None = None) -> Allocation:  # fmt: skip
+        """Strategy, ratio and reads of every head for two budgets and one prompt length.
 
         `tokens` is the prompt's length, `itemsize` bytes per K/V element and `rows` the batch; the
-        last two matter for budgets in bytes alone. A `paper` profile keeps its types and scales
-        its ratios; a `measured` one is planned anew. Raises BudgetError.
+        last two matter for budgets in bytes alone. `fetch` is what a decoding step may read from
+        the host per row (budgets.Fetch; default: the knee), where an element has `host_itemsize`
+        bytes. A `paper` profile keeps its types and scales its ratios, and reads without a limit by
+        default; a `measured` one is planned anew. Raises BudgetError.
         """
         from hkvprof.profile.planning import loss_between, plan_anew, plan_scaled
 
         menu, share = self._question(budget, tokens, itemsize, rows)
+        menu = replace(menu, host_itemsize=host_itemsize)
+        reads = self._reads(fetch, tokens, itemsize)
         loss = self.loss_at(tokens)
         if self.recipe == "measured":
             margin = self.static_margin
             if margin is not None:
                 margin = loss_between(margin, self.lengths, tokens)
-            return plan_anew(menu, loss, self.ratios, share, self.rules, margin)
-        kept = plan_scaled(menu, self.strategy, self.budget, loss, self.ratios, share)
+            return plan_anew(menu, loss, self.ratios, share, self.rules, margin, reads)
+        kept = plan_scaled(menu, self.strategy, self.budget, loss, self.ratios, share, reads)
         if self.has_curves or self.recipe == "uniform":
             return kept
         unknown = np.full(kept.ratio.shape, np.nan)
         return replace(kept, expected_loss=float("nan"), head_loss=unknown)
 
     def plan(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
-             rows: int = 1) -> Forecast:  # fmt: skip
-        """What `rows` prompts of `tokens` tokens hold under a budget, head by head, and lose.
+             rows: int = 1, fetch: FetchLike = None) -> Forecast:  # fmt: skip
+        """What `rows` prompts of `tokens` tokens hold under a budget, read, head by head, and lose.
 
         Needs neither model nor torch. The figures are those of `apply` with its default options
         on prompts of at least its `min_tokens`. Raises BudgetError.
@@ -188,7 +193,7 @@ class Profile:
         from hkvprof.profile.forecast import forecast
 
         menu, share = self._question(budget, tokens, itemsize, rows)
-        allocation = self.allocation(share, tokens, itemsize, rows)
+        allocation = self.allocation(share, tokens, itemsize, rows, fetch)
         tables = self.index.head_bytes if self.index else {}
         curves = self.loss_at(tokens) if self.has_curves else None
         measured = self.ratios if self.has_curves else np.zeros(1, dtype=np.float32)
@@ -202,6 +207,11 @@ class Profile:
         dense = rows * tokens * self.grid.token_bytes(itemsize)
         menu = Menu(self.strategies, self.keep, self.grid.head_dim, tokens, itemsize)
         return menu, Budget.parse(budget).resolve(tokens, dense)
+
+    def _reads(self, fetch: FetchLike, tokens: int, itemsize: int) -> float | None:
+        from hkvprof.profile.budgets import Fetch
+
+        return Fetch.parse(fetch).resolve(tokens * self.grid.token_bytes(itemsize))
 
     def _check_provenance(self) -> None:
         """Raise ProfileError for a certificate that is damaged, or anything but an object."""

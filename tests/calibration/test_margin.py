@@ -15,7 +15,8 @@ from hkvprof.calibration.decide import NO_PROOF, static_margin
 from hkvprof.calibration.evidence import Evidence
 from hkvprof.calibration.merge import build_profile
 from hkvprof.calibration.rows import SampleRow
-from hkvprof.profile.budgets import NEAR, Allocation, losses_of
+from hkvprof.profile.budgets import NEAR, Allocation
+from hkvprof.profile.dealing import losses_of
 from hkvprof.profile.planning import Rules, plan_anew
 from hkvprof.profile.record import Profile
 from tests.calibration.made_rows import CONDITIONS, RECIPE, SHAPE, D, S, make_rows

@@ -29,7 +29,7 @@ RECIPES = [
 def test_a_recipe_says_what_is_measured() -> None:
     assert Recipe().strategies == MEASURED_MENU
     assert Recipe().index_sizes == (16, 32, 64)
-    assert Recipe(even=0.5, transfer_weight=2.0).rules == Rules(0.5, 2.0)
+    assert Recipe(even=0.5).rules == Rules(0.5)
     paper = Recipe("paper", kappa=0.3)
     assert (paper.kappas, paper.ratios, paper.index_sizes) == ((*KAPPAS, 0.3), (1.0,), ())
 
@@ -41,7 +41,7 @@ def test_a_recipe_says_what_is_measured() -> None:
         ({"name": "paper", "even": 0.5}, "even belong to recipe 'measured'"),
         ({"name": "paper", "replies": "own"}, "judges no replies"),
         ({"even": 1.5}, "dealt evenly must lie in"),
-        ({"transfer_weight": -1.0}, "weight of transfers must lie in"),
+        ({"transfer_weight": 1.0}, "what a step reads is said where a budget is"),
     ],
     ids=str,
 )

@@ -215,6 +215,6 @@ def test_planning_takes_milliseconds(budget: float) -> None:
     """28 x 4 heads, 6 strategies, 14 ratios, at any length of the prompt."""
     profile = many_curves(3)
     margin = np.full_like(profile.loss[:, 0], 0.01)
-    profile = replace(profile, static_margin=margin, rules=Rules(0.5, 0.1))
+    profile = replace(profile, static_margin=margin, rules=Rules(0.5))
     assert 10_000 < calls(lambda: profile.plan(budget, 32768)) < 30_000
     assert calls(lambda: profile.plan(budget, 10**7)) < 30_000
