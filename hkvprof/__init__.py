@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hkvprof.calibration.recipe import Recipe
     from hkvprof.calibration.uniform import uniform_profile
     from hkvprof.models.load import load_model
-    from hkvprof.profile.budgets import Budget
+    from hkvprof.profile.budgets import Budget, Fetch
     from hkvprof.profile.record import Profile, load_profile
     from hkvprof.runtime.handle import Handle, apply
     from hkvprof.runtime.options import Options
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "Handle", "Options", "Profile", "Receipt", "Recipe", "__version__", "apply",
+    "Budget", "Fetch", "Handle", "Options", "Profile", "Receipt", "Recipe", "__version__", "apply",
     "calibrate", "load_model", "load_profile", "load_samples", "open_images",
     "uniform_profile",
 ]  # fmt: skip
@@ -36,6 +36,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "Budget": "hkvprof.profile.budgets",
+        "Fetch": "hkvprof.profile.budgets",
         "Handle": "hkvprof.runtime.handle",
         "Options": "hkvprof.runtime.options",
         "Profile": "hkvprof.profile.record",

@@ -23,6 +23,16 @@ Budgets = Annotated[
 ]
 
 
+Fetch = Annotated[
+    str | None,
+    typer.Option(
+        "--fetch",
+        help="Most that a decoding step reads from host memory, per row: a share of dense bytes, "
+        "bytes, 0 or unlimited; default: as little as loses no more than 3%.",
+    ),
+]
+
+
 def listed(text: str) -> list[str]:
     """What a comma-separated option lists; blanks and empty parts do not count."""
     return [part.strip() for part in text.split(",") if part.strip()]

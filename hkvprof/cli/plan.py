@@ -12,6 +12,7 @@ from hkvprof.cli import options
 from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
+    from hkvprof.profile.budgets import Fetch
     from hkvprof.profile.capacity import Fit, Room
     from hkvprof.profile.forecast import Forecast
     from hkvprof.profile.record import Profile
@@ -21,6 +22,7 @@ Examples:
   hkvprof plan tinyvl.profile.safetensors
   hkvprof plan p.safetensors --gpu 24GiB --weights 15.2GiB --context 32768 --batch 4
   hkvprof plan p.safetensors --budget 0.05,4096,2GiB --context 131072 --dtype float16
+  hkvprof plan p.safetensors --budget 0.05 --fetch 0.5%
   hkvprof plan p.safetensors --gpu 80GB --weights 15.2GiB --json | jq .fit.largest_budget.share"""
 
 _BUDGETS = "0.05,0.10,0.20,0.50"
@@ -59,14 +61,16 @@ def plan(
             "drawn; by default the largest that fits, or the profile's own.",
         ),
     ] = None,
+    fetch: options.Fetch = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of keys and values: bfloat16, float16 or float32.")
     ] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ascii_only: Annotated[bool, typer.Option("--ascii", help="Draw with ASCII alone.")] = False,
 ) -> None:
-    """Foretell bytes, loss and fit of budgets, without the model."""
+    """Foretell bytes, reads, loss and fit of budgets, without the model."""
     from hkvprof.cli.output import draws_ascii, stdout
+    from hkvprof.profile.budgets import Fetch
     from hkvprof.profile.capacity import find_fit
     from hkvprof.profile.record import load_profile
     from hkvprof.report import forecast
@@ -74,22 +78,22 @@ def plan(
 
     room = _room(gpu, weights, reserve)
     itemsize = _item_bytes(dtype)
-    asked = _budgets(budget)
+    asked, reads = _budgets(budget), Fetch.parse(fetch)
     loaded = load_profile(profile)
 
     def ask(share: float, tokens: int, rows: int) -> Forecast:
-        return loaded.plan(share, tokens, itemsize, rows)
+        return loaded.plan(share, tokens, itemsize, rows, reads)
 
     fit = None if room is None else find_fit(ask, context, batch, loaded.default_budget, room)
-    plans = {text: _plan(loaded, text, context, itemsize, batch) for text in asked}
+    plans = {text: _plan(loaded, text, reads, (context, itemsize, batch)) for text in asked}
     if budget is not None and all(isinstance(found, str) for found in plans.values()):
-        loaded.plan(asked[0], context, itemsize, batch)  # says what is wrong with it
+        loaded.plan(asked[0], context, itemsize, batch, reads)  # says what is wrong with it
     dense = ask(1.0, context, batch)
     outlook = forecast.Outlook(
         dtype=dtype,
         dense=dense,
         budgets=tuple(plans.items()),
-        drawn=_drawn(loaded, None if budget is None else plans[asked[0]], dense, fit),
+        drawn=_drawn(loaded, reads, None if budget is None else plans[asked[0]], dense, fit),
         fit=fit,
         min_tokens=MIN_TOKENS,
     )
@@ -101,23 +105,25 @@ def plan(
 
 
 def _plan(
-    profile: Profile, budget: str | float, tokens: int, itemsize: int, rows: int
+    profile: Profile, budget: str | float, fetch: Fetch, prompts: tuple[int, int, int]
 ) -> Forecast | str:
-    """The forecast of a budget, or why the budget is too small."""
+    """The forecast of a budget, or why it is too small; `prompts`: their tokens, bytes per element,
+    and how many."""
     try:
-        return profile.plan(budget, tokens, itemsize, rows)
+        return profile.plan(budget, *prompts, fetch)
     except BudgetError as error:
         return f"{budget}: {error}"
 
 
 def _drawn(
-    profile: Profile, first: Forecast | str | None, dense: Forecast, fit: Fit | None
+    profile: Profile, fetch: Fetch, first: Forecast | str | None, dense: Forecast, fit: Fit | None
 ) -> Forecast | None:
     """The first budget asked for; else the largest that fits, else the default one."""
     if first is None and fit is not None and not fit.dense_fits and fit.best is not None:
         return fit.best
     if first is None:
-        first = _plan(profile, profile.default_budget, dense.tokens, dense.itemsize, dense.rows)
+        prompts = (dense.tokens, dense.itemsize, dense.rows)
+        first = _plan(profile, profile.default_budget, fetch, prompts)
     return None if isinstance(first, str) else first
 
 

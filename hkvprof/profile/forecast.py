@@ -126,6 +126,12 @@ class Forecast:
         return sum(layer.table_bytes for layer in self.layers)
 
     @property
+    def static_share(self) -> float:
+        """Share of heads that are pruned once, and never read."""
+        kinds = [head.kind for head in self._heads()]
+        return kinds.count("static") / len(kinds)
+
+    @property
     def read_bytes(self) -> float:
         """What a decoding step of all rows is expected to read from the host."""
         return sum(head.read_bytes for head in self._heads())
@@ -193,7 +199,7 @@ class Forecast:
             for name in (
                 "share", "tokens", "rows", "itemsize", "dense_bytes", *sums, "device_bytes",
                 "peak_bytes", "read_bytes", "most_read_bytes", "read_share",
-                "most_read_share", "resident_share", "is_dense", "expected_loss",
+                "most_read_share", "static_share", "resident_share", "is_dense", "expected_loss",
                 "relative_loss", "reference_loss", "least_share", "below_measured",
             )
         }  # fmt: skip

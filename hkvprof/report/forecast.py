@@ -182,17 +182,30 @@ def _loss(plan: Forecast) -> str:
 def _table(outlook: Outlook) -> Table:
     fits = [] if outlook.fit is None else ["fits"]
     table = plain_table(
-        "budget", "resident", "share", "tables", "device", "peak", "host", "expected loss", *fits
+        "budget",
+        "resident",
+        "share",
+        "tables",
+        "device",
+        "peak",
+        "host",
+        "reads",
+        "at most",
+        "static",
+        "expected loss",
+        *fits,
     )
     for asked, plan in outlook.budgets:
         if isinstance(plan, str):
-            table.add_row(asked, *["-"] * (7 + len(fits)))
+            table.add_row(asked, *["-"] * (10 + len(fits)))
             continue
         once = (plan.table_bytes, plan.device_bytes, plan.peak_bytes, plan.host_bytes)
         answer = _fits(plan, outlook.fit)
         last = [] if answer is None else ["yes" if answer else "no"]
         resident = (human(plan.resident_bytes), percent(plan.resident_share))
-        table.add_row(asked, *resident, *map(human, once), _loss(plan), *last)
+        reads = (percent(plan.read_share), percent(plan.most_read_share))
+        types = percent(plan.static_share)
+        table.add_row(asked, *resident, *map(human, once), *reads, types, _loss(plan), *last)
     return table
 
 
@@ -201,7 +214,9 @@ def _notes(outlook: Outlook) -> list[str]:
     dense = outlook.dense
     lines = [
         "share: resident over dense bytes; tables: index constants, once per model and no part of "
-        "it; device: resident and tables; peak: and one dense layer, while the prompt comes in"
+        "it; device: resident and tables; peak: and one dense layer, while the prompt comes in",
+        "reads: from host memory per decoding step, over dense bytes: in the mean, and at most; "
+        "static: heads that never read",
     ]
     if dense.reference_loss is None:
         lines.append("loss: unknown, this profile measured nothing to compare with")

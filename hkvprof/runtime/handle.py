@@ -13,7 +13,7 @@ from hkvprof.models.approval import require_approval
 from hkvprof.models.load import load_empty
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.models.wrappers import unwrap
-from hkvprof.profile.budgets import Budget
+from hkvprof.profile.budgets import Budget, Fetch
 from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.binding import HANDLE, Binding
 from hkvprof.runtime.cache import Books, CompressedCache
@@ -29,6 +29,7 @@ def apply(
     profile: Profile | str | Path,
     budget: float | int | str | None = None,
     options: Options | None = None,
+    fetch: float | int | str | Fetch | None = None,
     **changes: Any,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
@@ -37,7 +38,10 @@ def apply(
     is what the profile is applied to.
 
     `budget` is the all-in share of dense K/V bytes to keep (0.10), a number of tokens per head
-    (4096), or bytes ("2GiB"); default: the profile's own. All else is an option: a record
+    (4096), or bytes ("2GiB"); default: the profile's own. `fetch` is the most that a decoding step
+    reads from host memory per row: a share of the row's dense bytes (0.01), bytes ("2MiB"), 0 (no
+    host memory at all) or "unlimited"; default: as little as loses no more than 3%
+    (profile.dealing). Passes of several tokens read what they need. All else is an option: a record
     (hkvprof.Options says what each one does), single ones by name, or both:
     `apply(model, profile, 0.10, min_tokens=512, compress_every=0)`.
 
@@ -67,7 +71,7 @@ def apply(
             f"a budget of {parsed.tokens} tokens is too small: sinks, recent tokens and the floor "
             f"need {floor}; raise the budget"
         )
-    return Handle(model, view, Planner(profile, parsed, options))
+    return Handle(model, view, Planner(profile, parsed, options, Fetch.parse(fetch)))
 
 
 class Handle:

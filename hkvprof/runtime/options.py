@@ -109,6 +109,11 @@ class Options:
         return replace(options or cls(), **changes)
 
     @property
+    def host_itemsize(self) -> int | None:
+        """Bytes per element of host items; None: as many as on the device."""
+        return 1 if self.host_dtype == "int8" else None
+
+    @property
     def slot_bytes(self) -> int:
         """Device bytes per hot item beside its K/V: its number, with smoothing also its score."""
         return SLOT_BYTES + (SCORE_BYTES if self.smoothing else 0)

@@ -10,7 +10,7 @@ import torch
 
 from hkvprof.errors import BudgetError
 from hkvprof.heads import HeadType, Strategy
-from hkvprof.profile.budgets import Allocation, Budget
+from hkvprof.profile.budgets import ANY, Allocation, Budget, Fetch
 from hkvprof.profile.costs import QUIET, Worth, dynamic_layout, held_bytes
 from hkvprof.profile.record import Profile
 from hkvprof.runtime.copies import NeverCopied
@@ -21,10 +21,12 @@ from hkvprof.selection.index import HeadTables
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """What one KV head does: its strategy and the share of its dense bytes, all included."""
+    """What one KV head does: its strategy, the share of its dense bytes, all included, and how many
+    items may become hot in a step."""
 
     strategy: Strategy
     ratio: float
+    fresh: int = ANY
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +68,10 @@ def head_plans(menu: Sequence[Strategy], allocation: Allocation) -> list[tuple[H
     """Every layer's heads as allocated."""
     return [
         tuple(
-            HeadPlan(menu[choice], float(ratio))
-            for choice, ratio in zip(choices, ratios, strict=True)
+            HeadPlan(menu[choice], float(ratio), int(fresh))
+            for choice, ratio, fresh in zip(*layer, strict=True)
         )
-        for choices, ratios in zip(allocation.strategy, allocation.ratio, strict=True)
+        for layer in zip(allocation.strategy, allocation.ratio, allocation.limits, strict=True)
     ]
 
 
@@ -78,13 +80,17 @@ class Planner(NeverCopied):
 
     `budget` is a share or tokens, of every row by its own length, or bytes of all rows together:
     those that stay dense have theirs, and the others get one share of their dense bytes. Rows
-    shorter than `options.min_tokens` stay dense.
+    shorter than `options.min_tokens` stay dense. `fetch` is what a decoding step of a row may read
+    from host memory; it does not grow with the row.
     """
 
-    def __init__(self, profile: Profile, budget: Budget, options: Options) -> None:
+    def __init__(
+        self, profile: Profile, budget: Budget, options: Options, fetch: Fetch | None = None
+    ) -> None:
         self.profile = profile
         self.budget = budget
         self.options = options
+        self.fetch = Fetch() if fetch is None else fetch
         self._tables: dict[tuple[torch.device, int, int, int], HeadTables] = {}
         self._plan = lru_cache(maxsize=256)(self._planned)
         self._scheduled = lru_cache(maxsize=64)(self._schedule)
@@ -154,7 +160,10 @@ class Planner(NeverCopied):
         return self._plan(tokens, share, itemsize)
 
     def _planned(self, tokens: int, share: float, itemsize: int) -> RowPlan:
-        allocation = self.profile.allocation(Budget(share=share), tokens, itemsize)
+        host = self.options.host_itemsize
+        allocation = self.profile.allocation(
+            Budget(share=share), tokens, itemsize, fetch=self.fetch, host_itemsize=host
+        )
         if bool((allocation.ratio >= 1).all()):
             return RowPlan(tokens, share, dense_reason="the budget holds the whole prompt")
         return RowPlan(tokens, share, tuple(head_plans(self.profile.strategies, allocation)))

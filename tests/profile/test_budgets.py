@@ -85,10 +85,10 @@ INF = math.inf
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, Fetch()), (0.01, Fetch(share=0.01)), ("1%", Fetch(share=0.01)), (0, Fetch(share=0)),
-        ("0", Fetch(share=0)), ("0%", Fetch(share=0)), (1, Fetch(share=1)), (" .5 ", Fetch(share=0.5)),
-        ("2MiB", Fetch(bytes=2**21)), ("0b", Fetch(bytes=0)), ("unlimited", Fetch(share=INF)),
-        (INF, Fetch(share=INF)), ("inf", Fetch(share=INF)), (Fetch(bytes=3), Fetch(bytes=3)),
+        (None, Fetch()), (0.01, Fetch(0.01)), ("1%", Fetch(0.01)), (0, Fetch(0)), ("0", Fetch(0)),
+        ("0%", Fetch(0)), (1, Fetch(1)), (" .5 ", Fetch(0.5)), ("2MiB", Fetch(bytes=2**21)),
+        ("0b", Fetch(bytes=0)), ("unlimited", Fetch(INF)), (INF, Fetch(INF)), ("inf", Fetch(INF)),
+        (Fetch(bytes=3), Fetch(bytes=3)),
     ],
 )  # fmt: skip
 def test_what_is_understood_as_a_budget_of_reads(text: object, expected: Fetch) -> None:

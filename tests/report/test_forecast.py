@@ -100,8 +100,10 @@ def test_the_table_holds_the_plans_figures() -> None:
     sizes = (plan.table_bytes, plan.device_bytes, plan.peak_bytes)
     assert cells[3:6] == [human(size) for size in sizes]
     assert plan.relative_loss is not None
-    assert cells[7] == f"{plan.expected_loss:.3g} ({100 * plan.relative_loss:.3g}%)"
-    assert cells[8] == "yes"
+    told = (plan.read_share, plan.most_read_share, plan.static_share)
+    assert cells[7:10] == [f"{100 * share:.3g}%" for share in told]
+    assert cells[10] == f"{plan.expected_loss:.3g} ({100 * plan.relative_loss:.3g}%)"
+    assert cells[11] == "yes"
     low = next(line for line in lines if line.startswith("0.03 "))
     assert ">= " in low
     assert any("less than 6.25%, the least share measured" in line for line in lines)
@@ -111,7 +113,7 @@ def test_a_budget_without_a_plan_says_why() -> None:
     shown = replace(outlook(make_profile()), budgets=(("0.001", "0.001: too small"),), drawn=None)
     lines = text(shown).splitlines()
     assert lines[-1] == "0.001: too small"
-    assert next(line for line in lines if line.startswith("0.001 ")).split()[1:] == ["-"] * 7
+    assert next(line for line in lines if line.startswith("0.001 ")).split()[1:] == ["-"] * 10
     assert to_json(shown)["budgets"] == [{"budget": "0.001", "error": "0.001: too small"}]
     assert to_json(shown)["plan"] is None
 
