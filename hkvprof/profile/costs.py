@@ -263,9 +263,9 @@ FRESH = 0.25
 """Part of the hot items that may be new in any step, where a budget limits what is read."""
 
 
-def candidates(strategy: Strategy, layout: DynamicLayout) -> int:
-    """Most keys that reranking reads from the host per step: of items that are not hot."""
-    return min(strategy.rerank, layout.items - layout.hot)
+def candidates(rerank: int, layout: DynamicLayout) -> int:
+    """Keys that reranking reads from the host per step: of items that are not hot."""
+    return min(rerank, layout.items - layout.hot)
 
 
 def fresh_items(layout: DynamicLayout, part: float) -> int:
@@ -274,7 +274,7 @@ def fresh_items(layout: DynamicLayout, part: float) -> int:
 
 
 def read_bytes(
-    strategy: Strategy, layout: DynamicLayout, key_bytes: int, value_bytes: int, fresh: float
+    rerank: int, layout: DynamicLayout, key_bytes: int, value_bytes: int, fresh: float
 ) -> float:
     """Bytes that a dynamic head reads from host memory in a step in which `fresh` items become hot.
 
@@ -282,15 +282,25 @@ def read_bytes(
     values of items that become hot: never more than are not hot.
     """
     items = min(fresh, layout.hot, layout.items - layout.hot)
-    keys = candidates(strategy, layout) * key_bytes
-    return layout.chunk * (keys + items * (key_bytes + value_bytes))
+    keys = candidates(rerank, layout)
+    return layout.chunk * (keys * key_bytes + items * (key_bytes + value_bytes))
+
+
+def most_read_bytes(rerank: int, chunk: int, key_bytes: int, value_bytes: int, fresh: int) -> int:
+    """Bytes that no step reads more of, however long the row becomes: a bound of `read_bytes`."""
+    return chunk * (rerank * key_bytes + fresh * (key_bytes + value_bytes))
+
+
+def host_row_bytes(head_dim: int, itemsize: int, int8: bool) -> int:
+    """Bytes of one token's key, or of its value, in host memory."""
+    return quantised_bytes(8, head_dim) // 2 if int8 else head_dim * itemsize
 
 
 @dataclass(frozen=True)
 class Menu:
     """Strategies for prompts of `tokens` tokens with `itemsize` bytes per K/V element.
 
-    `host_itemsize` are those of an element in host memory; None: the same.
+    With `int8_host` items in host memory have 8 bits.
     """
 
     strategies: tuple[Strategy, ...]
@@ -298,7 +308,7 @@ class Menu:
     head_dim: int
     tokens: int
     itemsize: int
-    host_itemsize: int | None = None
+    int8_host: bool = False
 
     @property
     def floor(self) -> float:
@@ -313,7 +323,7 @@ class Menu:
     @property
     def host_bytes(self) -> int:
         """Bytes of one token's key, or of its value, in host memory."""
-        return self.head_dim * (self.host_itemsize or self.itemsize)
+        return host_row_bytes(self.head_dim, self.itemsize, self.int8_host)
 
     def fits(self, strategy: Strategy, ratio: float) -> bool:
         """Whether the strategy's fixed bytes leave room for tokens at `ratio`."""
@@ -338,8 +348,8 @@ class Menu:
 class Reads:
     """What heads read from the host per decoding step, over the bytes of their dense K/V.
 
-    `expected` in the mean, `limit` with FRESH of their hot items, which a limited plan has to
-    have room for, and `worst` with as many new items as they hold.
+    `expected` in the mean, and `worst` with as many new items as they hold; a limited plan has to
+    have room for `limit`, with FRESH of the hot ones, which does not grow with the row.
     """
 
     expected: float = 0.0
@@ -352,7 +362,11 @@ def fetched_share(menu: Menu, strategy: Strategy, ratio: float) -> Reads:
     layout = menu.reading(strategy, ratio)
     if layout is None:
         return Reads()
-    mean = TURNOVER * layout.hot
-    fresh = (mean, fresh_items(layout, FRESH), layout.hot)
     sizes = (menu.host_bytes, menu.host_bytes)
-    return Reads(*(read_bytes(strategy, layout, *sizes, n) / menu.dense_bytes for n in fresh))
+    expected, worst = (
+        read_bytes(strategy.rerank, layout, *sizes, fresh)
+        for fresh in (TURNOVER * layout.hot, layout.hot)
+    )
+    fresh = fresh_items(layout, FRESH)
+    limit = most_read_bytes(strategy.rerank, layout.chunk, *sizes, fresh)
+    return Reads(expected / menu.dense_bytes, limit / menu.dense_bytes, worst / menu.dense_bytes)

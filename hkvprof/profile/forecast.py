@@ -322,5 +322,6 @@ def _reads(menu: Menu, strategy: Strategy, layout: DynamicLayout, fresh: int) ->
     if layout.hot == layout.items:
         return 0.0, 0
     sizes = (menu.host_bytes, menu.host_bytes)
-    expected = read_bytes(strategy, layout, *sizes, min(TURNOVER * layout.hot, fresh))
-    return expected, int(read_bytes(strategy, layout, *sizes, fresh))
+    rerank, mean = strategy.rerank, min(TURNOVER * layout.hot, fresh)
+    expected = read_bytes(rerank, layout, *sizes, mean)
+    return expected, int(read_bytes(rerank, layout, *sizes, fresh))

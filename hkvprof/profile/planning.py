@@ -21,7 +21,7 @@ from hkvprof.profile.costs import (
     Menu,
     fetched_share,
     fresh_items,
-    read_bytes,
+    most_read_bytes,
 )
 from hkvprof.profile.dealing import allocate, losses_of, scale_ratios
 
@@ -143,7 +143,7 @@ def _part(menu: Menu, layouts: dict[int, tuple[Strategy, DynamicLayout]], room: 
 
     def taken(part: float) -> float:
         return sum(
-            read_bytes(strategy, layout, *sizes, fresh_items(layout, part))
+            most_read_bytes(strategy.rerank, layout.chunk, *sizes, fresh_items(layout, part))
             for strategy, layout in layouts.values()
         )
 

@@ -157,19 +157,19 @@ class Profile:
 
     def allocation(self, budget: float | int | str | Budget, tokens: int, itemsize: int = 2,
                    rows: int = 1, fetch: FetchLike = None,
-                   host_itemsize: int | None = None) -> Allocation:  # fmt: skip
+                   int8_host: bool = False) -> Allocation:  # fmt: skip
         """Strategy, ratio and reads of every head for two budgets and one prompt length.
 
         `tokens` is the prompt's length, `itemsize` bytes per K/V element and `rows` the batch; the
         last two matter for budgets in bytes alone. `fetch` is what a decoding step may read from
-        the host per row (budgets.Fetch; default: the knee), where an element has `host_itemsize`
-        bytes. A `paper` profile keeps its types and scales its ratios, and reads without a limit by
-        default; a `measured` one is planned anew. Raises BudgetError.
+        the host per row (budgets.Fetch; default: the knee), where items may have 8 bits
+        (`int8_host`). A `paper` profile keeps its types and scales its ratios, and reads without a
+        limit by default; a `measured` one is planned anew. Raises BudgetError.
         """
         from hkvprof.profile.planning import loss_between, plan_anew, plan_scaled
 
         menu, share = self._question(budget, tokens, itemsize, rows)
-        menu = replace(menu, host_itemsize=host_itemsize)
+        menu = replace(menu, int8_host=int8_host)
         reads = self._reads(fetch, tokens, itemsize)
         loss = self.loss_at(tokens)
         if self.recipe == "measured":

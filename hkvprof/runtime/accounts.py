@@ -39,7 +39,12 @@ class Meter:
 
 @dataclass
 class HeadAccount:
-    """One (batch row, KV head) of a layer. Bytes count K/V, index, slot map and slack."""
+    """One (batch row, KV head) of a layer. Bytes count K/V, index, slot map and slack.
+
+    Read from the host were `bytes_moved` by decoding steps, of which none read more than
+    `most_bytes`, nor can read more than `limit_bytes`; and `pass_bytes` by passes of several
+    tokens.
+    """
 
     row: int
     head: int
@@ -51,6 +56,9 @@ class HeadAccount:
     chunks_requested: int = 0
     chunks_fetched: int = 0
     bytes_moved: int = 0
+    most_bytes: int = 0
+    limit_bytes: int = 0
+    pass_bytes: int = 0
 
     @property
     def hit_rate(self) -> float | None:
@@ -63,27 +71,34 @@ class HeadAccount:
 class Fetches:
     """Items that a layer's dynamic heads fetched, as the kernels count them.
 
-    `counts` [heads] lies on the device: reading it makes the host wait, so that it is read when a
-    receipt is made.
+    `counts` [2, heads], in all and the most in one step, lies on the device: reading it makes the
+    host wait, so that it is read when a receipt is made. A step that fetches reads `key_bytes`
+    beside its items.
     """
 
     def __init__(
-        self, counts: torch.Tensor, heads: Sequence[HeadAccount], item_bytes: Sequence[int]
+        self,
+        counts: torch.Tensor,
+        heads: Sequence[HeadAccount],
+        item_bytes: Sequence[int],
+        key_bytes: Sequence[int],
     ) -> None:
         self.counts = counts
         self._heads, self._item_bytes = tuple(heads), tuple(item_bytes)
+        self._key_bytes = tuple(key_bytes)
         self._known = [0] * len(heads)
 
     def settle(self) -> None:
         """Enter into the heads' accounts what was fetched since the last time."""
         if self.counts.is_cuda:
             torch.cuda.synchronize(self.counts.device)  # a prefetch counts aside
-        now = self.counts.tolist()
-        for head, size, count, known in zip(
-            self._heads, self._item_bytes, now, self._known, strict=True
+        now, most = self.counts.tolist()
+        for head, size, keys, count, one, known in zip(
+            self._heads, self._item_bytes, self._key_bytes, now, most, self._known, strict=True
         ):
             head.chunks_fetched += count - known
             head.bytes_moved += (count - known) * size
+            head.most_bytes = max(head.most_bytes, keys + one * size)
         self._known = now
 
 
@@ -169,7 +184,8 @@ def open_heads(account: LayerAccount, names: Sequence[str], kv_heads: int) -> No
     for now, before in zip(account.heads, old, strict=False):
         now.chunks_requested = before.chunks_requested
         now.chunks_fetched = before.chunks_fetched
-        now.bytes_moved = before.bytes_moved
+        now.bytes_moved, now.most_bytes = before.bytes_moved, before.most_bytes
+        now.pass_bytes = before.pass_bytes
     account.compressions += 1
 
 
@@ -204,6 +220,7 @@ def measure(
             counted.add(id(state.host))
             head.resident_bytes += state.slot_bytes + (state.index_bytes if first else 0)
             head.host_bytes = state.host.nbytes if first else 0
+            head.limit_bytes = state.most_read_bytes
         total += head.resident_bytes
     account.tail = account.parked_bytes = 0
     account.dense_bytes = storage.segments * seen * storage.token_bytes

@@ -315,6 +315,7 @@ def attend_seeing(
         head = layer.dynamic.get(segment)
         if head is not None and new > 1:
             key, value = head.all_tokens(key, value)
+            layer.account.heads[segment].pass_bytes += head.all_bytes
         visible = view.visible[row].index_select(1, positions)
         outputs.append(attend_where(grouped[segment], key, value, layer.scaling, visible))
     out = torch.stack(outputs).view(rows, query_heads, new, -1)

@@ -109,9 +109,9 @@ class Options:
         return replace(options or cls(), **changes)
 
     @property
-    def host_itemsize(self) -> int | None:
-        """Bytes per element of host items; None: as many as on the device."""
-        return 1 if self.host_dtype == "int8" else None
+    def int8_host(self) -> bool:
+        """Whether host items have 8 bits."""
+        return self.host_dtype == "int8"
 
     @property
     def slot_bytes(self) -> int:

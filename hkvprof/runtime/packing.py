@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.profile.budgets import ANY
 from hkvprof.profile.costs import (
     TOO_SHORT,
     DynamicLayout,
@@ -29,7 +30,8 @@ from hkvprof.selection.static import rank_tokens, select_tokens
 
 @dataclass(frozen=True)
 class Rule:
-    """How one head is to be packed: `ratio` is its share of dense bytes at this length."""
+    """How one head is to be packed: `ratio` is its share of dense bytes at this length, and in a
+    step at most `fresh` items become hot."""
 
     strategy: Strategy
     ratio: float
@@ -37,6 +39,7 @@ class Rule:
     options: Options
     tables: HeadTables | None
     scaling: float
+    fresh: int = ANY
 
     def layout(self, tokens: int, key: Tensor) -> DynamicLayout | None:
         """Layout of a dynamic head of `tokens` tokens."""
@@ -126,13 +129,17 @@ def repack_dynamic(
 ) -> Packed:
     """Move full chunks of a dynamic head's newer tokens to the host and give it its new share.
 
-    `key` and `value` are the segment: sinks, recent tokens, hot slots, tokens since.
+    `key` and `value` are the segment: sinks, recent tokens, hot slots, tokens since. Nothing is
+    read from the host: hot are those of the items that are on the device now.
     """
     old = head.layout
     layout = rule.layout(tokens, key)
     if layout is None:  # a budget in tokens or bytes that the growing index has used up
         layout = least_layout(rule.strategy, tokens, rule.keep)
     begin, end = old.sinks, head.hot_start + old.hot * old.chunk
+    hot = slice(head.hot_start, end)
+    items = [part[hot].view(old.hot, old.chunk, -1) for part in (key, value)]
+    here = head.slots.long()
     newer_key = torch.cat([key[begin : head.hot_start], key[end:]])
     newer_value = torch.cat([value[begin : head.hot_start], value[end:]])
     added = layout.items - old.items
@@ -142,9 +149,13 @@ def repack_dynamic(
         items_key = newer_key[:moved].view(added, layout.chunk, -1)
         items_value = newer_value[:moved].view(added, layout.chunk, -1)
         index, host = index.append(items_key), host.append(items_key, items_value)
+        items = [torch.cat(parts) for parts in zip(items, (items_key, items_value), strict=True)]
+        here = torch.cat([here, torch.arange(old.items, layout.items, device=here.device)])
     ends_key = torch.cat([key[: layout.sinks], newer_key[moved:]])
     ends_value = torch.cat([value[: layout.sinks], newer_value[moved:]])
-    return _pack_dynamic(rule, layout, index, host, query, ends_key, ends_value)
+    layout = replace(layout, hot=min(layout.hot, len(here)))
+    ends = (ends_key, ends_value)
+    return _pack_dynamic(rule, layout, index, host, query, *ends, (items[0], items[1]), here)
 
 
 def _pack_dynamic(
@@ -156,11 +167,13 @@ def _pack_dynamic(
     ends_key: Float[Tensor, "ends dim"],
     ends_value: Float[Tensor, "ends dim"],
     items: tuple[Tensor, Tensor] | None = None,
+    here: Int[Tensor, " n"] | None = None,
 ) -> Packed:
-    """The hot set starts from the last row's query; `items` spare reading them from the host."""
+    """The hot set starts from the last row's query; `items` spare reading them from the host: all,
+    or those with the numbers `here`, of which the hot ones then are."""
     score = torch.nan_to_num(index.score(query, rule.scaling), nan=-1.0)
-    best = score.topk(layout.hot)
-    slots = best.indices.to(torch.int32)
+    best = (score if here is None else score[here]).topk(layout.hot)
+    slots = (best.indices if here is None else here[best.indices]).to(torch.int32)
     hot_score = best.values.float() if rule.options.smoothing else None
     if items is None:
         hot_key, hot_value = host.fetch(best.indices, ends_key.device).unbind(dim=1)
@@ -170,7 +183,7 @@ def _pack_dynamic(
         torch.cat([ends_key, hot_key.flatten(0, 1)]),
         torch.cat([ends_value, hot_value.flatten(0, 1)]),
         rule.strategy.name,
-        DynamicHead(layout, host, index, rule.strategy.rerank, slots, hot_score),
+        DynamicHead(layout, host, index, rule.strategy.rerank, slots, hot_score, rule.fresh),
     )
 
 

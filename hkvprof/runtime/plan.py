@@ -160,9 +160,12 @@ class Planner(NeverCopied):
         return self._plan(tokens, share, itemsize)
 
     def _planned(self, tokens: int, share: float, itemsize: int) -> RowPlan:
-        host = self.options.host_itemsize
         allocation = self.profile.allocation(
-            Budget(share=share), tokens, itemsize, fetch=self.fetch, host_itemsize=host
+            Budget(share=share),
+            tokens,
+            itemsize,
+            fetch=self.fetch,
+            int8_host=self.options.int8_host,
         )
         if bool((allocation.ratio >= 1).all()):
             return RowPlan(tokens, share, dense_reason="the budget holds the whole prompt")

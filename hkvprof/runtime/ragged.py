@@ -354,6 +354,7 @@ class RaggedLayer(LiveState):
             head = self.dynamic.get(segment)
             if head is not None:
                 key, value = head.all_tokens(key, value)
+                self.account.heads[segment].pass_bytes += head.all_bytes
             block = visible[segment // self.kv_heads]
             outputs.append(attend(grouped[segment], key, value, self.scaling, block))
         out = torch.stack(outputs).view(rows, query_heads, new, -1)
@@ -390,7 +391,7 @@ class RaggedLayer(LiveState):
         tables = planner.tables(self._number, head, plan.strategy, device)
         ratio = plan.ratio * self.rows[row].schedule.factor
         keep = planner.profile.keep
-        return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling)
+        return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling, plan.fresh)
 
     def start(self, row: int) -> int:
         """First position of a row, after its padding."""

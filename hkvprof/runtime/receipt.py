@@ -23,7 +23,11 @@ class Receipt:
     `shared_bytes` are index tables held once per model: no part of any request. `same_memory` says
     that device and host are one memory for this model, so that only `resident_bytes + host_bytes`
     (`total_bytes`) is what a request really takes. `kernels` names what computes decoding steps.
-    `domain` is what the monitor found; None on requests that it did not look at.
+    Of a decoding step's reads from the host (all rows) `bytes_per_step` is the mean and
+    `most_bytes` the worst, in the sum of every head's own worst; none can read more than
+    `limit_bytes`, which keeps within the budget of reads. What passes of several tokens read,
+    `pass_bytes`, has no limit. `domain` is what the monitor found; None on requests that it did not
+    look at.
     """
 
     resident_bytes: int
@@ -83,6 +87,36 @@ class Receipt:
         return sum(head.bytes_moved for head in self._heads())
 
     @property
+    def bytes_per_step(self) -> float:
+        """Mean bytes that a decoding step reads from the host."""
+        return self.bytes_moved / self.steps if self.steps else 0.0
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that no decoding step so far read more of."""
+        return sum(head.most_bytes for head in self._heads())
+
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes that no decoding step can read more of."""
+        return sum(head.limit_bytes for head in self._heads())
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes read from the host by passes of several tokens."""
+        return sum(head.pass_bytes for head in self._heads())
+
+    @property
+    def read_share(self) -> float:
+        """`bytes_per_step` over dense bytes."""
+        return self.bytes_per_step / self.dense_bytes if self.dense_bytes else 0.0
+
+    @property
+    def limit_share(self) -> float:
+        """`limit_bytes` over dense bytes."""
+        return self.limit_bytes / self.dense_bytes if self.dense_bytes else 0.0
+
+    @property
     def steps(self) -> int:
         """Decoding steps on compressed storage."""
         return max((layer.steps for layer in self.layers), default=0)
@@ -119,6 +153,11 @@ class Receipt:
             text += f" because {self.excess}" if self.excess else ""
         if self.query_bytes:
             text += f", {_mib(self.query_bytes)} of queries for the next compression"
+        if self.limit_bytes:
+            text += (
+                f", a step reads {self.read_share:.2%} of dense bytes from there and at most "
+                f"{self.limit_share:.2%}"
+            )
         text += f", {self.compressed_layers} of {len(self.layers)} layers compressed"
         reasons = sorted({layer.reason for layer in self.layers if layer.reason})
         text += f"; dense because {'; '.join(reasons)}" if reasons else ""
@@ -136,6 +175,12 @@ class Receipt:
             "total_bytes": self.total_bytes,
             "hit_rate": self.hit_rate,
             "bytes_moved": self.bytes_moved,
+            "bytes_per_step": self.bytes_per_step,
+            "most_bytes": self.most_bytes,
+            "limit_bytes": self.limit_bytes,
+            "pass_bytes": self.pass_bytes,
+            "read_share": self.read_share,
+            "limit_share": self.limit_share,
             "steps": self.steps,
             "compression_seconds": self.compression_seconds,
             "retrieval_seconds": self.retrieval_seconds,

@@ -231,7 +231,8 @@ class Retriever:
         if before is None:
             accounts = [self._account.heads[segment] for segment in self._dynamic]
             sizes = [head.host.item_bytes for head in self._dynamic.values()]
-            self._account.fetches = Fetches(bound.fetched, accounts, sizes)
+            keys = [head.rerank_bytes for head in self._dynamic.values()]
+            self._account.fetches = Fetches(bound.counts, accounts, sizes, keys)
         if options.prefetch is not None:
             self._prepare_prefetch(options.prefetch, storage, segments, bound)
         return bound
@@ -246,7 +247,7 @@ class Retriever:
         device = storage.key.device
         if self.prefetch is None:
             self.prefetch = Prefetch(list(self._dynamic), threshold, queues_for(device), device)
-        tensors = [storage.key, storage.value, bound.fetched, *bound.tensors]
+        tensors = [storage.key, storage.value, bound.counts, *bound.tensors]
         for one in segments:
             tensors += [one.slots, *one.index.tensors()]
             tensors += [] if one.hot_score is None else [one.hot_score]

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
-from hkvprof.profile.costs import DynamicLayout
+from hkvprof.profile.budgets import ANY
+from hkvprof.profile.costs import DynamicLayout, candidates, read_bytes
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, device_integers
 from hkvprof.selection.index import KeyIndex
 
@@ -312,6 +313,7 @@ class DynamicHead:
 
     Its storage segment is laid out [sinks | recent | hot slots | tokens since]. Its index names
     `rerank` items beyond the hot buffer for exact scores. `hot_score` exists with smoothing only.
+    In a step at most `fresh` items become hot.
     """
 
     layout: DynamicLayout
@@ -320,6 +322,7 @@ class DynamicHead:
     rerank: int
     slots: Int[Tensor, " hot"]
     hot_score: Float[Tensor, " hot"] | None = None
+    fresh: int = ANY
 
     def clone(self) -> DynamicHead:
         """A copy for another beam: shares what does not change with a step."""
@@ -350,15 +353,24 @@ class DynamicHead:
             chunk=self.layout.chunk,
             items=self.layout.items,
             rerank=self.rerank,
+            fresh=self.fresh,
         )
 
     @property
     def rerank_bytes(self) -> int:
         """Bytes of the exact keys that reranking reads from the host at every selection."""
-        layout = self.layout
-        if not self.rerank or layout.hot == layout.items:
-            return 0
-        return min(layout.items, layout.hot + self.rerank) * self.host.item_bytes // 2
+        return candidates(self.rerank, self.layout) * self.host.item_bytes // 2
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all items, which a pass of several tokens reads."""
+        return self.layout.items * self.host.item_bytes
+
+    @property
+    def most_read_bytes(self) -> int:
+        """Bytes that a decoding step reads from the host at most."""
+        half = self.host.item_bytes // (2 * self.layout.chunk)
+        return int(read_bytes(self.rerank, self.layout, half, half, self.fresh))
 
     @property
     def index_bytes(self) -> int:

@@ -22,6 +22,7 @@ from hkvprof.profile.costs import (
     Reads,
     fetched_share,
     fresh_items,
+    most_read_bytes,
     read_bytes,
 )
 from hkvprof.profile.dealing import KNEE
@@ -55,18 +56,17 @@ def test_reads_by_hand() -> None:
     )
     assert fetched_share(MENU, STRATEGIES[2], 0.01) == Reads()  # does not fit
     assert fetched_share(MENU, STRATEGIES[2], 1.0) == Reads()  # everything is there
-    half = Menu(STRATEGIES, MENU.keep, 8, 1000, 2, host_itemsize=1)
-    assert fetched_share(half, STRATEGIES[2], 0.2).worst == pytest.approx((62 + 32) / 2000)
+    half = Menu(STRATEGIES, MENU.keep, 8, 1000, 2, int8_host=True)  # 8 bytes and a scale of 2
+    assert fetched_share(half, STRATEGIES[2], 0.2).worst == pytest.approx((62 + 32) / 1600)
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 90), st.integers(0, 500))
 @SEARCH
 def test_no_item_is_read_that_is_hot(hot: int, items: int, rerank: int, fresh: int) -> None:
     assume(hot <= items)
-    strategy = Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=rerank)
-    layout = DynamicLayout(2, 4, items, 1, hot)
-    found = read_bytes(strategy, layout, 3, 5, fresh)
+    found = read_bytes(rerank, DynamicLayout(2, 4, items, 1, hot), 3, 5, fresh)
     assert found <= (items - hot) * 3 + min(hot, items - hot) * 8
+    assert found <= most_read_bytes(rerank, 1, 3, 5, fresh)
     assert found == min(rerank, items - hot) * 3 + min(fresh, hot, items - hot) * 8
 
 
@@ -98,14 +98,15 @@ def reads(plan: Allocation, what: str = "limit", menu: Menu = MENU) -> np.ndarra
 
 
 def most_read(plan: Allocation, menu: Menu = MENU) -> float:
-    """By the plan's own limits, as a share of all dense bytes."""
+    """By the plan's own limits, as a share of all dense bytes; rows may grow."""
     total = 0.0
     decisions = zip(plan.strategy.flat, plan.ratio.flat, plan.limits.flat, strict=True)
     for number, ratio, fresh in decisions:
         strategy = menu.strategies[number]
         layout = menu.reading(strategy, float(ratio))
         if layout is not None:
-            total += read_bytes(strategy, layout, menu.host_bytes, menu.host_bytes, int(fresh))
+            sizes = (menu.host_bytes, menu.host_bytes)
+            total += most_read_bytes(strategy.rerank, layout.chunk, *sizes, int(fresh))
     return total / (menu.dense_bytes * plan.ratio.size)
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hkvprof.profile.budgets import ANY
 from hkvprof.selection.index import KeyIndex
 
 
@@ -56,7 +57,7 @@ class DynamicSegment:
     item `slots[j]` in rows `hot_start + j * chunk` of the flat storage. `host` [items, 2, chunk,
     dim] has K then V of an item, in the storage's dtype, or int8 with value = int8 *
     scale[item // items_per_group]. `hot_score` [hot] is needed where smoothing is used;
-    `rerank` above 0 needs chunks of one token.
+    `rerank` above 0 needs chunks of one token. At most `fresh` items become hot in a step.
     """
 
     segment: int
@@ -70,6 +71,7 @@ class DynamicSegment:
     scale: Float[Tensor, "groups 2 dim"] | None = None
     items_per_group: int = 1
     rerank: int = 0
+    fresh: int = ANY
 
     @property
     def hot(self) -> int:
@@ -80,11 +82,12 @@ class DynamicSegment:
 class Retrieval(Protocol):
     """One layer's dynamic heads, bound to its tensors; bind again when any of them is replaced.
 
-    On CUDA nothing here makes the host wait for the device, but reading `fetched`.
+    On CUDA nothing here makes the host wait for the device, but reading `counts`.
     """
 
-    fetched: Int[Tensor, " heads"]
-    """Items fetched so far per dynamic head, int64 on the storage's device."""
+    counts: Int[Tensor, "2 heads"]
+    """Items fetched per dynamic head: so far, and the most in one step; int64 on the storage's
+    device."""
 
     tensors: Sequence[Tensor]
     """Its own on the device, beside those it was given."""
@@ -93,19 +96,21 @@ class Retrieval(Protocol):
         """Per dynamic head, the share of attention expected by every item.
 
         Softmax per query head over the items, mean over the group. With a head's `rerank` n above
-        0, unless all items are hot: of the hot + n items with the highest such score (NaN: -1), the
-        same by their exact keys (softmax over those items, where a logit that is not finite counts
-        as minus infinity; NaN where a query head has no other); -1 for all others.
+        0, unless all items are hot: of the hot items and of the n others with the highest such
+        score (NaN: -1), the same by their exact keys (softmax over those items, where a logit that
+        is not finite counts as minus infinity; NaN where a query head has no other); -1 for all
+        others.
         """
         ...
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
-        """Select by `scores`, fetch what is not hot yet and add its items to `fetched`.
+        """Select by `scores`, fetch what is not hot yet and count its items.
 
         With d = score (NaN: -1), for every hot slot j: d[slots[j]] = max(d[slots[j]], smoothing *
         hot_score[j]). The `hot` items with the largest d are wanted; of equals, first those that
-        are hot, then the lower number. hot_score becomes the d of the items that the slots then
-        hold.
+        are hot, then the lower number. Where more than `fresh` of them are not hot yet, only the
+        best `fresh` come, in place of as many hot ones, the last in that order. hot_score becomes
+        the d of the items that the slots then hold.
         """
         ...
 
@@ -149,9 +154,9 @@ class Kernels(Protocol):
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        fetched: Int[Tensor, " heads"] | None = None,
+        counts: Int[Tensor, "2 heads"] | None = None,
     ) -> Retrieval:
-        """Prepare the retrieval of a layer's dynamic heads; `fetched` is counted on, if given."""
+        """Prepare the retrieval of a layer's dynamic heads; `counts` is counted on, if given."""
         ...
 
     def encode(

@@ -48,6 +48,7 @@ def check_head(head: DynamicSegment, key: Tensor, smoothing: float) -> None:
     """A dynamic head's own tensors, and its place in the storage `key` [capacity, dim]."""
     dim, host, slots = key.shape[1], head.host, head.slots
     require(head.segment >= 0 and head.chunk >= 1, "a segment and a chunk length")
+    require(head.fresh >= 1, "at least one item that may become hot")
     require(head.rerank == 0 or (head.rerank > 0 and head.chunk == 1), "chunks of 1 to rerank")
     require(host.shape == (len(host), 2, head.chunk, dim), "host items [items, 2, chunk, dim]")
     require(0 < head.hot <= head.items <= len(host), "hot items among those of the host")
@@ -120,7 +121,7 @@ class Head(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("kind", "segment", "items", "hot", "chunk", "hot_start")),
-        *((name, c_int64) for name in ("codes", "channels", "items_per_group", "rerank")),
+        *((name, c_int64) for name in ("codes", "channels", "items_per_group", "rerank", "fresh")),
         *((name, c_void_p) for name in ("first", "second", "projection", "codebook")),
         *((name, c_void_p) for name in ("subspaces", "slots", "hot_score", "host", "scale")),
         ("score", c_void_p),
@@ -133,7 +134,7 @@ class RetrieveArgs(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("key", "value", "query")),
         ("heads", POINTER(Head)),
-        ("fetched", c_void_p),
+        ("counts", c_void_p),
         ("count", c_int64),
         *((name, c_int32) for name in ("dim", "threads")),
         *((name, c_float) for name in ("scaling", "smoothing")),

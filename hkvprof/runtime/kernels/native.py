@@ -106,15 +106,15 @@ class NativeKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        fetched: Int[Tensor, " heads"] | None = None,
+        counts: Int[Tensor, "2 heads"] | None = None,
     ) -> Retrieval:
         """Keeps pointers to the tensors of all heads."""
         unfit = [reason for head in heads if (reason := self._unfit(head))]
         if unfit or not self._plain(storage_key, storage_value) or loading.switched_off():
             for reason in unfit:
                 loading.STATE.notes[f"torch for {reason}"] = None
-            return self.torch.bind(storage_key, storage_value, heads, scaling, smoothing, fetched)
-        return NativeRetrieval(self, storage_key, storage_value, heads, scaling, smoothing, fetched)
+            return self.torch.bind(storage_key, storage_value, heads, scaling, smoothing, counts)
+        return NativeRetrieval(self, storage_key, storage_value, heads, scaling, smoothing, counts)
 
     def encode(
         self,
@@ -175,13 +175,13 @@ class NativeRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        fetched: Int[Tensor, " heads"] | None,
+        counts: Int[Tensor, "2 heads"] | None,
     ) -> None:
         check_storage(key, value)
-        self.fetched = counter(fetched, heads, key.device)
+        self.counts = counter(counts, heads, key.device)
         self._smoothing = smoothing
         self.kernels, self.key, self.value, self.heads = kernels, key, value, tuple(heads)
-        self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, self.fetched)
+        self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, self.counts)
         self._alive: list[Tensor] = []
         self.tensors: Sequence[Tensor] = ()
         self._heads = (loading.Head * len(heads))(*map(self._describe, heads))
@@ -190,7 +190,7 @@ class NativeRetrieval:
             key=key.data_ptr(),
             value=value.data_ptr(),
             heads=self._heads,
-            fetched=self.fetched.data_ptr(),
+            counts=self.counts.data_ptr(),
             count=len(heads),
             dim=key.shape[1],
             scaling=scaling,
@@ -261,6 +261,7 @@ class NativeRetrieval:
             hot_start=head.hot_start,
             items_per_group=head.items_per_group,
             rerank=head.rerank,
+            fresh=head.fresh,
             slots=head.slots.data_ptr(),
             host=head.host.data_ptr(),
             hot_score=_pointer(head.hot_score),

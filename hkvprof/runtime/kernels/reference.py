@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -52,10 +52,10 @@ class TorchKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        fetched: Int[Tensor, " heads"] | None = None,
+        counts: Int[Tensor, "2 heads"] | None = None,
     ) -> TorchRetrieval:
         """Prepare the retrieval of a layer's dynamic heads."""
-        return TorchRetrieval(storage_key, storage_value, heads, scaling, smoothing, fetched)
+        return TorchRetrieval(storage_key, storage_value, heads, scaling, smoothing, counts)
 
     def encode(
         self,
@@ -92,13 +92,13 @@ def _batch(
 
 
 def counter(
-    given: Int[Tensor, " heads"] | None, heads: Sequence[DynamicSegment], device: torch.device
-) -> Int[Tensor, " heads"]:
-    """What `Retrieval.fetched` counts with: the given tensor, or a new one at 0."""
+    given: Int[Tensor, "2 heads"] | None, heads: Sequence[DynamicSegment], device: torch.device
+) -> Int[Tensor, "2 heads"]:
+    """What `Retrieval.counts` counts with: the given tensor, or a new one at 0."""
     if given is None:
-        return torch.zeros(len(heads), dtype=torch.int64, device=device)
+        return torch.zeros((2, len(heads)), dtype=torch.int64, device=device)
     require((given.dtype, given.device) == (torch.int64, device), "counters of int64")
-    require(given.shape == (len(heads),) and given.is_contiguous(), "a counter per dynamic head")
+    require(given.shape == (2, len(heads)) and given.is_contiguous(), "counters per dynamic head")
     return given
 
 
@@ -112,9 +112,9 @@ class TorchRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        fetched: Int[Tensor, " heads"] | None = None,
+        counts: Int[Tensor, "2 heads"] | None = None,
     ) -> None:
-        self.fetched = counter(fetched, heads, key.device)
+        self.counts = counter(counts, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self.scaling, self.smoothing = scaling, smoothing
         self.tensors: Sequence[Tensor] = ()
@@ -132,11 +132,10 @@ class TorchRetrieval:
 
         They are wanted by no query: hot ones make room first.
         """
-        counts = [
+        self._count(
             self._load(head, self._score(head, query[head.segment], mask), mask)
             for head, mask in zip(self.heads, hidden, strict=True)
-        ]
-        self.fetched += self.fetched.new_tensor(counts)
+        )
 
     def _score(
         self,
@@ -154,6 +153,7 @@ class TorchRetrieval:
         score = torch.where(score.isnan(), -1.0, score.float())
         if hidden is not None:
             score = score.masked_fill(hidden, -1.0)
+        score[head.slots.long()] = torch.inf
         best = score.topk(min(head.hot + head.rerank, head.items)).indices
         keys = self._rows(head, best)[:, 0, 0].float()
         logits = query.float() @ keys.T * self.scaling
@@ -171,14 +171,20 @@ class TorchRetrieval:
         self, query: Float[Tensor, "segments group dim"], chosen: Bool[Tensor, " heads"]
     ) -> None:
         """Score, then load, of some heads."""
-        for number in chosen.nonzero()[:, 0].tolist():
-            head = self.heads[number]
-            self.fetched[number] += self._load(head, self._score(head, query[head.segment]))
+        self._count(
+            self._load(head, self._score(head, query[head.segment])) if mine else 0
+            for head, mine in zip(self.heads, chosen.tolist(), strict=True)
+        )
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
         """Select and fetch, head by head."""
-        counts = [self._load(head, score) for head, score in zip(self.heads, scores, strict=True)]
-        self.fetched += self.fetched.new_tensor(counts)
+        self._count(self._load(head, score) for head, score in zip(self.heads, scores, strict=True))
+
+    def _count(self, items: Iterable[int]) -> None:
+        """What every head fetched in a step."""
+        fetched = self.counts.new_tensor(list(items))
+        self.counts[0] += fetched
+        self.counts[1] = torch.maximum(self.counts[1], fetched)
 
     def _load(
         self,
@@ -200,6 +206,9 @@ class TorchRetrieval:
             free = (~wanted[held]).nonzero()[:, 0]
             wanted[held] = False
             missing = wanted.nonzero()[:, 0]
+            if len(missing) > head.fresh:
+                missing = missing[_least(-due[missing], missing, head.fresh)]
+                free = free[_least(due[held[free]], -held[free], head.fresh)]
             fetched = len(missing)
             if fetched:
                 self._fetch(head, missing, free)
@@ -225,6 +234,13 @@ class TorchRetrieval:
         for part, storage in enumerate((self.key, self.value)):
             hot = storage[head.hot_start : end].view(head.hot, head.chunk, -1)
             hot[slots] = data[:, part]
+
+
+def _least(key: Tensor, number: Tensor, count: int) -> Tensor:
+    """Which `count` entries have the least keys, of equals the lower numbers; in order."""
+    order = number.argsort()
+    order = order[key[order].argsort(stable=True)]
+    return order[:count].sort().values
 
 
 def choose(due: Float[Tensor, " items"], held: Int[Tensor, " hot"]) -> Tensor:

@@ -67,12 +67,12 @@ class TritonKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        fetched: Int[Tensor, " heads"] | None = None,
+        counts: Int[Tensor, "2 heads"] | None = None,
     ) -> Retrieval:
         """Keeps addresses of the tensors of all heads."""
         plain = self._unfit_shape(storage_key, storage_value, 1)
         unfit = [plain] if plain else [self._unfit(head) for head in heads]
-        args = (storage_key, storage_value, heads, scaling, smoothing, fetched)
+        args = (storage_key, storage_value, heads, scaling, smoothing, counts)
         if any(unfit):
             self.notes.update({f"torch for {reason}": None for reason in unfit if reason})
             return self.torch.bind(*args)

@@ -44,7 +44,7 @@ def narrow(x: tl.tensor, DTYPE: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor
     return x.to(DTYPE)
 
 
-FIELDS = tl.constexpr(20)
+FIELDS = tl.constexpr(21)
 """Columns of a descriptor: what the kernels know about a dynamic head, as int64, addresses too."""
 SEGMENT = tl.constexpr(0)
 ITEMS = tl.constexpr(1)
@@ -74,6 +74,8 @@ BOUNDS = tl.constexpr(18)
 """Address of pairs of int64: the first channel of every code, and one past its last."""
 ACTIVE = tl.constexpr(19)
 """0: this launch leaves the head as it is. Written on the device (Retrieval.step_some)."""
+FRESH = tl.constexpr(20)
+"""Most items that become hot in a step."""
 
 
 @triton.jit

@@ -53,10 +53,10 @@ class TritonRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        fetched: Int[Tensor, " heads"] | None,
+        counts: Int[Tensor, "2 heads"] | None,
     ) -> None:
         check_storage(key, value)
-        self.fetched = counter(fetched, heads, key.device)
+        self.counts = counter(counts, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self._scale, self._smoothing = scaling * LOG2_E, smoothing
         self._dim = key.shape[1]
@@ -127,6 +127,9 @@ class TritonRetrieval:
         if self._reranked is None:
             return scores
         which, count = self._reranked.which, len(self._reranked.heads)
+        selection.raise_kernel[self._reranked.grid(lambda head: head.hot, 256)](
+            self._table, which, scores, BLOCK=256
+        )
         selection.pick_kernel[(count,)](
             self._table, which, scores, picked, BLOCK=self._round(), num_warps=8
         )
@@ -185,14 +188,14 @@ class TritonRetrieval:
             self._table, due, held, float(self._smoothing), BLOCK=256, SMOOTH=smooth
         )
         selection.select_kernel[(count,)](
-            self._table, due, held, missing, free, counts, self.fetched,
+            self._table, due, held, missing, free, counts, *self.counts,
             BLOCK=self._round(), SMOOTH=smooth, num_warps=8,
         )  # fmt: skip
         for launch in self._gathers:
             int8, chunk = launch.kind
             block = min(GATHER_ELEMENTS, padded(2 * chunk * self._dim))
             rows = GATHER_ELEMENTS // block
-            gather_kernel[launch.grid(lambda head: head.hot, rows)](
+            gather_kernel[launch.grid(lambda head: min(head.hot, head.fresh), rows)](
                 self._table, launch.which, self.key, self.value, due, missing, free, counts,
                 CHUNK=chunk, DIM=self._dim, ROWS=rows, BLOCK=block, INT8=int8, SMOOTH=smooth,
                 UPCAST=INTERPRETED,
@@ -272,6 +275,7 @@ class TritonRetrieval:
             head.items_per_group,
             bounds,
             1,
+            head.fresh,
         ]
         assert len(row) == FIELDS.value
         return row

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from hkvprof.runtime.kernels.triton_common import (
     BASE,
+    FRESH,
     HOT,
     HOT_SCORE,
     ITEMS,
@@ -28,6 +29,8 @@ BITS = tl.constexpr(7)
 DIGITS = tl.constexpr(5)
 """Together at least 33 bits."""
 BINS = tl.constexpr(128)
+ALL = tl.constexpr(2)
+"""All items; else a part of them: 1 those that are hot, 0 the others."""
 
 
 @triton.jit
@@ -51,6 +54,12 @@ def _rank(
 
 
 @triton.jit
+def _within(rank: tl.tensor, PART: tl.constexpr) -> tl.tensor:
+    """Whether items of these ranks belong to a part."""
+    return (rank & 1) == PART if PART != ALL else rank >= 0
+
+
+@triton.jit
 def _cut(
     due: tl.tensor,
     held: tl.tensor,
@@ -58,8 +67,9 @@ def _cut(
     count: tl.tensor,
     HELD: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr = ALL,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The rank of the `count`-th best item, and how many items of this very rank are wanted."""
+    """The rank of the `count`-th best item of a part, and how many of this very rank are wanted."""
     bins = tl.arange(0, BINS)
     last = tl.full([1], 0, tl.int64)
     room = tl.full([1], 0, tl.int32) + count
@@ -69,7 +79,7 @@ def _cut(
         for start in range(0, items, BLOCK):
             item = start + tl.arange(0, BLOCK)
             rank = _rank(due, held, item, item < items, HELD)
-            fits = (item < items) & ((rank >> (shift + BITS)) == last)
+            fits = (item < items) & ((rank >> (shift + BITS)) == last) & _within(rank, PART)
             digit = tl.where(fits, (rank >> shift) & (BINS - 1), 0).to(tl.int32)
             others = BLOCK - tl.sum(fits.to(tl.int32), 0)  # they are counted as 0
             histogram += tl.histogram(digit, BINS) - tl.where(bins == 0, others, 0)
@@ -78,6 +88,21 @@ def _cut(
         room -= tl.sum(tl.where(bins == best, above, 0), 0)
         last = last * BINS + best
     return last, room
+
+
+@triton.jit
+def raise_kernel(
+    heads: tl.tensor, which: tl.tensor, scores: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Scores of hot items above all others, so that they are picked."""
+    head = tl.load(which + tl.program_id(0))
+    if idle(heads, head):
+        return
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < small(heads, head, HOT)
+    item = tl.load(address(heads, head, SLOTS, tl.int32) + slot, mask=inside, other=0)
+    best = tl.full([BLOCK], float("inf"), tl.float32)
+    tl.store(scores + field(heads, head, BASE) + item, best, mask=inside)
 
 
 @triton.jit
@@ -155,6 +180,38 @@ def hold_kernel(
 
 
 @triton.jit
+def _list(
+    due: tl.tensor,
+    held: tl.tensor,
+    missing: tl.tensor,
+    items: tl.tensor,
+    last: tl.tensor,
+    room: tl.tensor,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """List items of a part above a cut that are not hot; how many, and of those with the last rank
+    the last one that is wanted."""
+    limit = tl.full([1], -1, tl.int32)
+    equals = 0
+    count = 0
+    for start in range(0, items, BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        rank = _rank(due, held, item, item < items, True)
+        inside = (item < items) & _within(rank, PART)
+        equal = (inside & (rank == last)).to(tl.int32)
+        order = equals + tl.cumsum(equal, 0)
+        taken = (equal > 0) & (order <= room)
+        limit = tl.maximum(limit, tl.max(tl.where(taken, item, -1), 0))
+        absent = inside & ((rank & 1) == 0) & ((rank > last) | taken)
+        place = count + tl.cumsum(absent.to(tl.int32), 0) - 1
+        tl.store(missing + place, item, mask=absent)
+        equals += tl.sum(equal, 0)
+        count += tl.sum(absent.to(tl.int32), 0)
+    return limit, count
+
+
+@triton.jit
 def select_kernel(
     heads: tl.tensor,
     due: tl.tensor,
@@ -163,12 +220,14 @@ def select_kernel(
     free: tl.tensor,
     counts: tl.tensor,
     fetched: tl.tensor,
+    most: tl.tensor,
     BLOCK: tl.constexpr,
     SMOOTH: tl.constexpr,
 ) -> None:
     """List wanted items that are not hot and slots whose item is not wanted; count them.
 
-    Slots that keep their item take over its `due` as hot score.
+    At most FRESH of them: the best of those that are not hot, and the last of the hot ones. Slots
+    that keep their item take over its `due` as hot score.
     """
     head = tl.program_id(0)
     if idle(heads, head):
@@ -177,21 +236,14 @@ def select_kernel(
     items = small(heads, head, ITEMS)
     hot = small(heads, head, HOT)
     last, room = _cut(due + base, held + base, items, hot, True, BLOCK)
-    limit = tl.full([1], -1, tl.int32)  # of items of the last rank, this is the last wanted one
-    equals = 0
-    count = 0
-    for start in range(0, items, BLOCK):
-        item = start + tl.arange(0, BLOCK)
-        rank = _rank(due + base, held + base, item, item < items, True)
-        equal = ((item < items) & (rank == last)).to(tl.int32)
-        order = equals + tl.cumsum(equal, 0)
-        taken = (equal > 0) & (order <= room)
-        limit = tl.maximum(limit, tl.max(tl.where(taken, item, -1), 0))
-        absent = (item < items) & ((rank & 1) == 0) & ((rank > last) | taken)
-        place = count + tl.cumsum(absent.to(tl.int32), 0) - 1
-        tl.store(missing + base + place, item, mask=absent)
-        equals += tl.sum(equal, 0)
-        count += tl.sum(absent.to(tl.int32), 0)
+    limit, count = _list(due + base, held + base, missing + base, items, last, room, BLOCK, ALL)
+    fresh = small(heads, head, FRESH)
+    if count > fresh:
+        last, room = _cut(due + base, held + base, items, fresh, True, BLOCK, 0)
+        _list(due + base, held + base, missing + base, items, last, room, BLOCK, 0)
+        last, room = _cut(due + base, held + base, items, hot - fresh, True, BLOCK, 1)
+        limit, _ = _list(due + base, held + base, missing + base, items, last, room, BLOCK, 1)
+        count = fresh
     slots = address(heads, head, SLOTS, tl.int32)
     empty = 0
     for start in range(0, hot, BLOCK):
@@ -209,3 +261,4 @@ def select_kernel(
             tl.store(to, score, mask=(slot < hot) & kept)
     tl.store(counts + head, count)
     tl.store(fetched + head, tl.load(fetched + head) + count)
+    tl.store(most + head, tl.maximum(tl.load(most + head), count.to(tl.int64)))

@@ -107,8 +107,8 @@ def smoothed(kernels: Kernels) -> object:
 def counted(kernels: Kernels) -> object:
     """A counter for fewer heads than there are."""
     made = layer()
-    none = torch.zeros(0, dtype=torch.int64)
-    return kernels.bind(made.key, made.value, made.heads, 0.2, fetched=none)
+    none = torch.zeros((2, 0), dtype=torch.int64)
+    return kernels.bind(made.key, made.value, made.heads, 0.2, counts=none)
 
 
 def integers(*numbers: int, dtype: torch.dtype = torch.int32) -> Any:
@@ -134,6 +134,7 @@ BAD: dict[str, Callable[[Kernels], object]] = {
     "slots with gaps": changed(slots=integers(*range(2 * HOT))[::2]),
     "a negative segment": changed(segment=-1),
     "chunks longer than the host's": changed(chunk=2),
+    "no item that may become hot": changed(fresh=0),
     "a negative rerank": changed(rerank=-1),
     "scores of too few slots": changed(hot_score=torch.ones(HOT - 1)),
     "scores with gaps": changed(hot_score=torch.ones(2 * HOT)[::2]),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hkvprof.profile.budgets import ANY
 from hkvprof.runtime.kernels import DynamicSegment
 from hkvprof.selection.index import HeadTables, KeyIndex, MeanIndex, MinMaxIndex, ProjectedIndex
 
@@ -78,6 +79,7 @@ def make_layer(
     int8: bool = False,
     smoothing: bool = False,
     rerank: int = 0,
+    fresh: int = ANY,
 ) -> Layer:
     """Segments of one dynamic head each; hot regions are filled with what the slots say."""
     random = torch.Generator().manual_seed(seed)
@@ -108,6 +110,7 @@ def make_layer(
             scale=scale,
             items_per_group=per_group,
             rerank=rerank,
+            fresh=fresh,
         )
         for slot, item in enumerate(slots.tolist()):
             rows = slice(start + slot * chunk, start + (slot + 1) * chunk)
@@ -169,7 +172,10 @@ def wanted_exactly(
             kept = torch.tensor(smoothing) * head.hot_score[slot]
             due[item] = max(due[item], float(kept))
     order = sorted(range(len(due)), key=lambda item: (-due[item], item not in held, item))
-    return set(order[: len(held)]), due
+    best = set(order[: len(held)])
+    new = [item for item in order if item in best and item not in held][: head.fresh]
+    old = [item for item in order if item in held]
+    return {*new, *old[: len(held) - len(new)]}, due
 
 
 def check_loaded(

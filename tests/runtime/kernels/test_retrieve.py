@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hkvprof.profile.budgets import ANY
 from hkvprof.runtime import kernels
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.native import NativeRetrieval
@@ -82,6 +83,7 @@ def test_scores(
     int8=st.booleans(),
     smoothing=st.sampled_from([0.0, 0.5, 1.0]),
     levels=st.sampled_from([2, 5, 10**6]),
+    fresh=st.sampled_from([1, 2, 7, ANY]),
     data=st.data(),
 )
 def test_load(
@@ -92,13 +94,14 @@ def test_load(
     int8: bool,
     smoothing: float,
     levels: int,
+    fresh: int,
     data: st.DataObject,
 ) -> None:
-    """Few levels make ties; NaN scores count as -1."""
+    """Few levels make ties; NaN scores count as -1; no more become hot than may."""
     items, hot = zip(*shape, strict=True)
     layer = make_layer(
         seed, "mean", items, hot, group=GROUPS[dtype][0], chunk=chunk, dtype=dtype, int8=int8,
-        smoothing=smoothing > 0,
+        smoothing=smoothing > 0, fresh=fresh,
     )  # fmt: skip
     random = torch.Generator().manual_seed(seed)
     scores = [torch.randint(0, levels, (n,), generator=random).float() / levels for n in items]
@@ -108,7 +111,8 @@ def test_load(
         retrieval = kernel.bind(own.key, own.value, own.heads, 0.1, smoothing)
         assert isinstance(retrieval, TorchRetrieval if kernel.name == "torch" else NativeRetrieval)
         retrieval.load(scores)
-        check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing)
+        check_loaded(layer, own, scores, retrieval.counts[0].tolist(), smoothing)
+        assert torch.equal(retrieval.counts[1], retrieval.counts[0])
 
 
 @compiler
@@ -166,9 +170,10 @@ def test_reranked_scores(
             torch.testing.assert_close(
                 score[picked].double(), exact, rtol=1e-3, atol=1e-7, equal_nan=True
             )
-            others = estimate[score == -1]
+            assert set(head.slots.tolist()) <= set(picked.tolist())
+            others, more = estimate[score == -1], set(picked.tolist()) - set(head.slots.tolist())
             if len(others) and not estimate.isnan().any():
-                assert estimate[picked].min() >= others.max() * (1 - 1e-3)
+                assert estimate[list(more)].min() >= others.max() * (1 - 1e-3)
 
 
 @compiler
@@ -200,7 +205,7 @@ def test_reranked_steps(
         retrieval = kernel.bind(own.key, own.value, own.heads, 0.3, smoothing)
         scores = retrieval.score(own.query)
         retrieval.step(own.query)
-        check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing)
+        check_loaded(layer, own, scores, retrieval.counts[0].tolist(), smoothing)
 
 
 @compiler
@@ -215,12 +220,12 @@ def test_steps_follow_the_scores(kind: str, rerank: int, items: int) -> None:
     parts = kernel.bind(copy.key, copy.value, copy.heads, 0.3)
     for step in range(4):
         query = torch.randn(layer.query.shape, generator=torch.Generator().manual_seed(step))
-        before = whole.fetched.tolist()
+        before = whole.counts[0].tolist()
         whole.step(query.bfloat16())
         parts.load(parts.score(query.bfloat16()))
-        assert torch.equal(whole.fetched, parts.fetched)
-        assert whole.fetched[1] == 0
-        assert whole.fetched[0] > before[0]
+        assert torch.equal(whole.counts[0], parts.counts[0])
+        assert whole.counts[0][1] == 0
+        assert whole.counts[0][0] > before[0]
         assert torch.equal(layer.key, copy.key)
         assert torch.equal(layer.value, copy.value)
 
@@ -234,9 +239,27 @@ def test_nan_queries_fetch_nothing(rerank: int) -> None:
         own = layer.copy()
         retrieval = kernel.bind(own.key, own.value, own.heads, 0.3)
         retrieval.step(own.query)
-        assert retrieval.fetched[0] > 0
-        assert retrieval.fetched[1] == 0
+        assert retrieval.counts[0][0] > 0
+        assert retrieval.counts[0][1] == 0
         assert torch.equal(own.heads[1].slots, layer.heads[1].slots)
+
+
+@compiler
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_what_may_not_come_at_once_comes_later(smoothing: float) -> None:
+    """The same scores again and again: best first, until the best are there."""
+    layer = make_layer(11, "mean", [400], [40], fresh=6, smoothing=smoothing > 0)
+    scores = [torch.rand(400, generator=torch.Generator().manual_seed(1)) + 1]
+    wanted = set(scores[0].topk(40).indices.tolist())
+    for kernel in both(torch.bfloat16):
+        own = layer.copy()
+        retrieval = kernel.bind(own.key, own.value, own.heads, 0.3, smoothing)
+        missing = len(wanted - set(layer.heads[0].slots.tolist()))
+        for step in range(1, 8):
+            retrieval.load(scores)
+            assert retrieval.counts[0, 0] == min(6 * step, missing)
+            assert retrieval.counts[1, 0] == 6
+        assert set(own.heads[0].slots.tolist()) == wanted
 
 
 def test_no_heads_is_no_work() -> None:
@@ -244,7 +267,7 @@ def test_no_heads_is_no_work() -> None:
         empty = torch.zeros(0, 32, dtype=torch.bfloat16)
         retrieval = kernel.bind(empty, empty, [], 0.1)
         retrieval.load([])
-        assert retrieval.fetched.shape == (0,)
+        assert retrieval.counts.shape == (2, 0)
 
 
 def test_counting_goes_on_after_binding_again() -> None:
@@ -252,11 +275,11 @@ def test_counting_goes_on_after_binding_again() -> None:
         own = make_layer(7, "mean", [90, 40], [9, 40])
         first = kernel.bind(own.key, own.value, own.heads, 0.3)
         first.step(own.query)
-        count = int(first.fetched[0])
-        again = kernel.bind(own.key, own.value, own.heads, 0.3, fetched=first.fetched)
+        count = int(first.counts[0][0])
+        again = kernel.bind(own.key, own.value, own.heads, 0.3, counts=first.counts)
         again.step(-own.query)
-        assert again.fetched is first.fetched
-        assert count < again.fetched[0] <= count + 9
+        assert again.counts is first.counts
+        assert count < again.counts[0][0] <= count + 9
 
 
 @pytest.mark.parametrize("kind", KINDS)

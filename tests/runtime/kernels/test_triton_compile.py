@@ -21,6 +21,7 @@ KERNELS = {
     "digest_kernel",
     "exact_kernel",
     "share_kernel",
+    "raise_kernel",
     "pick_kernel",
     "due_kernel",
     "hold_kernel",

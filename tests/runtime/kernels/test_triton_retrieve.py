@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hkvprof.profile.budgets import ANY
 from tests.runtime.kernels.cases import (
     DTYPES,
     KINDS,
@@ -94,6 +95,7 @@ def scores_exactly(layer: Layer, number: int) -> torch.Tensor:
     smoothing=st.sampled_from([0.0, 0.5, 1.0]),
     levels=st.sampled_from([2, 5, 10**6]),
     shift=st.sampled_from([0.0, -0.5]),
+    fresh=st.sampled_from([1, 2, 7, ANY]),
     data=st.data(),
 )
 def test_load(
@@ -106,13 +108,14 @@ def test_load(
     smoothing: float,
     levels: int,
     shift: float,
+    fresh: int,
     data: st.DataObject,
 ) -> None:
     """Few levels make ties; NaN scores count as -1, and scores may be negative."""
     items, hot = zip(*shape, strict=True)
     layer = make_layer(
         seed, "mean", items, hot, group=1, chunk=chunk, dtype=dtype, int8=int8,
-        smoothing=smoothing > 0,
+        smoothing=smoothing > 0, fresh=fresh,
     )  # fmt: skip
     random = torch.Generator().manual_seed(seed)
     scores = [torch.randint(0, levels, (n,), generator=random).float() / levels for n in items]
@@ -121,7 +124,8 @@ def test_load(
     own = moved(layer, device)
     retrieval = triton_kernels(dtype).bind(own.key, own.value, own.heads, 0.1, smoothing)
     retrieval.load([score.to(device) for score in scores])
-    counts = retrieval.fetched.tolist()
+    counts = retrieval.counts[0].tolist()
+    assert retrieval.counts[1].tolist() == counts
     check_loaded(layer, moved(own, "cpu"), scores, counts, smoothing)
 
 
@@ -179,9 +183,10 @@ def test_reranked_scores(
         torch.testing.assert_close(
             score[picked].double(), exact, rtol=1e-3, atol=1e-7, equal_nan=True
         )
-        others = estimate[score == -1]
+        assert set(head.slots.tolist()) <= set(picked.tolist())
+        others, more = estimate[score == -1], set(picked.tolist()) - set(head.slots.tolist())
         if len(others) and not estimate.isnan().any():
-            assert estimate[picked].min() >= others.max() * (1 - 1e-3)
+            assert estimate[list(more)].min() >= others.max() * (1 - 1e-3)
 
 
 def test_all_that_is_not_picked_scores_minus_one(device: str) -> None:

@@ -11,9 +11,10 @@ constexpr int64_t SOON = 16;  // picked items between what is read and what is p
 inline int64_t picked_of(const Head& h) {
   return h.rerank > 0 && h.hot < h.items ? std::min(h.hot + h.rerank, h.items) : 0;
 }
-// Fills `picked`, in order, and the scores of all other items.
+// Fills `picked`, in order, and the scores of all other items: what is hot, and the best of the rest.
 void pick(const RetrieveArgs& a, const Head& h, Work& w) {
   settle(w.score, h.items);
+  for (int64_t j = 0; j < h.hot; j++) w.score[h.slots[j]] = INFINITY;
   int64_t nominees, picked = 0;
   const uint64_t last = cut(h, w, w.score, picked_of(h), nominees);
   for (int64_t n = 0; n < nominees; n++) {

@@ -123,7 +123,11 @@ void retrieve(const RetrieveArgs& a, int what) {
            [&](int64_t i, int64_t n) { fetch_batch(a, a.heads[i], all[i], n); });
     }
   });
-  for (int64_t i = 0; i < a.count; i++) a.fetched[i] += all[i].fetched;
+  for (int64_t i = 0; i < a.count; i++) {
+    int64_t& most = a.counts[a.count + i];
+    a.counts[i] += all[i].fetched;
+    most = std::max(most, all[i].fetched);
+  }
 }
 
 }  // namespace

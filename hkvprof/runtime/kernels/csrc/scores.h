@@ -8,6 +8,7 @@ namespace {
 enum Kind { MEAN = 0, MINMAX = 1, PROJECTED = 2 };
 struct Head {
   int64_t kind, segment, items, hot, chunk, hot_start, codes, channels, items_per_group, rerank;
+  int64_t fresh;  // most items that become hot in a step
   const void *first, *second;          // means; or low and high; or codes
   const float *projection, *codebook;  // [dim][channels], [256][channels]
   const int32_t* subspaces;            // [codes][2]
@@ -21,7 +22,7 @@ struct RetrieveArgs {
   void *key, *value;
   const void* query;
   const Head* heads;
-  int64_t* fetched;
+  int64_t* counts;  // of fetched items, per head: so far; then the most in one step
   int64_t count;
   int32_t dim, threads;
   float scaling, smoothing;

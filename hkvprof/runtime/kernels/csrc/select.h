@@ -78,6 +78,18 @@ uint64_t cut(const Head& h, Work& w, const float* due, int64_t count, int64_t& n
   std::nth_element(w.candidates, last, w.candidates + found, std::greater<uint64_t>());
   return *last;
 }
+// Leaves those `count` of the entries, which follow each other, whose keys are largest.
+template <class F>
+void keep_largest(int32_t* entries, int64_t all, int64_t count, uint64_t* keys, F key) {
+  for (int64_t n = 0; n < all; n++) keys[n] = key(entries[n]);
+  std::nth_element(keys, keys + count - 1, keys + all, std::greater<uint64_t>());
+  const uint64_t last = keys[count - 1];
+  for (int64_t n = 0, kept = 0; kept < count; n++) {
+    const int32_t entry = entries[n];
+    entries[kept] = entry;
+    kept += key(entry) >= last;
+  }
+}
 // Which items are wanted (Retrieval.load): fills missing, freed, slots, hot_score.
 void choose(const RetrieveArgs& a, const Head& h, Work& w) {
   float* due = w.score;
@@ -98,6 +110,13 @@ void choose(const RetrieveArgs& a, const Head& h, Work& w) {
       freed += rank(w, due, h.slots[j]) < last;
     }
     w.fetched = std::min(missing, freed);
+    if (w.fetched > h.fresh) {
+      auto best = [&](int32_t item) { return rank(w, due, item); };
+      auto worst = [&](int32_t slot) { return ~rank(w, due, h.slots[slot]); };
+      keep_largest(w.missing, missing, h.fresh, w.candidates, best);
+      keep_largest(w.freed, freed, h.fresh, w.candidates, worst);
+      w.fetched = h.fresh;
+    }
     for (int64_t j = 0; j < w.fetched; j++) h.slots[w.freed[j]] = w.missing[j];
   }
   if (a.smoothing > 0)
