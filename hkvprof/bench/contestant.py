@@ -99,8 +99,9 @@ class Contestant:
             return
         prefetch = PREFETCH if method.prefetch else None
         with apply(
-            self.model, method.profile, budget=method.budget, min_tokens=1, prefetch=prefetch
-        ) as handle:
+            self.model, method.profile, budget=method.budget, min_tokens=1, prefetch=prefetch,
+            fetch=method.fetch,
+        ) as handle:  # fmt: skip
             yield handle
 
     @torch.no_grad()
@@ -168,7 +169,13 @@ class Contestant:
         )
         if receipt is None or receipt.hit_rate is None:
             return row
-        return replace(row, hit_rate=receipt.hit_rate, moved_bytes=receipt.bytes_moved / self.steps)
+        return replace(
+            row,
+            hit_rate=receipt.hit_rate,
+            moved_bytes=receipt.bytes_moved / self.steps,
+            read_share=receipt.read_share,
+            limit_share=receipt.limit_share,
+        )
 
     def _forward_ids(self, ids: Tensor) -> Any:
         return self._forward({"input_ids": ids})

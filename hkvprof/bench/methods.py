@@ -46,7 +46,7 @@ class Method:
 
     The budget is one of hkvprof.profile.budgets.Budget: a share, tokens per head, or bytes.
     `graph`: steps are recorded and replayed. `control`: host items lie on the device instead, so
-    that nothing crosses the host link.
+    that nothing crosses the host link. `fetch` is what a step may read (budgets.Fetch).
     """
 
     kind: Kind
@@ -55,6 +55,7 @@ class Method:
     graph: bool = False
     prefetch: bool = False
     control: bool = False
+    fetch: str | None = None
 
     @property
     def name(self) -> str:
@@ -71,7 +72,10 @@ class Method:
 
 
 def methods(
-    profiles: Mapping[Kind, Profile], budgets: Sequence[str], preallocated: bool = True
+    profiles: Mapping[Kind, Profile],
+    budgets: Sequence[str],
+    preallocated: bool = True,
+    fetch: str | None = None,
 ) -> list[Method]:
     """Rows for prompts that are read: the dense caches, then every budget under every profile.
 
@@ -79,7 +83,9 @@ def methods(
     """
     check_budgets(budgets)
     stock = [Method(Kind.DENSE), *([Method(Kind.PREALLOCATED)] if preallocated else [])]
-    return stock + [Method(kind, b, profile) for b in budgets for kind, profile in profiles.items()]
+    return stock + [
+        Method(kind, b, profile, fetch=fetch) for b in budgets for kind, profile in profiles.items()
+    ]
 
 
 def filled_methods(
@@ -190,7 +196,7 @@ def reason_not(method: Method, tokens: int, itemsize: int, rows: int) -> str:
     if method.profile is None:
         return ""
     try:
-        plan = method.profile.allocation(method.budget, tokens, itemsize, rows)
+        plan = method.profile.allocation(method.budget, tokens, itemsize, rows, method.fetch)
     except BudgetError as error:
         return str(error)
     if bool((plan.ratio >= 1).all()):

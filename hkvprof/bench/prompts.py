@@ -13,6 +13,7 @@ from torch import Tensor
 from hkvprof.errors import UsageError
 from hkvprof.models.outline import vocabulary
 from hkvprof.models.processing import ChatProcessor, Encoded
+from hkvprof.profile.budgets import Fetch
 
 MIN_STEPS = 32
 _ROW_OFFSET = 997
@@ -25,8 +26,8 @@ class PromptSetup:
     """What is asked of a loaded model: contexts in tokens, budgets, `rounds` of `new_tokens` in
     all, batch.
 
-    `strict`: a budget that the profile itself cannot meet at a context is an error, not a row
-    that says so.
+    `fetch` is what a step may read (budgets.Fetch). `strict`: a budget that the profile itself
+    cannot meet at a context is an error, not a row that says so.
     """
 
     contexts: tuple[int, ...]
@@ -36,6 +37,7 @@ class PromptSetup:
     batch: int = 1
     preallocated: bool = True
     strict: bool = True
+    fetch: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
@@ -43,6 +45,7 @@ class PromptSetup:
             raise UsageError("no context: expected prompt lengths in tokens such as 2048,8192")
         if min(self.batch, self.new_tokens, self.rounds) < 1:
             raise UsageError("batch, new tokens and rounds must be at least 1 each")
+        Fetch.parse(self.fetch)
         timed = (self.block - 1) * self.rounds
         if timed < MIN_STEPS:
             raise UsageError(

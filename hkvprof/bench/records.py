@@ -34,7 +34,8 @@ class Row:
     tensors, `held_bytes` by the device's allocator (CPU: by how much the process grew; caches
     filled by hand: by tensors). `dense_share` and `held_share` are resident and held bytes over
     those of a dense cache. `peak_bytes` is the most K/V during prefill, `read_bytes` what attention
-    reads in a step, `moved_bytes` what a step moves from the host.
+    reads in a step, `moved_bytes` what a step moves from the host, which over
+    dense bytes is `read_share`, and at most `limit_share`.
 
     `step_ms` is the median over `steps` timed steps, `attend_ms` attention of all layers alone.
     `compression_seconds` is the runtime's own figure or, where `compression_source` says
@@ -79,6 +80,8 @@ class Row:
     retrieval_share: float | None = None
     hit_rate: float | None = None
     moved_bytes: float | None = None
+    read_share: float | None = None
+    limit_share: float | None = None
     link_ms: float | None = None
     corrected_share: float | None = None
     exposed_share: float | None = None

@@ -208,7 +208,7 @@ def foresee(
             f"a context of {max(setup.contexts)} tokens is over the model's limit of {limit}: give "
             f"--context {limit} or less"
         )
-    rows = methods(profiles, setup.budgets, setup.preallocated)
+    rows = methods(profiles, setup.budgets, setup.preallocated, setup.fetch)
     reasons = {
         (method, tokens): reason_not(method, tokens, itemsize, setup.batch)
         for method in rows

@@ -26,6 +26,10 @@ def _percent(value: float) -> str:
     return f"{value:.1%}"
 
 
+def _finely(value: float) -> str:
+    return f"{value:.2%}"
+
+
 def _number(value: float) -> str:
     return f"{value:.3f}"
 
@@ -62,6 +66,8 @@ TIME = (
     BenchColumn("retrieval", "retrieval_share", _percent),
     BenchColumn("hit rate", "hit_rate", _percent),
     BenchColumn("moved KiB", "moved_bytes", _kib),
+    BenchColumn("reads", "read_share", _finely),
+    BenchColumn("at most", "limit_share", _finely),
     BenchColumn("exposed", "exposed_share", _percent),
     BenchColumn("corrected", "corrected_share", _percent),
 )
@@ -69,7 +75,8 @@ NO_GPU = "Not on a GPU: times mean nothing here, nor do ratios and verdicts made
 LEGEND = (
     "ms/token: median of the steps; x: the other cache's ms/token over this one's, above 1 is "
     "faster; resident: after the prompt, by receipt; held: by the allocator (CPU: growth of the "
-    "process; filled caches: by tensors)"
+    "process; filled caches: by tensors); reads: from the host per step, over dense bytes, and the "
+    "most that any step can read"
 )
 FILLED_LEGEND = (
     "bytes are without index tables, which a model needs once. x dense: over DynamicCache; x best: "

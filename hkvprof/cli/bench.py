@@ -59,6 +59,7 @@ def bench(
         typer.Option("--context", help="Prompt tokens, separated by commas; default 2048."),
     ] = None,
     budget: options.Budgets = "0.20,0.10,0.05",
+    fetch: options.Fetch = None,
     only: Annotated[
         str | None,
         typer.Option("--methods", help="Of static,dynamic,profile; default: all that can be."),
@@ -105,13 +106,14 @@ def bench(
 
     _check_sources(model, shape, profile, context, only, crossover)
     if shape is not None and not crossover and str(device or "").startswith("cuda"):
-        _refuse_on_gpu({"--methods": only, "--plot": plot, "--threads": threads})
+        _refuse_on_gpu({"--methods": only, "--plot": plot, "--threads": threads,
+                        "--fetch": fetch})  # fmt: skip
         given = {"shape": shape, "layers": layers, "context": context, "batch": batch,
                  "budget": budget, "dtype": dtype, "device": device, "steps": new_tokens,
                  "rounds": rounds, "json": json_path}  # fmt: skip
         _bench_filled(given)
         return
-    setup = _setup(context, budget, new_tokens, rounds, batch, crossover)
+    setup = _setup(context, budget, fetch, new_tokens, rounds, batch, crossover)
     wanted = ["profile"] if crossover else options.listed(only or "")
     check_names(wanted)
     json_file = None if json_path in (None, "-") else Path(str(json_path))
@@ -187,6 +189,7 @@ def _bench_filled(given: dict[str, Any]) -> None:
 def _setup(
     context: str | None,
     budget: str,
+    fetch: str | None,
     new_tokens: int | None,
     rounds: int | None,
     batch: str | None,
@@ -211,7 +214,7 @@ def _setup(
     check_budgets(budgets)
     return PromptSetup(
         tuple(map(int, lengths)), budgets, new_tokens or _NEW_TOKENS, rounds or _ROUNDS, int(rows),
-        preallocated=not crossover, strict=not crossover,
+        preallocated=not crossover, strict=not crossover, fetch=fetch,
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ def certify(
     budgets: Annotated[
         str, typer.Option("--budgets", help="Shares to test, the largest first; chosen beforehand.")
     ] = "0.5,0.3,0.2,0.15,0.1,0.07,0.05",
+    fetch: options.Fetch = None,
     loss: Annotated[
         str, typer.Option("--loss", help="answers (against the replies) or agreement (no replies).")
     ] = "answers",
@@ -96,7 +97,7 @@ def certify(
     from hkvprof.evaluate.tasks import default_tasks
     from hkvprof.profile.record import load_profile
 
-    claim = Claim(alpha, delta, parse_budgets(budgets), loss, _regimes(regimes))
+    claim = Claim(alpha, delta, parse_budgets(budgets), loss, _regimes(regimes), fetch)
     loaded = load_profile(profile)
     path = output or profile
     check_output(path, force or output is None)

@@ -60,6 +60,7 @@ def evaluate(
         ),
     ] = None,
     budget: options.Budgets = "0.10,0.20",
+    fetch: options.Fetch = None,
     baselines: Annotated[
         str, typer.Option("--baselines", help="none, public, all, or names (docs/evaluation.md).")
     ] = "none",
@@ -108,6 +109,7 @@ def evaluate(
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
     from hkvprof.models.adapter import view_model
+    from hkvprof.profile.budgets import Fetch
     from hkvprof.profile.record import load_profile
 
     part, parts = options.parse_shard(shard)
@@ -128,6 +130,7 @@ def evaluate(
         "tasks": task_name,
         "tokens": tokens,
         "max_frames": max_frames,
+        **({} if fetch is None else {"fetch": str(Fetch.parse(fetch))}),
         **comparison.conditions(),
     }
     check_conditions(output, conditions)
@@ -139,7 +142,7 @@ def evaluate(
     journal = Journal(output, conditions, "" if parts == 1 else f"-{part}of{parts}")
     own_part = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
     refused: dict[MethodAtBudget, str] = {}
-    profiled = ProfiledModel(network, processor, loaded)
+    profiled = ProfiledModel(network, processor, loaded, fetch)
     compare(profiled, own_part, comparison, journal, track, refused)
     for entry, reason in refused.items():
         say(f"{entry.method} at {entry.budget} has no answer to some prompts: {reason}")

@@ -28,6 +28,7 @@ from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.records import FULL, Answer, TaskSet
 from hkvprof.models.adapter import view_model
 from hkvprof.models.processing import ChatProcessor
+from hkvprof.profile.budgets import Fetch
 from hkvprof.profile.certificate import (
     LOSSES,
     MOST_ALPHA,
@@ -46,8 +47,8 @@ class Claim:
     """What is to be certified: risk at most `alpha` with confidence 1 - `delta`, at the least of
     these shares of dense bytes that the data allows.
 
-    `budgets` are in the order in which they are tested, from the largest down. Raises UsageError,
-    BudgetError.
+    `budgets` are in the order in which they are tested, from the largest down; `fetch` is what a
+    step may read at all of them (budgets.Fetch). Raises UsageError, BudgetError.
     """
 
     alpha: float
@@ -55,6 +56,7 @@ class Claim:
     budgets: tuple[float, ...]
     loss: str = "answers"
     regimes: tuple[str, ...] = ("inside", "later")
+    fetch: str | None = None
 
     def __post_init__(self) -> None:
         for name, most in (("alpha", MOST_ALPHA), ("delta", MOST_DELTA)):
@@ -76,6 +78,7 @@ class Claim:
                 )
         if any(low >= high for high, low in pairwise(self.budgets)):
             raise BudgetError("the budgets to certify must fall, and differ from each other")
+        Fetch.parse(self.fetch)
 
     @property
     def needed(self) -> int:
@@ -190,6 +193,7 @@ def conditions(model: Any, profile: Profile, tasks: TaskSet, claim: Claim) -> di
         "max_new_tokens": tasks.max_new_tokens,
         "regimes": list(claim.regimes),
         "steps": _STEPS,
+        **({} if claim.fetch is None else {"fetch": claim.fetch}),
     }
 
 
@@ -212,7 +216,8 @@ def certify(
         tuple(map(_name, claim.budgets)), regimes=claim.regimes, steps=_STEPS
     )
     try:
-        compare(profiled, tasks, comparison, journal, track, skip=tally.is_lost)
+        limited = replace(profiled, fetch=claim.fetch)
+        compare(limited, tasks, comparison, journal, track, skip=tally.is_lost)
     except BudgetError as error:
         raise BudgetError(
             f"a budget cannot be met on these samples: {error}. Leave small ones out of --budgets, "
@@ -237,6 +242,7 @@ def certify(
         data=tasks.name,
         data_digest=samples_digest(tasks.samples),
         options={"min_tokens": MIN_TOKENS, "max_new_tokens": tasks.max_new_tokens},
+        fetch=str(Fetch.parse(claim.fetch)),
         versions=dict(current_versions()),
     )
 

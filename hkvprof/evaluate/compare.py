@@ -91,6 +91,8 @@ class _Said:
     dense_bytes: int
     compress_seconds: float
     hit_rate: float | None
+    read_share: float = 0.0
+    limit_share: float = 0.0
 
 
 class _Round:
@@ -197,7 +199,7 @@ class _Round:
             self.model, cache, one.first, one.question.lead, one.reference,
             stepwise=receipt.host_bytes > 0,
         )  # fmt: skip
-        text = self._text(one.reference)
+        text, after = self._text(one.reference), cache.receipt()
         limit = self.tasks.max_new_tokens
         if left is not None and left < limit:
             ids = answer(self.model, caches(), one.first, one.question.lead, self.ends, limit)
@@ -210,7 +212,9 @@ class _Round:
             receipt.host_bytes,
             receipt.dense_bytes,
             compress_seconds=caches.seconds + receipt.compression_seconds,
-            hit_rate=cache.receipt().hit_rate,
+            hit_rate=after.hit_rate,
+            read_share=after.read_share,
+            limit_share=after.limit_share,
         )
 
     def _answer(self, one: _Asked, entry: MethodAtBudget, said: _Said, questions: int) -> Answer:
@@ -238,6 +242,8 @@ class _Round:
             compress_seconds=said.compress_seconds,
             hit_rate=said.hit_rate,
             questions=questions,
+            read_share=said.read_share,
+            limit_share=said.limit_share,
         )
 
 

@@ -25,11 +25,13 @@ MIN_TOKENS = 64
 
 @dataclass(frozen=True)
 class ProfiledModel:
-    """A loaded model with its processor, and a profile of it."""
+    """A loaded model with its processor, a profile of it, and what a step may read under it
+    (budgets.Fetch)."""
 
     model: Any
     processor: ChatProcessor
     profile: Profile
+    fetch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Contest:
 
     def __init__(self, profiled: ProfiledModel, seed: int) -> None:
         self.model, self.profile, self.seed = profiled.model, profiled.profile, seed
+        self.fetch = profiled.fetch
         self._memos: dict[int, dict[str, tuple[Any, float]]] = {}
 
     def forget(self) -> None:
@@ -132,7 +135,7 @@ class Contest:
         """Within: the model serves caches of this entry. Raises HkvError where it cannot."""
         if entry.method == OURS:
             with apply(
-                self.model, self.profile, budget=entry.budget, min_tokens=MIN_TOKENS
+                self.model, self.profile, entry.budget, min_tokens=MIN_TOKENS, fetch=self.fetch
             ) as handle:
 
                 def ours() -> CompressedCache:

@@ -31,6 +31,8 @@ class Answer:
       token; `nll` the mean negative log-likelihood, in nats per token, of the full cache's reply.
     - bytes are those when the prompt has been compressed; `storage_bytes` sums the cache's tensors
       (resident), independent of the receipt's `resident_bytes`.
+    - `read_share`: bytes that a step read from the host in the mean, over dense bytes, and
+      `limit_share`, the most that one could.
     - `compress_seconds`: deciding and packing, extra passes of the model included.
     - `questions`: how many answers this method gives to this sample in all.
     """
@@ -57,6 +59,8 @@ class Answer:
     compress_seconds: float
     hit_rate: float | None
     questions: int = 1
+    read_share: float = 0.0
+    limit_share: float = 0.0
 
 
 @dataclass(frozen=True)

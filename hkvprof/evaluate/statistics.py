@@ -66,6 +66,8 @@ class MethodSummary:
       answered; tasks that the full cache never gets right have no ratio.
     - `kl`, `nll` and `nll_difference` (to the full cache, same questions) in nats per token.
     - `share` and `storage_share`: resident over dense bytes, by the receipt and by the tensors.
+    - `read_share`: read from the host per decoding step, over dense bytes; `limit_share`: the most
+      that any step could.
     """
 
     regime: str
@@ -88,6 +90,8 @@ class MethodSummary:
     host_bytes: float
     compress_seconds: float
     hit_rate: float | None
+    read_share: float = 0.0
+    limit_share: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; figures that are not finite become null."""
@@ -256,6 +260,8 @@ def _summary(key: Key, group: Group, full: Group, seed: int) -> MethodSummary:
         host_bytes=fmean(a.host_bytes for a in answers),
         compress_seconds=fmean(a.compress_seconds for a in answers),
         hit_rate=_mean(_figures(group, "hit_rate").values()),
+        read_share=fmean(a.read_share for a in answers),
+        limit_share=max(a.limit_share for a in answers),
     )
 
 

@@ -63,7 +63,8 @@ class Certificate:
     `content` is the digest of what was tested (`Profile.content_digest`), `weights_digest` and
     `dtype` are of the model that ran, `data_digest` of the held-out samples. `full_score` is the
     full cache's mean score where answers were scored: a cache that is mostly wrong has little to
-    lose. `options` and `versions` are what else the answers depend on.
+    lose. `fetch` is what a step could read from the host (budgets.Fetch), `options` and `versions`
+    are what else the answers depend on.
     """
 
     alpha: float
@@ -82,6 +83,7 @@ class Certificate:
     data_digest: str
     options: Mapping[str, int]
     versions: Mapping[str, str]
+    fetch: str = "unlimited"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; the inverse of `from_json`."""
@@ -91,7 +93,7 @@ class Certificate:
     @classmethod
     def from_json(cls, data: Any) -> Certificate:
         """Build from JSON, checked down to the verdict. Raises ProfileError."""
-        data = _READ.mapping(data, "the record")
+        data = {"fetch": cls.fetch, **_READ.mapping(data, "the record")}
         unknown = data.keys() ^ cls.__dataclass_fields__.keys()
         if unknown:
             raise _READ.wrong("the record", "its own fields alone", sorted(unknown))
@@ -125,7 +127,7 @@ class Certificate:
         return certificate
 
 
-_TEXTS = ("content", "weights_digest", "dtype", "data", "data_digest")
+_TEXTS = ("content", "weights_digest", "dtype", "data", "data_digest", "fetch")
 
 
 def recorded(provenance: Mapping[str, Any]) -> Certificate | None:

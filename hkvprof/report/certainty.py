@@ -193,7 +193,8 @@ def _about(record: Certificate) -> str:
     full = "" if record.full_score is None else f"; full cache {record.full_score:.1%} right"
     return (
         f"{record.samples} held-out samples of {plain(record.data)}, regimes "
-        f"{plain(list(record.regimes))}, {plain(record.dtype)}{full}"
+        f"{plain(list(record.regimes))}, {plain(record.dtype)}, reads per step: "
+        f"{plain(record.fetch)}{full}"
     )
 
 

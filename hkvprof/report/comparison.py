@@ -15,6 +15,7 @@ from hkvprof.profile.budgets import Budget
 
 NOTES = (
     "share: resident K/V bytes over dense, indexes included; s: seconds to compress",
+    "reads: from host memory per decoding step, over dense bytes; at most: what one could read",
     "d score: points to the full cache on the same questions; worst task: its score over full's",
     "KL(full || method), d NLL (to full): nats per token; agree: same likeliest next token",
     "[..]: 95% bootstrap interval over samples",
@@ -183,6 +184,8 @@ _COLUMNS = (
     _Column("share", lambda row: _percent(row.share)),
     _Column("by tensors", lambda row: _percent(row.storage_share), wide=True),
     _Column("host MiB", lambda row: f"{row.host_bytes / 2**20:,.1f}", wide=True),
+    _Column("reads", _beside_full(lambda row: f"{row.read_share:.2%}")),
+    _Column("at most", _beside_full(lambda row: f"{row.limit_share:.2%}"), wide=True),
     _Column("score", lambda row: _percent(row.score)),
     _Column("d score", _beside_full(lambda row: _points(row.difference))),
     _Column("worst task", _beside_full(_worst)),

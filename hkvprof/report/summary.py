@@ -27,21 +27,26 @@ ITEM_BYTES = 2
 
 @dataclass(frozen=True)
 class KeptMemory:
-    """Dense against kept K/V bytes of one prompt at the default budget."""
+    """Dense against kept K/V bytes of one prompt at the default budgets, and bytes that a decoding
+    step reads from the host: in the mean, and at most."""
 
     tokens: int
     dense_bytes: int
     kept_bytes: int
+    read_bytes: int = 0
+    most_read_bytes: int = 0
 
 
 def memory(profile: Profile, tokens: int) -> KeptMemory | None:
     """K/V bytes of a prompt at ITEM_BYTES per element; None if the budget is too small."""
     dense = tokens * profile.grid.token_bytes(ITEM_BYTES)
     try:
-        ratio = profile.allocation(profile.default_budget, tokens, ITEM_BYTES).ratio
+        plan = profile.plan(profile.default_budget, tokens, ITEM_BYTES)
     except BudgetError:
         return None
-    return KeptMemory(tokens, dense, round(dense * float(ratio.astype(np.float64).mean())))
+    ratio = np.array([head.ratio for layer in plan.layers for head in layer.heads])
+    reads = round(plan.read_bytes), plan.most_read_bytes
+    return KeptMemory(tokens, dense, round(dense * float(ratio.mean())), *reads)
 
 
 def static_share(profile: Profile) -> float:
@@ -56,9 +61,11 @@ def sentence(profile: Profile, tokens: int) -> str:
     kept = memory(profile, tokens)
     if kept is None:
         return f"{types}; {budget} is too little for a {tokens:,}-token prompt"
+    read, most = (human(size) for size in (kept.read_bytes, kept.most_read_bytes))
+    reads = f", and a step reads {read} from the host, at most {most}" if most != "0 B" else ""
     return (
         f"{types}; at {budget} a {tokens:,}-token prompt keeps {human(kept.kept_bytes)} instead of "
-        f"{human(kept.dense_bytes)}"
+        f"{human(kept.dense_bytes)}{reads}"
     )
 
 

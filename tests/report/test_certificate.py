@@ -13,7 +13,8 @@ from tests.profiles import make_certificate, make_profile, with_certificate
 PAGE = """\
 Certificate: 20%: with 95% confidence, at most 2% of samples like these get a worse answer than \
 with the full cache
-  150 held-out samples of held-out, regimes inside, later, bfloat16; full cache 90.0% right
+  150 held-out samples of held-out, regimes inside, later, bfloat16, reads per step: unlimited; \
+full cache 90.0% right
   budget  samples  degraded  p-value
      50%      150         0    0.048  accepted
      20%      150         0    0.048  accepted

@@ -30,7 +30,7 @@ def summary(method: str = OURS, budget: str = "0.10", **other: Any) -> MethodSum
         "worst_ratio": 0.625,
         "kl": BootstrapInterval(0.0123, 0.01, 0.015, 4), "agreement": 0.875, "nll": 1.0,
         "nll_difference": 0.25, "share": 0.0975, "storage_share": 0.1, "host_bytes": 3 * 2.0**20,
-        "compress_seconds": 0.456, "hit_rate": None,
+        "compress_seconds": 0.456, "hit_rate": None, "read_share": 0.0042, "limit_share": 0.0051,
     }  # fmt: skip
     return MethodSummary(method=method, budget=budget, **(known | other))
 
@@ -50,14 +50,15 @@ def test_every_figure_of_a_row() -> None:
     title, heading, first, blank, row, end, *notes = text(comparison_table([full(), summary()]))
     assert title == "inside: question in the compressed prompt (8 questions, 4 samples)"
     assert " ".join(heading.split()) == (
-        "method budget share by tensors host MiB score d score worst task KL KL, 95% d NLL agree s "
-        "hit rate"
+        "method budget share by tensors host MiB reads at most score d score worst task KL KL, 95% "
+        "d NLL agree s hit rate"
     )
-    assert first.split() == [FULL, "-", "100.0%", "10.0%", "3.0", "80.0%", *"------", "0.00", "-"]
+    assert first.split() == [FULL, "-", "100.0%", "10.0%", "3.0", "-", "-", "80.0%", *"------",
+                             "0.00", "-"]  # fmt: skip
     assert blank == end == ""
     assert " ".join(row.split()) == (
-        "hkvprof 0.10 9.8% 10.0% 3.0 50.0% -30.0 [-40.0, +5.0] 62% ocr 0.012 [0.01, 0.015] +0.25 "
-        "87.5% 0.46 -"
+        "hkvprof 0.10 9.8% 10.0% 3.0 0.42% 0.51% 50.0% -30.0 [-40.0, +5.0] 62% ocr 0.012 "
+        "[0.01, 0.015] +0.25 87.5% 0.46 -"
     )
     assert notes == list(NOTES)
 
@@ -97,7 +98,7 @@ def test_regimes_have_their_own_tables() -> None:
     starts = [n for n, line in enumerate(page) if line.startswith(("inside:", "after:"))]
     assert len(starts) == 2
     assert "context compressed first, question after it" in page[starts[1]]
-    assert [line.split()[5] for line in page if line.startswith(OURS)] == ["50.0%", "60.0%"]
+    assert [line.split()[7] for line in page if line.startswith(OURS)] == ["50.0%", "60.0%"]
 
 
 def test_methods_that_answered_less_say_so() -> None:
@@ -111,7 +112,19 @@ def test_what_is_missing_is_a_dash() -> None:
         score=None, difference=None, worst_ratio=None, worst_task="", nll_difference=None
     )
     row = next(line for line in text(comparison_table([full(), bare], True)) if OURS in line)
-    assert row.split() == [OURS, "0.10", "9.8%", "-", "-", "-", "0.012", "-", "87.5%", "0.46"]
+    assert row.split() == [
+        OURS,
+        "0.10",
+        "9.8%",
+        "0.42%",
+        "-",
+        "-",
+        "-",
+        "0.012",
+        "-",
+        "87.5%",
+        "0.46",
+    ]
 
 
 def answers() -> list[Answer]:
