@@ -67,7 +67,7 @@ class StaticLayout:
 
     @property
     def tokens(self) -> int:
-        """All of them."""
+        """How many tokens it keeps."""
         return self.exact + self.quantised
 
 
