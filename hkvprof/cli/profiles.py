@@ -91,7 +91,7 @@ OTHER_MODEL, OTHER_CONFIG = 3, 4
 def validate(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A file.")],
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Alias, hub id or folder.")
+        str | None, typer.Argument(metavar="[MODEL]", help="Alias, hub id, folder or GGUF file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
