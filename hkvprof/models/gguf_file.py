@@ -47,55 +47,59 @@ def ensure_checkpoint(file: Path, extra: str = "gguf", cache_dir: Path | None = 
 
 def _convert(file: Path, folder: Path, extra: str) -> None:
     """Write weights, configuration and tokenizer of `file` into `folder`."""
-    field = _opened(file, extra)
-    with tempfile.TemporaryDirectory() as alone:  # what lies beside the file is not the model's
-        link = Path(alone) / "model.gguf"
-        link.symlink_to(file.resolve())
-        try:
-            model = _read_model(link)
-            tokenizer = read_tokenizer(link, field)
-        except ModelError as error:
-            raise ModelError(str(error).replace(str(link), str(file))) from error
-        except Exception as error:  # transformers raises nearly anything on files it cannot read
-            if out_of_memory(error):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise ModelError(
-                f"transformers {transformers.__version__} cannot read {file} ({reason}): use a "
-                "checkpoint written by save_pretrained"
-            ) from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _opened(file: Path, extra: str) -> Field:
-    """The fields of the file.
-
-    Raises ModelError for a file that is cut short, is a part of several, or holds what transformers
-    passes over in silence.
-    """
-    gguf = require_extra("gguf", extra)
-    try:
-        reader = gguf.GGUFReader(str(file))
-    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise ModelError(f"{file} is cut short or damaged ({reason}): copy it again") from error
+    reader = _opened(file, extra)
 
     def field(name: str) -> Any:
         found = reader.fields.get(name)
         return None if found is None else found.contents()
 
+    with tempfile.TemporaryDirectory() as alone:  # what lies beside the file is not the model's
+        link = Path(alone) / "model.gguf"
+        link.symlink_to(file.resolve())
+        try:
+            _check_read_in_full(file, field, {tensor.name for tensor in reader.tensors})
+            model = _read_model(link)
+            tokenizer = read_tokenizer(link, field)
+        except Exception as error:  # transformers raises nearly anything on files it cannot read
+            if out_of_memory(error):
+                raise
+            raise _unreadable(file, str(link), error) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _unreadable(file: Path, link: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(link, str(file))
+    if isinstance(error, ModelError):
+        return ModelError(reason)
+    return ModelError(
+        f"transformers {transformers.__version__} cannot read {file} ({reason[:200]}): use a "
+        "checkpoint written by save_pretrained"
+    )
+
+
+def _opened(file: Path, extra: str) -> Any:
+    """A reader of the package gguf. Raises ModelError for a file that is cut short."""
+    gguf = require_extra("gguf", extra)
+    try:
+        return gguf.GGUFReader(str(file))
+    except Exception as error:  # of damaged files it believes every number
+        if isinstance(error, OSError):
+            raise ModelError(f"cannot read {file}: {error.strerror or error}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise ModelError(f"{file} is cut short or damaged ({reason}): copy it again") from error
+
+
+def _check_read_in_full(file: Path, field: Field, tensors: set[str]) -> None:
+    """Raises ModelError for a part of a model, and for what transformers passes over in silence."""
     if (field("split.count") or 1) > 1:
         raise ModelError(f"{file} is one part of several: join them (llama-gguf-split --merge)")
-    architecture = field("general.architecture")
-    scaling = field(f"{architecture}.rope.scaling.type") or "none"
-    names = {tensor.name for tensor in reader.tensors}
-    if scaling != "none" or names & set(_UNREAD):
+    scaling = field(f"{field('general.architecture')}.rope.scaling.type") or "none"
+    if scaling != "none" or tensors & set(_UNREAD):
         raise ModelError(
             f"{file} scales its positions, which transformers does not read from a GGUF file: use "
             "a checkpoint written by save_pretrained"
         )
-    return field
 
 
 def _read_model(file: Path) -> Any:

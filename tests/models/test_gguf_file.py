@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -175,6 +176,24 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, cache: Path, share: float) 
     file.write_bytes(data[: max(4, int(len(data) * share))])
     refused(file, "cut short or damaged", "copy it again")
     assert list(cache.iterdir()) == []
+
+
+def test_damage_anywhere_in_the_head_is_refused_or_harmless(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    ggufs.write(file, "llama")
+    whole = file.read_bytes()
+    random = np.random.default_rng(0)
+    said = []
+    for place in random.integers(4, 1200, 12):
+        data = bytearray(whole)
+        data[place] ^= 1 << int(random.integers(8))
+        file.write_bytes(data)
+        try:
+            ensure_checkpoint(file)
+        except ModelError as error:
+            said.append(str(error))
+    assert len(said) >= 3
+    assert all(str(file) in text and "\n" not in text for text in said), said
 
 
 def test_an_architecture_that_transformers_does_not_read(tmp_path: Path) -> None:
