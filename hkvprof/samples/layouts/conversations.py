@@ -1,0 +1,72 @@
+"""`conversations`: lists of turns with `from` and `value`, pictures in the places of `<image>`.
+
+Published by LLaVA (github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md: `id`, `image`,
+`conversations`) and, for several pictures, by LLaVA-NeXT and LLaMA-Factory (data/README.md, format
+sharegpt: `conversations`, `system`, `images`, as many `<image>` as images).
+"""
+
+from __future__ import annotations
+
+from hkvprof.errors import SampleError
+from hkvprof.samples.layouts.drafts import Draft, Row, RowLayout, needed, text, with_places
+from hkvprof.samples.layouts.pictures import Pictures, listed, wrong
+
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "system": "system",
+}  # fmt: skip
+
+
+def _build(row: Row, pictures: Pictures) -> Draft:
+    refuse_films(row)
+    field, turns = needed(row, "conversations")
+    if not isinstance(turns, list) or not turns:
+        raise wrong(field, "a list of turns with 'from' and 'value'", turns)
+    said = [_turn(turn, f"{field}[{number}]") for number, turn in enumerate(turns)]
+    if row.get("system"):
+        said.insert(0, ("system", text(row["system"], "system")))
+    given = listed(row.get("image"), "image") + listed(row.get("images"), "images")
+    return with_places(said, given, pictures, field)
+
+
+def _turn(turn: object, field: str) -> tuple[str, str]:
+    if not isinstance(turn, dict):
+        raise wrong(field, "an object with 'from' and 'value'", turn)
+    who, speaker = needed_in(turn, field, "from", "role")
+    what, said = needed_in(turn, field, "value", "content")
+    if speaker not in _ROLES:
+        raise wrong(f"{field}.{who}", f"one of {', '.join(_ROLES)}", speaker)
+    return _ROLES[speaker], text(said, f"{field}.{what}")
+
+
+def needed_in(inner: Row, field: str, *names: str) -> tuple[str, object]:
+    """As `needed`, for an object inside a row, which errors call `field`."""
+    try:
+        return needed(inner, *names)
+    except SampleError as error:
+        raise SampleError(str(error).replace("field '", f"field '{field}.", 1)) from None
+
+
+def refuse_films(row: Row) -> None:
+    """Raise SampleError for a row with a video or sound, which nothing here reads."""
+    for name in ("video", "videos", "audio", "audios"):
+        if row.get(name):
+            raise SampleError(
+                f"field '{name}': {name} are not read: extract frames (`ffmpeg -i clip.mp4 -vf "
+                "fps=2 frames/%04d.png`) and write them as a video part (docs/sample-format.md)"
+            )
+
+
+LLAVA = RowLayout(
+    name="llava",
+    title="conversations of LLaVA or ShareGPT",
+    source="https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md",
+    fits=lambda columns: "conversations" in columns,
+    build=_build,
+    fields=(
+        ("conversations", "messages; the last one of gpt becomes the reply"),
+        ("system", "first message"),
+        ("image", "picture in the place of <image>"),
+        ("images", "pictures in the places of <image>"),
+    ),
+)
