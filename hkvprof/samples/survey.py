@@ -82,7 +82,7 @@ class Survey:
         if self.equal:
             one, other = self.equal[0]
             found.append(
-                f"{len(self.equal)} samples repeat others but for their ids, such as {other!r} "
+                f"{len(self.equal)} samples repeat others but for their ids, such as {other!r} and "
                 f"{one!r}: what they say counts twice"
             )
         return found

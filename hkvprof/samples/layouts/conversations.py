@@ -34,9 +34,10 @@ def _turn(turn: object, field: str) -> tuple[str, str]:
         raise wrong(field, "an object with 'from' and 'value'", turn)
     who, speaker = needed_in(turn, field, "from", "role")
     what, said = needed_in(turn, field, "value", "content")
-    if speaker not in _ROLES:
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
         raise wrong(f"{field}.{who}", f"one of {', '.join(_ROLES)}", speaker)
-    return _ROLES[speaker], text(said, f"{field}.{what}")
+    return role, text(said, f"{field}.{what}")
 
 
 def needed_in(inner: Row, field: str, *names: str) -> tuple[str, object]:

@@ -104,10 +104,10 @@ def pieces(content: str) -> Iterator[str]:
 def vqa_rows(top: Mapping[str, Any], path: Path) -> list[Row]:
     """The rows of VQA's questions, with the answers of the annotations beside them, if any."""
     subset = str(top.get("data_subtype") or "")
-    answers = {entry.get("question_id"): entry for entry in _annotations(path, subset)}
+    answers = {str(entry.get("question_id")): entry for entry in _annotations(path, subset)}
     rows: list[Row] = []
     for question in _objects(top["questions"], "questions"):
-        known = answers.get(question.get("question_id"), {})
+        known = answers.get(str(question.get("question_id")), {})
         replies = {name: known[name] for name in _REPLIES if name in known}
         rows.append({**question, **_coco(question, subset), **replies})
     return rows
@@ -185,12 +185,11 @@ def _milebench(row: Row, pictures: Pictures) -> Draft:
     instance = needed(row, "task_instance")[1]
     if not isinstance(instance, Mapping):
         raise wrong("task_instance", "an object", instance)
-    options = [text(o, "task_instance.choice_list") for o in instance.get("choice_list") or []]
+    options = _options(instance.get("choice_list") or [])
+    below = text(needed(row, "images")[1], "images")
     context = text(instance.get("context"), "task_instance.context") + _listed(options)
     given = listed(instance.get("images_path") or [], "task_instance.images_path")
-    shown = [
-        pictures.part(f"{row['images']}/{text(value, field)}", field) for field, value in given
-    ]
+    shown = [pictures.part(f"{below}/{text(value, field)}", field) for field, value in given]
     named = {int(number) for number in _MARK.findall(context)}
 
     def picture(match: re.Match[str]) -> Part:
@@ -200,6 +199,12 @@ def _milebench(row: Row, pictures: Pictures) -> Draft:
     first = [part for number, part in enumerate(shown, start=1) if number not in named]
     parts = [text_part(f"{_instruction(row)}\n"), *first, *interleave(context, _MARK, picture)]
     return {"messages": [{"role": "user", "content": parts}], "reply": _answer(row, options)}
+
+
+def _options(value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise wrong("task_instance.choice_list", "a list of texts", value)
+    return [text(option, f"task_instance.choice_list[{i}]") for i, option in enumerate(value)]
 
 
 def _instruction(row: Row) -> str:
