@@ -57,8 +57,8 @@ def load(data: str, limit: int | None, seed: int, on_error: OnError, how: Readin
 def check(samples: LoadedSamples, model: str, on_error: OnError) -> None:
     """Say what the samples hold, and what is odd about it for this model.
 
-    Raises SampleError where the model takes text alone and samples have pictures (unless such
-    samples are skipped), ModelError.
+    Raises SampleError where the model takes text alone and samples have pictures, or the other way
+    round (unless such samples are skipped); ModelError.
     """
     from hkvprof.cli.output import say
     from hkvprof.models.load import takes_pictures
@@ -69,8 +69,14 @@ def check(samples: LoadedSamples, model: str, on_error: OnError) -> None:
         say(line)
     for doubt in survey.doubts(sighted):
         say(f"note:  {doubt}")
-    if survey.seen and not sighted and on_error == "raise":
+    unfit = survey.contexts if sighted else survey.seen
+    if unfit and on_error == "raise":
+        why = (
+            'text marked "modality": "context", and the model {} takes pictures'
+            if sighted
+            else "pictures, and the model {} takes text alone"
+        ).format(model)
         raise SampleError(
-            f"{survey.seen} of {len(samples.samples)} samples have pictures, and the model "
-            f"{model} takes text alone: use another model or data set, or --on-error skip"
+            f"{unfit} of {len(samples.samples)} samples have {why}: use another model or data set, "
+            "or --on-error skip"
         )

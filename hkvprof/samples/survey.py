@@ -16,21 +16,25 @@ _LEFT_OVER = re.compile(r"<image(?: [0-9]+)?>|<video>")
 
 @dataclass(frozen=True)
 class Survey:
-    """Counts over samples: `pictures`, `frames` and `characters` have one number per sample,
-    `bare` are the ids of samples with a mark such as `<image>` in their text, `equal` pairs of ids
-    of samples that differ in nothing else."""
+    """Counts over samples.
+
+    `pictures`, `frames` and `characters` have one number per sample; `contexts` counts samples with
+    text marked as context; `bare` are the ids of samples with a mark such as `<image>` in their
+    text; `equal` are pairs of ids of samples that differ in nothing else.
+    """
 
     pictures: tuple[int, ...]
     frames: tuple[int, ...]
     characters: tuple[int, ...]
     replies: int
     followups: int
+    contexts: int
     bare: tuple[str, ...]
     equal: tuple[tuple[str, str], ...]
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Survey:
-        """Count; the bytes of pictures are read, to tell equal samples. Raises SampleError."""
+        """Count; samples of the same text are compared by their pictures. Raises SampleError."""
         parts = [list(_parts(sample)) for sample in samples]
         texts = ["".join(part.get("text", "") for part in own) for own in parts]
         return cls(
@@ -39,12 +43,13 @@ class Survey:
             characters=tuple(map(len, texts)),
             replies=sum(sample.reply is not None for sample in samples),
             followups=sum(bool(sample.followups) for sample in samples),
+            contexts=sum(any(p.get("modality") == "context" for p in own) for own in parts),
             bare=tuple(
                 sample.id
                 for sample, text in zip(samples, texts, strict=True)
                 if _LEFT_OVER.search(text)
             ),
-            equal=tuple(_equal(samples)),
+            equal=tuple(_equal(samples, texts)),
         )
 
     @property
@@ -99,12 +104,16 @@ def _parts(sample: Sample) -> Iterator[Message]:
         yield from [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _equal(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    """Ids of a sample and a later one with the same text, pictures and reply."""
-    first: dict[str, str] = {}
-    for sample in samples:
-        digest = samples_digest([replace(sample, id="", task="")])
-        if digest in first:
-            yield first[digest], sample.id
-        else:
-            first[digest] = sample.id
+def _equal(samples: Sequence[Sample], texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Ids of a sample and a later one with the same text, pictures and reply; pictures are read
+    only where texts are the same."""
+    seen: dict[str, list[Sample]] = {}
+    for sample, text in zip(samples, texts, strict=True):
+        seen.setdefault(f"{text}\0{sample.reply}", []).append(sample)
+    for alike in seen.values():
+        first: dict[str, str] = {}
+        for sample in alike if len(alike) > 1 else ():
+            digest = samples_digest([replace(sample, id="", task="")])
+            if digest in first:
+                yield first[digest], sample.id
+            first.setdefault(digest, sample.id)

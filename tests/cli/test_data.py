@@ -94,3 +94,9 @@ def test_samples_that_do_not_fit_the_model(here: Path, capsys: pytest.CaptureFix
     save_samples(here / "data.jsonl", 2)
     assert calibrate("--data", "data.jsonl") == 1
     assert "note:  no sample has a picture, and the model takes pictures" in capsys.readouterr().err
+    part = {"type": "text", "text": "long", "modality": "context"}
+    row = {"id": "a", "task": "t", "messages": [{"role": "user", "content": [part]}]}
+    assert calibrate("--data", str(write(here / "context.jsonl", [row]))) == 1
+    told = capsys.readouterr().err
+    assert 'marked "modality": "context", and the model tinyvl takes pictures' in told
+    assert "WeightsError" not in told

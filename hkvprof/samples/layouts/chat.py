@@ -2,17 +2,18 @@
 
 Published: platform.openai.com/docs/guides/vision (content parts `text` and `image_url`, an
 address, file or `data:` URL), github.com/QwenLM/Qwen2.5-VL/tree/main/qwen-vl-utils (`image`, and
+address, file or `data:` URL), github.com/QwenLM/Qwen2.5-VL/tree/main/qwen-vl-utils (`image`, and
 `video` as a list of frames), huggingface.co/docs/transformers/chat_templating_multimodal (`image`
 with `path`, `url`, `base64`), LLaMA-Factory's data/README.md (strings with `<image>`, `images`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hkvprof.errors import SampleError
-from hkvprof.samples.layouts.conversations import needed_in, refuse_films
+from hkvprof.samples.layouts.conversations import needed_in
 from hkvprof.samples.layouts.drafts import (
     PLACE,
     Draft,
@@ -23,11 +24,10 @@ from hkvprof.samples.layouts.drafts import (
     text,
     with_places,
 )
-from hkvprof.samples.layouts.pictures import Given, Part, Pictures, listed, wrong
+from hkvprof.samples.layouts.media import Media, film
+from hkvprof.samples.layouts.pictures import Part, Pictures, wrong
 from hkvprof.samples.parse import MAX_PARTS
 
-DEFAULT_FPS = 2.0
-"""Frames per second of a video that does not say so: the default of qwen-vl-utils."""
 _ROLES = {"developer": "system"}
 _PICTURES = ("image", "image_url", "input_image")
 _TEXTS = ("text", "input_text", "output_text")
@@ -71,16 +71,15 @@ def _chat(row: Row, pictures: Pictures) -> Draft:
     field, messages = needed(row, "messages")
     if not isinstance(messages, list) or not messages:
         raise wrong(field, "a list of messages with 'role' and 'content'", messages)
-    given = listed(row.get("image"), "image") + listed(row.get("images"), "images")
+    media = Media.of(row, pictures)
     if has_places(row):
-        refuse_films(row)
         said = [_said(message, f"{field}[{i}]") for i, message in enumerate(messages)]
-        return with_places(said, given, pictures, field)
+        return with_places(said, media, field)
     _check_count(messages, field)
-    reader = _Parts(pictures, iter(given))
+    reader = _Parts(media)
     made = [reader.message(message, f"{field}[{i}]") for i, message in enumerate(messages)]
-    if (left := next(reader.given, None)) is not None:
-        raise SampleError(f"field '{left[0]}': more pictures than places for them in '{field}'")
+    for name, _ in (*media.images, *media.films):
+        raise SampleError(f"field '{name}': more pictures than places for them in '{field}'")
     return conversation(made, field)
 
 
@@ -113,9 +112,8 @@ def _check_count(messages: list[Any], field: str) -> None:
 class _Parts:
     """Reads content parts; those that only say "image" take the next of the row's pictures."""
 
-    def __init__(self, pictures: Pictures, given: Iterator[Given]) -> None:
-        self.pictures = pictures
-        self.given = given
+    def __init__(self, media: Media) -> None:
+        self.media = media
 
     def message(self, message: object, field: str) -> dict[str, Any]:
         role, content = _fields(message, field)
@@ -148,26 +146,19 @@ class _Parts:
                 if key == "base64" and isinstance(value, str) and not value.startswith("data:"):
                     value = f"data:;base64,{value}"
                 nested = ".url" if isinstance(value, Mapping) and "url" in value else ""
-                return self.pictures.part(value, f"{field}.{key}{nested}")
-        if (following := next(self.given, None)) is None:
+                return self.media.pictures.part(value, f"{field}.{key}{nested}")
+        if not self.media.images:
             raise SampleError(f"field '{field}': no picture is given, here or in 'images'")
-        return self.pictures.part(following[1], following[0])
+        return self.media.take("image")
 
     def _video(self, part: Mapping[str, Any], field: str) -> Part:
-        frames = part.get("video", part.get("frames"))
-        if not isinstance(frames, list):
-            refuse_films({"video": frames or True})
-        rate = part.get("fps", part.get("sample_fps", DEFAULT_FPS))
-        paths = [
-            self.pictures.part(frame, f"{field}.video[{number}]").get("path")
-            for number, frame in enumerate(frames or [])
-        ]
-        if not all(paths):
-            raise wrong(f"{field}.video", "the paths of frames", "pictures in the text itself")
-        try:
-            return {"type": "video", "frames": paths, "fps": float(rate)}
-        except (TypeError, ValueError):
-            raise wrong(f"{field}.fps", "a number", rate) from None
+        rate = part.get("fps", part.get("sample_fps"))
+        for key in ("video", "frames", "path", "url"):
+            if key in part:
+                return film(part[key], f"{field}.{key}", self.media.pictures, rate)
+        if not self.media.films:
+            raise SampleError(f"field '{field}': no video is given, here or in 'videos'")
+        return self.media.take("video")
 
 
 def _text_part(part: Mapping[str, Any], field: str) -> Part:

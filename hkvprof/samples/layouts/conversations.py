@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from hkvprof.errors import SampleError
 from hkvprof.samples.layouts.drafts import Draft, Row, RowLayout, needed, text, with_places
-from hkvprof.samples.layouts.pictures import Pictures, listed, wrong
+from hkvprof.samples.layouts.media import Media
+from hkvprof.samples.layouts.pictures import Pictures, wrong
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -18,15 +19,13 @@ _ROLES = {
 
 
 def _build(row: Row, pictures: Pictures) -> Draft:
-    refuse_films(row)
     field, turns = needed(row, "conversations")
     if not isinstance(turns, list) or not turns:
         raise wrong(field, "a list of turns with 'from' and 'value'", turns)
     said = [_turn(turn, f"{field}[{number}]") for number, turn in enumerate(turns)]
     if row.get("system"):
         said.insert(0, ("system", text(row["system"], "system")))
-    given = listed(row.get("image"), "image") + listed(row.get("images"), "images")
-    return with_places(said, given, pictures, field)
+    return with_places(said, Media.of(row, pictures), field)
 
 
 def _turn(turn: object, field: str) -> tuple[str, str]:
@@ -48,16 +47,6 @@ def needed_in(inner: Row, field: str, *names: str) -> tuple[str, object]:
         raise SampleError(str(error).replace("field '", f"field '{field}.", 1)) from None
 
 
-def refuse_films(row: Row) -> None:
-    """Raise SampleError for a row with a video or sound, which nothing here reads."""
-    for name in ("video", "videos", "audio", "audios"):
-        if row.get(name):
-            raise SampleError(
-                f"field '{name}': {name} are not read: extract frames (`ffmpeg -i clip.mp4 -vf "
-                "fps=2 frames/%04d.png`) and write them as a video part (docs/sample-format.md)"
-            )
-
-
 LLAVA = RowLayout(
     name="llava",
     title="conversations of LLaVA or ShareGPT",
@@ -69,5 +58,7 @@ LLAVA = RowLayout(
         ("system", "first message"),
         ("image", "picture in the place of <image>"),
         ("images", "pictures in the places of <image>"),
+        ("video", "folder of frames, in the place of <video>"),
+        ("videos", "folders of frames, in the places of <video>"),
     ),
 )

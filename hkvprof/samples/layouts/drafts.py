@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hkvprof.errors import SampleError
-from hkvprof.samples.layouts.pictures import Given, Part, Pictures, wrong
+from hkvprof.samples.layouts.media import Media
+from hkvprof.samples.layouts.pictures import Part, Pictures, wrong
 from hkvprof.samples.parse import MAX_PARTS
 
 Row = Mapping[str, Any]
@@ -16,8 +17,7 @@ Columns = frozenset[str]
 Draft = dict[str, Any]
 """`messages`, `reply` and `followups` as samples.jsonl has them."""
 
-PLACE = re.compile("<image>")
-_FILM = re.compile("<(video|audio)>")
+PLACE = re.compile("<(image|video|audio)>")
 IDS = ("id", "question_id", "questionId", "sample_id", "qid", "index")
 
 
@@ -75,37 +75,34 @@ def interleave(
     return [part for part in parts if part["type"] != "text" or part["text"].strip()]
 
 
-def with_places(
-    turns: Sequence[tuple[str, str]], given: Sequence[Given], pictures: Pictures, field: str
-) -> Draft:
-    """The draft of a conversation of (role, text), a picture in the place of every `<image>`.
+def with_places(turns: Sequence[tuple[str, str]], media: Media, field: str) -> Draft:
+    """The draft of a conversation of (role, text), a picture in the place of every `<image>`, a
+    video in that of every `<video>`.
 
-    Raises SampleError unless there are as many places in `field` as pictures are given.
+    Raises SampleError unless there are as many places in `field` as pictures and videos.
     """
-    places = sum(len(PLACE.findall(content)) for _, content in turns)
-    for _, content in turns:
-        if film := _FILM.search(content):
-            raise SampleError(f"field '{field}': {film[0]} is no picture, and not taken here")
-    if places != len(given):
-        found = f"{places} places <image> and {len(given)} pictures"
-        raise wrong(field, "one <image> for every picture", found)
-    if places + 2 * len(turns) > MAX_PARTS:
-        raise wrong(field, f"at most {MAX_PARTS} pictures and messages", f"{places}")
-    rest = iter(given)
-
-    def picture(_: re.Match[str]) -> Part:
-        name, value = next(rest)
-        return pictures.part(value, name)
-
+    marks = [kind for _, content in turns for kind in PLACE.findall(content)]
+    _check_places(marks, media, field)
+    if len(marks) * 2 + len(turns) > MAX_PARTS:
+        raise wrong(field, f"at most {MAX_PARTS} pictures and texts", f"{len(marks)} places")
     return conversation(
-        [
-            {"role": role, "content": interleave(content, PLACE, picture) or content}
-            if PLACE.search(content)
-            else {"role": role, "content": content}
-            for role, content in turns
-        ],
-        field,
+        [{"role": role, "content": _filled(content, media)} for role, content in turns], field
     )
+
+
+def _check_places(marks: list[str], media: Media, field: str) -> None:
+    if "audio" in marks:
+        raise SampleError(f"field '{field}': <audio> is sound, which is not read")
+    for kind, given, name in (("image", media.images, "picture"), ("video", media.films, "video")):
+        if marks.count(kind) != len(given):
+            found = f"{marks.count(kind)} places <{kind}> and {len(given)} {name}s"
+            raise wrong(field, f"one <{kind}> for every {name}", found)
+
+
+def _filled(content: str, media: Media) -> str | list[Part]:
+    if not PLACE.search(content):
+        return content
+    return interleave(content, PLACE, lambda match: media.take(match[1]))
 
 
 def conversation(messages: list[dict[str, Any]], field: str) -> Draft:

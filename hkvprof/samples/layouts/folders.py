@@ -22,21 +22,10 @@ from hkvprof.samples.layouts.drafts import (
     text,
     text_part,
 )
+from hkvprof.samples.layouts.media import natural
 from hkvprof.samples.layouts.pictures import Part, Pictures, listed, wrong
 from hkvprof.samples.layouts.tables import ListTable, read_json, read_text
 
-PICTURE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".avif",
-)
 MAX_FILES = 100_000
 _REPLIES = ("multiple_choice_answer", "answers")
 PIECE = 8_000
@@ -71,6 +60,13 @@ def pictures_table(folder: Path, files: list[Path]) -> ListTable:
     names = [path.relative_to(folder).as_posix() for path in files]
     return ListTable(folder.name, [{"id": name, "image": name} for name in names],
                      [str(path) for path in files])  # fmt: skip
+
+
+def videos_table(folder: Path) -> ListTable:
+    """One row per folder inside the folder, called by its name, whose pictures are frames."""
+    names = sorted((e.name for e in _entries(folder) if e.is_dir()), key=natural)
+    return ListTable(folder.name, [{"id": name, "video": name} for name in names],
+                     [str(folder / name) for name in names])  # fmt: skip
 
 
 def text_table(folder: Path, files: list[Path]) -> ListTable:

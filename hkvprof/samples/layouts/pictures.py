@@ -19,6 +19,9 @@ Part = dict[str, Any]
 Given = tuple[str, object]
 """A field, as errors call it, and what stands there for a picture."""
 
+PICTURE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
+)  # fmt: skip
 MAX_PATH_CHARACTERS = 4096
 _ENCODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
 """How JPEG, PNG, GIF, WebP and BMP files begin in base64; a path of this length is none."""
@@ -87,6 +90,21 @@ class Pictures:
         except SampleError as error:
             raise SampleError(f"field '{field}': {error}") from None
         return str(found)
+
+    def folder(self, written: str, field: str) -> Path:
+        """A folder inside one of the folders. Raises SampleError naming the field."""
+        if not written.isprintable() or not 0 < len(written) <= MAX_PATH_CHARACTERS:
+            raise wrong(field, "the path of a folder", written)
+        written = written.removeprefix("file://")
+        try:
+            for root in self.roots:
+                if _is_inside(root, written) and (root / written).is_dir():
+                    return images.inside(root, written)
+        except OSError as error:
+            raise SampleError(
+                f"field '{field}': cannot read {written[:80]}: {error.strerror}"
+            ) from None
+        raise SampleError(f"field '{field}': {self._nowhere([written])}")
 
     def _first(self, wanted: list[str]) -> Path | None:
         """The first file of these names that lies inside one of the folders."""

@@ -8,10 +8,12 @@ from typing import Any
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.samples.layouts import folders, tables
-from hkvprof.samples.layouts.folders import MILEBENCH, PICTURE_SUFFIXES, files_below
+from hkvprof.samples.layouts.folders import MILEBENCH, files_below
+from hkvprof.samples.layouts.media import VIDEO_SUFFIXES
 from hkvprof.samples.layouts.opened import NATIVE, Opened
 from hkvprof.samples.layouts.parquet import ParquetTable
-from hkvprof.samples.layouts.questions import PICTURES, TEXT
+from hkvprof.samples.layouts.pictures import PICTURE_SUFFIXES
+from hkvprof.samples.layouts.questions import PICTURES, TEXT, VIDEOS
 from hkvprof.samples.layouts.recognise import (
     Reading,
     is_native,
@@ -57,6 +59,8 @@ def open_folder(folder: Path, reading: Reading) -> Opened:
     wanted = reading.layout
     if wanted in (None, MILEBENCH.name) and (files := folders.milebench_files(folder)):
         return opened(folders.milebench_table(folder, files), reading, folder)
+    if wanted == VIDEOS.name:
+        return opened(folders.videos_table(folder), reading, folder)
     if wanted not in (PICTURES.name, TEXT.name) and (file := _data_file(folder)) is not None:
         if (found := open_file(file, reading)) is not None:
             return found
@@ -68,6 +72,12 @@ def open_folder(folder: Path, reading: Reading) -> Opened:
         return _pictures(folder, files, reading)
     if files := files_below(folder, (".txt",), _DEPTH):
         return _texts(folder, files, reading)
+    if files := files_below(folder, VIDEO_SUFFIXES, _DEPTH):
+        raise UsageError(
+            f"{folder} holds {len(files)} video files, and frames are read: extract them into a "
+            f"folder per video, such as `ffmpeg -i {files[0].name} -vf fps=2 "
+            f"{files[0].stem}/%04d.png`, and give --data-format {VIDEOS.name} and a --question"
+        )
     raise UsageError(f"{_lacks(folder)}, and no {_WHAT} (docs/sample-format.md)")
 
 
@@ -92,7 +102,8 @@ def _pictures(folder: Path, files: list[Path], reading: Reading) -> Opened:
     if reading.layout in (None, PICTURES.name) and not reading.question:
         raise UsageError(
             f"{folder} holds {len(files)} pictures without questions: give one for all with "
-            "--question, such as --question 'What does this picture show?'"
+            "--question, such as --question 'What does this picture show?' (if they are frames, a "
+            f"folder per video: --data-format {VIDEOS.name})"
         )
     return opened(folders.pictures_table(folder, files), reading, folder)
 

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 from hkvprof.errors import SampleError
-from hkvprof.samples.layouts.conversations import refuse_films
 from hkvprof.samples.layouts.drafts import (
     PLACE,
     Draft,
@@ -26,7 +25,8 @@ from hkvprof.samples.layouts.drafts import (
     text_part,
     with_places,
 )
-from hkvprof.samples.layouts.pictures import Given, Pictures, listed, wrong
+from hkvprof.samples.layouts.media import Media
+from hkvprof.samples.layouts.pictures import Pictures, wrong
 
 QUESTIONS = ("question", "query", "prompt")
 ANSWERS = (
@@ -39,9 +39,9 @@ ALL = "question for all"
 """The column in which --question arrives; nobody else's can have this name by chance."""
 
 
-def given_pictures(row: Row) -> list[Given]:
-    """The row's pictures, whatever their column is called. Raises SampleError for too many."""
-    return [given for name in IMAGES for given in listed(_unpacked(row.get(name)), name)]
+def _media(row: Row, pictures: Pictures) -> Media:
+    """What the row shows, whatever its columns are called. Raises SampleError for too much."""
+    return Media.of({name: _unpacked(value) for name, value in row.items()}, pictures, IMAGES)
 
 
 def _unpacked(value: object) -> object:
@@ -57,13 +57,12 @@ def _unpacked(value: object) -> object:
 def asked(question: str, field: str, row: Row, pictures: Pictures) -> Draft:
     """The draft of one question: pictures in the places of `<image>` or, where the question has
     none, before it."""
-    given = given_pictures(row)
+    media = _media(row, pictures)
     if PLACE.search(question):
-        return with_places([("user", question)], given, pictures, field)
-    if not given:
+        return with_places([("user", question)], media, field)
+    if not media.count:
         return {"messages": [{"role": "user", "content": question}]}
-    parts = [pictures.part(value, name) for name, value in given]
-    return {"messages": [{"role": "user", "content": [*parts, text_part(question)]}]}
+    return {"messages": [{"role": "user", "content": [*media.all(), text_part(question)]}]}
 
 
 def reply_of(row: Row, names: tuple[str, ...] = ANSWERS) -> str | None:
@@ -88,14 +87,12 @@ def _answer(value: object, field: str) -> str:
 
 
 def _question(row: Row, pictures: Pictures) -> Draft:
-    refuse_films(row)
     field, question = needed(row, *QUESTIONS)
     draft = asked(text(question, field), field, row, pictures)
     return {**draft, "reply": reply_of(row)}
 
 
 def _alpaca(row: Row, pictures: Pictures) -> Draft:
-    refuse_films(row)
     field, instruction = needed(row, "instruction")
     prompt = text(instruction, field)
     if row.get("input"):
@@ -103,7 +100,7 @@ def _alpaca(row: Row, pictures: Pictures) -> Draft:
     turns = [*_history(row.get("history")), ("user", prompt)]
     if row.get("system"):
         turns.insert(0, ("system", text(row["system"], "system")))
-    draft = with_places(turns, given_pictures(row), pictures, field)
+    draft = with_places(turns, _media(row, pictures), field)
     return {**draft, "reply": reply_of(row, ("output", "response"))}
 
 
@@ -121,17 +118,17 @@ def _history(pairs: object) -> list[tuple[str, str]]:
 def _captioned(row: Row, pictures: Pictures) -> Draft:
     if not row.get(ALL):
         raise SampleError(
-            "pictures without questions: give one for all with --question, such as "
-            "--question 'What does this picture show?'"
+            "pictures and videos without questions: give one for all with --question, such as "
+            "--question 'What does this show?'"
         )
     draft = asked(text(row[ALL], "question"), "question", row, pictures)
     return {**draft, "reply": reply_of(row, CAPTIONS)}
 
 
 def _plain(row: Row, pictures: Pictures) -> Draft:
-    """A text as context, which stands for the pictures of a model that reads text alone."""
+    """A text, then the question for all, if there is one."""
     field, content = needed(row, "text", "content")
-    parts = [{**text_part(text(content, field)), "modality": "context"}]
+    parts = [text_part(text(content, field))]
     if row.get(ALL):
         parts.append(text_part(row[ALL]))
     return {"messages": [{"role": "user", "content": parts}], "reply": None}
@@ -147,7 +144,7 @@ _ANSWER_FIELDS = tuple((name, "reply; of several the commonest") for name in ANS
 QUESTION = RowLayout(
     name="questions",
     title="questions and answers (VQA, TextVQA, DocVQA and tables of one's own)",
-    source="https://visualqa.org/download.html, https://textvqa.org/dataset",
+    source="https://visualqa.org/download.html",
     fits=lambda columns: _has(columns, *QUESTIONS),
     build=_question,
     fields=(*((name, "question") for name in QUESTIONS), *_PICTURE_FIELDS, *_ANSWER_FIELDS),
@@ -175,6 +172,14 @@ ALPACA = RowLayout(
         ("images", "pictures in the places of <image>"),
     ),
 )
+VIDEOS = RowLayout(
+    name="videos",
+    title="folders of frames, with one question for all",
+    source="https://huggingface.co/docs/datasets/video_load",
+    fits=lambda columns: _has(columns, "video", "videos"),
+    build=_captioned,
+    fields=((ALL, "question"), ("video", "video before the question")),
+)
 PICTURES = RowLayout(
     name="pictures",
     title="pictures, with one question for all",
@@ -193,5 +198,5 @@ TEXT = RowLayout(
     source="https://huggingface.co/docs/datasets/nlp_load",
     fits=lambda columns: _has(columns, "text", "content"),
     build=_plain,
-    fields=(("text", "context"), ("content", "context"), (ALL, "question after the text")),
+    fields=(("text", "text"), ("content", "text"), (ALL, "question after the text")),
 )

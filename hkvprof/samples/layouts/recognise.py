@@ -24,13 +24,14 @@ from hkvprof.samples.layouts.questions import (
     QUESTION,
     QUESTIONS,
     TEXT,
+    VIDEOS,
 )
 from hkvprof.samples.layouts.tables import Table
 
 LAYOUTS: dict[str, RowLayout] = {
     layout.name: layout
     for layout in (
-        MILEBENCH, MMMU, CAULDRON, LLAVA, CHAT, ALPACA, CHARTQA, QUESTION, PICTURES, TEXT,
+        MILEBENCH, MMMU, CAULDRON, LLAVA, CHAT, ALPACA, CHARTQA, QUESTION, VIDEOS, PICTURES, TEXT,
     )
 }  # fmt: skip
 """All others, the more particular ones first: the first that fits is taken."""
@@ -95,7 +96,7 @@ def opened(table: Table, reading: Reading, *beside: Path, notes: tuple[str, ...]
             f"{table.name} has the fields {columns}: expected those of a known layout ({known}; "
             "docs/calibration.md), or name one with --data-format"
         )
-    if layout not in (PICTURES, TEXT):
+    if layout not in (PICTURES, VIDEOS, TEXT):
         reading.refuse_unused(layout.title)
     return Opened(table, layout, reading.pictures(*beside), reading.question, notes)
 

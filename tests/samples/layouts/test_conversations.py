@@ -71,6 +71,20 @@ def test_several_pictures_and_a_system_message(folder: Path) -> None:
     assert sample.id == "set-000000"
 
 
+def test_videos_as_folders_of_frames(folder: Path) -> None:
+    """In natural order, in the places of <video>."""
+    for number, colour in ((10, "blue"), (2, "red"), (1, "green")):
+        paint(folder / "clips" / "a" / f"f{number}.png", colour)
+    rows = [{"video": "clips/a", "conversations": turns("<video>\nWhat?", "x")},
+            {"videos": [["images/red.png"], "clips/a"], "images": ["images/blue.png"], "fps": 4,
+             "conversations": turns("<video><image><video>", "x")}]  # fmt: skip
+    loaded = load_samples(write(folder / "set.json", rows))
+    assert [shown(sample) for sample in loaded.samples] == [
+        "user: [green red blue@2.0]\nWhat?\n= x",
+        "user: [red@4.0][blue][green red blue@4.0]\n= x",
+    ]
+
+
 def test_the_only_file_of_a_folder_is_taken(folder: Path) -> None:
     llava(folder)
     assert len(load_samples(folder).samples) == 1
@@ -114,7 +128,18 @@ def test_ids_that_repeat_are_numbered(folder: Path) -> None:
         ({"conversations": turns("What?", "Red.")}, "found 0 places <image> and 1 pictures"),
         ({"conversations": turns("<image>?", "<image>"), "images": ["images/red.png"]},
          "field 'conversations': expected text alone in the assistant's last message"),
-        ({"conversations": turns("<video>?", "x")}, "'conversations': <video> is no picture"),
+        ({"conversations": turns("<image><video>?", "x")},
+         "found 1 places <video> and 0 videos"),
+        ({"conversations": turns("<audio>?", "x")}, "'conversations': <audio> is sound"),
+        ({"audio": "a.wav"}, "field 'audio': sound is not read"),
+        ({"videos": ["a"], "conversations": turns("<image><video>?", "x")},
+         "field 'videos[0]': no image file a in"),
+        ({"videos": ["../x"], "conversations": turns("<image><video>?", "x")},
+         "field 'videos[0]': ../x leads out of"),
+        ({"video": "images", "fps": "x", "conversations": turns("<image><video>?", "x")},
+         "field 'fps': expected a number, found x"),
+        ({"video": "empty", "conversations": turns("<image><video>?", "x")},
+         "field 'video': expected a folder of 1 to 4096 frames, found 0 pictures"),
         ({"conversations": []}, "field 'conversations': expected a list of turns"),
         ({"conversations": ["x"]}, "field 'conversations[0]': expected an object with 'from'"),
         ({"conversations": [{"from": "human"}]}, "field 'conversations[0].value' is missing"),
@@ -122,7 +147,9 @@ def test_ids_that_repeat_are_numbered(folder: Path) -> None:
          "field 'conversations[0].from': expected one of human, user"),
         ({"conversations": [{"from": "human", "value": 7.5}, {"from": "gpt", "value": ["x"]}]},
          "field 'conversations[1].value': expected text"),
-        ({"video": "a.mp4"}, "field 'video': video are not read: extract frames"),
+        ({"video": "a.mp4"}, "found 0 places <video> and 1 videos"),
+        ({"video": "a.mp4", "conversations": turns("<image><video>?", "x")},
+         "field 'video': a.mp4 is a video file, and frames are read: extract them, such as"),
         ({"images": ["x"] * 5000}, "field 'images': expected at most 4096 pictures"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -131,6 +158,7 @@ def test_what_cannot_be_taken_says_why(folder: Path, more: dict, expected: str) 
     paint(folder.parent / "out.png", "red")
     (folder / "link.png").symlink_to(folder.parent / "out.png")
     (folder / "text.png").write_text("no image")
+    (folder / "empty").mkdir()
     message = refused(llava(folder, **more))
     assert expected in message
     assert len(message) < 900

@@ -88,9 +88,28 @@ def test_pictures_with_a_table_of_names(tmp_path: Path) -> None:
     write(tmp_path / "metadata.csv", "file_name,text\na.png,It is red.\n")
     loaded = load(tmp_path, question="What?")
     assert [shown(s) for s in loaded.samples] == ["user: [red]What?\n= It is red."]
-    with pytest.raises(SampleError, match="pictures without questions: give one for all with"):
+    with pytest.raises(SampleError, match="videos without questions: give one for all with"):
         load_samples(tmp_path)
     assert [s.id for s in load(tmp_path, "pictures", question="What?").samples] == ["a.png"]
+
+
+def test_folders_of_frames(tmp_path: Path) -> None:
+    for name, colours in (("b", ["red"]), ("a", ["blue", "red"])):
+        for number, colour in enumerate(colours):
+            paint(tmp_path / name / f"{number:04d}.jpg", colour)
+    loaded = load(tmp_path, "videos", question="What happens?")
+    assert [(s.id, shown(s)) for s in loaded.samples] == [
+        ("a", "user: [blue red@2.0]What happens?"),
+        ("b", "user: [red@2.0]What happens?"),
+    ]
+    with pytest.raises(UsageError, match="if they are frames, a folder per video: --data-format"):
+        load_samples(tmp_path)
+    with pytest.raises(SampleError, match="videos without questions: give one for all"):
+        load(tmp_path, "videos")
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "clip.mp4").touch()
+    with pytest.raises(UsageError, match=r"1 video files, and frames are read: .*ffmpeg -i clip"):
+        load_samples(tmp_path / "films")
 
 
 def test_links_out_of_a_folder_of_pictures(tmp_path: Path) -> None:
@@ -110,7 +129,6 @@ def test_texts(tmp_path: Path) -> None:
     loaded = load(tmp_path, question="Sum up.")
     assert [sample.id for sample in loaded.samples] == ["a.txt-00000", "b.txt-00000", "b.txt-00001"]
     assert shown(loaded.samples[0]) == "user: One line.\nSum up."
-    assert loaded.samples[0].messages[0]["content"][0]["modality"] == "context"
     assert "pieces of at most 8,000 characters" in loaded.recognised.lines()[-1]
     assert shown(load_samples(tmp_path / "a.txt").samples[0]) == "user: One line.\n"
     rows = write(tmp_path / "c4.jsonl", [{"text": "One."}, {"text": "Two.", "url": "x"}])
