@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hkvprof.errors import SampleError, UsageError
+from hkvprof.samples import images
 from hkvprof.samples.layouts.drafts import (
     Draft,
     Row,
@@ -46,6 +47,15 @@ def files_below(folder: Path, suffixes: tuple[str, ...], depth: int = 1) -> list
             raise UsageError(f"{folder} holds more than {MAX_FILES:,} files: take a part of them")
         level = [e for e in entries if e.is_dir() and not e.is_symlink()]
     return sorted(found)
+
+
+def own_files(folder: Path, suffixes: tuple[str, ...], depth: int = 1) -> list[Path]:
+    """As `files_below`, for files whose text errors quote. Raises SampleError for one that is a
+    link out of the folder."""
+    files = files_below(folder, suffixes, depth)
+    for path in files:
+        images.inside(folder, path)
+    return files
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -119,7 +129,7 @@ def _coco(question: Row, subset: str) -> Row:
 
 def _annotations(path: Path, subset: str) -> list[Row]:
     """The `annotations` of the file beside `path` that is called like it."""
-    for other in files_below(path.parent, (".json",)):
+    for other in own_files(path.parent, (".json",)):
         if "annotation" in other.name.lower() and (not subset or subset in other.name):
             return _objects(needed(_top(other), "annotations")[1], "annotations")
     return []
@@ -151,7 +161,9 @@ def textvqa_rows(rows: list[Any]) -> list[Any]:
 def milebench_files(folder: Path) -> list[Path]:
     """`<Task>.json` of every task in the folder, or of the one task that the folder is."""
     own = folder / f"{folder.name}.json"
-    files = [own] if own.is_file() else files_below(folder, (".json",), depth=2)
+    if own.is_file():
+        images.inside(folder, own)
+    files = [own] if own.is_file() else own_files(folder, (".json",), depth=2)
     return [file for file in files if file.stem == file.parent.name and _is_milebench(file)]
 
 

@@ -98,7 +98,7 @@ class Pictures:
         written = written.removeprefix("file://")
         try:
             for root in self.roots:
-                if _is_inside(root, written) and (root / written).is_dir():
+                if is_inside(root, written) and (root / written).is_dir():
                     return images.inside(root, written)
         except OSError as error:
             raise SampleError(
@@ -120,7 +120,7 @@ class Pictures:
 
     def _nowhere(self, wanted: list[str]) -> str:
         asked = " and ".join(str(root) for root in self.roots) or "no folder"
-        within = [_is_inside(root, wanted[0]) for root in self.roots]
+        within = [is_inside(root, wanted[0]) for root in self.roots]
         if any(within) if Path(wanted[0]).is_absolute() else all(within):
             return f"no image file {' or '.join(dict.fromkeys(wanted))} in {asked}; {_ADVICE}"
         return (
@@ -144,7 +144,8 @@ class Pictures:
         return {"type": "image", "path": self.located(text, field)}
 
 
-def _is_inside(root: Path, written: str) -> bool:
+def is_inside(root: Path, written: str) -> bool:
+    """Whether a path leads to a place below `root`, links followed."""
     try:
         images.inside(root, written)
     except SampleError:

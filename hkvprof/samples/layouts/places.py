@@ -8,7 +8,7 @@ from typing import Any
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.samples.layouts import folders, tables
-from hkvprof.samples.layouts.folders import MILEBENCH, files_below
+from hkvprof.samples.layouts.folders import MILEBENCH, files_below, own_files
 from hkvprof.samples.layouts.media import VIDEO_SUFFIXES
 from hkvprof.samples.layouts.opened import NATIVE, Opened
 from hkvprof.samples.layouts.parquet import ParquetTable
@@ -65,12 +65,12 @@ def open_folder(folder: Path, reading: Reading) -> Opened:
         if (found := open_file(file, reading)) is not None:
             return found
         raise UsageError(f"{_lacks(folder)}; give {file} itself")
-    if files := files_below(folder, (".parquet",), _DEPTH):
+    if files := own_files(folder, (".parquet",), _DEPTH):
         kept, notes = one_split(files)
         return opened(ParquetTable(folder.name, kept), reading, folder, notes=notes)
     if wanted != TEXT.name and (files := files_below(folder, PICTURE_SUFFIXES, _DEPTH)):
         return _pictures(folder, files, reading)
-    if files := files_below(folder, (".txt",), _DEPTH):
+    if files := own_files(folder, (".txt",), _DEPTH):
         return _texts(folder, files, reading)
     if files := files_below(folder, VIDEO_SUFFIXES, _DEPTH):
         raise UsageError(
@@ -89,7 +89,7 @@ def _data_file(folder: Path) -> Path | None:
     """The one file of data in a folder, if any; annotations and descriptions do not count."""
     files = [
         path
-        for path in files_below(folder, _FILES)
+        for path in own_files(folder, _FILES)
         if path.name not in _ABOUT and "annotation" not in path.name.lower()
     ]
     if len(files) > 1:

@@ -14,7 +14,7 @@ from hkvprof.samples.layouts.conversations import LLAVA
 from hkvprof.samples.layouts.drafts import Columns, Row, RowLayout
 from hkvprof.samples.layouts.folders import MILEBENCH
 from hkvprof.samples.layouts.opened import NATIVE, Opened
-from hkvprof.samples.layouts.pictures import Pictures
+from hkvprof.samples.layouts.pictures import Pictures, is_inside
 from hkvprof.samples.layouts.questions import (
     ALPACA,
     ANSWERS,
@@ -72,7 +72,9 @@ class Reading:
         """Where pictures may lie: in the folder that is named, beside the data, and in folders that
         published sets have there."""
         bases = [*([self.image_folder] if self.image_folder else []), *beside]
-        below = [folder / name for folder in bases for name in BESIDE]
+        below = [
+            folder / name for folder in bases for name in BESIDE if is_inside(folder, name)
+        ]  # a link out of the data is none of its folders
         return Pictures((*bases, *(folder for folder in below if folder.is_dir())))
 
 

@@ -15,9 +15,9 @@ from hkvprof.files.atomic import read_limited
 from hkvprof.files.strict_json import loads_foreign
 from hkvprof.samples.layouts.drafts import Columns, Row
 
-MAX_FILE_BYTES = 512 * 2**20
-"""Largest file of JSON, CSV or text; LLaVA's 150,000 conversations have 230 MB."""
-MAX_MARKS = 16_000_000
+MAX_FILE_BYTES = 2 * 2**30
+"""Largest file of JSON, CSV or text; LLaVA's 665,000 conversations have 1 GB."""
+MAX_MARKS = 64_000_000
 """Most commas and opening brackets of a JSON file: what bounds memory as it is parsed."""
 _SMALLER = "take a part of it, or write it as .jsonl or Parquet in several files"
 

@@ -123,6 +123,28 @@ def test_links_out_of_a_folder_of_pictures(tmp_path: Path) -> None:
     assert "b.png leads out of" in loaded.skipped[0]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.txt", "a.parquet", "T/T.json"])
+def test_files_of_data_that_lie_elsewhere(tmp_path: Path, name: str) -> None:
+    """Errors would quote them."""
+    secret = write(tmp_path / "secret", "root:x:0:0")
+    inner = tmp_path / "inner"
+    (inner / "T" / "images").mkdir(parents=True)
+    (inner / name).symlink_to(secret)
+    with pytest.raises(SampleError, match="leads out of") as caught:
+        load_samples(inner)
+    assert "root:x" not in str(caught.value)
+
+
+def test_a_folder_of_pictures_that_is_a_link_out(tmp_path: Path) -> None:
+    paint(tmp_path / "out" / "a.png", "red")
+    rows = [{"question": "?", "image": "a.png"}]
+    path = write(tmp_path / "data" / "a.json", rows)
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "out")
+    with pytest.raises(SampleError, match=r"no image file a.png in \S+; --image-folder"):
+        load_samples(path)
+    assert len(load(path, image_folder=tmp_path / "data" / "images").samples) == 1
+
+
 def test_texts(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "One line.\n")
     write(tmp_path / "b.txt", "x" * (folders.PIECE + 1) + "\nend\n")

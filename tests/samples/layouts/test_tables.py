@@ -296,6 +296,30 @@ def test_conversations_of_the_hub(datasets: Any) -> None:
     assert all_shown(load_samples(datasets.Dataset.from_list(rows))) == ["user: [green]?\n= Green."]
 
 
+def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, datasets: Any) -> None:
+    """Recognised as one in memory is; what is asked of the hub is as before."""
+    dataset = datasets.DatasetDict({"validation": datasets.Dataset.from_list([mmmu()] * 2)})
+    asked: list[object] = []
+
+    def load_dataset(*names: object, **_: object) -> Any:
+        asked.append(names)
+        return dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_samples("MMMU/MMMU:Art:validation")
+    assert asked == [("MMMU/MMMU", "Art")]
+    assert loaded.recognised.name == "mmmu"
+    assert [sample.id for sample in loaded.samples] == ["MMMU/MMMU-000000", "MMMU/MMMU-000001"]
+    assert all_shown(loaded)[0].startswith("user: Is [red] like [blue]?")
+
+
+def test_a_streamed_dataset_says_what_to_do(datasets: Any) -> None:
+    streamed = datasets.Dataset.from_list([{"question": "?"}] * 3).to_iterable_dataset()
+    with pytest.raises(UsageError, match=r"of a streamed one: list\(dataset.take\(128\)\)"):
+        load_samples(streamed)
+    assert len(load_samples(list(streamed.take(2))).samples) == 2
+
+
 def test_own_columns_stay_own(datasets: Any) -> None:
     rows = [{"question": "What?", "answer": ["b", "a", "a"], "image": picture("red")}]
     loaded = load_samples(datasets.Dataset.from_list(rows))
