@@ -15,6 +15,8 @@ from hkvprof.samples.layouts.drafts import Columns, Row
 
 MAX_GROUP_BYTES = 4 * 2**30
 """Largest row group of a file, unpacked: one is in memory at a time."""
+MAX_ROWS = 10_000_000
+"""Most rows of all files together; their ids are in memory."""
 
 
 @dataclass
@@ -40,6 +42,8 @@ class ParquetTable:
                         )
                     groups.append((path, number, first))
                     first += group.num_rows
+                    if not 0 <= group.num_rows <= MAX_ROWS or first > MAX_ROWS:
+                        raise SampleError(f"{path}: expected at most {MAX_ROWS:,} rows in all")
         return [*groups, (Path(), 0, first)]
 
     @cached_property
@@ -54,12 +58,16 @@ class ParquetTable:
 
     def column(self, name: str) -> Sequence[Any]:
         """See Table."""
-        values: list[Any] = []
+        count, values = len(self), list[Any]()
         for path in self.files:
             with _open(path) as file:
-                there = name in file.schema_arrow.names
-                read = file.read(columns=[name]).column(0).to_pylist() if there else ()
-                values += read or [None] * file.metadata.num_rows
+                if name in file.schema_arrow.names:
+                    values += file.read(columns=[name]).column(0).to_pylist()
+                else:
+                    groups = range(file.num_row_groups)
+                    values += [None] * sum(file.metadata.row_group(i).num_rows for i in groups)
+        if len(values) != count:
+            raise SampleError(f"{self.name}: {count} rows are promised, {len(values)} are there")
         return values
 
     def row(self, number: int) -> Row:
@@ -69,6 +77,8 @@ class ParquetTable:
         if self._held[0] != at:
             with _open(path) as file:
                 self._held = (at, file.read_row_group(group).to_pylist())
+        if number - first >= len(self._held[1]):
+            raise SampleError("the row is promised, and not there: the file is damaged")
         return self._held[1][number - first]
 
     def _group_of(self, number: int) -> int:

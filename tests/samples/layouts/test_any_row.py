@@ -17,6 +17,7 @@ from hkvprof.errors import SampleError, UsageError
 from hkvprof.samples.layouts.recognise import LAYOUTS
 from hkvprof.samples.read import Sample
 from tests.fuzz import jsons
+from tests.fuzz.raw import bytes_mutated
 from tests.samples.layouts.shown import base64_of, load, paint, shown, write
 
 URL = f"data:image/png;base64,{base64_of('red')}"
@@ -142,3 +143,32 @@ def test_changed_files_are_loaded_whole_or_refused(name: str, folder: Path, seed
         (place / other).write_bytes(written)
     for path in TOPS:
         load_or_refuse(place / path)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The same two rows in every kind of file, as bytes."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"id": "a", "question": "a, b?", "image": "red.png", "answer": "x"},
+            {"id": "b", "question": 'say "hi"', "image": "blue.png", "answer": "y"}]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "sound.parquet")
+    table = 'id,question,image,answer\na,"a, b?",red.png,x\nb,"say ""hi""",blue.png,y\n'
+    return {
+        "json": json.dumps(rows).encode(),
+        "jsonl": "\n".join(map(json.dumps, rows)).encode(),
+        "csv": table.encode(),
+        "tsv": table.replace(",", "\t").encode(),
+        "txt": b"Some words.\nMore of them.\n",
+        "parquet": (folder / "sound.parquet").read_bytes(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv", "txt", "parquet"])
+def test_damaged_files_are_loaded_or_refused(kind: str, folder: Path) -> None:
+    sound = files(folder)[kind]
+    (folder / f"sound.{kind}").write_bytes(sound)
+    assert len(load(folder / f"sound.{kind}").samples) == (1 if kind == "txt" else 2)
+    random = Random(kind)
+    for _ in range(60):
+        path = folder / f"damaged.{kind}"
+        path.write_bytes(bytes_mutated(random, sound, head=len(sound)))
+        load_or_refuse(path)
