@@ -22,6 +22,7 @@ EXAMPLES = """\b
 Examples:
   hkvprof calibrate --model tinyvl --data calibration/mini
   hkvprof calibrate --model qwen2.5-vl-7b --data my-samples --dtype bfloat16
+  hkvprof calibrate --model ./vlm --data llava.json --image-folder /data/coco
   hkvprof calibrate --model ./finetune --data owner/dataset:validation \\
     --max-samples 128 --on-error skip -o finetune.profile.safetensors
   hkvprof calibrate --model ./vlm --data my-samples --recipe paper --theta 0.85 --chunk 32
