@@ -109,6 +109,16 @@ def load_empty(name_or_path: str | Path) -> tuple[Any, ChatProcessor]:
         raise _unavailable(str(name_or_path), source, error) from error
 
 
+def takes_pictures(name_or_path: str | Path) -> bool:
+    """Whether a checkpoint's config has a vision tower; loads no weights. Raises ModelError."""
+    source = resolve_source(str(name_or_path))
+    try:
+        config, _ = _model_class(source, Path(source).is_dir() or not _hub_answers())
+    except Exception as error:
+        raise _unavailable(str(name_or_path), source, error) from error
+    return getattr(config, "vision_config", None) is not None
+
+
 def _empty_model(source: str, local: bool) -> Any:
     config, model_class = _model_class(source, local)
     with torch.device("meta"):
