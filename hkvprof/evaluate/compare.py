@@ -21,7 +21,6 @@ from hkvprof.evaluate.journal import Journal
 from hkvprof.evaluate.questions import AskedPrompt, Question, Stage
 from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer, TaskSet
 from hkvprof.evaluate.replay import Distance, Reference, answer, end_tokens, refer, replay
-from hkvprof.runtime import measure_storage
 from hkvprof.samples.read import Sample
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -46,7 +45,7 @@ def compare(
     """
     journal = journal or Journal(None, {})
     track = track or (lambda items, description, total: items)
-    contest = Contest(profiled, comparison.seed)
+    contest = Contest(profiled, comparison.seed, comparison.itemsize)
     for sample in track(tasks.samples, "answering", len(tasks.samples)):
         done = journal.done
         missing = [
@@ -171,8 +170,7 @@ class _Round:
         return self.processor.decode(list(reference.reply[: self.tasks.max_new_tokens]))
 
     def _full(self, one: _Asked) -> _Said:
-        calls = one.prompt.prefill.calls
-        size = sum(call.key.nbytes + call.value.nbytes for call in calls)
+        size = one.prompt.prefill.dense_bytes(self.comparison.itemsize)
         distance = one.reference.distance(one.reference.log_probs, 0 if one.question.lead else 1)
         text = self._text(one.reference)
         return _Said(text, distance, size, size, 0, size, compress_seconds=0.0, hit_rate=None)
@@ -191,8 +189,7 @@ class _Round:
 
     def _say(self, caches: Caches, one: _Asked) -> _Said:
         cache = caches()
-        receipt = cache.receipt()
-        storage, _ = measure_storage(cache)
+        receipt, held = cache.receipt(), caches.count(cache)
         distance, left = replay(
             self.model, cache, one.first, one.question.lead, one.reference,
             stepwise=receipt.host_bytes > 0,
@@ -205,10 +202,10 @@ class _Round:
         return _Said(
             text,
             distance,
-            receipt.resident_bytes,
-            storage,
-            receipt.host_bytes,
-            receipt.dense_bytes,
+            held.resident,
+            held.storage,
+            held.host,
+            held.dense,
             compress_seconds=caches.seconds + receipt.compression_seconds,
             hit_rate=cache.receipt().hit_rate,
         )
