@@ -14,7 +14,7 @@ from hkvprof.evaluate.baselines.base import PromptView, baselines, find
 from hkvprof.evaluate.baselines.session import applied, decide, fill
 from hkvprof.evaluate.counting import CountedBytes, Widened, count_bytes
 from hkvprof.evaluate.prefill import Prefill
-from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer, TaskSet
+from hkvprof.evaluate.records import FULL, OURS, REGIMES, USUAL_REGIMES, Answer, TaskSet
 from hkvprof.evaluate.replay import STEPS
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.budgets import Budget
@@ -60,7 +60,7 @@ class ComparisonPlan:
 
     budgets: tuple[str, ...]
     baselines: tuple[str, ...] = ()
-    regimes: tuple[str, ...] = tuple(REGIMES)
+    regimes: tuple[str, ...] = USUAL_REGIMES
     steps: int = STEPS
     seed: int = 0
     itemsize: int | None = None
