@@ -112,6 +112,7 @@ def evaluate(
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
     from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
+    from hkvprof.evaluate.counting import SERVED_ITEMSIZE
     from hkvprof.evaluate.journal import Journal, check_conditions
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
@@ -123,8 +124,9 @@ def evaluate(
         check_folder(output)
         if plot:
             require_extra("matplotlib", "report")
+    itemsize = SERVED_ITEMSIZE if dtype == "float32" else None
     comparison = ComparisonPlan(
-        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed
+        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed, itemsize
     )
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)

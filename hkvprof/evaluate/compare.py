@@ -196,12 +196,11 @@ class _Round:
 
     def _full(self, one: _Asked) -> _Said:
         size = one.prompt.prefill.dense_bytes(self.comparison.itemsize)
-        prefill = one.prompt.prefill
-        prefill.restore(self.model)
-        again, _ = replay(
-            self.model, prefill.dense_cache(), one.first, one.question.lead, one.reference,
-            stepwise=False,
-        )  # fmt: skip
+        one.prompt.prefill.restore(self.model)
+        with self.contest.whole(one.prompt.prefill) as cache:
+            again, _ = replay(
+                self.model, cache, one.first, one.question.lead, one.reference, stepwise=False
+            )
         text, truth = self._text(one.reference), None
         if one.truth is not None:
             truth = one.truth.distance(one.truth.log_probs, one.begin)

@@ -16,12 +16,14 @@ from hkvprof.evaluate.counting import CountedBytes, Widened, count_bytes
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.evaluate.records import FULL, OURS, REGIMES, USUAL_REGIMES, Answer, TaskSet
 from hkvprof.evaluate.replay import STEPS
+from hkvprof.heads import HeadType, Strategy
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import CompressedCache, apply
 from hkvprof.runtime.options import Options
-from hkvprof.runtime.plan import head_plans
+from hkvprof.runtime.packing import Packed
+from hkvprof.runtime.plan import HeadPlan, head_plans
 
 MIN_TOKENS = 64
 """Fewer than `apply` asks for: here it is quality that counts, not time."""
@@ -161,6 +163,26 @@ class Contest:
                 return cache
 
             yield Caches(theirs, selected.seconds, selected.saved, selected.itemsize)
+
+    @contextmanager
+    def whole(self, prefill: Prefill) -> Iterator[CompressedCache]:
+        """Within: all of a prompt in the storage of compressed caches, its last token first.
+
+        Dense attention, computed as that of compressed caches is, in another order than usual.
+        """
+        heads, layers = self.profile.grid.kv_heads, len(prefill.calls)
+        plans = ((HeadPlan(Strategy(HeadType.STATIC), 1.0),) * heads,) * layers
+        given = [
+            {
+                head: Packed(call.key[0, head].flip(0), call.value[0, head].flip(0), "whole")
+                for head in range(heads)
+            }
+            for call in prefill.calls
+        ]
+        with apply(self.model, self.profile, 0.5, min_tokens=1, compress_every=0) as handle:
+            cache = handle.new_cache(prefill.tokens)
+            prefill.fill_with(cache, plans, given)
+            yield cache
 
     @contextmanager
     def _ours(self, budget: str, prefill: Prefill) -> Iterator[Caches]:

@@ -20,6 +20,8 @@ from hkvprof.samples.read import Sample
 TEXTS = Path(__file__).parent / "data" / "texts.json.gz"
 KINDS = ("prose", "code", "json", "multilingual", "table")
 INSTRUCTION = "Continue the text above word for word from where it stops."
+_PROBE = 6000
+"""Characters by which it is estimated how many make a token."""
 _MOST_PER_TOKEN = 8
 """Characters of a token, on average over a text, at most."""
 _FOLLOWING = 1000
@@ -50,7 +52,7 @@ def make_text(
     texts = documents(kind)
     text = texts[index % len(texts)]
     room = tokens - count_tokens(JOINT + INSTRUCTION)
-    size = room / count_tokens(text) * len(text)
+    size = room / count_tokens(text[:_PROBE]) * len(text[:_PROBE])
     start = _line(text, round((GOLDEN * (index // len(texts))) % 1.0 * (len(text) - 1.2 * size)))
     end = _fit(text, start, room, count_tokens)
     if size * 1.2 > len(text) or end + _FOLLOWING > len(text):
