@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from hkvprof.errors import BudgetError, CompressionError, UsageError
+from hkvprof.evaluate.calibration_prompts import calibration_prompts
 from hkvprof.evaluate.contest import (
     MIN_TOKENS,
     Caches,
@@ -53,7 +55,8 @@ def compare(
     """
     journal = journal or Journal(None, {})
     track = track or (lambda items, description, total: items)
-    contest = Contest(profiled, comparison.seed, comparison.itemsize)
+    prompts = partial(calibration_prompts, profiled.model, profiled.processor, tasks)
+    contest = Contest(profiled, comparison.seed, comparison.itemsize, prompts)
     for sample in track(tasks.samples, "answering", len(tasks.samples)):
         done = journal.done
         missing = [

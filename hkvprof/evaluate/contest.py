@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -137,9 +137,15 @@ class Caches:
 class Contest:
     """All methods' ways to compress, for one model and profile."""
 
-    def __init__(self, profiled: ProfiledModel, seed: int, itemsize: int | None = None) -> None:
+    def __init__(
+        self,
+        profiled: ProfiledModel,
+        seed: int,
+        itemsize: int | None = None,
+        calibration: Callable[[], Sequence[Prefill]] | None = None,
+    ) -> None:
         self.model, self.profile, self.seed = profiled.model, profiled.profile, seed
-        self.itemsize = itemsize
+        self.itemsize, self.calibration = itemsize, calibration
         self._memos: dict[int, dict[str, tuple[Any, float]]] = {}
 
     def forget(self) -> None:
@@ -219,4 +225,7 @@ class Contest:
         dense = prefill.dense_bytes(self.itemsize)
         share = Budget.parse(entry.budget).resolve(prefill.tokens, dense)
         memo = self._memos.setdefault(id(prefill), {})
-        return PromptView(self.model, prefill, share, self.profile, self.seed, memo, self.itemsize)
+        return PromptView(
+            self.model, prefill, share, self.profile, self.seed, memo, self.itemsize,
+            self.calibration,
+        )  # fmt: skip

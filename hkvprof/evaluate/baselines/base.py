@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,7 +68,8 @@ class PromptView:
 
     `share` is the all-in share of dense bytes, `profile` that of the model (None if there is
     none), `seed` for methods that draw. `memo` is shared by all shares of one prompt.
-    `counted_itemsize`: bytes that an element of keys and values counts (None: those it has).
+    `counted_itemsize`: bytes that an element of keys and values counts (None: those it has);
+    `calibration` gives prompts of another split to methods that fit something once per model.
     """
 
     model: Any
@@ -78,6 +79,7 @@ class PromptView:
     seed: int = 0
     memo: dict[str, tuple[Any, float]] = field(default_factory=dict)
     counted_itemsize: int | None = None
+    calibration: Callable[[], Sequence[Prefill]] | None = None
     borrowed_seconds: float = 0.0
     """Time that what was taken from the memo had cost."""
 
@@ -220,7 +222,7 @@ def _register(method: Baseline) -> None:
 _FILES = (
     "streaming_llm", "snapkv", "pyramidkv", "adakv", "chunkkv", "keydiff", "expected_attention",
     "kvzip", "duo_attention", "razor_attention", "quest", "look_m", "madakv", "sparsemm",
-    "hybridkv", "triattention", "kivi", "snapkv_int4", "rdkv", "random_tokens", "ablations",
+    "hybridkv", "triattention", "kivi", "snapkv_int4", "rdkv", "kvtc", "random_tokens", "ablations",
 )  # fmt: skip
 """Modules beside this one that register methods, in the order in which methods are listed."""
 

@@ -35,7 +35,7 @@ SELECTING = (
 )  # fmt: skip
 """Methods that need nothing but queries, keys and values."""
 Subject = tuple[Any, Prefill, Profile]
-CODED = {"kivi_int8", "kivi_int4", "kivi_int2", "snapkv_int4", "rdkv"}
+CODED = {"kivi_int8", "kivi_int4", "kivi_int2", "snapkv_int4", "rdkv", "kvtc"}
 """Methods whose tokens take fewer bytes than they have here."""
 SHARES = (0.2, 0.1, 0.05)
 WHOLE = {"kivi_int8": 0.7, "kivi_int4": 0.45, "kivi_int2": 0.3}
@@ -50,8 +50,9 @@ def viewed(subject: Subject, name: str, share: float, **more: Any) -> PromptView
     """Elements of coded methods count what they take in 16 bits."""
     model, prefill, profile = subject
     return PromptView(
-        model, prefill, share, profile, counted_itemsize=2 if name in CODED else None, **more
-    )
+        model, prefill, share, profile, counted_itemsize=2 if name in CODED else None,
+        calibration=lambda: [prefill], **more,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hkvprof
-from hkvprof.errors import BudgetError
-from hkvprof.evaluate.baselines import PromptView, compress, find, rdkv
+from hkvprof.errors import BudgetError, UsageError
+from hkvprof.evaluate.baselines import PromptView, compress, find, kvtc, rdkv
 from hkvprof.evaluate.baselines.base import Kept, Selection
 from hkvprof.evaluate.baselines.codes import encode_groups, group_bytes
 from hkvprof.evaluate.baselines.session import decide
@@ -200,6 +200,64 @@ def test_rdkv_stores_what_it_says_and_more_bits_come_closer() -> None:
         errors.append(float((attention - dense).norm() / dense.norm()))
     assert errors[2] < 0.1 < errors[0]
     assert errors[2] < errors[1]
+
+
+# -- KVTC -----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), bits=st.integers(0, 800))
+def test_kvtc_plans_as_brute_force_does(seed: int, bits: int) -> None:
+    """Three steps of components, and every choice of bits for each."""
+    spread = torch.tensor([8.0, 2.0, 0.5]).repeat_interleave(kvtc.STEP)
+    generator = torch.Generator().manual_seed(seed)
+    judged = torch.randn(20, 3 * kvtc.STEP, generator=generator) * spread
+
+    def cost(width: int) -> int:
+        return (kvtc.STEP * width + kvtc.OVERHEAD * bool(width)) // kvtc.OVERHEAD
+
+    def lost(plan: list[Any]) -> float:
+        kept = {first: width for first, _, width in plan}
+        total = 0.0
+        for first in range(0, 3 * kvtc.STEP, kvtc.STEP):
+            part = judged[:, first : first + kvtc.STEP]
+            if first in kept:
+                part = part - encode_groups(part, kept[first], kvtc.STEP).decode()
+            total += float(part.square().sum())
+        return total
+
+    plan = kvtc.allocate(judged, bits)
+    budget = bits // kvtc.OVERHEAD
+    assert sum(cost(width) for _, _, width in plan) <= budget
+    choices = [c for c in product(kvtc.BITS, repeat=3) if sum(map(cost, c)) <= budget]
+    best = min(
+        lost([(i * kvtc.STEP, (i + 1) * kvtc.STEP, w) for i, w in enumerate(c) if w])
+        for c in choices
+    )
+    assert lost(plan) == pytest.approx(best, rel=1e-5)
+
+
+def test_kvtc_compresses_what_repeats_and_keeps_its_ends() -> None:
+    """Caches of low rank over layers and heads take a twentieth and lose little (its abstract)."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 6, generator=generator)
+    weights = torch.randn(2, 12 * 4, 6, 32, generator=generator)
+    key, value = (torch.einsum("tr,hrd->htd", hidden, w).view(12, 4, 600, 32) for w in weights)
+    prompt = prompt_of(torch.randn(12, 4, 600, 32, generator=generator), key, value, share=0.05)
+    prompt.counted_itemsize, prompt.calibration = 2, lambda: [prompt.prefill]
+    rows = rows_of(decide(find("kvtc"), prompt).selection)
+    room = prompt.share * prompt.tokens * prompt.token_bytes
+    recent = prompt.room // 2
+    for row, layer, head in ((rows[n], prompt.layers[n // 4], n % 4) for n in range(48)):
+        assert row.stored is not None
+        assert row.stored <= room + 1
+        assert torch.equal(row.key[:4], layer.key[head, :4])
+        assert torch.equal(row.value[-recent:], layer.value[head, -recent:])
+        for made, source in ((row.key, layer.key[head]), (row.value, layer.value[head])):
+            assert float((made - source).norm() / source.norm()) < 0.1
+    prompt.calibration, prompt.model = None, torch.nn.Identity()
+    with pytest.raises(UsageError, match="fits its components on calibration prompts"):
+        decide(find("kvtc"), prompt)
 
 
 # -- on a model -----------------------------------------------------------------------------------
