@@ -12,8 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from hkvprof.evaluate.prefill import Prefill
-from hkvprof.heads import HeadType, KeepRule
-from hkvprof.profile.costs import dynamic_layout, index_item_bytes
+from hkvprof.heads import EXACT_BITS, HeadType, KeepRule, Strategy
+from hkvprof.profile.costs import (
+    QUANTISED_END_BYTES,
+    dynamic_bytes,
+    dynamic_layout,
+    static_bytes,
+    static_layout,
+)
 from hkvprof.runtime import CompressedCache, measure_storage
 from hkvprof.runtime.plan import HeadPlan
 
@@ -65,7 +71,8 @@ def _elements(cache: CompressedCache, host: bool) -> Iterator[torch.Tensor]:
             stores = {id(head.host): head.host.data for head in heads}
             yield from (data for data in stores.values() if data.dtype == dtype)
             continue
-        yield from (ragged.storage.key, ragged.storage.value)
+        held = vars(ragged.storage).values()
+        yield from (x for x in held if isinstance(x, torch.Tensor) and x.dtype == dtype)
         digests = [tensor for head in heads for tensor in head.index.tensors()]
         yield from (tensor for tensor in digests if tensor.dtype == dtype)
 
@@ -90,15 +97,29 @@ class Widened:
     def plan(self, plan: HeadPlan) -> HeadPlan:
         """The plan under which a head of wide elements keeps the tokens that this one means."""
         strategy, fixed = plan.strategy, (self.keep, self.head_dim)
-        unchanged = self.itemsize == self.wide or plan.ratio >= 1
-        if unchanged or strategy.head_type is HeadType.STATIC:
+        if self.itemsize == self.wide or plan.ratio >= 1:
             return plan
+        if strategy.head_type is HeadType.STATIC:
+            return self._static(plan)
         layout = dynamic_layout(
             strategy, plan.ratio, self.tokens, *fixed, self.itemsize, self.slot_bytes
         )
         if layout is None:  # too short for its index: the runtime prunes it (packing)
             return HeadPlan(replace(strategy, head_type=HeadType.STATIC, pool=1), plan.ratio)
+        held = dynamic_bytes(strategy, layout, self.head_dim, self.wide, self.slot_bytes)
+        return self._holding(strategy, held)
+
+    def _static(self, plan: HeadPlan) -> HeadPlan:
+        """Where all tokens are exact, they are as many at the same ratio."""
+        strategy = plan.strategy
+        if strategy.resident_bits == EXACT_BITS:
+            return plan
+        fixed = self.tokens, self.keep, self.head_dim
+        layout = static_layout(strategy, plan.ratio, *fixed, self.itemsize)
+        return self._holding(strategy, static_bytes(strategy, layout, self.head_dim, self.wide))
+
+    def _holding(self, strategy: Strategy, held: int) -> HeadPlan:
+        """With room for so many bytes; those of a segment's ends come out of no share."""
+        ends = 0 if strategy.resident_bits == EXACT_BITS else QUANTISED_END_BYTES
         unit = 2 * self.head_dim * self.wide
-        index = layout.items * index_item_bytes(strategy, self.head_dim, self.wide)
-        held = layout.resident_tokens * unit + index + layout.hot * self.slot_bytes
-        return HeadPlan(strategy, (held + 0.5) / (self.tokens * unit))
+        return HeadPlan(strategy, (held - ends + 0.5) / (self.tokens * unit))

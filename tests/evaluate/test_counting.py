@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hkvprof
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.evaluate.compare import compare
 from hkvprof.evaluate.contest import ComparisonPlan, Contest, MethodAtBudget, ProfiledModel
+from hkvprof.evaluate.counting import Widened
 from hkvprof.evaluate.metrics import EXACT_MATCH
 from hkvprof.evaluate.prefill import capture
 from hkvprof.evaluate.records import OURS, Answer, TaskSet
+from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.profile.costs import dynamic_layout, static_layout
 from hkvprof.profile.record import Profile, load_profile
+from hkvprof.runtime.plan import HeadPlan
 from hkvprof.testbed.generator import make_sample
 
 METHODS = ((OURS, "0.1"), (OURS, "0.3"), ("quest", "0.2"), ("snapkv", "0.1"), ("hybridkv", "0.2"),
@@ -74,3 +81,37 @@ def test_later_passes_go_on_from_plans_that_were_widened() -> None:
         if answer.method != "full":
             assert answer.resident_bytes <= 0.3 * answer.dense_bytes + 8 * 24
             assert answer.storage_bytes == pytest.approx(answer.resident_bytes, rel=0.01)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.integers(30, 3000),
+    ratio=st.floats(0.03, 0.9),
+    dim=st.sampled_from((32, 64, 128)),
+    bits=st.sampled_from((4, 8, 16)),
+    strategy=st.sampled_from(
+        (
+            Strategy(HeadType.STATIC),
+            Strategy(HeadType.DYNAMIC, index="mean", chunk=4),
+            Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=8),
+        )
+    ),
+)
+def test_widened_plans_mean_the_same_tokens(
+    tokens: int, ratio: float, dim: int, bits: int, strategy: Strategy
+) -> None:
+    """For every strategy and precision of residents, by the runtime's own layouts."""
+    keep, strategy = KeepRule(), replace(strategy, resident_bits=bits)
+    wide = Widened(keep, tokens, dim, 8, 2, 4).plan(HeadPlan(strategy, ratio))
+    if strategy.head_type is HeadType.STATIC:
+        one, other = (
+            static_layout(strategy, r, tokens, keep, dim, size)
+            for r, size in ((ratio, 2), (wide.ratio, 4))
+        )
+        assert one == other
+        return
+    layout = dynamic_layout(strategy, ratio, tokens, keep, dim, 2, 8)
+    if layout is None:
+        assert wide.strategy.head_type is HeadType.STATIC
+    else:
+        assert dynamic_layout(strategy, wide.ratio, tokens, keep, dim, 4, 8) == layout
