@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +21,8 @@ KINDS = ("prose", "code", "json", "multilingual", "table")
 INSTRUCTION = "Continue the text above word for word from where it stops."
 _PROBE = 6000
 """Characters by which it is estimated how many make a token."""
+_MARGIN = 1.3
+"""By how much parts of a document may differ in characters per token."""
 _MOST_PER_TOKEN = 8
 """Characters of a token, on average over a text, at most."""
 _FOLLOWING = 1000
@@ -46,21 +47,19 @@ def make_text(
     arguments.
 
     The context begins at a line, ends between words and counts with the instruction at most
-    `tokens` tokens, within 3% where the document is not shorter. Starts are evenly spread from
-    index to index, and languages take turns. Raises UsageError where a document is too short.
+    `tokens` tokens: within 3%, or about what the document holds where that is less. Starts are
+    evenly spread from index to index, and languages take turns.
     """
     texts = documents(kind)
     text = texts[index % len(texts)]
-    room = tokens - count_tokens(JOINT + INSTRUCTION)
-    size = room / count_tokens(text[:_PROBE]) * len(text[:_PROBE])
-    start = _line(text, round((GOLDEN * (index // len(texts))) % 1.0 * (len(text) - 1.2 * size)))
-    end = _fit(text, start, room, count_tokens)
-    if size * 1.2 > len(text) or end + _FOLLOWING > len(text):
-        most = math.floor((len(text) - _FOLLOWING) / 1.3 / size * room)
-        raise UsageError(
-            f"expected at most about {most} tokens per sample, as long as the text of kind "
-            f"{kind!r} is; found a request for {tokens}. Ask for shorter samples."
-        )
+    probe = text[:_PROBE]
+    each = len(probe) / count_tokens(probe)
+    last = len(text) - _FOLLOWING
+    room = min(tokens - count_tokens(JOINT + INSTRUCTION), int(last / _MARGIN / each))
+    start = _line(
+        text, round((GOLDEN * (index // len(texts))) % 1.0 * (last - _MARGIN * room * each))
+    )
+    end = min(last, _fit(text, start, room, count_tokens))
     parts = [
         {"type": "text", "text": text[start:end], "modality": "context"},
         {"type": "text", "text": INSTRUCTION},
