@@ -67,6 +67,11 @@ class Prefill:
             decoder_input=self.decoder_input.first(count),
         )
 
+    def dense_bytes(self, itemsize: int | None = None) -> int:
+        """Bytes of all keys and values, by the bytes an element has or is to count."""
+        elements = sum(call.key.numel() + call.value.numel() for call in self.calls)
+        return elements * (itemsize or self.calls[0].key.element_size())
+
     def dense_cache(self) -> DynamicCache:
         """A full cache of transformers, with keys and values of its own."""
         cache = DynamicCache(config=self.view.text_config)
@@ -86,14 +91,15 @@ class Prefill:
         cache: CompressedCache,
         plans: Sequence[tuple[HeadPlan, ...]],
         given: Sequence[Mapping[int, Packed]],
+        share: float = 1.0,
     ) -> None:
         """As `fill`, but with these plans per layer, whatever the planner says; heads in `given`
-        hold what they are given."""
+        hold what they are given. `share` is what the plans were made for."""
         self._open(cache)
         cache.conversation.observe_rows(None, 1, self.tokens, self.tokens)
         for layer, call, heads, packed in zip(cache.covered, self.calls, plans, given, strict=True):
             layer.update(call.key, call.value)
-            plan = RowPlan(self.tokens, 1.0, (heads,) * len(plans))
+            plan = RowPlan(self.tokens, share, (heads,) * len(plans))
             layer.compress_by([plan], call.query.detach(), self.tokens, call.scaling, packed)
 
     def restore(self, model: Any) -> None:
