@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hkvprof.profile.costs import END_BYTES
+from hkvprof.runtime.kernels.interface import QuantisedRows
 from hkvprof.runtime.storage import DynamicHead, RaggedStorage
 
 
@@ -190,6 +191,7 @@ def measure(
     dynamic: Mapping[int, DynamicHead],
     starts: Sequence[int],
     seen: int,
+    quantised: QuantisedRows | None = None,
 ) -> None:
     """Every head's tokens and bytes; `starts` of the batch rows, `seen` is the logical length."""
     total = 0
@@ -199,6 +201,9 @@ def measure(
         head.tokens_resident = storage.lengths[segment]
         head.tokens_seen = seen - starts[head.row]
         head.resident_bytes = storage.capacities[segment] * storage.token_bytes + END_BYTES
+        if quantised is not None:
+            head.tokens_resident += quantised.count(segment)
+            head.resident_bytes += quantised.nbytes(segment)
         if state is not None:
             first = id(state.host) not in counted
             counted.add(id(state.host))

@@ -145,7 +145,7 @@ def _places(marked: Bool[Tensor, "rows seen"]) -> str:
 
 
 class Places(NeverCopied):
-    """Ascending positions of the tokens that a static segment kept. Never changes once made."""
+    """Positions of the tokens that a static segment kept, in its order. Never changes once made."""
 
     def __init__(self, among: NDArray[np.int32], kept: Int[Tensor, " kept"]) -> None:
         """Tokens number `kept` among those at the positions `among`.
@@ -164,7 +164,7 @@ class Places(NeverCopied):
         self._written.record()
 
     def read(self) -> NDArray[np.int32]:
-        """The positions, in ascending order."""
+        """The positions, in the order in which the segment tells its tokens."""
         if self._kept is not None and self._written is not None:
             self._written.synchronize()
             self._among = self._among[self._kept.numpy()]
@@ -174,7 +174,7 @@ class Places(NeverCopied):
     def before(self, limit: int) -> Places:
         """Without positions from `limit` on."""
         known = self.read()
-        return Places(known, torch.arange(int((known < limit).sum())))
+        return Places(known, torch.from_numpy(np.flatnonzero(known < limit)))
 
 
 def span(first: int, end: int) -> NDArray[np.int32]:
@@ -282,6 +282,10 @@ class HeldSegments(Protocol):
         """First position of a row."""
         ...
 
+    def resident(self, segment: int) -> tuple[Tensor, Tensor]:
+        """A segment's keys and values, in its order."""
+        ...
+
     def known_positions(self, segment: int) -> NDArray[np.int32]:
         """Of the tokens of a segment that is not dynamic."""
         ...
@@ -310,7 +314,7 @@ def attend_seeing(
     outputs = []
     for segment in range(storage.segments):
         row = segment // layer.kv_heads
-        key, value = storage.keys(segment), storage.values(segment)
+        key, value = layer.resident(segment)
         positions = segment_positions(layer, segment, resident=new == 1)
         head = layer.dynamic.get(segment)
         if head is not None and new > 1:

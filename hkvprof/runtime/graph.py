@@ -156,6 +156,12 @@ class GraphDecoder:
                     f"layer {layer.account.layer} is not compressed ({reason}): expected a cache "
                     "whose prompt was compressed; call the model itself"
                 )
+            if layer.ragged.quantised is not None:
+                raise CompressionError(
+                    f"layer {layer.account.layer} keeps tokens in fewer bits, which are attended "
+                    "to in plain torch: such steps cannot be recorded; call the model itself, or "
+                    "use a profile whose strategies keep 16 bits"
+                )
             if layer.ragged.kernels.name == "torch":
                 raise CompressionError(
                     "steps in plain torch make the host wait and cannot be recorded: expected the "

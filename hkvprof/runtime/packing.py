@@ -17,13 +17,15 @@ from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.profile.costs import (
     TOO_SHORT,
     DynamicLayout,
+    StaticLayout,
     dynamic_layout,
     least_layout,
-    static_tokens,
+    static_layout,
 )
 from hkvprof.runtime.options import Options
 from hkvprof.runtime.storage import DynamicHead, HostChunks
 from hkvprof.selection.index import HeadTables, KeyIndex, build_index
+from hkvprof.selection.residents import Residents
 from hkvprof.selection.static import rank_tokens, select_tokens
 
 
@@ -45,20 +47,27 @@ class Rule:
             self.options.slot_bytes,
         )  # fmt: skip
 
+    def kept(self, tokens: int, key: Tensor) -> StaticLayout:
+        """What a static head keeps of `tokens` tokens."""
+        sizes = (key.shape[-1], key.element_size())
+        return static_layout(self.strategy, self.ratio, tokens, self.keep, *sizes)
+
 
 @dataclass(frozen=True)
 class Packed:
     """A packed segment: what is resident, the rest on the host, and the strategy's name.
 
-    `kept` are the numbers of the resident tokens among those given, None for dynamic heads; where
-    they were chosen on a device they stay there, so that nobody waits for them.
+    `kept` are the numbers of the resident tokens among those given, those in fewer bits (`held`)
+    first, None for dynamic heads; where they were chosen on a device they stay there, so that
+    nobody waits for them.
     """
 
-    key: Float[Tensor, "resident dim"]
-    value: Float[Tensor, "resident dim"]
+    key: Float[Tensor, "exact dim"]
+    value: Float[Tensor, "exact dim"]
     name: str
     dynamic: DynamicHead | None = None
     kept: Int[Tensor, " resident"] | None = None
+    held: Residents | None = None
 
 
 Attention = Callable[[], Float[Tensor, "1 tokens"]]
@@ -85,7 +94,7 @@ def pack(
             items_value = value[region].view(layout.items, layout.chunk, -1)
             index = build_index(rule.strategy, items_key, rule.tables)
             host = HostChunks.store(items_key, items_value, rule.options.host_dtype)
-            ends = _sinks_and_recent(layout, tokens, key.device)
+            ends = _ends(torch.arange(tokens, device=key.device), layout.sinks, layout.recent)
             items = None if host.loses else (items_key, items_value)
             return _pack_dynamic(rule, layout, index, host, query, key[ends], value[ends], items)
         short = replace(rule.strategy, head_type=HeadType.STATIC, pool=1)
@@ -106,14 +115,54 @@ def repack_static(
     value: Float[Tensor, "stored dim"],
     tokens: int,
     text: Bool[Tensor, " stored"] | None,
+    held: Residents | None = None,
 ) -> Packed:
-    """Prune the stored tokens, in order of position, to what the head may keep of `tokens`."""
-    count = static_tokens(rule.ratio, tokens, rule.keep)
-    if count >= len(key):
-        return Packed(key, value, rule.strategy.name, kept=torch.arange(len(key)))
-    ranking = rank_tokens(attention(), rule.strategy.pool, rule.keep)[0]
-    chosen = select_tokens(ranking, count, rule.strategy, rule.keep, text)
-    return Packed(key[chosen], value[chosen], rule.strategy.name, kept=chosen)
+    """Prune the stored tokens, in order of position, to what the head may keep of `tokens`.
+
+    Those after the sinks that are `held` in fewer bits already are not quantised again.
+    """
+    layout, name = rule.kept(tokens, key), rule.strategy.name
+    if layout.tokens >= len(key):
+        chosen = torch.arange(len(key), device=key.device if layout.quantised else None)
+    else:
+        ranking = rank_tokens(attention(), rule.strategy.pool, rule.keep)[0]
+        chosen = select_tokens(ranking, layout.tokens, rule.strategy, rule.keep, text)
+    if len(chosen) > layout.exact:
+        return _pack_quantised(rule, key, value, chosen, held)
+    if len(chosen) < len(key):
+        key, value = key[chosen], value[chosen]
+    return Packed(key, value, name, kept=chosen)
+
+
+def _pack_quantised(
+    rule: Rule,
+    key: Float[Tensor, "stored dim"],
+    value: Float[Tensor, "stored dim"],
+    chosen: Int[Tensor, " kept"],
+    held: Residents | None,
+) -> Packed:
+    """The chosen tokens, all but sinks and recent ones in fewer bits."""
+    sinks, recent = rule.keep.sinks, rule.keep.recent
+    few, ends = chosen[sinks : len(chosen) - recent], _ends(chosen, sinks, recent)
+    if held is None:
+        middle, bits = slice(sinks, len(key) - recent), rule.strategy.resident_bits
+        held = Residents.around(key[middle], value[middle], bits).append(key[few], value[few])
+    else:
+        new = slice(sinks + len(held.rows), len(key) - recent)
+        held = held.append(key[new], value[new]).take(few - sinks)
+    kept = torch.cat([few, ends])
+    return Packed(key[ends], value[ends], rule.strategy.name, kept=kept, held=held)
+
+
+def in_order(held: int, sinks: int, stored: int) -> Int[Tensor, " stored"]:
+    """Numbers of a static segment's tokens in order of position: `held` of the `stored` are in
+    fewer bits and come first, where those in its storage begin with its sinks."""
+    first = torch.arange(held, held + min(sinks, stored - held))
+    return torch.cat([first, torch.arange(held), torch.arange(held + len(first), stored)])
+
+
+def _ends(tokens: Tensor, first: int, last: int) -> Tensor:
+    return torch.cat([tokens[:first], tokens[len(tokens) - last :]])
 
 
 def repack_dynamic(
@@ -171,15 +220,4 @@ def _pack_dynamic(
         torch.cat([ends_value, hot_value.flatten(0, 1)]),
         rule.strategy.name,
         DynamicHead(layout, host, index, rule.strategy.rerank, slots, hot_score),
-    )
-
-
-def _sinks_and_recent(
-    layout: DynamicLayout, tokens: int, device: torch.device
-) -> Int[Tensor, " ends"]:
-    return torch.cat(
-        [
-            torch.arange(layout.sinks, device=device),
-            torch.arange(tokens - layout.recent, tokens, device=device),
-        ]
     )

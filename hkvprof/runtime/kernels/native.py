@@ -12,7 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.runtime.kernels import loading
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.interface import (
+    DynamicSegment,
+    Extents,
+    QuantisedRows,
+    Retrieval,
+)
 from hkvprof.runtime.kernels.loading import (
     check_extents,
     check_head,
@@ -72,9 +77,13 @@ class NativeKernels:
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Segments are split between threads; float32 accumulation (flash decoding)."""
         segments, group, dim = query.shape
+        if quantised is not None:
+            loading.STATE.notes["torch for tokens in fewer bits"] = None
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         native = self.library(group, dim)
         if native is None or not self._plain(key, value) or key.shape != value.shape:
             return self.torch.attend(key, value, extents, query, scaling)
