@@ -320,8 +320,9 @@ class FilledContestant(Contestant):
         """Keys and values that attention reads in the next step, all layers."""
         if self.method.profile is None:
             return stock_bytes(self.cache, self.view)
-        storages = [layer.ragged.storage for layer in self.cache.covered]
-        return sum(sum(storage.lengths) * storage.token_bytes for storage in storages)
+        layers = [layer.ragged for layer in self.cache.covered]
+        few = sum(one.quantised.rows.nbytes for one in layers if one.quantised is not None)
+        return few + sum(sum(one.storage.lengths) * one.storage.token_bytes for one in layers)
 
     @torch.no_grad()
     def _attend_ms(self) -> float:
