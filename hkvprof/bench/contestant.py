@@ -281,9 +281,8 @@ class FilledContestant(Contestant):
             head.host = hosts.setdefault((number, segment), head.host)
             head.host.shared = True
             if self.method.control and key.is_cuda:
-                data, scale = head.host.data.to(key.device), head.host.scale
-                scale = None if scale is None else scale.to(key.device)
-                head.host = HostChunks(data, scale, head.host.items, head.host.dtype, pinned=False)
+                data, coder = head.host.data.to(key.device), head.host.coder
+                head.host = HostChunks(data, coder, head.host.items, head.host.dtype, pinned=False)
 
     def prepare(self) -> None:
         """Ready for steps; on CUDA a graph is recorded at the first of them."""

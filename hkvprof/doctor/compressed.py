@@ -60,7 +60,7 @@ def batch(patient: Patient) -> str:
 
 
 def bits(patient: Patient) -> str:
-    """Static heads in 8 and in 4 bits: padded rows, new tokens that join the budget, a turn."""
+    """Static heads in 8 and in 4 bits, dynamic ones in 8: padded rows, tokens that join, a turn."""
     tokens, said = patient.prompt_tokens, []
     for count in (8, 4):
         lengths = [tokens, tokens * 2 // 3]

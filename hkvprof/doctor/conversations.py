@@ -30,7 +30,7 @@ _GOLDEN = 0.6180339887498949
 def probe_profile(model: Any, bits: int = EXACT_BITS) -> Profile:
     """Static and dynamic heads in turns, each with a share of its own; the budget is their mean.
 
-    Static heads keep their tokens in so many bits.
+    Static heads keep their tokens in so many bits, dynamic ones theirs in 8 if these are fewer.
     """
     plain = uniform_profile(model)
     shape = plain.strategy.shape
@@ -41,7 +41,7 @@ def probe_profile(model: Any, bits: int = EXACT_BITS) -> Profile:
         model, (layer + head) % 2, budget=float(shares.mean()), chunk=4, keep=KeepRule(4, 8, 16)
     )
     static, dynamic = made.strategies
-    menu = (replace(static, resident_bits=bits), dynamic)
+    menu = (replace(static, resident_bits=bits), replace(dynamic, resident_bits=max(bits, 8)))
     return replace(made, budget=shares, strategies=menu)
 
 

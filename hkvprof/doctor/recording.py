@@ -6,7 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -200,9 +200,10 @@ def _segments(layer: Any, rows: int) -> list[list[Segment]] | None:
 def _segment(ragged: Any, number: int) -> Segment:
     key, value = (part.clone() for part in ragged.resident(number))
     head = ragged.dynamic.get(number)
+    held = None if ragged.quantised is None else ragged.quantised.of_segment(number)
+    made = Segment(key, value)
+    if held is not None:
+        made = replace(made, few=len(held.rows), bits=held.format.bits)
     if head is None:
-        held = None if ragged.quantised is None else ragged.quantised.of_segment(number)
-        if held is None:
-            return Segment(key, value)
-        return Segment(key, value, few=len(held.rows), bits=held.format.bits)
-    return Segment(key, value, head.layout, tuple(head.slots.tolist()))
+        return made
+    return replace(made, layout=head.layout, slots=tuple(head.slots.tolist()))

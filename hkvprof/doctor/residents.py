@@ -142,8 +142,8 @@ def check_structure(
 ) -> None:
     """Raise FaultError unless a segment of a row of positions `start` to `tokens` is laid out so:
 
-    dynamic: sinks, recent, hot slots as the slot map says, tokens since; static: sinks and the
-    last tokens are among those kept.
+    dynamic: sinks, recent, hot slots as the slot map says (first, where in fewer bits), tokens
+    since; static: sinks and the last tokens are among those kept exactly.
     """
     layout = segment.layout
     if layout is None:
@@ -161,7 +161,9 @@ def check_structure(
     behind = first + layout.items * layout.chunk
     since = behind + layout.recent
     hot = [first + slot * layout.chunk + i for slot in segment.slots for i in range(layout.chunk)]
-    expected = [*range(start, first), *range(behind, since), *hot, *range(since, tokens)]
+    ends = [*range(start, first), *range(behind, since)]
+    expected = [*hot, *ends] if segment.few else [*ends, *hot]
+    expected += range(since, tokens)
     if places != expected:
         wrong = next((a, b) for a, b in zip(places, expected, strict=False) if a != b) if (
             len(places) == len(expected)
@@ -259,6 +261,8 @@ def _hot_items(
     digest = {"mean": dim * size, "minmax": 2 * dim * size, "projected": strategy.bits // 8}
     token = 2 * dim * size
     left = ratio * tokens * token - items * digest[strategy.index] - (keep.sinks + recent) * token
+    if strategy.resident_bits == 8:  # and the mean that was taken off
+        left, token = left - token, 2 * dim + 4
     hot = int(left // (chunk * token + SLOT_BYTES + (SCORE_BYTES if smooth else 0)))
     if items < 1 or hot < 1:
         return None

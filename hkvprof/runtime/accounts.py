@@ -62,29 +62,34 @@ class HeadAccount:
 
 
 class Fetches:
-    """Items that a layer's dynamic heads fetched, as the kernels count them.
+    """What a layer's dynamic heads read from the host, as the kernels count it.
 
-    `counts` [heads] lies on the device: reading it makes the host wait, so that it is read when a
-    receipt is made.
+    `counts` are two tensors [heads] on the device: items fetched, and keys read to compare
+    candidates, which are half an item. Looking at them makes the host wait, so that it is done when
+    a receipt is made.
     """
 
     def __init__(
-        self, counts: torch.Tensor, heads: Sequence[HeadAccount], item_bytes: Sequence[int]
+        self,
+        counts: tuple[torch.Tensor, torch.Tensor],
+        heads: Sequence[HeadAccount],
+        item_bytes: Sequence[int],
     ) -> None:
         self.counts = counts
         self._heads, self._item_bytes = tuple(heads), tuple(item_bytes)
-        self._known = [0] * len(heads)
+        self._known = [(0, 0)] * len(heads)
 
     def settle(self) -> None:
         """Enter into the heads' accounts what was fetched since the last time."""
-        if self.counts.is_cuda:
-            torch.cuda.synchronize(self.counts.device)  # a prefetch counts aside
-        now = self.counts.tolist()
+        fetched, reads = self.counts
+        if fetched.is_cuda:
+            torch.cuda.synchronize(fetched.device)  # a prefetch counts aside
+        now = list(zip(fetched.tolist(), reads.tolist(), strict=True))
         for head, size, count, known in zip(
             self._heads, self._item_bytes, now, self._known, strict=True
         ):
-            head.chunks_fetched += count - known
-            head.bytes_moved += (count - known) * size
+            head.chunks_fetched += count[0] - known[0]
+            head.bytes_moved += (count[0] - known[0]) * size + (count[1] - known[1]) * size // 2
         self._known = now
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.heads import EXACT_BITS, HeadType, KeepRule, Strategy
 from hkvprof.profile.costs import (
     TOO_SHORT,
     DynamicLayout,
@@ -95,8 +95,13 @@ def pack(
             index = build_index(rule.strategy, items_key, rule.tables)
             host = HostChunks.store(items_key, items_value, rule.options.host_dtype)
             ends = _ends(torch.arange(tokens, device=key.device), layout.sinks, layout.recent)
-            items = None if host.loses else (items_key, items_value)
-            return _pack_dynamic(rule, layout, index, host, query, key[ends], value[ends], items)
+            items, bits = (items_key, items_value), rule.strategy.resident_bits
+            held = host.coder
+            if held is None and bits != EXACT_BITS:
+                held = Residents.around(key[region], value[region], bits)
+            stores = Stores(index, host, None if bits == EXACT_BITS else held)
+            given = None if host.loses else items
+            return _pack_dynamic(rule, layout, stores, query, (key[ends], value[ends]), given)
         short = replace(rule.strategy, head_type=HeadType.STATIC, pool=1)
         packed = repack_static(replace(rule, strategy=short), attention, key, value, tokens, text)
         return replace(packed, name=TOO_SHORT)
@@ -172,16 +177,18 @@ def repack_dynamic(
     value: Float[Tensor, "stored dim"],
     tokens: int,
     head: DynamicHead,
+    held: Residents | None = None,
 ) -> Packed:
     """Move full chunks of a dynamic head's newer tokens to the host and give it its new share.
 
-    `key` and `value` are the segment: sinks, recent tokens, hot slots, tokens since.
+    `key` and `value` are the segment: sinks, recent tokens, hot slots (unless these are `held` in
+    fewer bits), tokens since.
     """
     old = head.layout
     layout = rule.layout(tokens, key)
     if layout is None:  # a budget in tokens or bytes that the growing index has used up
         layout = least_layout(rule.strategy, tokens, rule.keep)
-    begin, end = old.sinks, head.hot_start + old.hot * old.chunk
+    begin, end = old.sinks, head.hot_end
     newer_key = torch.cat([key[begin : head.hot_start], key[end:]])
     newer_value = torch.cat([value[begin : head.hot_start], value[end:]])
     added = layout.items - old.items
@@ -193,31 +200,57 @@ def repack_dynamic(
         index, host = index.append(items_key), host.append(items_key, items_value)
     ends_key = torch.cat([key[: layout.sinks], newer_key[moved:]])
     ends_value = torch.cat([value[: layout.sinks], newer_value[moved:]])
-    return _pack_dynamic(rule, layout, index, host, query, ends_key, ends_value)
+    stores = Stores(index, host, held)
+    return _pack_dynamic(rule, layout, stores, query, (ends_key, ends_value))
+
+
+@dataclass(frozen=True)
+class Stores:
+    """A dynamic head's index and host items; with `held` its hot slots are in fewer bits, by the
+    format and mean that this has."""
+
+    index: KeyIndex
+    host: HostChunks
+    held: Residents | None
+
+    def rows(self, items: Int[Tensor, " n"], given: tuple[Tensor, Tensor] | None) -> Residents:
+        """These items as they are held; `given` are keys and values of all, to spare reads."""
+        assert self.held is not None
+        coder = self.held.on(items.device)
+        if self.host.coder is not None:
+            rows = self.host.stored(items, items.device)
+        else:
+            rows = coder.encode_items(*self.whole(items, given))
+        return replace(coder, rows=rows.flatten(0, 1))
+
+    def whole(
+        self, items: Int[Tensor, " n"], given: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Their keys and values [n, chunk, dim] in the model's dtype."""
+        if given is not None:
+            return given[0].index_select(0, items), given[1].index_select(0, items)
+        key, value = self.host.fetch(items, items.device).unbind(dim=1)
+        return key, value
 
 
 def _pack_dynamic(
     rule: Rule,
     layout: DynamicLayout,
-    index: KeyIndex,
-    host: HostChunks,
+    stores: Stores,
     query: Float[Tensor, "group dim"],
-    ends_key: Float[Tensor, "ends dim"],
-    ends_value: Float[Tensor, "ends dim"],
-    items: tuple[Tensor, Tensor] | None = None,
+    ends: tuple[Float[Tensor, "ends dim"], Float[Tensor, "ends dim"]],
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> Packed:
-    """The hot set starts from the last row's query; `items` spare reading them from the host."""
-    score = torch.nan_to_num(index.score(query, rule.scaling), nan=-1.0)
+    """The hot set starts from the last row's query; items that are `given` are not read again."""
+    score = torch.nan_to_num(stores.index.score(query, rule.scaling), nan=-1.0)
     best = score.topk(layout.hot)
     slots = best.indices.to(torch.int32)
     hot_score = best.values.float() if rule.options.smoothing else None
-    if items is None:
-        hot_key, hot_value = host.fetch(best.indices, ends_key.device).unbind(dim=1)
-    else:
-        hot_key, hot_value = (part.index_select(0, best.indices) for part in items)
-    return Packed(
-        torch.cat([ends_key, hot_key.flatten(0, 1)]),
-        torch.cat([ends_value, hot_value.flatten(0, 1)]),
-        rule.strategy.name,
-        DynamicHead(layout, host, index, rule.strategy.rerank, slots, hot_score),
-    )
+    head = DynamicHead(layout, stores.host, stores.index, rule.strategy.rerank, slots, hot_score)
+    name = rule.strategy.name
+    if stores.held is not None:
+        held = stores.rows(best.indices, given)
+        return Packed(*ends, name, replace(head, bits=held.format.bits), held=held)
+    hot = stores.whole(best.indices, given)
+    key, value = (torch.cat([end, one.flatten(0, 1)]) for end, one in zip(ends, hot, strict=True))
+    return Packed(key, value, name, head)

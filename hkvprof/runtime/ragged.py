@@ -200,8 +200,9 @@ class RaggedLayer(LiveState):
     def _join_dynamic(self, segment: int, query: Tensor, tokens: int) -> Packed:
         """A dynamic segment whose tail joins; its row is `tokens` tokens long."""
         rule = self._rule(*divmod(segment, self.kv_heads), self.storage.key.device)
-        given = self.storage.keys(segment), self.storage.values(segment)
-        return repack_dynamic(rule, query[:, -1], *given, tokens, self.dynamic[segment])
+        given, head = (self.storage.keys(segment), self.storage.values(segment)), self.dynamic
+        held = None if self.quantised is None else self.quantised.of_segment(segment)
+        return repack_dynamic(rule, query[:, -1], *given, tokens, head[segment], held)
 
     def _join(
         self, segment: int, query: Tensor, tokens: int, order: Tensor, flags: Tensor | None
@@ -352,7 +353,8 @@ class RaggedLayer(LiveState):
         if not self.dynamic:
             return attend()
         grouped = query.detach().reshape(self.storage.segments, -1, query.shape[-1])
-        return self.retriever.step(self.kernels, self.storage, grouped, attend)
+        place = (self.storage, self.quantised)
+        return self.retriever.step(self.kernels, *place, grouped, attend)
 
     def attend_resident(
         self, query: Float[Tensor, "rows query_heads 1 dim"]
@@ -379,10 +381,7 @@ class RaggedLayer(LiveState):
         grouped = query.reshape(self.storage.segments, -1, new, dim)
         outputs = []
         for segment in range(self.storage.segments):
-            key, value = self.resident(segment)
-            head = self.dynamic.get(segment)
-            if head is not None:
-                key, value = head.all_tokens(key, value)
+            key, value = self.attended(segment, new)
             block = visible[segment // self.kv_heads]
             outputs.append(attend(grouped[segment], key, value, self.scaling, block))
         out = torch.stack(outputs).view(rows, query_heads, new, -1)
@@ -399,6 +398,15 @@ class RaggedLayer(LiveState):
             return key, value
         few = held.decode()
         return torch.cat([few[0], key]), torch.cat([few[1], value])
+
+    def attended(
+        self, segment: int, new: int
+    ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
+        """What a pass of so many tokens attends to: of a dynamic head all tokens, if several."""
+        head = self.dynamic.get(segment)
+        if head is None or new == 1:
+            return self.resident(segment)
+        return head.all_tokens(self.storage.keys(segment), self.storage.values(segment))
 
     @property
     def kernels(self) -> Kernels:

@@ -35,7 +35,7 @@ SHORT = Strategy(HeadType.DYNAMIC, index="projected", bits=16)
 LONG = Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=8)
 MENUS = {
     "static": (STATIC,),
-    "bits": (STATIC, STATIC8, STATIC4),
+    "bits": (STATIC8, STATIC4, *(replace(one, resident_bits=8) for one in (MEAN, LONG))),
     "mean": (STATIC, MEAN),
     "minmax": (STATIC, MINMAX),
     "projected": (STATIC, SHORT, LONG),

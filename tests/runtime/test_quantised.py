@@ -19,13 +19,15 @@ from hkvprof.models.calls import with_cache
 from hkvprof.profile.costs import static_bytes, static_layout
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import measure_storage
+from hkvprof.runtime.attention import segment_positions
 from hkvprof.runtime.kernels import Extents, QuantisedRows
-from hkvprof.runtime.kernels.reference import TorchKernels
+from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from hkvprof.runtime.options import Options
 from hkvprof.runtime.packing import Packed, Rule, in_order, repack_static
 from hkvprof.selection.residents import Residents, quantised
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import masked_cache, masked_step
+from tests.runtime.test_forecast import measured
 from tests.runtime.test_rows import passes
 from tests.runtime.test_tail import check_cache
 
@@ -399,3 +401,147 @@ def test_flat_rows_and_attention_to_them(
             mine, other = flat.of_segment(number), None if again is None else again.of_segment(new)
             assert (mine is None) == (other is None)
             assert mine is None or other is None or torch.equal(mine.rows, other.rows)
+
+
+# -- dynamic heads ------------------------------------------------------------------------------
+
+
+def hot_in_bits(model: Any, kind: str) -> Profile:
+    """All heads dynamic, their hot items in 8 bits: chunks of 4, or single tokens that are ranked
+    again by their keys."""
+    if kind == "chunks":
+        return in_bits(model, 8, "dynamic", chunk=4)
+    index = Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=16, resident_bits=8)
+    return measured(model, (index,))
+
+
+@pytest.mark.parametrize("host_dtype", ["same", "int8"])
+@pytest.mark.parametrize("kind", ["chunks", "tokens"])
+@torch.no_grad()
+def test_hot_items_are_rows(llama: Any, kind: str, host_dtype: str) -> None:
+    """Every slot holds the row of the item that its map names, over steps, joins and beams; what is
+    attended to is what rows give back, and receipts tell what is there."""
+    ids, mask = left_padded([300, 231])
+    profile, options = hot_in_bits(llama, kind), {"host_dtype": host_dtype, "compress_every": 12}
+    with apply(llama, profile, budget=0.35, **options) as handle:
+        cache = handle.new_cache()
+        llama(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        check_hot(cache)
+        for step, one in enumerate(token_ids(2, 30, seed=2).split(1, dim=1)):
+            mask = torch.cat([mask, torch.ones_like(one)], dim=1)
+            llama(input_ids=one, attention_mask=mask, past_key_values=cache)
+            if step == 14:
+                cache.reorder_cache(torch.tensor([1, 0]))
+                cache, mask = copy.deepcopy(cache), mask[[1, 0]]
+        check_hot(cache)
+        check_cache(cache)
+        receipt = cache.receipt()
+        assert receipt.layers[0].compressions > 2
+        assert 0 < receipt.hit_rate < 1
+        assert receipt.bytes_moved > 0
+
+
+def check_hot(cache: Any) -> None:
+    for layer in cache.covered:
+        ragged = layer.ragged
+        assert ragged.dynamic
+        for segment, head in ragged.dynamic.items():
+            held = ragged.quantised.of_segment(segment)
+            items, chunk = head.slots.long(), head.layout.chunk
+            assert len(set(items.tolist())) == head.layout.hot
+            assert len(held.rows) == head.layout.hot * chunk
+            if head.host.coder is None:
+                wanted = held.encode_items(*head.host.fetch(items, items.device).unbind(1))
+                near = replace(held, rows=wanted.flatten(0, 1)).decode()[0] - held.decode()[0]
+                assert near.abs().max() < 0.05 * held.decode()[0].abs().max()
+            else:
+                assert torch.equal(head.host.coder.mean, held.mean)
+                assert torch.equal(head.host.data[items].flatten(0, 1), held.rows)
+            tail = ragged.storage.lengths[segment] - head.hot_start
+            assert tail == ragged.seen - _moved(ragged, segment)
+
+
+def _moved(ragged: Any, segment: int) -> int:
+    """Position after the last token that is stored by the head's layout."""
+    layout = ragged.dynamic[segment].layout
+    start = ragged.start(segment // ragged.kv_heads)
+    return start + layout.sinks + layout.items * layout.chunk + layout.recent
+
+
+@pytest.mark.parametrize("hidden", [0, 160])
+@pytest.mark.parametrize("kind", ["chunks", "tokens"])
+@torch.no_grad()
+def test_steps_attend_to_hot_rows_and_turns_to_everything(
+    llama: Any, kind: str, hidden: int
+) -> None:
+    """A step is dense attention to what is stored at the positions that the layer names, but for
+    what a mask hides; a pass of several tokens is exact."""
+    ids, turn = token_ids(1, 300), token_ids(1, 7, seed=3)
+    dense, exact = masked_cache(llama), masked_cache(llama)
+    for one in (dense, exact):
+        llama(input_ids=ids, past_key_values=one)
+    mask = torch.ones(1, 301, dtype=torch.long)
+    mask[:, 20 : 20 + hidden] = 0
+    step = {"input_ids": turn[:, :1], "position_ids": torch.tensor([[300]])}
+    with apply(llama, hot_in_bits(llama, kind), budget=0.35, compress_every=0) as handle:
+        cache, other = handle.new_cache(), handle.new_cache()
+        for one in (cache, other):
+            llama(input_ids=ids, past_key_values=one)
+        found = llama(**step, attention_mask=mask, past_key_values=cache).logits
+        turned = llama(input_ids=turn, past_key_values=other).logits
+        kept = restored(cache, dense, set(range(20, 20 + hidden)))
+    wanted = masked_step(llama, dense, kept, 300, **step)
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    wanted = llama(input_ids=turn, past_key_values=exact).logits
+    torch.testing.assert_close(turned, wanted, atol=2e-4, rtol=1e-4)
+
+
+def restored(cache: Any, dense: Any, hidden: set[int]) -> list[list[list[set[int]]]]:
+    """Put what hot rows give back into a dense cache of one row; what is seen of the prompt."""
+    kept = []
+    for layer, other in zip(cache.covered, dense.layers, strict=True):
+        kept.append([[]])
+        for head in range(layer.ragged.kv_heads):
+            places = segment_positions(layer.ragged, head, resident=True).tolist()
+            few, (key, value) = layer.ragged.quantised.count(head), layer.ragged.resident(head)
+            assert few
+            for mine, stored in ((other.keys, key), (other.values, value)):
+                whole = mine[0, head, places[:few]]
+                assert (stored[:few] - whole).norm() < 0.02 * whole.norm()
+                mine[0, head, places[:few]] = stored[:few]
+                assert torch.equal(mine[0, head, places[few:-1]], stored[few:-1])
+            kept[-1][0].append(set(places[:-1]) - hidden)
+    return kept
+
+
+class FromHost(TorchRetrieval):
+    """Reads the keys of all candidates from the host, hot or not."""
+
+    def _keys(self, number: int, items: Tensor) -> Tensor:
+        self.reads[number] += len(items)
+        return self._items(self.heads[number], items)[:, 0, 0]
+
+
+@torch.no_grad()
+def test_hot_keys_are_not_read_again(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same selection to the bit, and fewer bytes."""
+    strategy = Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=16)
+    monkeypatch.setattr("hkvprof.runtime.ragged.for_device", lambda *_: TorchKernels())
+    receipts, logits = [], []
+    for kind in (TorchRetrieval, FromHost):
+        monkeypatch.setattr("hkvprof.runtime.kernels.reference.TorchRetrieval", kind)
+        with apply(llama, measured(llama, (strategy,)), budget=0.3) as handle:
+            cache = handle.new_cache()
+            llama(input_ids=token_ids(1, 300), past_key_values=cache)
+            steps = token_ids(1, 8, seed=4).split(1, dim=1)
+            logits.append([llama(input_ids=one, past_key_values=cache).logits for one in steps])
+            receipts.append(cache.receipt())
+    assert all(torch.equal(mine, other) for mine, other in zip(*logits, strict=True))
+    mine, other = ([head for one in r.layers for head in one.heads] for r in receipts)
+    item, reads = 2 * 16 * 4, 0
+    for head, whole in zip(mine, other, strict=True):
+        assert head.chunks_fetched == whole.chunks_fetched
+        candidates = whole.chunks_requested + 8 * 16  # of the layouts, 16 more in every step
+        assert whole.bytes_moved == whole.chunks_fetched * item + candidates * item // 2
+        reads += head.bytes_moved - head.chunks_fetched * item
+    assert 0 < reads < 0.7 * sum(whole.bytes_moved - whole.chunks_fetched * item for whole in other)

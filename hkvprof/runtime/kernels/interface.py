@@ -127,6 +127,10 @@ class DynamicSegment:
     dim] has K then V of an item, in the storage's dtype, or int8 with value = int8 *
     scale[item // items_per_group]. `hot_score` [hot] is needed where smoothing is used;
     `rerank` above 0 needs chunks of one token.
+
+    With `held` hot slots are in fewer bits: slot j is its rows from `j * chunk` on, and nothing of
+    it in the flat storage. With `coder` the host holds rows, uint8 [items, chunk, row_bytes], by
+    its format and mean, which are those of `held` where there is that.
     """
 
     segment: int
@@ -140,11 +144,19 @@ class DynamicSegment:
     scale: Float[Tensor, "groups 2 dim"] | None = None
     items_per_group: int = 1
     rerank: int = 0
+    held: Residents | None = None
+    coder: Residents | None = None
 
     @property
     def hot(self) -> int:
         """Number of hot slots."""
         return len(self.slots)
+
+    @property
+    def picked(self) -> int:
+        """Candidates whose own keys are compared; 0 where the index decides alone."""
+        reranks = self.rerank > 0 and self.hot < self.items
+        return min(self.hot + self.rerank, self.items) if reranks else 0
 
 
 class Retrieval(Protocol):
@@ -156,6 +168,9 @@ class Retrieval(Protocol):
     fetched: Int[Tensor, " heads"]
     """Items fetched so far per dynamic head, int64 on the storage's device."""
 
+    reads: Int[Tensor, " heads"]
+    """Keys read from the host so far to compare candidates, likewise."""
+
     tensors: Sequence[Tensor]
     """Its own on the device, beside those it was given."""
 
@@ -164,8 +179,9 @@ class Retrieval(Protocol):
 
         Softmax per query head over the items, mean over the group. With a head's `rerank` n above
         0, unless all items are hot: of the hot + n items with the highest such score (NaN: -1), the
-        same by their exact keys (softmax over those items, where a logit that is not finite counts
-        as minus infinity; NaN where a query head has no other); -1 for all others.
+        same by their own keys (softmax over those items, where a logit that is not finite counts
+        as minus infinity; NaN where a query head has no other); -1 for all others. Keys of items
+        that are hot are those of their slots, all others are read from the host.
         """
         ...
 
@@ -224,9 +240,12 @@ class Kernels(Protocol):
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        fetched: Int[Tensor, " heads"] | None = None,
+        counted: Sequence[Int[Tensor, " heads"]] = (),
     ) -> Retrieval:
-        """Prepare the retrieval of a layer's dynamic heads; `fetched` is counted on, if given."""
+        """Prepare the retrieval of a layer's dynamic heads.
+
+        `fetched` and `reads` are counted on, where `counted` gives them.
+        """
         ...
 
     def encode(

@@ -76,12 +76,12 @@ class TritonKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        fetched: Int[Tensor, " heads"] | None = None,
+        counted: Sequence[Int[Tensor, " heads"]] = (),
     ) -> Retrieval:
         """Keeps addresses of the tensors of all heads."""
         plain = self._unfit_shape(storage_key, storage_value, 1)
         unfit = [plain] if plain else [self._unfit(head) for head in heads]
-        args = (storage_key, storage_value, heads, scaling, smoothing, fetched)
+        args = (storage_key, storage_value, heads, scaling, smoothing, counted)
         if any(unfit):
             self.notes.update({f"torch for {reason}": None for reason in unfit if reason})
             return self.torch.bind(*args)
@@ -111,6 +111,8 @@ class TritonKernels:
         """Why these kernels cannot work on this head, or an empty string."""
         host, index = head.host, head.index
         on_cuda = head.slots.is_cuda
+        if head.held is not None or head.coder is not None:
+            return "items in fewer bits"
         for tensor in (host, head.scale):
             if tensor is not None and not tensor.is_contiguous():
                 return "host chunks that are not contiguous"
