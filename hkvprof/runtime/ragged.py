@@ -143,6 +143,12 @@ class RaggedLayer(LiveState):
         return self.seen - max(row.base for row in self.rows)
 
     @property
+    def has_few_bits(self) -> bool:
+        """Whether a segment holds tokens in fewer bits, on the device or the host."""
+        loses = any(head.host.loses for head in self.dynamic.values())
+        return loses or self.quantised is not None
+
+    @property
     def until(self) -> int:
         """Logical length up to which tokens may come before a row must join the budget."""
         return min(row.until for row in self.rows)
