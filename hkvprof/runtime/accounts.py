@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hkvprof.profile.costs import END_BYTES
+from hkvprof.runtime.kernels.interface import QuantisedRows
 from hkvprof.runtime.storage import DynamicHead, RaggedStorage
 
 
@@ -61,29 +62,34 @@ class HeadAccount:
 
 
 class Fetches:
-    """Items that a layer's dynamic heads fetched, as the kernels count them.
+    """What a layer's dynamic heads read from the host, as the kernels count it.
 
-    `counts` [heads] lies on the device: reading it makes the host wait, so that it is read when a
-    receipt is made.
+    `counts` are two tensors [heads] on the device: items fetched, and keys read to compare
+    candidates, which are half an item. Looking at them makes the host wait, so that it is done when
+    a receipt is made.
     """
 
     def __init__(
-        self, counts: torch.Tensor, heads: Sequence[HeadAccount], item_bytes: Sequence[int]
+        self,
+        counts: tuple[torch.Tensor, torch.Tensor],
+        heads: Sequence[HeadAccount],
+        item_bytes: Sequence[int],
     ) -> None:
         self.counts = counts
         self._heads, self._item_bytes = tuple(heads), tuple(item_bytes)
-        self._known = [0] * len(heads)
+        self._known = [(0, 0)] * len(heads)
 
     def settle(self) -> None:
         """Enter into the heads' accounts what was fetched since the last time."""
-        if self.counts.is_cuda:
-            torch.cuda.synchronize(self.counts.device)  # a prefetch counts aside
-        now = self.counts.tolist()
+        fetched, reads = self.counts
+        if fetched.is_cuda:
+            torch.cuda.synchronize(fetched.device)  # a prefetch counts aside
+        now = list(zip(fetched.tolist(), reads.tolist(), strict=True))
         for head, size, count, known in zip(
             self._heads, self._item_bytes, now, self._known, strict=True
         ):
-            head.chunks_fetched += count - known
-            head.bytes_moved += (count - known) * size
+            head.chunks_fetched += count[0] - known[0]
+            head.bytes_moved += (count[0] - known[0]) * size + (count[1] - known[1]) * size // 2
         self._known = now
 
 
@@ -190,6 +196,7 @@ def measure(
     dynamic: Mapping[int, DynamicHead],
     starts: Sequence[int],
     seen: int,
+    quantised: QuantisedRows | None = None,
 ) -> None:
     """Every head's tokens and bytes; `starts` of the batch rows, `seen` is the logical length."""
     total = 0
@@ -199,6 +206,9 @@ def measure(
         head.tokens_resident = storage.lengths[segment]
         head.tokens_seen = seen - starts[head.row]
         head.resident_bytes = storage.capacities[segment] * storage.token_bytes + END_BYTES
+        if quantised is not None:
+            head.tokens_resident += quantised.count(segment)
+            head.resident_bytes += quantised.nbytes(segment)
         if state is not None:
             first = id(state.host) not in counted
             counted.add(id(state.host))

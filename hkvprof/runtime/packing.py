@@ -13,17 +13,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.heads import EXACT_BITS, HeadType, KeepRule, Strategy
 from hkvprof.profile.costs import (
     TOO_SHORT,
     DynamicLayout,
+    StaticLayout,
     dynamic_layout,
     least_layout,
-    static_tokens,
+    static_layout,
 )
 from hkvprof.runtime.options import Options
 from hkvprof.runtime.storage import DynamicHead, HostChunks
 from hkvprof.selection.index import HeadTables, KeyIndex, build_index
+from hkvprof.selection.residents import Residents
 from hkvprof.selection.static import rank_tokens, select_tokens
 
 
@@ -45,20 +47,27 @@ class Rule:
             self.options.slot_bytes,
         )  # fmt: skip
 
+    def kept(self, tokens: int, key: Tensor) -> StaticLayout:
+        """What a static head keeps of `tokens` tokens."""
+        sizes = (key.shape[-1], key.element_size())
+        return static_layout(self.strategy, self.ratio, tokens, self.keep, *sizes)
+
 
 @dataclass(frozen=True)
 class Packed:
     """A packed segment: what is resident, the rest on the host, and the strategy's name.
 
-    `kept` are the numbers of the resident tokens among those given, None for dynamic heads; where
-    they were chosen on a device they stay there, so that nobody waits for them.
+    `kept` are the numbers of the resident tokens among those given, those in fewer bits (`held`)
+    first, None for dynamic heads; where they were chosen on a device they stay there, so that
+    nobody waits for them.
     """
 
-    key: Float[Tensor, "resident dim"]
-    value: Float[Tensor, "resident dim"]
+    key: Float[Tensor, "exact dim"]
+    value: Float[Tensor, "exact dim"]
     name: str
     dynamic: DynamicHead | None = None
     kept: Int[Tensor, " resident"] | None = None
+    held: Residents | None = None
 
 
 Attention = Callable[[], Float[Tensor, "1 tokens"]]
@@ -85,9 +94,14 @@ def pack(
             items_value = value[region].view(layout.items, layout.chunk, -1)
             index = build_index(rule.strategy, items_key, rule.tables)
             host = HostChunks.store(items_key, items_value, rule.options.host_dtype)
-            ends = _sinks_and_recent(layout, tokens, key.device)
-            items = None if host.loses else (items_key, items_value)
-            return _pack_dynamic(rule, layout, index, host, query, key[ends], value[ends], items)
+            ends = _ends(torch.arange(tokens, device=key.device), layout.sinks, layout.recent)
+            items, bits = (items_key, items_value), rule.strategy.resident_bits
+            held = host.coder
+            if held is None and bits != EXACT_BITS:
+                held = Residents.around(key[region], value[region], bits)
+            stores = Stores(index, host, None if bits == EXACT_BITS else held)
+            given = None if host.loses else items
+            return _pack_dynamic(rule, layout, stores, query, (key[ends], value[ends]), given)
         short = replace(rule.strategy, head_type=HeadType.STATIC, pool=1)
         packed = repack_static(replace(rule, strategy=short), attention, key, value, tokens, text)
         return replace(packed, name=TOO_SHORT)
@@ -106,14 +120,54 @@ def repack_static(
     value: Float[Tensor, "stored dim"],
     tokens: int,
     text: Bool[Tensor, " stored"] | None,
+    held: Residents | None = None,
 ) -> Packed:
-    """Prune the stored tokens, in order of position, to what the head may keep of `tokens`."""
-    count = static_tokens(rule.ratio, tokens, rule.keep)
-    if count >= len(key):
-        return Packed(key, value, rule.strategy.name, kept=torch.arange(len(key)))
-    ranking = rank_tokens(attention(), rule.strategy.pool, rule.keep)[0]
-    chosen = select_tokens(ranking, count, rule.strategy, rule.keep, text)
-    return Packed(key[chosen], value[chosen], rule.strategy.name, kept=chosen)
+    """Prune the stored tokens, in order of position, to what the head may keep of `tokens`.
+
+    Those after the sinks that are `held` in fewer bits already are not quantised again.
+    """
+    layout, name = rule.kept(tokens, key), rule.strategy.name
+    if layout.tokens >= len(key):
+        chosen = torch.arange(len(key), device=key.device if layout.quantised else None)
+    else:
+        ranking = rank_tokens(attention(), rule.strategy.pool, rule.keep)[0]
+        chosen = select_tokens(ranking, layout.tokens, rule.strategy, rule.keep, text)
+    if len(chosen) > layout.exact:
+        return _pack_quantised(rule, key, value, chosen, held)
+    if len(chosen) < len(key):
+        key, value = key[chosen], value[chosen]
+    return Packed(key, value, name, kept=chosen)
+
+
+def _pack_quantised(
+    rule: Rule,
+    key: Float[Tensor, "stored dim"],
+    value: Float[Tensor, "stored dim"],
+    chosen: Int[Tensor, " kept"],
+    held: Residents | None,
+) -> Packed:
+    """The chosen tokens, all but sinks and recent ones in fewer bits."""
+    sinks, recent = rule.keep.sinks, rule.keep.recent
+    few, ends = chosen[sinks : len(chosen) - recent], _ends(chosen, sinks, recent)
+    if held is None:
+        middle, bits = slice(sinks, len(key) - recent), rule.strategy.resident_bits
+        held = Residents.around(key[middle], value[middle], bits).append(key[few], value[few])
+    else:
+        new = slice(sinks + len(held.rows), len(key) - recent)
+        held = held.append(key[new], value[new]).take(few - sinks)
+    kept = torch.cat([few, ends])
+    return Packed(key[ends], value[ends], rule.strategy.name, kept=kept, held=held)
+
+
+def in_order(held: int, sinks: int, stored: int) -> Int[Tensor, " stored"]:
+    """Numbers of a static segment's tokens in order of position: `held` of the `stored` are in
+    fewer bits and come first, where those in its storage begin with its sinks."""
+    first = torch.arange(held, held + min(sinks, stored - held))
+    return torch.cat([first, torch.arange(held), torch.arange(held + len(first), stored)])
+
+
+def _ends(tokens: Tensor, first: int, last: int) -> Tensor:
+    return torch.cat([tokens[:first], tokens[len(tokens) - last :]])
 
 
 def repack_dynamic(
@@ -123,16 +177,18 @@ def repack_dynamic(
     value: Float[Tensor, "stored dim"],
     tokens: int,
     head: DynamicHead,
+    held: Residents | None = None,
 ) -> Packed:
     """Move full chunks of a dynamic head's newer tokens to the host and give it its new share.
 
-    `key` and `value` are the segment: sinks, recent tokens, hot slots, tokens since.
+    `key` and `value` are the segment: sinks, recent tokens, hot slots (unless these are `held` in
+    fewer bits), tokens since.
     """
     old = head.layout
     layout = rule.layout(tokens, key)
     if layout is None:  # a budget in tokens or bytes that the growing index has used up
         layout = least_layout(rule.strategy, tokens, rule.keep)
-    begin, end = old.sinks, head.hot_start + old.hot * old.chunk
+    begin, end = old.sinks, head.hot_end
     newer_key = torch.cat([key[begin : head.hot_start], key[end:]])
     newer_value = torch.cat([value[begin : head.hot_start], value[end:]])
     added = layout.items - old.items
@@ -144,42 +200,57 @@ def repack_dynamic(
         index, host = index.append(items_key), host.append(items_key, items_value)
     ends_key = torch.cat([key[: layout.sinks], newer_key[moved:]])
     ends_value = torch.cat([value[: layout.sinks], newer_value[moved:]])
-    return _pack_dynamic(rule, layout, index, host, query, ends_key, ends_value)
+    stores = Stores(index, host, held)
+    return _pack_dynamic(rule, layout, stores, query, (ends_key, ends_value))
+
+
+@dataclass(frozen=True)
+class Stores:
+    """A dynamic head's index and host items; with `held` its hot slots are in fewer bits, by the
+    format and mean that this has."""
+
+    index: KeyIndex
+    host: HostChunks
+    held: Residents | None
+
+    def rows(self, items: Int[Tensor, " n"], given: tuple[Tensor, Tensor] | None) -> Residents:
+        """These items as they are held; `given` are keys and values of all, to spare reads."""
+        assert self.held is not None
+        coder = self.held.on(items.device)
+        if self.host.coder is not None:
+            rows = self.host.stored(items, items.device)
+        else:
+            rows = coder.encode_items(*self.whole(items, given))
+        return replace(coder, rows=rows.flatten(0, 1))
+
+    def whole(
+        self, items: Int[Tensor, " n"], given: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Their keys and values [n, chunk, dim] in the model's dtype."""
+        if given is not None:
+            return given[0].index_select(0, items), given[1].index_select(0, items)
+        key, value = self.host.fetch(items, items.device).unbind(dim=1)
+        return key, value
 
 
 def _pack_dynamic(
     rule: Rule,
     layout: DynamicLayout,
-    index: KeyIndex,
-    host: HostChunks,
+    stores: Stores,
     query: Float[Tensor, "group dim"],
-    ends_key: Float[Tensor, "ends dim"],
-    ends_value: Float[Tensor, "ends dim"],
-    items: tuple[Tensor, Tensor] | None = None,
+    ends: tuple[Float[Tensor, "ends dim"], Float[Tensor, "ends dim"]],
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> Packed:
-    """The hot set starts from the last row's query; `items` spare reading them from the host."""
-    score = torch.nan_to_num(index.score(query, rule.scaling), nan=-1.0)
+    """The hot set starts from the last row's query; items that are `given` are not read again."""
+    score = torch.nan_to_num(stores.index.score(query, rule.scaling), nan=-1.0)
     best = score.topk(layout.hot)
     slots = best.indices.to(torch.int32)
     hot_score = best.values.float() if rule.options.smoothing else None
-    if items is None:
-        hot_key, hot_value = host.fetch(best.indices, ends_key.device).unbind(dim=1)
-    else:
-        hot_key, hot_value = (part.index_select(0, best.indices) for part in items)
-    return Packed(
-        torch.cat([ends_key, hot_key.flatten(0, 1)]),
-        torch.cat([ends_value, hot_value.flatten(0, 1)]),
-        rule.strategy.name,
-        DynamicHead(layout, host, index, rule.strategy.rerank, slots, hot_score),
-    )
-
-
-def _sinks_and_recent(
-    layout: DynamicLayout, tokens: int, device: torch.device
-) -> Int[Tensor, " ends"]:
-    return torch.cat(
-        [
-            torch.arange(layout.sinks, device=device),
-            torch.arange(tokens - layout.recent, tokens, device=device),
-        ]
-    )
+    head = DynamicHead(layout, stores.host, stores.index, rule.strategy.rerank, slots, hot_score)
+    name = rule.strategy.name
+    if stores.held is not None:
+        held = stores.rows(best.indices, given)
+        return Packed(*ends, name, replace(head, bits=held.format.bits), held=held)
+    hot = stores.whole(best.indices, given)
+    key, value = (torch.cat([end, one.flatten(0, 1)]) for end, one in zip(ends, hot, strict=True))
+    return Packed(key, value, name, head)

@@ -123,7 +123,7 @@ class Residents:
         between sinks and recent ones, whichever of them are kept."""
         mean = torch.stack([key.float().mean(dim=0), value.float().mean(dim=0)]).to(key.dtype)
         kind = RowFormat(bits, key.shape[1])
-        rows = torch.empty(0, kind.row_bytes, dtype=torch.uint8, device=key.device)
+        rows = key.new_empty((0, kind.row_bytes), dtype=torch.uint8)
         return cls(kind, torch.nan_to_num(mean), rows)
 
     def encode(
@@ -151,6 +151,24 @@ class Residents:
         key_mean, value_mean = self.mean.float()
         both = rotate(key) + key_mean, rotate(value) + value_mean
         return both[0].to(self.mean.dtype), both[1].to(self.mean.dtype)
+
+    def on(self, device: torch.device) -> Residents:
+        """With its mean on this device."""
+        return replace(self, mean=self.mean.to(device))
+
+    def encode_items(
+        self, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
+    ) -> UInt8[Tensor, "items chunk row_bytes"]:
+        """As `encode`, of chunks of tokens."""
+        return self.encode(key.flatten(0, 1), value.flatten(0, 1)).unflatten(0, key.shape[:2])
+
+    def decode_items(
+        self, rows: UInt8[Tensor, "items chunk row_bytes"]
+    ) -> Float[Tensor, "items 2 chunk dim"]:
+        """What rows of chunks of tokens give back: keys, then values."""
+        flat = replace(self, rows=rows.flatten(0, 1)).on(rows.device)
+        both = torch.stack(flat.decode(), dim=1).unflatten(0, rows.shape[:2])
+        return both.transpose(1, 2)
 
     @cached_property
     def nbytes(self) -> int:

@@ -134,6 +134,7 @@ class RetrieveArgs(ctypes.Structure):
         *((name, c_void_p) for name in ("key", "value", "query")),
         ("heads", POINTER(Head)),
         ("fetched", c_void_p),
+        ("reads", c_void_p),
         ("count", c_int64),
         *((name, c_int32) for name in ("dim", "threads")),
         *((name, c_float) for name in ("scaling", "smoothing")),

@@ -12,7 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.runtime.kernels import loading
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.interface import (
+    DynamicSegment,
+    Extents,
+    QuantisedRows,
+    Retrieval,
+)
 from hkvprof.runtime.kernels.loading import (
     check_extents,
     check_head,
@@ -21,7 +26,7 @@ from hkvprof.runtime.kernels.loading import (
     check_subspaces,
     require,
 )
-from hkvprof.runtime.kernels.reference import TorchKernels, counter
+from hkvprof.runtime.kernels.reference import TorchKernels, counters
 from hkvprof.selection.index import MeanIndex, MinMaxIndex
 
 MAX_GROUP, MAX_DIM = 16, 512
@@ -72,9 +77,13 @@ class NativeKernels:
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Segments are split between threads; float32 accumulation (flash decoding)."""
         segments, group, dim = query.shape
+        if quantised is not None:
+            loading.STATE.notes["torch for tokens in fewer bits"] = None
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         native = self.library(group, dim)
         if native is None or not self._plain(key, value) or key.shape != value.shape:
             return self.torch.attend(key, value, extents, query, scaling)
@@ -106,15 +115,15 @@ class NativeKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        fetched: Int[Tensor, " heads"] | None = None,
+        counted: Sequence[Int[Tensor, " heads"]] = (),
     ) -> Retrieval:
         """Keeps pointers to the tensors of all heads."""
         unfit = [reason for head in heads if (reason := self._unfit(head))]
         if unfit or not self._plain(storage_key, storage_value) or loading.switched_off():
             for reason in unfit:
                 loading.STATE.notes[f"torch for {reason}"] = None
-            return self.torch.bind(storage_key, storage_value, heads, scaling, smoothing, fetched)
-        return NativeRetrieval(self, storage_key, storage_value, heads, scaling, smoothing, fetched)
+            return self.torch.bind(storage_key, storage_value, heads, scaling, smoothing, counted)
+        return NativeRetrieval(self, storage_key, storage_value, heads, scaling, smoothing, counted)
 
     def encode(
         self,
@@ -151,6 +160,8 @@ class NativeKernels:
     def _unfit(self, head: DynamicSegment) -> str:
         """Why csrc cannot work on this head, or an empty string."""
         host = head.host
+        if head.held is not None or head.coder is not None:
+            return "items in fewer bits"
         if not host.is_contiguous() or host.device.type != "cpu":
             return "host chunks that are not contiguous in CPU memory"
         if host.dtype != (self.dtype if head.scale is None else torch.int8):
@@ -175,13 +186,14 @@ class NativeRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        fetched: Int[Tensor, " heads"] | None,
+        counted: Sequence[Int[Tensor, " heads"]],
     ) -> None:
         check_storage(key, value)
-        self.fetched = counter(fetched, heads, key.device)
+        self.fetched, self.reads = counters(counted, heads, key.device)
         self._smoothing = smoothing
         self.kernels, self.key, self.value, self.heads = kernels, key, value, tuple(heads)
-        self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, self.fetched)
+        counts = (self.fetched, self.reads)
+        self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, counts)
         self._alive: list[Tensor] = []
         self.tensors: Sequence[Tensor] = ()
         self._heads = (loading.Head * len(heads))(*map(self._describe, heads))
@@ -191,6 +203,7 @@ class NativeRetrieval:
             value=value.data_ptr(),
             heads=self._heads,
             fetched=self.fetched.data_ptr(),
+            reads=self.reads.data_ptr(),
             count=len(heads),
             dim=key.shape[1],
             scaling=scaling,

@@ -108,7 +108,7 @@ def counted(kernels: Kernels) -> object:
     """A counter for fewer heads than there are."""
     made = layer()
     none = torch.zeros(0, dtype=torch.int64)
-    return kernels.bind(made.key, made.value, made.heads, 0.2, fetched=none)
+    return kernels.bind(made.key, made.value, made.heads, 0.2, counted=(none, none))
 
 
 def integers(*numbers: int, dtype: torch.dtype = torch.int32) -> Any:

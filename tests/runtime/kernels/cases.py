@@ -109,13 +109,21 @@ def make_layer(
             items_per_group=per_group,
             rerank=rerank,
         )
-        for slot, item in enumerate(slots.tolist()):
-            rows = slice(start + slot * chunk, start + (slot + 1) * chunk)
-            key[rows], value[rows] = host_item(head, item, dtype)
         heads.append(head)
         start += held * chunk
     query = torch.randn(len(heads), group, dim, generator=random).to(dtype)
-    return Layer(key, value, heads, query)
+    made = Layer(key, value, heads, query)
+    fill_hot(made)
+    return made
+
+
+def fill_hot(layer: Layer) -> None:
+    """Copy into hot slots what the host holds now."""
+    for head in layer.heads:
+        for slot, item in enumerate(head.slots.tolist()):
+            start = head.hot_start + slot * head.chunk
+            rows = slice(start, start + head.chunk)
+            layer.key[rows], layer.value[rows] = host_item(head, item, layer.key.dtype)
 
 
 def make_index(kind: str, keys: Tensor, codes: int, random: torch.Generator) -> KeyIndex:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkvprof.runtime import kernels
-from hkvprof.runtime.kernels import Kernels
+from hkvprof.runtime.kernels import DynamicSegment, Kernels
 from hkvprof.runtime.kernels.native import NativeRetrieval
 from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from tests.runtime.kernels.cases import (
@@ -20,6 +20,7 @@ from tests.runtime.kernels.cases import (
     Layer,
     check_loaded,
     compiler,
+    fill_hot,
     make_layer,
     shares_exactly,
 )
@@ -111,6 +112,13 @@ def test_load(
         check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing)
 
 
+def without_hot(head: DynamicSegment) -> DynamicSegment:
+    """As if the host had lost what is hot."""
+    host = head.host.clone()
+    host[head.slots.long()] = 1e3
+    return replace(head, host=host)
+
+
 @compiler
 @settings(max_examples=60, deadline=None)
 @given(
@@ -137,7 +145,10 @@ def test_reranked_scores(
     bad: str,
     data: st.DataObject,
 ) -> None:
-    """Which of nearly equal estimates are picked is open; NaN and infinity stay within head 0."""
+    """Which of nearly equal estimates are picked is open; NaN and infinity stay within head 0.
+
+    Keys that are hot are not read from the host, where they are something else here.
+    """
     group = data.draw(st.sampled_from(GROUPS[dtype]))
     hot = [max(1, int(share * n)) for n in items]
     layer = make_layer(
@@ -151,17 +162,24 @@ def test_reranked_scores(
     elif bad == "keys":
         spoiled[::3, 0, ..., 1] = torch.nan
         spoiled[1::5, 0, ..., 2] = torch.inf
+    fill_hot(layer)
+    told = layer.heads if int8 else [without_hot(head) for head in layer.heads]
     for kernel in both(dtype):
-        retrieval = kernel.bind(layer.key, layer.value, layer.heads, 0.3)
+        retrieval = kernel.bind(layer.key, layer.value, told, 0.3)
         assert isinstance(retrieval, TorchRetrieval if kernel.name == "torch" else NativeRetrieval)
-        for head, score in zip(layer.heads, retrieval.score(layer.query), strict=True):
+        scores = zip(layer.heads, retrieval.score(layer.query), strict=True)
+        for number, (head, score) in enumerate(scores):
             query = layer.query[head.segment]
             estimate = head.index.score(query, 0.3)
             if head.hot == head.items:
+                assert retrieval.reads[number] == 0
                 torch.testing.assert_close(score, estimate, rtol=2e-4, atol=1e-7, equal_nan=True)
                 continue
             picked = (score != -1).nonzero()[:, 0]
             assert len(picked) == min(head.hot + rerank, head.items)
+            cold = set(picked.tolist()) - set(head.slots.tolist())
+            everything = int8 and kernel.name == "native"
+            assert retrieval.reads[number] == (len(picked) if everything else len(cold))
             exact = shares_exactly(head, query, 0.3, picked.tolist())
             torch.testing.assert_close(
                 score[picked].double(), exact, rtol=1e-3, atol=1e-7, equal_nan=True
@@ -253,7 +271,9 @@ def test_counting_goes_on_after_binding_again() -> None:
         first = kernel.bind(own.key, own.value, own.heads, 0.3)
         first.step(own.query)
         count = int(first.fetched[0])
-        again = kernel.bind(own.key, own.value, own.heads, 0.3, fetched=first.fetched)
+        again = kernel.bind(
+            own.key, own.value, own.heads, 0.3, counted=(first.fetched, first.reads)
+        )
         again.step(-own.query)
         assert again.fetched is first.fetched
         assert count < again.fetched[0] <= count + 9
@@ -297,6 +317,7 @@ def test_hidden_items_are_as_if_they_were_not_there(
                     if hasattr(head.index, name)
                 },
             ),
+            slots=torch.searchsorted(shown, head.slots.long()).int(),
             host=head.host[shown],
             items=len(shown),
         )

@@ -115,7 +115,7 @@ def test_no_heads_is_no_work_and_counting_goes_on(device: str) -> None:
     first = kernels.bind(own.key, own.value, own.heads, 0.3)
     first.step(own.query)
     count = int(first.fetched[0])
-    again = kernels.bind(own.key, own.value, own.heads, 0.3, fetched=first.fetched)
+    again = kernels.bind(own.key, own.value, own.heads, 0.3, counted=(first.fetched, first.reads))
     again.step(-own.query)
     assert again.fetched is first.fetched
     assert count < again.fetched[0] <= count + 9

@@ -65,6 +65,7 @@ void retrieve(const RetrieveArgs& a, int what) {
       take(w.score, rows);
       take(w.exact, picked + 2 * W);
       take(w.picked, picked + 1);
+      take(w.slot, picked + 1);
       take(w.missing, h.hot + 1);
       take(w.freed, h.hot + 1);
       take(w.nominees, rows);
@@ -123,7 +124,10 @@ void retrieve(const RetrieveArgs& a, int what) {
            [&](int64_t i, int64_t n) { fetch_batch(a, a.heads[i], all[i], n); });
     }
   });
-  for (int64_t i = 0; i < a.count; i++) a.fetched[i] += all[i].fetched;
+  for (int64_t i = 0; i < a.count; i++) {
+    a.fetched[i] += all[i].fetched;
+    a.reads[i] += all[i].read;
+  }
 }
 
 }  // namespace

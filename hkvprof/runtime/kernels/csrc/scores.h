@@ -21,7 +21,7 @@ struct RetrieveArgs {
   void *key, *value;
   const void* query;
   const Head* heads;
-  int64_t* fetched;
+  int64_t *fetched, *reads;
   int64_t count;
   int32_t dim, threads;
   float scaling, smoothing;
@@ -30,10 +30,10 @@ constexpr int64_t SPAN = 512, SPANS = 8;  // items per task; such tasks per task
 
 struct Work {  // scratch of one head
   float *table, *weights, *tops, *score, *exact;
-  int32_t *missing, *freed, *nominees, *picked;
+  int32_t *missing, *freed, *nominees, *picked, *slot;  // slot of a picked item, -1: not hot
   uint64_t* candidates;
   uint8_t* is_hot;
-  int64_t fetched;
+  int64_t fetched, read;
 };
 inline int64_t spans_of(int64_t items) { return (items + SPAN - 1) / SPAN; }
 inline int64_t bundles_of(int64_t items) { return (spans_of(items) + SPANS - 1) / SPANS; }
