@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from hkvprof.errors import CompressionError
 from hkvprof.selection.index import KeyIndex
+from hkvprof.selection.residents import Residents, RowFormat
+
+MOST_BYTES = 2**31 - 1
+"""Of a layer's tokens in fewer bits: where they lie is told to the device as int32."""
 
 
 def device_integers(
@@ -46,6 +51,71 @@ class Extents:
         ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         first, end = device_integers([list(starts), ends], torch.device(device), torch.int32)
         return cls(starts, lengths, max(lengths, default=0), first, end)
+
+
+@dataclass(frozen=True)
+class QuantisedRows:
+    """Tokens in fewer bits of a layer's segments, beside those in its flat storage.
+
+    `rows` holds one segment after the other, the tokens of a segment as selection.residents lays
+    them out, without padding; `mean` what was taken off keys and values, in the storage's dtype.
+    Entry i is about storage segment `segments[i]`: `counts[i]` tokens of `bits[i]` bits from byte
+    `starts[i]` on. `places` tells the device segment, start and count.
+    """
+
+    rows: UInt8[Tensor, " bytes"]
+    mean: Float[Tensor, "quantised 2 dim"]
+    segments: Sequence[int]
+    starts: Sequence[int]
+    counts: Sequence[int]
+    bits: Sequence[int]
+    places: Int[Tensor, "quantised 3"]
+
+    @classmethod
+    def of(cls, held: Mapping[int, Residents]) -> QuantisedRows | None:
+        """A copy of what segments hold; None where none holds any. Raises CompressionError where it
+        is more than the device can be told of."""
+        if not held:
+            return None
+        parts = list(held.values())
+        sizes = [part.rows.nbytes for part in parts]
+        if sum(sizes) > MOST_BYTES:
+            raise CompressionError(
+                f"a layer's tokens in fewer bits take {sum(sizes) / 2**30:.1f} GiB, expected less "
+                "than 2 GiB: lower the batch or the budget"
+            )
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        counts = [len(part.rows) for part in parts]
+        told = list(zip(held, starts, counts, strict=True))
+        rows = torch.cat([part.rows.flatten() for part in parts])
+        places = device_integers(told, rows.device, torch.int32)
+        mean = torch.stack([part.mean for part in parts])
+        return cls(rows, mean, list(held), starts, counts, [p.format.bits for p in parts], places)
+
+    def at(self, number: int) -> Residents:
+        """What entry `number` is about; rows are views."""
+        form = RowFormat(self.bits[number], self.mean.shape[2])
+        start, count = self.starts[number], self.counts[number]
+        rows = self.rows[start : start + count * form.row_bytes].view(count, form.row_bytes)
+        return Residents(form, self.mean[number], rows)
+
+    def of_segment(self, segment: int) -> Residents | None:
+        """What a storage segment holds; None where that is nothing."""
+        return self.at(self.segments.index(segment)) if segment in self.segments else None
+
+    def count(self, segment: int) -> int:
+        """Tokens in fewer bits of a storage segment."""
+        return self.counts[self.segments.index(segment)] if segment in self.segments else 0
+
+    def take(self, segments: Sequence[int]) -> QuantisedRows | None:
+        """A copy for the given storage segments (with repetition), in their new order."""
+        found = {new: self.of_segment(old) for new, old in enumerate(segments)}
+        return QuantisedRows.of({new: one for new, one in found.items() if one is not None})
+
+    def nbytes(self, segment: int) -> int:
+        """Device bytes of a storage segment's entry; 0 where it has none."""
+        held = self.of_segment(segment)
+        return 0 if held is None else held.nbytes + self.places[0].nbytes
 
 
 @dataclass(frozen=True)
@@ -138,8 +208,13 @@ class Kernels(Protocol):
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
-        """One new token per row attends to its whole segment; an empty segment gives zeros."""
+        """One new token per row attends to its whole segment; an empty segment gives zeros.
+
+        One softmax over the segment's tokens in storage and its `quantised` ones, as
+        `Residents.decode` gives them back.
+        """
         ...
 
     def bind(

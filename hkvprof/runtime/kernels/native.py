@@ -12,10 +12,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.runtime.kernels import loading
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.interface import (
+    DynamicSegment,
+    Extents,
+    QuantisedRows,
+    Retrieval,
+)
 from hkvprof.runtime.kernels.loading import (
     check_extents,
     check_head,
+    check_quantised,
     check_slots,
     check_storage,
     check_subspaces,
@@ -35,6 +41,10 @@ def _check(outcome: int) -> None:
     if outcome == NO_MEMORY:
         raise MemoryError("no memory for the scratch space of the decode kernels")
     require(outcome == 0, f"outcome 0, not {outcome}, of a native kernel")
+
+
+def _integers(numbers: Sequence[int]) -> ctypes.Array[c_int64]:
+    return (c_int64 * len(numbers))(*numbers)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -72,32 +82,43 @@ class NativeKernels:
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Segments are split between threads; float32 accumulation (flash decoding)."""
         segments, group, dim = query.shape
         native = self.library(group, dim)
         if native is None or not self._plain(key, value) or key.shape != value.shape:
-            return self.torch.attend(key, value, extents, query, scaling)
-        offsets, lengths = extents.starts, extents.lengths
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         require(query.device.type == "cpu" and dim == key.shape[1], "queries as wide as keys")
-        check_extents(offsets, lengths, segments, key.shape[0])
+        check_extents(extents.starts, extents.lengths, segments, key.shape[0])
         query = query.to(self.dtype).contiguous()
         out = torch.empty_like(query)
-        numbers = c_int64 * segments
         args = loading.AttendArgs(
-            key.data_ptr(),
-            value.data_ptr(),
-            query.data_ptr(),
-            out.data_ptr(),
-            numbers(*offsets),
-            numbers(*lengths),
-            segments,
-            dim,
-            torch.get_num_threads(),
-            scaling,
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            query=query.data_ptr(),
+            out=out.data_ptr(),
+            offsets=_integers(extents.starts),
+            lengths=_integers(extents.lengths),
+            segments=segments,
+            dim=dim,
+            threads=torch.get_num_threads(),
+            scaling=scaling,
         )
+        if quantised is not None:
+            self._tell(args, quantised)
         _check(native.hkv_attend(args))
         return out
+
+    def _tell(self, args: loading.AttendArgs, held: QuantisedRows) -> None:
+        """Where tokens in fewer bits lie."""
+        check_quantised(held, args.dim, args.segments)
+        plain = self._plain(held.mean) and held.rows.is_contiguous()
+        require(plain and held.rows.device.type == "cpu", "means like keys, and rows without gaps")
+        args.rows, args.mean = held.rows.data_ptr(), held.mean.data_ptr()
+        args.row_segments, args.row_starts = _integers(held.segments), _integers(held.starts)
+        args.row_counts, args.row_bits = _integers(held.counts), _integers(held.bits)
+        args.quantised = len(held.segments)
 
     def bind(
         self,

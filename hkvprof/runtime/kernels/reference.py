@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, QuantisedRows
 from hkvprof.runtime.kernels.loading import require
 from hkvprof.selection.quantiser import encode
 
@@ -29,12 +29,15 @@ class TorchKernels:
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Products in the tensors' dtype, softmax in float32.
 
         Segments of one length at even distances are one batch; others go one by one.
         """
         offsets, lengths = extents.starts, extents.lengths
+        if quantised is not None:
+            return _attend_all(key, value, extents, query, scaling, quantised)
         views = _batch(key, offsets, lengths), _batch(value, offsets, lengths)
         if views[0] is not None and views[1] is not None:
             return _attend(query, views[0], views[1], scaling)
@@ -65,6 +68,27 @@ class TorchKernels:
     ) -> Int[Tensor, "tokens codes"]:
         """As calibration does it; the caller bounds how many tokens come at once."""
         return encode(projected.float(), codebook, tuple(subspaces))
+
+
+def _attend_all(
+    key: Float[Tensor, "capacity dim"],
+    value: Float[Tensor, "capacity dim"],
+    extents: Extents,
+    query: Float[Tensor, "segments group dim"],
+    scaling: float,
+    quantised: QuantisedRows,
+) -> Float[Tensor, "segments group dim"]:
+    """One by one, tokens in fewer bits first."""
+    out = torch.zeros_like(query)
+    for segment, (start, length) in enumerate(zip(extents.starts, extents.lengths, strict=True)):
+        keys, values = key[start : start + length], value[start : start + length]
+        held = quantised.of_segment(segment)
+        if held is not None:
+            more = held.decode()
+            keys, values = torch.cat([more[0], keys]), torch.cat([more[1], values])
+        if len(keys):
+            out[segment] = _attend(query[segment], keys, values, scaling)
+    return out
 
 
 def _attend(

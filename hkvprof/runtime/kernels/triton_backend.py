@@ -14,7 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.runtime.kernels import triton_attend
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.interface import (
+    DynamicSegment,
+    Extents,
+    QuantisedRows,
+    Retrieval,
+)
 from hkvprof.runtime.kernels.loading import require
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.kernels.triton_common import DTYPES, INTERPRETED
@@ -43,8 +48,12 @@ class TritonKernels:
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Split-KV: products in the tensors' dtype, accumulation and softmax in float32."""
+        if quantised is not None:
+            self.notes["torch for tokens in fewer bits"] = None
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         if reason := self._unfit_shape(key, value, query.shape[1]):
             self.notes[f"torch for {reason}"] = None
             return self.torch.attend(key, value, extents, query, scaling)
