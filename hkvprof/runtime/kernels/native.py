@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from ctypes import c_int64
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,12 +53,25 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What csrc is told about QuantisedRows that were found sound."""
+
+    held: weakref.ref[QuantisedRows]
+    shape: tuple[int, int]
+    rows: int
+    mean: int
+    places: tuple[ctypes.Array[c_int64], ...]
+    count: int
+
+
 class NativeKernels:
     """See interface.Kernels. Shapes that csrc does not handle go to torch (see `status`)."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.torch = TorchKernels()
+        self._told: dict[int, _Told] = {}
 
     @property
     def name(self) -> str:
@@ -111,14 +126,27 @@ class NativeKernels:
         return out
 
     def _tell(self, args: loading.AttendArgs, held: QuantisedRows) -> None:
-        """Where tokens in fewer bits lie."""
-        check_quantised(held, args.dim, args.segments)
+        """Where tokens in fewer bits lie; checked once, because a step has little time."""
+        known = self._told.get(id(held))
+        if known is None or known.held() is not held or known.shape != (args.dim, args.segments):
+            known = self._told[id(held)] = self._check(held, args.dim, args.segments)
+        args.rows, args.mean = known.rows, known.mean
+        args.row_segments, args.row_starts, args.row_counts, args.row_bits = known.places
+        args.quantised = known.count
+
+    def _check(self, held: QuantisedRows, dim: int, segments: int) -> _Told:
+        check_quantised(held, dim, segments)
         plain = self._plain(held.mean) and held.rows.is_contiguous()
         require(plain and held.rows.device.type == "cpu", "means like keys, and rows without gaps")
-        args.rows, args.mean = held.rows.data_ptr(), held.mean.data_ptr()
-        args.row_segments, args.row_starts = _integers(held.segments), _integers(held.starts)
-        args.row_counts, args.row_bits = _integers(held.counts), _integers(held.bits)
-        args.quantised = len(held.segments)
+        number = id(held)
+        return _Told(
+            weakref.ref(held, lambda _: self._told.pop(number, None)),
+            (dim, segments),
+            held.rows.data_ptr(),
+            held.mean.data_ptr(),
+            tuple(map(_integers, (held.segments, held.starts, held.counts, held.bits))),
+            len(held.segments),
+        )
 
     def bind(
         self,

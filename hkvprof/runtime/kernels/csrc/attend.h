@@ -93,16 +93,17 @@ struct Attention {
           add_values(value + row * dim, count, dim, weights, sums, AHEAD * dim);
         });
   }
+  template <bool WHOLE>
   void run_quantised(const Part& part, float* acc, Scratch& scratch) const {
     const Rows& r = rows[part.which];
     run(part, acc,
         [&](int64_t row, int64_t count, float* logits) {
           const Block keys = read_block(r, row, count, 0, scratch);
-          quantised_logits(r, turned[part.which], keys, count, logits);
+          quantised_logits<WHOLE>(r, turned[part.which], keys, count, logits);
         },
         [&](int64_t row, int64_t count, const float* weights, float* sums) {
           const Block values = read_block(r, row, count, 1, scratch);
-          add_quantised(r, values, count, weights, scratch, sums);
+          add_quantised<WHOLE>(r, values, count, weights, scratch, sums);
         });
   }
   // Every part's factor for query head g, in place of its maximum; the sum of all weights.
@@ -204,7 +205,8 @@ void attend(const AttendArgs& a) {
       const Part& part = job.parts[i];
       float* acc = job.results + i * stride;
       if (part.which < 0) job.run_exact(part, acc);
-      else job.run_quantised(part, acc, scratch);
+      else if (job.rows[part.which].group() % (2 * W)) job.run_quantised<false>(part, acc, scratch);
+      else job.run_quantised<true>(part, acc, scratch);
       if (pending[part.segment].fetch_sub(1, std::memory_order_acq_rel) == 1)
         job.merge(part.segment);
     });

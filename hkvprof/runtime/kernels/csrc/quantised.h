@@ -15,8 +15,11 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;  // tokens whose logits are held at a time
+constexpr int64_t LATER = 64;
 constexpr int LIMBS = sizeof(T) == 4 ? 2 : 1;
 constexpr float MOST = LIMBS == 1 ? 32767.f : 16384.f, LIMB = 32768.f;
+
+#define SEPARATE __attribute__((noinline))  // a loop that wants all registers for itself
 
 typedef int16_t vs __attribute__((vector_size(W * 4)));
 typedef uint32_t pu __attribute__((vector_size(P * 4)));
@@ -37,23 +40,32 @@ INLINE vi add_products(vi sum, vs a, vs b) {
   return sum + ((vi)a << 16 >> 16) * ((vi)b << 16 >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
 #endif
 }
-#if defined(__clang__) || __GNUC__ >= 12
-template <int... I>
-INLINE Codes zip(FewCodes a, FewCodes b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + (I & 1) * W)...);
-}
-INLINE vs interleave(FewCodes a, FewCodes b) {
-  return __builtin_convertvector(zip(a, b, std::make_integer_sequence<int, 2 * W>{}), vs);
-}
+// 2 W codes as integers of 16 bits; and W of each of two tokens, side by side.
+INLINE vs widen_codes(Codes a) {
+#if defined(__AVX512BW__)
+  return (vs)_mm512_cvtepi8_epi16((__m256i)a);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return (vs)_mm256_cvtepi8_epi16((__m128i)a);
 #else
-INLINE vs interleave(FewCodes a, FewCodes b) {
-  return (vs)((__builtin_convertvector(a, vi) & 0xffff) | __builtin_convertvector(b, vi) << 16);
-}
+  return __builtin_convertvector(a, vs);
 #endif
+}
+INLINE vs widen_codes(FewCodes a, FewCodes b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i x = _mm_cvtsi64_si128((long long)a), y = _mm_cvtsi64_si128((long long)b);
+  return (vs)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y));
+#elif defined(__AVX512BW__)
+  const __m128i x = (__m128i)a, y = (__m128i)b;
+  return (vs)_mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y)));
+#else
+  return (vs)((__builtin_convertvector(a, vi) & 0xffff) | __builtin_convertvector(b, vi) << 16);
+#endif
+}
 INLINE vf floats(vi v) { return __builtin_convertvector(v, vf); }
+constexpr float SHIFTER = 12582912.f;
 template <class V> INLINE V whole_floats(V x, V& left) {  // to the nearest; what is left over
-  const V shifted = x + 12582912.f;
-  left = x - (shifted - 12582912.f);
+  const V shifted = x + SHIFTER;
+  left = x - (shifted - SHIFTER);
   return shifted;  // its low 16 bits are the integer
 }
 
@@ -110,29 +122,40 @@ void turn(float* x, int dim) {  // padded(dim) floats in place; its own inverse
   for (int i = 0; i < dim; i += W) store(x + i, load(x + i) * root);
 }
 void turn_query(const Rows& r, const T* query, float factor, const Turned& out) {
-  alignas(64) float x[MAX_DIM + 2 * W];
+  alignas(64) float x[MAX_DIM + 2 * W] = {}, mean[MAX_DIM + 2 * W] = {};
+  typedef int16_t Few __attribute__((vector_size(2 * W)));
+  const int runs = r.runs(), group = r.group();
   std::memset(out.limbs, 0, LIMBS * limb_shorts(r) * sizeof(int16_t));
   for (int g = 0; g < P; g++) out.unit[g] = out.bias[g] = 0;
+  for (int d = 0; d < r.dim; d++) mean[d] = single(r.mean[d]);
   for (int g = 0; g < G; g++) {
-    float along = 0, most = 0;
-    for (int d = 0; d < padded(r.dim); d++) x[d] = d < r.dim ? single(query[g * r.dim + d]) : 0;
-    for (int d = 0; d < r.dim; d++) along += x[d] * single(r.mean[d]);
+    vf along = {}, most = {};
+    for (int d = 0; d < r.dim; d++) x[d] = single(query[g * r.dim + d]);
+    for (int d = 0; d < r.dim; d += W) along += load(x + d) * load(mean + d);
     turn(x, r.dim);
-    for (int d = 0; d < r.dim; d++) most = std::fabs(x[d]) <= most ? most : std::fabs(x[d]);
-    out.bias[g] = along * factor;
-    out.unit[g] = most / MOST * factor;
-    const float scale = most > 0 && std::isfinite(most) ? MOST / most : 0;
-    for (int d = 0; d < r.dim; d++) {
-      const int run = d / r.group(), within = d % r.group();
-      const int chunk = run * r.run_chunks() + within / (2 * W);
-      float value = x[d] * scale;
-      for (int limb = 0; limb < LIMBS; limb++, value *= LIMB) {
-        const float whole = std::nearbyint(value);
-        out.limbs[limb * limb_shorts(r) + (chunk * G + g) * 2 * W + within % (2 * W)] =
-            int16_t(whole);
-        value -= whole;
-      }
+    for (int d = 0; d < r.dim; d += W) {
+      const vf size = (vf)((vu)load(x + d) & 0x7fffffffu);
+      most = size <= most ? most : size;  // NaN stays
     }
+    float bias = 0, largest = 0;
+    for (int lane = 0; lane < W; lane++) {
+      bias += along[lane];
+      largest = most[lane] <= largest ? largest : most[lane];
+    }
+    out.bias[g] = bias * factor;
+    out.unit[g] = largest / MOST * factor;
+    const float scale = largest > 0 && std::isfinite(largest) ? MOST / largest : 0;
+    int16_t* to = out.limbs + g * 2 * W;
+    for (int run = 0; run < runs; run++)
+      for (int at = 0; at < group; at += 2 * W, to += G * 2 * W)
+        for (int i = 0; i < 2 * W && at + i < group; i += W) {
+          vf value = load(x + run * group + at + i) * scale;
+          for (int limb = 0; limb < LIMBS; limb++, value *= LIMB) {
+            const Few few = __builtin_convertvector((vi)whole_floats(value, value), Few);
+            const int channels = std::min(W, group - at - i);
+            std::memcpy(to + limb * limb_shorts(r) + i, &few, channels * sizeof(int16_t));
+          }
+        }
   }
 }
 
@@ -144,14 +167,14 @@ void read_scales(const Rows& r, int64_t begin, int64_t rows, int which, float* o
   const int runs = r.runs();
   for (int64_t n = 0; n < rows; n++) {
     const uint8_t* from = r.row(begin + n) + which * r.half_bytes() + r.code_bytes();
-    if (runs == 1) std::memcpy(halves + n, from, 2);
-    else std::memcpy(halves + n * runs, from, 2 * runs);
+    for (int i = 0; i < runs; i++) std::memcpy(halves + n * runs + i, from + 2 * i, 2);
   }
   const float step = r.bits == 8 ? 1.f : 0.5f;  // codes of 4 bits are used as 2 c - 15
   for (int64_t i = 0; i < rows * runs; i += W) {
-    vu wide;
-    for (int lane = 0; lane < W; lane++) wide[lane] = halves[i + lane];
-    store(out + i, from_half(wide) * step);
+    typedef uint16_t Few __attribute__((vector_size(2 * W)));
+    Few few;
+    std::memcpy(&few, halves + i, sizeof few);
+    store(out + i, from_half(__builtin_convertvector(few, vu)) * step);
   }
 }
 // Codes of 4 bits as odd integers 2 c - 15, in the order of channels.
@@ -176,6 +199,13 @@ struct Block {  // codes and scales of keys or values of up to BLOCK rows
   const int8_t* codes;
   int64_t stride;
   const float* scales;  // [row][run]
+  const uint8_t* later;  // what follows BLOCK rows after the first
+  int64_t half_bytes;
+  INLINE void prefetch(int64_t row, int64_t rows) const {
+    for (int64_t n = row; n < row + rows; n++)
+      for (int64_t i = 0; i < half_bytes; i += 64)
+        __builtin_prefetch(later + n * 2 * half_bytes + i);
+  }
 };
 struct Scratch {
   alignas(64) int8_t codes[BLOCK * MAX_DIM + 2 * W];
@@ -184,24 +214,31 @@ struct Scratch {
 };
 Block read_block(const Rows& r, int64_t begin, int64_t rows, int which, Scratch& s) {
   read_scales(r, begin, rows, which, s.scales);
-  const uint8_t* first = r.row(begin) + which * r.half_bytes();
+  const int64_t bytes = r.half_bytes();
+  const uint8_t *first = r.row(begin) + which * bytes, *later = first + LATER * 2 * bytes;
   if (r.bits == 8)
-    return {reinterpret_cast<const int8_t*>(first), 2 * r.half_bytes(), s.scales};
+    return {reinterpret_cast<const int8_t*>(first), 2 * r.half_bytes(), s.scales, later, bytes};
   for (int64_t n = 0; n < rows; n++)
     spread(first + n * 2 * r.half_bytes(), r.dim, r.group(), s.codes + n * r.dim);
-  return {s.codes, r.dim, s.scales};
+  return {s.codes, r.dim, s.scales, later, bytes};
 }
-template <class V> INLINE V read_codes(const int8_t* from, int channels) {
+template <bool WHOLE, class V> INLINE V read_codes(const int8_t* from, int channels) {
   V v = {};
-  if (channels >= int(sizeof v)) std::memcpy(&v, from, sizeof v);
+  if (WHOLE || channels >= int(sizeof v)) std::memcpy(&v, from, sizeof v);
   else for (int i = 0; i < channels; i += 8) std::memcpy((char*)&v + i, from + i, 8);
   return v;
 }
-
-// Logits [row][P] of a block of keys.
-void quantised_logits(const Rows& r, const Turned& q, const Block& b, int64_t rows, float* out) {
-  const int runs = r.runs(), chunks = r.run_chunks(), group = r.group();
-  for (int64_t row = 0; row < rows; row += TOKENS)
+// Logits [row][P] of a block of keys; WHOLE: a run is whole chunks.
+template <bool WHOLE>
+SEPARATE void quantised_logits(const Rows& r, const Turned& q, const Block& b, int64_t rows, float* out) {
+  const int runs = r.runs(), group = r.group();
+  alignas(64) float unit[PARTS * W], bias[PARTS * W];
+  for (int lane = 0; lane < PARTS * W; lane++) {
+    unit[lane] = q.unit[lane / W * Q + lane % Q];
+    bias[lane] = q.bias[lane / W * Q + lane % Q];
+  }
+  for (int64_t row = 0; row < rows; row += TOKENS) {
+    b.prefetch(row, TOKENS);
     for (int first = 0; first < P; first += Q) {
       vf sums[W] = {};
       for (int t = 0; t < TOKENS; t++) {
@@ -211,30 +248,48 @@ void quantised_logits(const Rows& r, const Turned& q, const Block& b, int64_t ro
         for (int limb = 0; limb < LIMBS; limb++)
           for (int run = 0; run < runs; run++) {
             vi products[Q] = {};
-            for (int c = 0; c < chunks; c++, limbs += G * 2 * W) {
-              const int8_t* from = codes + run * group + c * 2 * W;
-              const vs k = __builtin_convertvector(read_codes<Codes>(from, group - c * 2 * W), vs);
+            auto add = [&](const int8_t* from, int channels) {
+              const vs k = widen_codes(read_codes<WHOLE, Codes>(from, channels));
               for (int g = 0; g < Q && first + g < G; g++) {
                 vs x;
                 std::memcpy(&x, limbs + g * 2 * W, sizeof x);
                 products[g] = add_products(products[g], k, x);
               }
-            }
+              limbs += G * 2 * W;
+            };
+            const int8_t* from = codes + run * group;
+            int at = 0;
+            for (; at + 4 * W <= group; at += 4 * W)
+              add(from + at, 2 * W), add(from + at + 2 * W, 2 * W);
+            for (; at < group; at += 2 * W) add(from + at, group - at);
             const float scale = b.scales[n * runs + run] * (limb ? 1 / LIMB : 1.f);
             for (int g = 0; g < Q && first + g < G; g++)
               sums[t * Q + g] += floats(products[g]) * scale;
           }
       }
-      alignas(64) float unit[W], bias[W];
-      for (int lane = 0; lane < W; lane++) {
-        unit[lane] = q.unit[first + lane % Q];
-        bias[lane] = q.bias[first + lane % Q];
-      }
-      store(out + row * P + first, fold_all<W>(sums) * load(unit) + load(bias));
+      const vf total = fold_all<W>(sums);
+      store(out + row * P + first, total * load(unit + first / Q * W) + load(bias + first / Q * W));
     }
+  }
+}
+// Sums over rows of weights, as pairs [row / 2][P] of integers, times W codes; for STEP query heads.
+template <bool WHOLE>
+SEPARATE void sum_products(const int8_t* codes, int64_t stride, int64_t rows,
+                           const uint32_t* pairs, int channels, vi* out) {
+  vi sums[STEP] = {};
+  auto add = [&](const int8_t* next) {
+    const vs both = widen_codes(read_codes<WHOLE, FewCodes>(codes, channels),
+                                read_codes<WHOLE, FewCodes>(next, channels));
+    for (int g = 0; g < STEP; g++) sums[g] = add_products(sums[g], both, (vs)(vu{} + pairs[g]));
+    codes += 2 * stride, pairs += P;
+  };
+  for (int64_t row = 0; row + 1 < rows; row += 2) add(codes + stride);
+  if (rows % 2) add(codes);  // whose second weight is 0
+  for (int g = 0; g < STEP; g++) out[g] = sums[g];
 }
 // acc [G][padded dim] += weights [row][P] x a block of values.
-void add_quantised(const Rows& r, const Block& b, int64_t rows, const float* weights,
+template <bool WHOLE>
+SEPARATE void add_quantised(const Rows& r, const Block& b, int64_t rows, const float* weights,
                    Scratch& scratch, float* acc) {
   const int runs = r.runs(), group = r.group(), stride = padded(r.dim);
   auto weight = [&](int64_t row) { pf w; std::memcpy(&w, weights + row * P, sizeof w); return w; };
@@ -260,18 +315,10 @@ void add_quantised(const Rows& r, const Block& b, int64_t rows, const float* wei
       }
       for (int d = run * group; d < (run + 1) * group; d += W)
         for (int start = 0; start < A; start += STEP) {
-          vi sums[STEP] = {};
-          const int channels = (run + 1) * group - d;
-          for (int64_t row = 0; row < rows; row += 2) {
-            const int8_t* from = b.codes + row * b.stride + d;
-            const FewCodes one = read_codes<FewCodes>(from, channels);
-            const FewCodes two =
-                row + 1 < rows ? read_codes<FewCodes>(from + b.stride, channels) : FewCodes{};
-            const vs codes = interleave(one, two);
-            for (int g = 0; g < STEP; g++)
-              sums[g] = add_products(sums[g], codes,
-                                     (vs)(vu{} + scratch.pairs[row / 2 * P + start + g]));
-          }
+          if (!limb && !start) b.prefetch(d * BLOCK / r.dim, W * BLOCK / r.dim + 1);
+          vi sums[STEP];
+          sum_products<WHOLE>(b.codes + d, b.stride, rows, scratch.pairs + start,
+                              (run + 1) * group - d, sums);
           for (int g = start; g < std::min(start + STEP, G); g++) {
             float* x = acc + g * stride + d;
             store(x, load(x) + floats(sums[g - start]) * (bound[g] * power));
