@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
+from hkvprof.profile.costs import quantised_bytes
 from hkvprof.runtime.kernels import build
-from hkvprof.runtime.kernels.interface import DynamicSegment
+from hkvprof.runtime.kernels.interface import DynamicSegment, QuantisedRows
 from hkvprof.selection.index import KeyIndex, ProjectedIndex
 
 
@@ -42,6 +43,23 @@ def check_extents(starts: Sequence[int], lengths: Sequence[int], count: int, row
     if count:
         require(min(starts) >= 0 <= min(lengths), "segments that begin and end in order")
         require(max(map(int.__add__, starts, lengths)) <= rows, "segments within the storage")
+
+
+def check_quantised(held: QuantisedRows, dim: int, segments: int) -> None:
+    """Tokens in fewer bits that lie within the bytes there are, of segments in order."""
+    count = len(held.segments)
+    told = {len(held.starts), len(held.counts), len(held.bits), len(held.mean)}
+    require(told <= {count}, "a start, a count, bits and means per segment in fewer bits")
+    require(held.mean.shape == (count, 2, dim), "means [segments, 2, dim]")
+    require(held.rows.dim() == 1 and held.rows.dtype == torch.uint8, "rows as flat bytes")
+    last = -1
+    for place in zip(held.segments, held.starts, held.counts, held.bits, strict=True):
+        segment, start, rows, bits = place
+        require(last < segment < segments, "segments in order, each once")
+        require(bits in (8, 4), "tokens of 8 or 4 bits")
+        end = start + rows * quantised_bytes(bits, dim)
+        require(start >= 0 <= rows and end <= len(held.rows), "rows within the bytes")
+        last = segment
 
 
 def check_head(head: DynamicSegment, key: Tensor, smoothing: float) -> None:
@@ -103,6 +121,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types, as HKV_TYPE numbers them."""
 
 
+_PLACES = ("row_segments", "row_starts", "row_counts", "row_bits")
+
+
 class AttendArgs(ctypes.Structure):
     """The arguments of hkv_attend, as in csrc/attend.h."""
 
@@ -110,6 +131,9 @@ class AttendArgs(ctypes.Structure):
         *((name, c_void_p) for name in ("key", "value", "query", "out")),
         *((name, POINTER(c_int64)) for name in ("offsets", "lengths")),
         ("segments", c_int64),
+        *((name, c_void_p) for name in ("rows", "mean")),
+        *((name, POINTER(c_int64)) for name in _PLACES),
+        ("quantised", c_int64),
         *((name, c_int32) for name in ("dim", "threads")),
         ("scaling", c_float),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from ctypes import c_int64
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from hkvprof.runtime.kernels.interface import (
 from hkvprof.runtime.kernels.loading import (
     check_extents,
     check_head,
+    check_quantised,
     check_slots,
     check_storage,
     check_subspaces,
@@ -42,8 +45,24 @@ def _check(outcome: int) -> None:
     require(outcome == 0, f"outcome 0, not {outcome}, of a native kernel")
 
 
+def _integers(numbers: Sequence[int]) -> ctypes.Array[c_int64]:
+    return (c_int64 * len(numbers))(*numbers)
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What csrc is told about QuantisedRows that were found sound."""
+
+    held: weakref.ref[QuantisedRows]
+    shape: tuple[int, int]
+    rows: int
+    mean: int
+    places: tuple[ctypes.Array[c_int64], ...]
+    count: int
 
 
 class NativeKernels:
@@ -52,6 +71,7 @@ class NativeKernels:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.torch = TorchKernels()
+        self._told: dict[int, _Told] = {}
 
     @property
     def name(self) -> str:
@@ -86,27 +106,50 @@ class NativeKernels:
             return self.torch.attend(key, value, extents, query, scaling, quantised)
         native = self.library(group, dim)
         if native is None or not self._plain(key, value) or key.shape != value.shape:
-            return self.torch.attend(key, value, extents, query, scaling)
-        offsets, lengths = extents.starts, extents.lengths
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         require(query.device.type == "cpu" and dim == key.shape[1], "queries as wide as keys")
-        check_extents(offsets, lengths, segments, key.shape[0])
+        check_extents(extents.starts, extents.lengths, segments, key.shape[0])
         query = query.to(self.dtype).contiguous()
         out = torch.empty_like(query)
-        numbers = c_int64 * segments
         args = loading.AttendArgs(
-            key.data_ptr(),
-            value.data_ptr(),
-            query.data_ptr(),
-            out.data_ptr(),
-            numbers(*offsets),
-            numbers(*lengths),
-            segments,
-            dim,
-            torch.get_num_threads(),
-            scaling,
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            query=query.data_ptr(),
+            out=out.data_ptr(),
+            offsets=_integers(extents.starts),
+            lengths=_integers(extents.lengths),
+            segments=segments,
+            dim=dim,
+            threads=torch.get_num_threads(),
+            scaling=scaling,
         )
+        if quantised is not None:
+            self._tell(args, quantised)
         _check(native.hkv_attend(args))
         return out
+
+    def _tell(self, args: loading.AttendArgs, held: QuantisedRows) -> None:
+        """Where tokens in fewer bits lie; checked once, because a step has little time."""
+        known = self._told.get(id(held))
+        if known is None or known.held() is not held or known.shape != (args.dim, args.segments):
+            known = self._told[id(held)] = self._check(held, args.dim, args.segments)
+        args.rows, args.mean = known.rows, known.mean
+        args.row_segments, args.row_starts, args.row_counts, args.row_bits = known.places
+        args.quantised = known.count
+
+    def _check(self, held: QuantisedRows, dim: int, segments: int) -> _Told:
+        check_quantised(held, dim, segments)
+        plain = self._plain(held.mean) and held.rows.is_contiguous()
+        require(plain and held.rows.device.type == "cpu", "means like keys, and rows without gaps")
+        number = id(held)
+        return _Told(
+            weakref.ref(held, lambda _: self._told.pop(number, None)),
+            (dim, segments),
+            held.rows.data_ptr(),
+            held.mean.data_ptr(),
+            tuple(map(_integers, (held.segments, held.starts, held.counts, held.bits))),
+            len(held.segments),
+        )
 
     def bind(
         self,
