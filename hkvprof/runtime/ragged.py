@@ -390,7 +390,9 @@ class RaggedLayer(LiveState):
         tables = planner.tables(self._number, head, plan.strategy, device)
         ratio = plan.ratio * self.rows[row].schedule.factor
         keep = planner.profile.keep
-        return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling)
+        own = (row, self.start(row), self.seen)
+        positions = partial(self._shared.positions.of, *own, device=device)
+        return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling, positions)
 
     def start(self, row: int) -> int:
         """First position of a row, after its padding."""
