@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 SAMPLED_KEYS = 4096
 """Prompt keys per head that codebooks are fitted to."""
+LARGE_PAIR = 0.5
+"""A rotary pair of a bias is taken out of keys from this share of a mean pair's variance on."""
 FIT_SAMPLES = 64
 FIT_TOKENS = 65_536
 """The index is fitted on up to FIT_SAMPLES samples, but at least 16 and then no more than these."""
@@ -86,8 +88,8 @@ class Moments:
 
     Queries: sum over rows and group of (scaling * q)(scaling * q)^T; keys: sums for mean and
     covariance. Adding samples in another order changes results by rounding only. Keys count without
-    what `rotating` says that turns in them: the pairs of a head's bias that are larger than what
-    else the first sample's keys have in a pair, on average.
+    what `rotating` says that turns in them, as far as it is large beside what else the first
+    sample's keys have in a pair, on average (LARGE_PAIR).
     """
 
     def __init__(self, grid: HeadGrid, rotating: RotatingKeys | None = None) -> None:
@@ -136,7 +138,7 @@ class Moments:
         if layer in self._chosen:
             return still
         self._chosen.add(layer)
-        energy = 2 * still.var(dim=1, correction=0).mean(dim=1)
+        energy = LARGE_PAIR * 2 * still.var(dim=1, correction=0).mean(dim=1)
         self.rotating = self.rotating.where_larger(layer, energy.double().cpu().numpy())
         return self._still(layer, key, positions)
 

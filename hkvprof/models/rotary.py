@@ -16,7 +16,7 @@ from hkvprof.models.adapter import ModelView
 from hkvprof.models.calls import cache_keyword
 from hkvprof.models.decoder_input import mixed
 from hkvprof.models.wrappers import unwrap
-from hkvprof.selection.rotary import RotatingKeys
+from hkvprof.selection.rotary import Positions, RotatingKeys
 
 CHANGING = ("dynamic", "longrope")
 """Kinds of rotary embeddings whose frequencies depend on a prompt's length."""
@@ -79,7 +79,8 @@ def rotating_keys(model: Any, view: ModelView) -> RotatingKeys | None:
         return None
     rotary, kind = rotary_module(model, view), _kind(view)
     if rotary is None or kind in CHANGING:
-        return _without(f"its rotary embeddings ({kind}) have no frequencies that always hold")
+        _warn(f"its rotary embeddings ({kind}) have no frequencies that always hold")
+        return None
     bias = torch.stack([bias.float().cpu() for bias in held]).unflatten(1, (view.grid.kv_heads, -1))
     frequency, axis, scale = _turning(rotary, view, held[0].device)
     turning = 2 * len(frequency)
@@ -87,11 +88,12 @@ def rotating_keys(model: Any, view: ModelView) -> RotatingKeys | None:
     keys = RotatingKeys((bias * scale).numpy(), frequency.numpy(), axis.to(torch.uint8).numpy())
     off = max(_missed(rotary, view, layer, keys) for layer in range(len(held)))
     if off > TOLERANCE:
-        return _without(f"its keys miss the rotated bias by {off:.0%}")
+        _warn(f"its keys miss the rotated bias by {off:.0%}")
+        return None
     return keys
 
 
-def _without(reason: str) -> None:
+def _warn(reason: str) -> None:
     warnings.warn(
         f"the index takes the bias of this model's keys for a constant, since {reason}: it finds "
         "less than it could",
@@ -133,10 +135,10 @@ def _angles(rotary: nn.Module, view: ModelView, positions: Tensor) -> tuple[Tens
 
 def _missed(rotary: nn.Module, view: ModelView, layer: int, keys: RotatingKeys) -> float:
     """How far the keys that attention makes of zeros are from the rotated bias, as a share."""
-    from hkvprof.selection.rotary import Positions
-
     axes, count = _axes(view), len(PROBES)
-    told = torch.tensor([[PROBES[(i + axis) % count] for i in range(count)] for axis in range(axes)])
+    told = torch.tensor(
+        [[PROBES[(i + axis) % count] for i in range(count)] for axis in range(axes)]
+    )
     made = _keys_of_zeros(rotary, view, layer, told)
     worst = 0.0
     for head, bias in enumerate(keys.heads(layer, torch.device("cpu"))):

@@ -58,8 +58,8 @@ class ProjectedIndexTables:
 
     @property
     def axes(self) -> int:
-        """Components of the positions that the index must be told token by token, beyond one that
-        counts up: 0 for plain rotary embeddings and without biases."""
+        """Axes of the positions that a prompt's index may have to be told token by token: 0 where
+        positions count up, and without biases."""
         return 0 if self.axis is None or not self.axis.any() else int(self.axis.max()) + 1
 
     @property
@@ -87,7 +87,7 @@ class ProjectedIndexTables:
             codebooks=tuple(named.pop(f"index.codebook_{size}") for size in sizes),
             subspaces=tuple(named.pop(f"index.subspace_{size}") for size in sizes),
             **{key: named.pop(f"index.{key}") for key in _KEYS},
-            **{key: named.pop(f"index.{key}", None) for key in _TURNING},
+            **{key: named.pop(f"index.{key}") for key in _TURNING if f"index.{key}" in named},
         )
 
     def check(self, grid: HeadGrid) -> None:

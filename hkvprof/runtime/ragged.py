@@ -16,7 +16,14 @@ from torch import Tensor
 from hkvprof.errors import CompressionError
 from hkvprof.models.attention import AttentionCall
 from hkvprof.profile.costs import QUIET
-from hkvprof.runtime.accounts import LayerAccount, LayerState, measure, open_heads, take_heads
+from hkvprof.runtime.accounts import (
+    POSITIONS,
+    LayerAccount,
+    LayerState,
+    measure,
+    open_heads,
+    take_heads,
+)
 from hkvprof.runtime.attention import (
     Places,
     attend,
@@ -437,6 +444,7 @@ class RaggedLayer(LiveState):
         """Account for every head's tokens and bytes."""
         measure(self.account, self.storage, self.dynamic, self._shared.starts, self.seen)
         self._shared.meter.set(self._number, self.account.resident_bytes)
+        self._shared.meter.set(POSITIONS, self._shared.positions.nbytes)
         self._book_budget()
 
     def _book_budget(self) -> None:

@@ -217,9 +217,9 @@ class ProjectedIndex(KeyIndex):
     codes: UInt8[Tensor, "items codes"]
     tables: HeadTables
     positions: Positions | None = None
-    """Of the items, where the tables have a bias; they belong to the conversation."""
+    """Of the items, where the tables have a bias; heads and layers share them."""
 
-    shared_attributes = ("tables", "positions")
+    shared_attributes = ("tables",)
 
     @classmethod
     def build(
