@@ -115,6 +115,9 @@ def _bias_of(
 class KeyIndex(ABC):
     """What the device knows about the host-side items of one dynamic head."""
 
+    positions: Positions | None = None
+    """Of the items, where the index goes by them."""
+
     @abstractmethod
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
         """Estimated (unscaled) attention logits of every item, up to a constant per row."""

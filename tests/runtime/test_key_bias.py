@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hkvprof.errors import ModelError
+from hkvprof.evaluate.prefill import capture
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
@@ -186,6 +187,25 @@ def test_images_have_positions_on_three_axes(name: str) -> None:
     if (kinds := inputs.get("mm_token_type_ids")) is not None:
         grown["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, more))
     check_index(cache, dense_keys(model, grown), [0])
+
+
+@torch.no_grad()
+def test_a_shared_prefill_brings_its_positions() -> None:
+    """As evaluation fills caches of many methods."""
+    model = biased("qwen2.5-vl")
+    processor, _ = processor_of("qwen2.5-vl", model)
+    encoded = processor.encode([[user(picture(56, 56), words(40), picture(56, 28, 1), words(9))]])
+    prefill = capture(model, encoded)
+    with apply(model, profile_of(model), budget=0.4) as handle:
+        filled, passed = handle.new_cache(prefill.tokens), handle.new_cache(prefill.tokens)
+        prefill.fill(filled)
+        model(**encoded.to(model.device, model.dtype), **with_cache(model, passed))
+    pairs = [cache.covered[1].ragged.dynamic for cache in (filled, passed)]
+    for segment, head in pairs[0].items():
+        other = pairs[1][segment].index
+        assert head.index.positions.told is not None
+        assert torch.equal(head.index.positions.told, other.positions.told)
+        assert torch.equal(head.index.codes, other.codes)
 
 
 def test_a_model_that_tells_no_positions_is_refused() -> None:
