@@ -194,7 +194,7 @@ def test_a_shared_prefill_brings_its_positions() -> None:
     """As evaluation fills caches of many methods."""
     model = biased("qwen2.5-vl")
     processor, _ = processor_of("qwen2.5-vl", model)
-    encoded = processor.encode([[user(picture(56, 56), words(40), picture(56, 28, 1), words(9))]])
+    encoded = processor.encode([[user(picture(56, 56), words(40), picture(56, 28, 1), words(90))]])
     prefill = capture(model, encoded)
     with apply(model, profile_of(model), budget=0.4) as handle:
         filled, passed = handle.new_cache(prefill.tokens), handle.new_cache(prefill.tokens)
