@@ -18,6 +18,7 @@ from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.profile.costs import DynamicLayout, dynamic_layout, static_layout
 from hkvprof.selection.index import HeadTables, KeyIndex, Ranking, build_index
 from hkvprof.selection.residents import quantised
+from hkvprof.selection.rotary import Positions
 from hkvprof.selection.static import rank_tokens, select_tokens, window_attention
 
 BLOCK = 2**19
@@ -34,7 +35,7 @@ class DecodeRows:
     `new_key`/`new_value` [kv_heads, T, dim] of the continuation; row r sees the new tokens up to
     `positions[r]`; `gradient` [R, query_heads, dim] of the reply's margin, over the margin itself;
     `projection` W_O [hidden, query_heads * dim]; `output_norm` [R] of the layer's attention output;
-    `exact` [R].
+    `exact` [R]; `rotary`, the prompt's positions, where an index goes by them.
     """
 
     query: Float[Tensor, "query_heads rows dim"]
@@ -48,6 +49,7 @@ class DecodeRows:
     output_norm: Float[Tensor, " rows"]
     exact: Bool[Tensor, " rows"]
     scaling: float
+    rotary: Positions | None = None
 
     def blocks(self) -> Iterator[DecodeRows]:
         """The same in parts of as many rows as BLOCK weights of a group allow, at least one."""
@@ -107,7 +109,8 @@ def layer_losses(
                 ways.append(_Static.of(attention, strategy, *sizes, text))
             else:
                 table = tables.get((head, strategy.bits))
-                ways.append(_Dynamic.of(fixed.key, strategy, ratios, keep, table, itemsize))
+                index = (table, rows.rotary)
+                ways.append(_Dynamic.of(fixed.key, strategy, ratios, keep, *index, itemsize))
         total = torch.zeros(len(strategies), len(ratios), 3, device=rows.key.device)
         for part in parts:
             judge = _Judge(part, fixed)
@@ -296,6 +299,7 @@ class _Dynamic:
         ratios: tuple[float, ...],
         keep: KeepRule,
         tables: HeadTables | None,
+        positions: Positions | None,
         itemsize: int,
     ) -> _Dynamic:
         tokens, dim = key.shape
@@ -306,7 +310,8 @@ class _Dynamic:
             return cls(strategy, ratios, layouts, None, 0, 0)
         end = whole.sinks + whole.items * whole.chunk
         chunks = key[whole.sinks : end].view(whole.items, whole.chunk, dim)
-        index = build_index(strategy, chunks, tables)
+        own = None if positions is None else positions.part(whole.sinks, whole.items)
+        index = build_index(strategy, chunks, tables, own)
         return cls(strategy, ratios, layouts, index, whole.sinks, end)
 
     def losses(self, judge: _Judge) -> Float[Tensor, "ratios 3"]:

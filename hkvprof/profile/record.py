@@ -149,6 +149,13 @@ class Profile:
         """Mean length of the prompts that it was calibrated on, else its middle length."""
         return mean_tokens(self.provenance) or int(self.lengths[len(self.lengths) // 2])
 
+    def position_bytes(self, tokens: int) -> int:
+        """Most device bytes that positions of so many tokens take beside what heads hold."""
+        from hkvprof.profile.costs import position_bytes
+
+        asked = self.index is not None and any(s.index == "projected" for s in self.strategies)
+        return tokens * position_bytes(self.index.axes) if self.index and asked else 0
+
     def loss_at(self, tokens: int) -> NDArray[np.float32]:
         """Loss curves [S, L, Hkv, R] for prompts of `tokens` tokens (profile.planning)."""
         from hkvprof.profile.planning import loss_between
@@ -166,6 +173,8 @@ class Profile:
         from hkvprof.profile.planning import loss_between, plan_anew, plan_scaled
 
         menu, share = self._question(budget, tokens, itemsize, rows)
+        if share < 1:
+            share -= self.position_bytes(tokens) / max(1, tokens * self.grid.token_bytes(itemsize))
         loss = self.loss_at(tokens)
         if self.recipe == "measured":
             margin = self.static_margin
@@ -192,7 +201,9 @@ class Profile:
         tables = self.index.head_bytes if self.index else {}
         curves = self.loss_at(tokens) if self.has_curves else None
         measured = self.ratios if self.has_curves else np.zeros(1, dtype=np.float32)
-        return forecast(menu, allocation, share, rows, tables, measured, curves)
+        made = forecast(menu, allocation, share, rows, tables, measured, curves)
+        positions = 0 if made.is_dense else rows * self.position_bytes(tokens)
+        return replace(made, position_bytes=positions)
 
     def _question(self, budget: float | int | str | Budget, tokens: int, itemsize: int,
                   rows: int) -> tuple[Menu, float]:  # fmt: skip

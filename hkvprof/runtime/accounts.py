@@ -17,10 +17,13 @@ from hkvprof.profile.costs import END_BYTES
 from hkvprof.runtime.kernels.interface import QuantisedRows
 from hkvprof.runtime.storage import DynamicHead, RaggedStorage
 
+POSITIONS = -1
+"""In place of a layer's number: positions of tokens that all layers share (runtime.positions)."""
+
 
 @dataclass
 class Meter:
-    """Resident K/V bytes of a conversation's layers now and at their highest."""
+    """Resident bytes of a conversation's layers now and at their highest."""
 
     bytes: dict[int, int] = field(default_factory=dict)
     total: int = 0

@@ -168,3 +168,9 @@ class GraphDecoder:
                     "steps in plain torch make the host wait and cannot be recorded: expected the "
                     "Triton kernels (the receipt's `kernels` says why they are not used)"
                 )
+            if any(head.index.positions is not None for head in layer.ragged.dynamic.values()):
+                raise CompressionError(
+                    f"layer {layer.account.layer} has heads whose keys have a bias that turns with "
+                    "positions, which no CUDA kernel scores yet, and plain torch makes the host "
+                    "wait: call the model itself"
+                )

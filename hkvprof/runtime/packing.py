@@ -26,12 +26,14 @@ from hkvprof.runtime.options import Options
 from hkvprof.runtime.storage import DynamicHead, HostChunks
 from hkvprof.selection.index import HeadTables, KeyIndex, build_index
 from hkvprof.selection.residents import Residents
+from hkvprof.selection.rotary import Positions
 from hkvprof.selection.static import rank_tokens, select_tokens
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one head is to be packed: `ratio` is its share of dense bytes at this length."""
+    """How one head is to be packed: `ratio` is its share of dense bytes at this length, and
+    `positions` tells those of so many tokens from a number on."""
 
     strategy: Strategy
     ratio: float
@@ -39,6 +41,13 @@ class Rule:
     options: Options
     tables: HeadTables | None
     scaling: float
+    positions: Callable[[int, int], Positions] | None = None
+
+    def items_positions(self, layout: DynamicLayout) -> Positions | None:
+        """Of a dynamic head's items, where its index goes by them."""
+        if self.tables is None or self.tables.bias is None or self.positions is None:
+            return None
+        return self.positions(layout.sinks, layout.items)
 
     def layout(self, tokens: int, key: Tensor) -> DynamicLayout | None:
         """Layout of a dynamic head of `tokens` tokens."""
@@ -92,7 +101,8 @@ def pack(
             region = slice(layout.sinks, layout.sinks + layout.items * layout.chunk)
             items_key = key[region].view(layout.items, layout.chunk, -1)
             items_value = value[region].view(layout.items, layout.chunk, -1)
-            index = build_index(rule.strategy, items_key, rule.tables)
+            places = rule.items_positions(layout)
+            index = build_index(rule.strategy, items_key, rule.tables, places)
             host = HostChunks.store(items_key, items_value, rule.options.host_dtype)
             ends = _ends(torch.arange(tokens, device=key.device), layout.sinks, layout.recent)
             items, bits = (items_key, items_value), rule.strategy.resident_bits
@@ -197,7 +207,8 @@ def repack_dynamic(
     if added:
         items_key = newer_key[:moved].view(added, layout.chunk, -1)
         items_value = newer_value[:moved].view(added, layout.chunk, -1)
-        index, host = index.append(items_key), host.append(items_key, items_value)
+        index = index.append(items_key, rule.items_positions(layout))
+        host = host.append(items_key, items_value)
     ends_key = torch.cat([key[: layout.sinks], newer_key[moved:]])
     ends_value = torch.cat([value[: layout.sinks], newer_value[moved:]])
     stores = Stores(index, host, held)

@@ -206,7 +206,7 @@ class Planner(NeverCopied):
     def _held(self, plan: RowPlan, tokens: int, factor: float, itemsize: int) -> float:
         """Tokens per head that the row holds once it is compressed, all bytes counted."""
         dim, keep, slot = self.profile.grid.head_dim, self.profile.keep, self.options.slot_bytes
-        total = count = 0
+        total, count = self.profile.position_bytes(tokens), 0
         for head in (head for layer in plan.layers for head in layer):
             strategy, fixed = head.strategy, (keep, dim, itemsize, slot)
             dynamic = strategy.head_type is HeadType.DYNAMIC and head.ratio < 1

@@ -16,7 +16,14 @@ from torch import Tensor
 from hkvprof.errors import CompressionError
 from hkvprof.models.attention import AttentionCall
 from hkvprof.profile.costs import QUIET
-from hkvprof.runtime.accounts import LayerAccount, LayerState, measure, open_heads, take_heads
+from hkvprof.runtime.accounts import (
+    POSITIONS,
+    LayerAccount,
+    LayerState,
+    measure,
+    open_heads,
+    take_heads,
+)
 from hkvprof.runtime.attention import (
     Places,
     attend,
@@ -445,7 +452,9 @@ class RaggedLayer(LiveState):
         tables = planner.tables(self._number, head, plan.strategy, device)
         ratio = plan.ratio * self.rows[row].schedule.factor
         keep = planner.profile.keep
-        return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling)
+        own = (row, self.start(row), self.seen)
+        positions = partial(self._shared.positions.of, *own, device=device)
+        return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling, positions)
 
     def start(self, row: int) -> int:
         """First position of a row, after its padding."""
@@ -494,6 +503,7 @@ class RaggedLayer(LiveState):
         starts, held = self._shared.starts, self.quantised
         measure(self.account, self.storage, self.dynamic, starts, self.seen, held)
         self._shared.meter.set(self._number, self.account.resident_bytes)
+        self._shared.meter.set(POSITIONS, self._shared.positions.nbytes)
         self._book_budget()
 
     def _book_budget(self) -> None:

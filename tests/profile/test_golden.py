@@ -19,10 +19,11 @@ from tests.profiles import (
     make_profile,
     one_length,
     plain_profile,
+    with_key_bias,
 )
 
 SHA256 = {
-    GOLDEN: "9a9a4da48ccfad3e4b78380994c6253b9726d371eecf9f2c1ce08c58669364da",
+    GOLDEN: "f70dc441562f1d566a716ddc456fb0756cf940d17b9fe257431932274e14bb89",
     GOLDEN_V3: "5d4aebf28f9ee0c68bbea7bfc32471b5675b209280939cc4524dadcd9639fcb5",
     GOLDEN_V2: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
     GOLDEN_V1: "573212a7031ef4bf8d89b2f6103250aa607fa46af741ea8606b8e88d85f9dee0",
@@ -37,11 +38,11 @@ def test_golden_files_are_those_that_were_committed(path: Path) -> None:
 
 def test_writing_makes_the_same_bytes() -> None:
     assert SCHEMA_VERSION == 4, "commit a golden file of the new schema and keep this one loading"
-    assert make_profile().to_bytes() == GOLDEN.read_bytes()
+    assert with_key_bias(make_profile()).to_bytes() == GOLDEN.read_bytes()
 
 
 def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
-    golden, made = load_profile(GOLDEN), make_profile()
+    golden, made = load_profile(GOLDEN), with_key_bias(make_profile())
     for name in (
         "ratios",
         "strategy",
@@ -117,8 +118,9 @@ def test_the_documented_code_of_the_projected_index_is_the_one_in_use(size: int)
     """docs/profile-format.md, "The projected index", in plain numpy against selection/index.py."""
     torch = pytest.importorskip("torch")
     from hkvprof.selection.index import HeadTables, ProjectedIndex
+    from hkvprof.selection.rotary import Positions
 
-    arrays = make_profile().index
+    arrays = with_key_bias(make_profile()).index
     at, codes = arrays.sizes.index(size), size // 8
     owner = arrays.subspaces[at][1, 1]
     used = len(owner)
@@ -130,9 +132,14 @@ def test_the_documented_code_of_the_projected_index_is_the_one_in_use(size: int)
     centroid = arrays.codebooks[at][1, 1] * (deviation * 6 / 127)
     keys = np.random.default_rng(0).normal(size=(5, 8))
     query = np.random.default_rng(1).normal(size=8)
-    t = (keys - mean) @ p
+    positions = np.array([[3, 3, 3, 3, 4], [0, 0, 1, 1, 4], [0, 1, 0, 1, 4]])
+    bias, angle = arrays.key_bias[1, 1], positions[arrays.axis].T * arrays.frequency
+    turned = np.zeros((5, 8))
+    turned[:, :3] = bias[:3] * np.cos(angle) - bias[3:6] * np.sin(angle)
+    turned[:, 3:6] = bias[3:6] * np.cos(angle) + bias[:3] * np.sin(angle)
+    t = (keys - turned - mean) @ p
     code = np.zeros((5, codes), dtype=np.int64)
-    score = np.zeros(5)
+    score = turned @ query
     for number in range(codes):
         mine = owner == number
         if mine.any():
@@ -140,7 +147,8 @@ def test_the_documented_code_of_the_projected_index_is_the_one_in_use(size: int)
             score += centroid[code[:, number]][:, mine] @ (query @ q)[mine]
 
     head = HeadTables.load(arrays, 1, 1, size, torch.device("cpu"))
-    index = ProjectedIndex.build(torch.tensor(keys).float(), head)
+    told = Positions(0, 5, torch.from_numpy(positions.astype(np.int32)))
+    index = ProjectedIndex.build(torch.tensor(keys).float(), head, told)
     np.testing.assert_array_equal(index.codes.numpy(), code)
     found = index.logits(torch.tensor(query).float())
     np.testing.assert_allclose(found.numpy(), score, rtol=1e-4, atol=1e-4)

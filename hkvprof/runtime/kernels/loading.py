@@ -109,6 +109,28 @@ def _check_index(index: KeyIndex, items: int, dim: int) -> None:
     require(tables.query_projection.shape == (dim, channels), "a projection [dim, channels]")
     require(len(tables.subspaces) == codes.shape[1], "a subspace per code")
     check_subspaces(tables.subspaces, channels)
+    if tables.bias is not None:
+        _check_bias(index, items, dim)
+
+
+def _check_bias(index: ProjectedIndex, items: int, dim: int) -> None:
+    bias, positions = index.tables.bias, index.positions
+    assert bias is not None
+    require(positions is not None and positions.count >= items, "positions of every item")
+    constants, places = bias.tensors()
+    pairs = constants.shape[-1]
+    require(constants.shape == places.shape == (3, pairs), "three rows of bias and of its places")
+    require(2 * pairs <= dim and constants.dtype == torch.float32, "float32 bias of rotary pairs")
+    require(places.dtype == torch.int32 and constants.is_contiguous(), "places as int32")
+    told = None if positions is None else positions.told
+    axes = 3 if told is None else len(told)
+    if told is not None:
+        plain = told.dtype == torch.int32 and told.stride(-1) == 1
+        require(plain and told.shape[1] >= items, "int32 positions of every item")
+    low, high = places[:2].aminmax() if pairs else (torch.zeros(1), torch.zeros(1))
+    require(0 <= int(low) <= int(high) < dim, "channels within the head")
+    if axes > 1 and pairs:
+        require(0 <= int(places[2].min()) <= int(places[2].max()) < axes, "axes that are told")
 
 
 def check_subspaces(subspaces: Sequence[tuple[int, int]], channels: int) -> None:
@@ -139,6 +161,16 @@ class AttendArgs(ctypes.Structure):
     )
 
 
+class Bias(ctypes.Structure):
+    """A bias that turns with positions (selection.rotary), as in csrc/waves.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("pairs", "first", "told_stride")),
+        *((name, c_void_p) for name in ("constants", "places", "told")),
+        ("stride", c_int64),
+    )
+
+
 class Head(ctypes.Structure):
     """A dynamic head (interface.DynamicSegment) as C++ sees it, in csrc/scores.h."""
 
@@ -148,6 +180,7 @@ class Head(ctypes.Structure):
         *((name, c_void_p) for name in ("first", "second", "projection", "codebook")),
         *((name, c_void_p) for name in ("subspaces", "slots", "hot_score", "host", "scale")),
         ("score", c_void_p),
+        ("bias", Bias),
     )
 
 

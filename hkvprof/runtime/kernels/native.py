@@ -30,7 +30,7 @@ from hkvprof.runtime.kernels.loading import (
     require,
 )
 from hkvprof.runtime.kernels.reference import TorchKernels, counters
-from hkvprof.selection.index import MeanIndex, MinMaxIndex
+from hkvprof.selection.index import MeanIndex, MinMaxIndex, ProjectedIndex
 
 MAX_GROUP, MAX_DIM = 16, 512
 """What csrc handles; widths are multiples of 8."""
@@ -336,7 +336,29 @@ class NativeRetrieval:
             native.projection = self._hold(tables.query_projection.float())
             native.codebook = self._hold(tables.codebook.float())
             native.subspaces = self._hold(bounds)
+            if tables.bias is not None:
+                native.bias = self._bias(index)
         return native
+
+    def _bias(self, index: ProjectedIndex) -> loading.Bias:
+        """Its pairs that are not zero, which come first; one axis of positions stands for all."""
+        bias, positions = index.tables.bias, index.positions
+        assert bias is not None
+        assert positions is not None
+        told, places = positions.told, bias.places
+        if told is not None:
+            places = places.clone()
+            places[2] = 0 if len(told) == 1 else places[2]
+            self._alive.append(told)
+        return loading.Bias(
+            pairs=int(bias.constants[:2].any(dim=0).sum()),
+            first=positions.first,
+            told_stride=0 if told is None else told.stride(0),
+            constants=self._hold(bias.constants),
+            places=self._hold(places),
+            told=_pointer(told),
+            stride=bias.constants.shape[1],
+        )
 
     def _hold(self, tensor: Tensor | None) -> int:
         """Address of a contiguous tensor, which is kept alive."""

@@ -124,6 +124,8 @@ class TritonKernels:
             same = all(t.dtype == self.dtype and t.is_contiguous() for t in index.tensors())
             return "" if same else "digests of another type"
         if isinstance(index, ProjectedIndex):
+            if index.tables.bias is not None:
+                return "keys with a bias that turns with their positions"
             fits = index.codes.shape[1] in CODES and len(index.tables.codebook) == 256
             return "" if fits else f"{index.codes.shape[1]} codes per token"
         return f"an index {type(index).__name__}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hkvprof.runtime.kernels import DynamicSegment
 from hkvprof.selection.index import HeadTables, KeyIndex, MeanIndex, MinMaxIndex, ProjectedIndex
+from hkvprof.selection.rotary import Positions, RotatingBias
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRECISION = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
@@ -78,8 +79,12 @@ def make_layer(
     int8: bool = False,
     smoothing: bool = False,
     rerank: int = 0,
+    bias: str = "",
 ) -> Layer:
-    """Segments of one dynamic head each; hot regions are filled with what the slots say."""
+    """Segments of one dynamic head each; hot regions are filled with what the slots say.
+
+    `bias`: keys have one that turns, at positions that count up (`plain`) or are `told`.
+    """
     random = torch.Generator().manual_seed(seed)
     margin = 3  # rows before every hot region
     total = sum(h * chunk + margin for h in hot)
@@ -98,7 +103,7 @@ def make_layer(
         digests = torch.randn(count, max(1, chunk), dim, generator=random).to(dtype)
         head = DynamicSegment(
             segment=segment,
-            index=make_index(kind, digests, codes, random),
+            index=make_index(kind, digests, codes, random, bias),
             slots=slots,
             host=host,
             hot_start=start,
@@ -126,7 +131,24 @@ def fill_hot(layer: Layer) -> None:
             layer.key[rows], layer.value[rows] = host_item(head, item, layer.key.dtype)
 
 
-def make_index(kind: str, keys: Tensor, codes: int, random: torch.Generator) -> KeyIndex:
+def make_bias(
+    dim: int, items: int, random: torch.Generator, axes_are_told: bool
+) -> tuple[RotatingBias, Positions]:
+    """Up to seven pairs, of which the last is zero; three axes of positions, if any are told."""
+    order = torch.randperm(dim // 2, generator=random)[:7]
+    pairs = len(order)
+    constants = torch.randn(3, pairs, generator=random)
+    constants[:2, -1] = 0
+    constants[2] = torch.rand(pairs, generator=random) ** 4
+    places = torch.stack([order, order + dim // 2, torch.arange(pairs) % 3]).to(torch.int32)
+    spots = torch.randint(0, 5000, (3, items + 4), generator=random, dtype=torch.int32)
+    told = spots[:, 2 : items + 2] if axes_are_told else None
+    return RotatingBias(constants, places), Positions(4321, items, told)
+
+
+def make_index(
+    kind: str, keys: Tensor, codes: int, random: torch.Generator, bias: str = ""
+) -> KeyIndex:
     """An index over chunked keys [items, chunk, dim]."""
     if kind == "mean":
         return MeanIndex.build(keys)
@@ -142,9 +164,11 @@ def make_index(kind: str, keys: Tensor, codes: int, random: torch.Generator) -> 
         codebook=torch.randn(256, channels, generator=random),
         subspaces=tuple(zip([0, *ends[:-1]], ends, strict=True)),
     )
-    return ProjectedIndex(
-        torch.randint(0, 256, (len(keys), codes), generator=random, dtype=torch.uint8), tables
-    )
+    byte = torch.randint(0, 256, (len(keys), codes), generator=random, dtype=torch.uint8)
+    if not bias:
+        return ProjectedIndex(byte, tables)
+    turning, positions = make_bias(dim, len(keys), random, bias == "told")
+    return ProjectedIndex(byte, replace(tables, bias=turning), positions)
 
 
 def host_item(head: DynamicSegment, item: int, dtype: torch.dtype) -> Tensor:

@@ -60,6 +60,7 @@ void retrieve(const RetrieveArgs& a, int what) {
       const size_t picked = what & SCORE ? size_t(picked_of(h)) : 0;
       const size_t tables = h.kind == PROJECTED ? h.codes * 256 * P : 0;
       take(w.table, std::max(tables, 2 * packed_floats(a.dim)));
+      take(w.waves, what & SCORE && h.kind == PROJECTED ? size_t(h.bias.pairs) * 2 * G : 0);
       take(w.weights, what & SCORE ? rows * P : 0);
       take(w.tops, size_t(spans_of(h.items)) * 2 * P);
       take(w.score, rows);
