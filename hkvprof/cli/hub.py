@@ -34,7 +34,7 @@ def push(
     from hkvprof.report.card import CARD, PICTURE, card
 
     loaded = load_profile(profile)
-    files = {FILE: loaded.to_bytes()}
+    files = {FILE: profile.read_bytes()}
     if not no_plot:
         from hkvprof.report.profile_plot import profile_plot
 
@@ -61,6 +61,7 @@ def pull(
 ) -> None:
     """Get a profile from the hub, check it, and write it to a file."""
     from hkvprof.cli.output import check_output, default_profile_path, say
+    from hkvprof.files.atomic import write_atomically
     from hkvprof.profile.hub import PREFIX, HubAddress, fetch
     from hkvprof.profile.record import load_profile
 
@@ -68,6 +69,7 @@ def pull(
     path = output or default_profile_path(wanted.repository)
     check_output(path, force)
     fetched = fetch(f"{PREFIX}{address.removeprefix(PREFIX)}")
-    load_profile(fetched.path).save(path)
+    load_profile(fetched.path)
+    write_atomically(path, fetched.path.read_bytes())
     say(f"wrote {path}")
     typer.echo(fetched.address)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files.atomic import read_limited
-from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.heads import EXACT_BITS, HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.profile.given import given_profile
 from hkvprof.profile.record import Profile
 
@@ -32,7 +32,8 @@ LONG = 32_768
 
 _NOT_HELD = (
     "the model that the file is for: no reader can tell that it meets another one of this shape",
-    "how heads are scored, and the index of dynamic heads: a reader treats them in its own way",
+    "how heads are scored, the bits of kept tokens, and the index of dynamic heads: a reader has "
+    "its own ways",
 )
 
 
@@ -80,9 +81,10 @@ def parcel(files: Mapping[str, bytes], *not_held: str) -> Parcel:
 def head_ranks(profile: Profile) -> NDArray[np.float64]:
     """How badly every KV head [layers, kv_heads] needs its tokens, from 0 to 1, evenly spread.
 
-    Heads are ranked by what they lose under their best static strategy at AT of their bytes, at the
-    profile's usual prompt length; where no losses were measured (`paper`), by their lack of
-    sparsity. Heads that tie share a rank. Raises UsageError where a profile tells none apart.
+    Heads are ranked by what they lose under their best static strategy of 16 bits at AT of their
+    bytes, at the profile's usual prompt length; where no losses were measured (`paper`), by their
+    lack of sparsity. Heads that tie share a rank. Raises UsageError where a profile tells no head
+    from another.
     """
     need = _lack_of_sparsity(profile) if profile.recipe != "measured" else _loss_at(profile)
     if float(need.max()) <= float(need.min()):
@@ -96,11 +98,14 @@ def head_ranks(profile: Profile) -> NDArray[np.float64]:
 
 
 def _loss_at(profile: Profile) -> NDArray[np.float64]:
-    static = [strategy.head_type is HeadType.STATIC for strategy in profile.strategies]
+    static = [
+        one.head_type is HeadType.STATIC and one.resident_bits == EXACT_BITS
+        for one in profile.strategies
+    ]
     if not any(static):
         raise UsageError(
-            "this profile was calibrated without static heads: other projects prune, and it does "
-            "not say what that costs; calibrate with both kinds"
+            "this profile was calibrated without static heads of 16 bits: other projects prune, "
+            "and it does not say what that costs; calibrate with both kinds"
         )
     near = int(np.argmin(np.abs(profile.ratios - AT)))
     loss = profile.loss_at(profile.usual_tokens)[static].min(axis=0)

@@ -8,6 +8,7 @@ import pytest
 
 from hkvprof.errors import UsageError
 from hkvprof.profile.record import load_profile
+from hkvprof.report import certainty
 from hkvprof.report.card import card
 from hkvprof.report.profile_plot import profile_plot
 from tests.profiles import make_profile
@@ -24,7 +25,9 @@ def test_a_card_of_a_certified_profile() -> None:
     plan = TINYVL.plan(0.1, TINYVL.usual_tokens)
     assert f"| 10% | {plan.resident_bytes / 1024:.3g} KiB |" in text
     assert f"| {plan.expected_loss:.3g} |" in text
-    assert "    Certificate: 10%: with 95% confidence" in text
+    told = certainty.section(TINYVL)
+    assert told
+    assert "\n".join(f"    {line}" for line in told) in text
     assert 'hkvprof.apply(model, "hf:me/tinyvl", budget=0.10)' in text
     assert TINYVL.content_digest in text
     assert "(curves.png)" in text

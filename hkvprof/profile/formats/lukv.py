@@ -49,7 +49,8 @@ def _write(profile: Profile) -> Parcel:
         "scores: shares are measured under hkvprof's own selection; LU-KV's are made for one "
         "scorer each, and kvpress wants to be told which",
         f"prompt lengths: the shares are those of prompts of {profile.usual_tokens:,} tokens",
-        "bytes: a share of a dynamic head counts its index and its buffer as if they were tokens",
+        "bytes: LU-KV takes shares of bytes for shares of tokens, also where an index or tokens in "
+        "few bits hold them",
     ]
     if missing:
         said.append(f"budgets below {least:.0%}: the last {missing} curves repeat that one")
