@@ -36,6 +36,7 @@ EXTRAS = {
     "report": "drawing plots",
     "video": "reading videos, and images of models without a processor of their own here,",
     "smollm2": "the model smollm2",
+    "serve": "serving",
     "lm-eval": "the model of lm-evaluation-harness",
     "lmms-eval": "the model of lmms-eval",
 }

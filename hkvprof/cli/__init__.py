@@ -22,6 +22,7 @@ from hkvprof.cli import (
     models,
     plan,
     profiles,
+    serve,
 )
 from hkvprof.cli.demo import run_command
 
@@ -71,6 +72,7 @@ app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("certify", epilog=certify.EXAMPLES)(certify.certify)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 
 
 def run(arguments: Sequence[str]) -> int:
