@@ -58,7 +58,7 @@ def import_(
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile.")],
     budget: Annotated[
         str | None,
-        typer.Option("--budget", help="Mean share, sparsemm and lukv alone; default 0.10."),
+        typer.Option("--budget", help="Mean share; default 0.10, duo: half the heads whole."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:

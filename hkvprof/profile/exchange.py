@@ -24,7 +24,7 @@ MAX_BYTES = 128 * 2**20
 AT = 0.2
 """The share at which heads are ranked by what they lose: small enough that they differ."""
 HALF = 0.5
-"""The score from which a head is a full one: DuoAttention's own threshold."""
+"""The share of heads that keep everything, where nothing else is said; DuoAttention's examples."""
 POOL = 7
 """Pooling of imported static heads, as SnapKV and SparseMM use."""
 LONG = 32_768
@@ -161,10 +161,14 @@ def imported(
     return profile, reading.not_held
 
 
+def window_share(sinks: int, recent: int) -> float:
+    """What sinks and a window are of a prompt of LONG tokens."""
+    return min(1.0, KeepRule(sinks=sinks, recent=recent).floor_tokens / LONG)
+
+
 def full_or_window(full: NDArray[np.bool_], sinks: int, recent: int, *not_held: str) -> Reading:
     """The reading of a pattern: some KV heads keep everything, the rest sinks and a window."""
-    keep = KeepRule(sinks=sinks, recent=recent)
-    least = min(1.0, keep.floor_tokens / LONG)
+    keep, least = KeepRule(sinks=sinks, recent=recent), window_share(sinks, recent)
     share = np.where(full, 1.0, least).astype(np.float32)
     said = (
         f"windows of {sinks} first and {recent} last tokens: the other heads keep these, and "

@@ -151,6 +151,12 @@ def test_a_pattern_keeps_full_heads_whole() -> None:
     files = {"full_attention_heads.tsv": text.encode(), "config.json": config.encode()}
     reading = read("duo", files)
     assert ((reading.share == 1) == (scores >= 0.5)).all()
+    for budget, full in ((0.01, 0), (0.17, 1), (0.34, 2), (1.0, 6)):
+        shares = read("duo", files, budget=budget).share
+        best = set(np.argsort(-scores, axis=None)[:full].tolist())
+        assert set(np.flatnonzero(shares == 1).tolist()) == best
+    with pytest.raises(UsageError, match="less than the windows"):
+        read("duo", files, budget=0.001)
     assert (reading.keep.sinks, reading.keep.recent) == (16, 64)
     assert reading.share.min() == pytest.approx(81 / 32768)
 
@@ -189,10 +195,9 @@ def test_a_budget_picks_the_curve_of_lukv() -> None:
             read("lukv", files, budget=budget)
 
 
-@pytest.mark.parametrize("name", ["duo", "rtp"])
-def test_a_pattern_takes_no_budget(name: str) -> None:
+def test_a_pattern_of_zeros_and_ones_takes_no_budget() -> None:
     with pytest.raises(UsageError, match="its pattern says what heads keep"):
-        read(name, files_of(name), budget=0.1)
+        read("rtp", files_of("rtp"), budget=0.1)
 
 
 def test_unknown_formats_are_told_those_there_are() -> None:

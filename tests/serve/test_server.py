@@ -8,7 +8,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hkvprof.testbed.generator import make_sample
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve (uvicorn is not installed)")
 pytest.importorskip("starlette", reason="needs the extra serve (starlette is not installed)")
 
+from hkvprof.serve import engine as engines  # noqa: E402
 from hkvprof.serve.app import Address, make_app  # noqa: E402
 from hkvprof.serve.engine import Engine  # noqa: E402
 
@@ -322,24 +323,35 @@ def test_other_paths(served: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_its_reply(served: Served, stream: bool) -> None:
+def test_a_client_that_leaves_stops_its_reply(
+    served: Served, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reply would go on for thousands of tokens."""
+    endless = {"min_new_tokens": 7000, "max_new_tokens": 7000, "do_sample": False}
     before = served.metric('hkvprof_requests_total{outcome="cancelled"}')
-    body = {"model": "tinyvl", "messages": question(10).messages, "temperature": 2, "top_p": 1,
-            "max_tokens": 7000, "stream": stream, "logit_bias": {}}  # fmt: skip
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=WAIT)
+    body = {"model": "tinyvl", "messages": question(10).messages, "stream": stream}
     data = json.dumps(body).encode()
-    connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
-    if stream:
-        connection.getresponse().read(10)
-    connection.close()
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end:
-        ended = served.metric('hkvprof_requests_total{outcome="cancelled"}')
-        if ended > before or served.metric("hkvprof_waiting") == 0:
-            break
-        time.sleep(0.05)
-    assert served.metric("hkvprof_waiting") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "_choices", lambda _: endless)
+        connection.request(
+            "POST", "/v1/chat/completions", data, {"Content-Type": "application/json"}
+        )
+        if stream:
+            connection.getresponse().read(10)
+        wait_until(lambda: served.metric("hkvprof_waiting") == 1)
+        connection.close()
+        wait_until(lambda: served.metric("hkvprof_waiting") == 0)
+        wait_until(lambda: served.metric('hkvprof_requests_total{outcome="cancelled"}') > before)
     assert served.chat({"messages": question(1).messages, "max_tokens": 2})[0] == 200
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Ask again and again; what never comes true fails by the deadline."""
+    end = time.monotonic() + WAIT
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_requests_at_once_get_their_own_answers(served: Served) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from hkvprof.errors import ProfileError
+from hkvprof.errors import ProfileError, UsageError
 from hkvprof.heads import HeadGrid
 from hkvprof.profile.bounds import require
 from hkvprof.profile.exchange import (
@@ -21,10 +21,10 @@ from hkvprof.profile.exchange import (
     full_or_window,
     head_ranks,
     parcel,
+    window_share,
 )
 from hkvprof.profile.formats.checks import (
     read_json,
-    refuse_budget,
     to_json,
     whole_number,
 )
@@ -52,7 +52,6 @@ def _write(profile: Profile) -> Parcel:
 
 
 def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> Reading:
-    refuse_budget(budget, "duo")
     scores = _table(files[FILES[0]], grid)
     config = read_json(files[FILES[1]], FILES[1])
     require(isinstance(config, dict), f"{FILES[1]} should hold an object")
@@ -60,8 +59,20 @@ def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> R
         whole_number(config.get(name), f"{FILES[1]}: {name}", low, most)
         for name, low, most in (("sink_size", 0, 4096), ("recent_size", 1, 65536))
     )
-    said = f"scores: heads from {HALF} on keep everything, which is DuoAttention's own threshold"
-    return full_or_window(scores >= HALF, sinks, recent, said)
+    part = HALF if budget is None else _full_part(budget, window_share(sinks, recent))
+    full = np.zeros(scores.size, dtype=bool)
+    full[np.argsort(-scores, axis=None, kind="stable")[: round(part * scores.size)]] = True
+    said = f"scores: the {full.mean():.0%} of heads with the highest ones keep everything"
+    return full_or_window(full.reshape(scores.shape), sinks, recent, said)
+
+
+def _full_part(budget: float, least: float) -> float:
+    """The part of heads that keep everything when all keep `budget` on average."""
+    if budget < least:
+        raise UsageError(
+            f"--budget {budget:g} is less than the windows of all heads ({least:.4f}): raise it"
+        )
+    return (budget - least) / (1 - least) if least < 1 else 1.0
 
 
 def _table(data: bytes, grid: HeadGrid) -> NDArray[np.float64]:
