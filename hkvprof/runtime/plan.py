@@ -78,11 +78,14 @@ class Planner(NeverCopied):
 
     `budget` is a share or tokens, of every row by its own length, or bytes of all rows together:
     those that stay dense have theirs, and the others get one share of their dense bytes. Rows
-    shorter than `options.min_tokens` stay dense.
+    shorter than `options.min_tokens` stay dense. `origin` is where the profile came from.
     """
 
-    def __init__(self, profile: Profile, budget: Budget, options: Options) -> None:
+    def __init__(
+        self, profile: Profile, budget: Budget, options: Options, origin: str = ""
+    ) -> None:
         self.profile = profile
+        self.origin = origin
         self.budget = budget
         self.options = options
         self._tables: dict[tuple[torch.device, int, int, int], HeadTables] = {}

@@ -23,7 +23,8 @@ class Receipt:
     `shared_bytes` are index tables held once per model: no part of any request. `same_memory` says
     that device and host are one memory for this model, so that only `resident_bytes + host_bytes`
     (`total_bytes`) is what a request really takes. `kernels` names what computes decoding steps.
-    `domain` is what the monitor found; None on requests that it did not look at.
+    `domain` is what the monitor found; None on requests that it did not look at. `profile` is where
+    the profile came from: `hf:owner/name@commit/file`, a file's name, or empty if it was made here.
     """
 
     resident_bytes: int
@@ -37,6 +38,7 @@ class Receipt:
     kernels: str
     layers: tuple[LayerAccount, ...]
     domain: DomainCheck | None = None
+    profile: str = ""
 
     @property
     def total_bytes(self) -> int:
