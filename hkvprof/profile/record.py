@@ -24,7 +24,7 @@ from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import strict_json
 from hkvprof.files.atomic import write_atomically
 from hkvprof.files.container import read_container
-from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Rules, Strategy
+from hkvprof.heads import EXACT_BITS, HeadGrid, KeepRule, ModelFingerprint, Rules, Strategy
 from hkvprof.profile.bounds import (
     check_budget,
     check_lengths,
@@ -137,7 +137,7 @@ class Profile:
     @property
     def content_digest(self) -> str:
         """SHA-256 of all that decides what a head keeps at any budget, whatever the provenance."""
-        rules = [self.recipe, asdict(self.keep), [one.to_json() for one in self.strategies]]
+        rules = [self.recipe, asdict(self.keep), [_told(one) for one in self.strategies]]
         total = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
         for name, array in sorted(self.tensors().items()):
             total.update(f"{name} {array.dtype.name} {array.shape}".encode())
@@ -314,6 +314,14 @@ class Profile:
             "index_sizes": list(self.index.sizes) if self.index else [],
             "provenance": dict(self.provenance),
         }
+
+
+def _told(strategy: Strategy) -> dict[str, Any]:
+    """A strategy as it enters the digest: as files of version 3 tell it where it says the same."""
+    told = strategy.to_json()
+    if strategy.resident_bits == EXACT_BITS:
+        del told["resident_bits"]
+    return told
 
 
 def load_profile(path: str | Path) -> Profile:

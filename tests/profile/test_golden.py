@@ -9,6 +9,7 @@ import pytest
 
 from hkvprof import load_profile
 from hkvprof.errors import ProfileError
+from hkvprof.profile.certificate import KEY as CERTIFICATE
 from hkvprof.profile.record import SCHEMA_VERSION
 from tests.profiles import (
     GOLDEN,
@@ -22,6 +23,7 @@ from tests.profiles import (
     with_key_bias,
 )
 
+ROOT = Path(__file__).parents[2]
 SHA256 = {
     GOLDEN: "f70dc441562f1d566a716ddc456fb0756cf940d17b9fe257431932274e14bb89",
     GOLDEN_V3: "5d4aebf28f9ee0c68bbea7bfc32471b5675b209280939cc4524dadcd9639fcb5",
@@ -73,6 +75,13 @@ def test_loading_and_saving_again_keeps_the_bytes(tmp_path) -> None:
 def test_version_3_becomes_a_profile_of_today() -> None:
     """All that stays on the device was in the model's own dtype."""
     assert load_profile(GOLDEN_V3).to_bytes() == make_profile().to_bytes()
+
+
+def test_certificates_of_version_3_still_speak_of_their_profile() -> None:
+    """What a file says in more words, with the same meaning, is not other content."""
+    for path in sorted((ROOT / "profiles").glob("*.safetensors")):
+        profile = load_profile(path)
+        assert (profile.certificate is None) == (CERTIFICATE not in profile.provenance)
 
 
 def test_version_1_without_an_index_becomes_a_profile_of_today() -> None:
