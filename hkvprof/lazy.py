@@ -35,7 +35,9 @@ EXTRAS = {
     "metrics": "scoring by the published metric rouge_l",
     "report": "drawing plots",
     "video": "reading videos, and images of models without a processor of their own here,",
+    "gguf": "a model in a GGUF file",
     "smollm2": "the model smollm2",
+    "serve": "serving",
     "lm-eval": "the model of lm-evaluation-harness",
     "lmms-eval": "the model of lmms-eval",
 }

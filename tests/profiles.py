@@ -1,9 +1,10 @@
 """Synthetic profiles with fixed numbers, for tests and for the golden file.
 
 `python -m tests.profiles` writes tests/golden/profile-v4.safetensors again; its bytes are pinned
-by tests/profile/test_golden.py, so that a change of the format cannot pass unseen. The files of
-versions 1 to 3 are as those wrote them: `make_profile()`; of version 2 `one_length` of it without
-statistics, and of version 1 also `plain_profile` of that.
+by tests/profile/test_golden.py, so that a change of the format cannot pass unseen. It holds
+`with_key_bias(make_profile())`. The files of versions 1 to 3 are as those wrote them:
+`make_profile()`; of version 2 `one_length` of it without statistics, and of version 1 also
+`plain_profile` of that.
 """
 
 from __future__ import annotations
@@ -137,6 +138,21 @@ def index_tables(grid: HeadGrid) -> ProjectedIndexTables:
     )
 
 
+def with_key_bias(profile: Profile) -> Profile:
+    """The profile with biases in two of three rotary pairs, and two channels that do not turn."""
+    assert profile.index is not None
+    grid = profile.grid
+    bias = _ramp(grid.layers, grid.kv_heads, 8, low=-8, high=8)
+    bias[..., [1, 4, 6, 7]] = 0
+    index = replace(
+        profile.index,
+        key_bias=bias,
+        frequency=np.array([1.0, 0.25, 0.0625], dtype=np.float32),
+        axis=np.array([0, 1, 2], dtype=np.uint8),
+    )
+    return replace(profile, index=index)
+
+
 def with_confidence(profile: Profile) -> Profile:
     """The profile with figures on how sure it is."""
     half = Interval(0.5, 0.25, 0.75)
@@ -209,4 +225,4 @@ def one_length(profile: Profile) -> Profile:
 
 
 if __name__ == "__main__":
-    make_profile().save(GOLDEN)
+    with_key_bias(make_profile()).save(GOLDEN)

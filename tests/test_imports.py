@@ -30,7 +30,8 @@ ALLOWED = {
     "bench": SHARED | {"runtime", "calibration.uniform"},
     "doctor": OFFLINE | {"runtime", "bench"},
     "report": OFFLINE | {"runtime", "evaluate", "bench", "doctor"},
-    "cli": OFFLINE | {"runtime", "evaluate", "bench", "doctor", "report", "testbed"},
+    "cli": OFFLINE | {"runtime", "evaluate", "bench", "doctor", "report", "testbed", "serve"},
+    "serve": SHARED | {"runtime", "samples"},
     "plugins": SHARED | {"runtime", "samples"},
     "__main__": {"cli"},
 }

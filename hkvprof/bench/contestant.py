@@ -288,9 +288,8 @@ class FilledContestant(Contestant):
             head.host = hosts.setdefault((number, segment), head.host)
             head.host.shared = True
             if self.method.control and key.is_cuda:
-                data, scale = head.host.data.to(key.device), head.host.scale
-                scale = None if scale is None else scale.to(key.device)
-                head.host = HostChunks(data, scale, head.host.items, head.host.dtype, pinned=False)
+                data, coder = head.host.data.to(key.device), head.host.coder
+                head.host = HostChunks(data, coder, head.host.items, head.host.dtype, pinned=False)
 
     def prepare(self) -> None:
         """Ready for steps; on CUDA a graph is recorded at the first of them."""
@@ -327,8 +326,9 @@ class FilledContestant(Contestant):
         """Keys and values that attention reads in the next step, all layers."""
         if self.method.profile is None:
             return stock_bytes(self.cache, self.view)
-        storages = [layer.ragged.storage for layer in self.cache.covered]
-        return sum(sum(storage.lengths) * storage.token_bytes for storage in storages)
+        layers = [layer.ragged for layer in self.cache.covered]
+        few = sum(one.quantised.rows.nbytes for one in layers if one.quantised is not None)
+        return few + sum(sum(one.storage.lengths) * one.storage.token_bytes for one in layers)
 
     @torch.no_grad()
     def _attend_ms(self) -> float:

@@ -24,6 +24,7 @@ from hkvprof.calibration.rows import RowFolder, SampleRow
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.processing import ChatProcessor
+from hkvprof.models.rotary import rotating_keys
 from hkvprof.profile.record import Profile, ProjectedIndexTables
 from hkvprof.samples.read import OnError, Sample
 
@@ -137,7 +138,8 @@ class Run:
 
     def fit(self, samples: Sequence[Sample]) -> ProjectedIndexTables:
         """Look at samples until enough is seen, and fit the projected index."""
-        moments = Moments(self.probed.view.grid)
+        view = self.probed.view
+        moments = Moments(view.grid, rotating_keys(self.probed.model, view))
         enough = until_enough(samples, moments, self.skipped)
         for sample in self.track(enough, "fitting the index", min(len(samples), FIT_SAMPLES)):
             self._probe(sample, lambda probe: probe.add_moments(moments))

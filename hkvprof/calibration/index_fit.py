@@ -17,6 +17,7 @@ from hkvprof.heads import HeadGrid
 from hkvprof.profile.record import ProjectedIndexTables
 from hkvprof.selection.index import HeadTables
 from hkvprof.selection.quantiser import fit_codebook, fit_projection
+from hkvprof.selection.rotary import Positions, RotatingKeys
 
 if TYPE_CHECKING:
     from hkvprof.samples.record import Sample
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 SAMPLED_KEYS = 4096
 """Prompt keys per head that codebooks are fitted to."""
+LARGE_PAIR = 0.5
+"""A rotary pair of a bias is taken out of keys from this share of a mean pair's variance on."""
 FIT_SAMPLES = 64
 FIT_TOKENS = 65_536
 """The index is fitted on up to FIT_SAMPLES samples, but at least 16 and then no more than these."""
@@ -84,12 +87,16 @@ class Moments:
     """Running second moments per KV head, in float64 on the host, and a sample of the keys.
 
     Queries: sum over rows and group of (scaling * q)(scaling * q)^T; keys: sums for mean and
-    covariance. Adding samples in another order changes results by rounding only.
+    covariance. Adding samples in another order changes results by rounding only. Keys count without
+    what `rotating` says that turns in them, as far as it is large beside what else the first
+    sample's keys have in a pair, on average (LARGE_PAIR).
     """
 
-    def __init__(self, grid: HeadGrid) -> None:
+    def __init__(self, grid: HeadGrid, rotating: RotatingKeys | None = None) -> None:
         shape = (grid.layers, grid.kv_heads, grid.head_dim)
-        self.group = grid.group
+        self.group, self.rotating = grid.group, rotating
+        self._chosen: set[int] = set()
+        """Layers whose pairs are chosen."""
         self.query = torch.zeros(*shape, grid.head_dim, dtype=torch.float64)
         self.query_rows = torch.zeros(grid.layers, dtype=torch.float64)
         self.key = torch.zeros(*shape, grid.head_dim, dtype=torch.float64)
@@ -106,13 +113,34 @@ class Moments:
         self.query[layer] += (grouped.transpose(1, 2) @ grouped).double().cpu()
         self.query_rows[layer] += self.group * rows
 
-    def add_keys(self, layer: int, key: Float[Tensor, "kv_heads tokens dim"], sample: str) -> None:
-        """Count the prompt keys of the sample of that id."""
+    def add_keys(
+        self,
+        layer: int,
+        key: Float[Tensor, "kv_heads tokens dim"],
+        sample: str,
+        positions: Positions | None = None,
+    ) -> None:
+        """Count the prompt keys of the sample of that id, which stand at these positions."""
         key = key.float()
+        if self.rotating is not None:
+            assert positions is not None, "keys with a bias need their positions"
+            key = self._still(layer, key, positions)
         self.key[layer] += (key.transpose(1, 2) @ key).double().cpu()
         self.key_sum[layer] += key.sum(dim=1).double().cpu()
         self.key_rows[layer] += key.shape[1]
         self.sampled[layer].add(key, sample)
+
+    def _still(self, layer: int, key: Tensor, positions: Positions) -> Tensor:
+        """Keys without the bias that turns in them."""
+        assert self.rotating is not None
+        heads = zip(self.rotating.heads(layer, key.device), key, strict=True)
+        still = torch.stack([bias.removed(own, positions) for bias, own in heads])
+        if layer in self._chosen:
+            return still
+        self._chosen.add(layer)
+        energy = LARGE_PAIR * 2 * still.var(dim=1, correction=0).mean(dim=1)
+        self.rotating = self.rotating.where_larger(layer, energy.double().cpu().numpy())
+        return self._still(layer, key, positions)
 
     def fit(self, sizes: tuple[int, ...]) -> ProjectedIndexTables:
         """Projections, deviations and codebooks for every head."""
@@ -143,6 +171,9 @@ class Moments:
         for name in names[:2]:
             arrays[f"index.{name}"] = arrays[f"index.{name}"].astype(np.float16)
         arrays["index.key_mean"] = mean.float().numpy()
+        if self.rotating is not None and self.rotating.most_pairs:
+            arrays |= {"index.key_bias": self.rotating.bias, "index.axis": self.rotating.axis}
+            arrays["index.frequency"] = self.rotating.frequency
         return ProjectedIndexTables.take(sizes, arrays)
 
 

@@ -7,16 +7,18 @@ heads x rows x tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.heads import EXACT_BITS, HeadType, KeepRule, Strategy
 from hkvprof.profile.budgets import INFEASIBLE
-from hkvprof.profile.costs import DynamicLayout, dynamic_layout, static_tokens
+from hkvprof.profile.costs import DynamicLayout, dynamic_layout, static_layout
 from hkvprof.selection.index import HeadTables, KeyIndex, Ranking, build_index
+from hkvprof.selection.residents import quantised
+from hkvprof.selection.rotary import Positions
 from hkvprof.selection.static import rank_tokens, select_tokens, window_attention
 
 BLOCK = 2**19
@@ -33,7 +35,7 @@ class DecodeRows:
     `new_key`/`new_value` [kv_heads, T, dim] of the continuation; row r sees the new tokens up to
     `positions[r]`; `gradient` [R, query_heads, dim] of the reply's margin, over the margin itself;
     `projection` W_O [hidden, query_heads * dim]; `output_norm` [R] of the layer's attention output;
-    `exact` [R].
+    `exact` [R]; `rotary`, the prompt's positions, where an index goes by them.
     """
 
     query: Float[Tensor, "query_heads rows dim"]
@@ -47,6 +49,7 @@ class DecodeRows:
     output_norm: Float[Tensor, " rows"]
     exact: Bool[Tensor, " rows"]
     scaling: float
+    rotary: Positions | None = None
 
     def blocks(self) -> Iterator[DecodeRows]:
         """The same in parts of as many rows as BLOCK weights of a group allow, at least one."""
@@ -97,15 +100,17 @@ def layer_losses(
     per_head = []
     for head in range(len(rows.key)):
         heads = slice(head * group, (head + 1) * group)
-        fixed = _Head.of(rows, head, heads)
+        fixed = _Head.of(rows, head, heads, keep)
         attention = window_attention(window_query[heads], rows.key[head : head + 1], rows.scaling)
         ways: list[_Static | _Dynamic] = []
         for strategy in strategies:
             if strategy.head_type is HeadType.STATIC:
-                ways.append(_Static.of(attention, strategy, ratios, keep, text))
+                sizes = (ratios, keep, fixed.key.shape[1], itemsize)
+                ways.append(_Static.of(attention, strategy, *sizes, text))
             else:
                 table = tables.get((head, strategy.bits))
-                ways.append(_Dynamic.of(fixed.key, strategy, ratios, keep, table, itemsize))
+                index = (table, rows.rotary)
+                ways.append(_Dynamic.of(fixed.key, strategy, ratios, keep, *index, itemsize))
         total = torch.zeros(len(strategies), len(ratios), 3, device=rows.key.device)
         for part in parts:
             judge = _Judge(part, fixed)
@@ -127,9 +132,18 @@ class _Head:
     new_key: Float[Tensor, "new dim"]
     new_value: Float[Tensor, "new dim"]
     metric: Float[Tensor, "group_dim group_dim"]
+    keep: KeepRule
+    _stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def stored(self, bits: int) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
+        """Keys and values as residents of so many bits, sinks and recent tokens exact."""
+        if bits not in self._stored:
+            ends = self.keep.sinks, len(self.key) - self.keep.recent
+            self._stored[bits] = quantised(self.key, self.value, bits, *ends)
+        return self._stored[bits]
 
     @classmethod
-    def of(cls, rows: DecodeRows, head: int, heads: slice) -> _Head:
+    def of(cls, rows: DecodeRows, head: int, heads: slice, keep: KeepRule) -> _Head:
         dim = rows.query.shape[-1]
         columns = rows.projection[:, heads.start * dim : heads.stop * dim].float()
         return cls(
@@ -139,7 +153,18 @@ class _Head:
             new_key=rows.new_key[head].float(),
             new_value=rows.new_value[head].float(),
             metric=columns.T @ columns,
+            keep=keep,
         )
+
+
+@dataclass(frozen=True)
+class _View:
+    """A prompt as a strategy stores it: logits of a block of rows, their weights relative to the
+    densest token's, values."""
+
+    logits: Float[Tensor, "group rows tokens"]
+    weight: Float[Tensor, "group rows tokens"]
+    value: Float[Tensor, "tokens dim"]
 
 
 class _Judge:
@@ -156,11 +181,20 @@ class _Judge:
         new_weight = (new - self.new_peak).exp()
         self.new_sum = new_weight.sum(-1, keepdim=True)
         self.new_out = new_weight @ head.new_value
-        peak = torch.maximum(self.new_peak, self.logits.amax(-1, keepdim=True))
-        self.weight = (self.logits - peak).exp_()
-        self.new_scale = (self.new_peak - peak).exp()
+        self.peak = torch.maximum(self.new_peak, self.logits.amax(-1, keepdim=True))
+        self.new_scale = (self.new_peak - self.peak).exp()
+        exact = _View(self.logits, (self.logits - self.peak).exp_(), self.value)
+        self._head, self._views = head, {EXACT_BITS: exact}
         self.dense = self._attend(self.logits, self.value)
         self.gradient = rows.gradient[:, head.heads].float().flatten(1)
+
+    def view(self, bits: int) -> _View:
+        """The prompt with residents of so many bits."""
+        if bits not in self._views:
+            key, value = self._head.stored(bits)
+            logits = torch.matmul(self.query, key.T).mul_(self.rows.scaling)
+            self._views[bits] = _View(logits, (logits - self.peak).exp_(), value)
+        return self._views[bits]
 
     def _attend(self, logits: Tensor, value: Tensor) -> Tensor:
         """Attention over some prompt tokens and the new ones, each weighed from the joint peak.
@@ -196,9 +230,12 @@ class _Judge:
 
 @dataclass(frozen=True)
 class _Static:
-    """The kept set is fixed before decoding; None where it is the whole prompt."""
+    """The kept set is fixed before decoding; None where it is the whole prompt. A share of 1 is
+    kept exactly, whatever the strategy."""
 
     kept: tuple[Int[Tensor, " kept"] | None, ...]
+    ratios: tuple[float, ...]
+    bits: int
 
     @classmethod
     def of(
@@ -207,26 +244,40 @@ class _Static:
         strategy: Strategy,
         ratios: tuple[float, ...],
         keep: KeepRule,
+        dim: int,
+        itemsize: int,
         text: Bool[Tensor, " tokens"],
     ) -> _Static:
         ranking = rank_tokens(attention, strategy.pool, keep)[0]
-        counts = [static_tokens(ratio, len(ranking), keep) for ratio in ratios]
-        return cls(
-            tuple(
-                None if n == len(ranking) else select_tokens(ranking, n, strategy, keep, text)
-                for n in counts
-            )
+        sizes = (len(ranking), keep, dim, itemsize)
+        counts = [static_layout(strategy, ratio, *sizes).tokens for ratio in ratios]
+        kept = tuple(
+            None if n == len(ranking) else select_tokens(ranking, n, strategy, keep, text)
+            for n in counts
         )
+        return cls(kept, ratios, strategy.resident_bits)
 
     def losses(self, judge: _Judge) -> Float[Tensor, "ratios 3"]:
-        """Of a block of rows."""
-        return torch.stack([self._loss(judge, kept) for kept in self.kept])
+        """Of a block of rows; what keeps the same tokens as at the ratio before is judged once."""
+        found: list[Tensor] = []
+        for number, (ratio, kept) in enumerate(zip(self.ratios, self.kept, strict=True)):
+            if ratio >= 1 or (kept is None and self.bits == EXACT_BITS):
+                found.append(judge.value.new_zeros(3))
+            elif number and self._size(number) == self._size(number - 1):
+                found.append(found[-1])
+            else:
+                found.append(self._loss(judge, kept))
+        return torch.stack(found)
+
+    def _size(self, number: int) -> int | None:
+        kept = self.kept[number]
+        return None if kept is None else len(kept)
 
     def _loss(self, judge: _Judge, kept: Tensor | None) -> Tensor:
-        if kept is None:
-            return judge.value.new_zeros(3)
-        weight, value = judge.weight[..., kept], judge.value[kept]
-        return judge.loss_of(weight, lambda: judge.logits[..., kept], value)
+        view = judge.view(self.bits)
+        own = slice(None) if kept is None else kept
+        weight, value = view.weight[..., own], view.value[own]
+        return judge.loss_of(weight, lambda: view.logits[..., own], value)
 
 
 @dataclass(frozen=True)
@@ -248,6 +299,7 @@ class _Dynamic:
         ratios: tuple[float, ...],
         keep: KeepRule,
         tables: HeadTables | None,
+        positions: Positions | None,
         itemsize: int,
     ) -> _Dynamic:
         tokens, dim = key.shape
@@ -258,7 +310,8 @@ class _Dynamic:
             return cls(strategy, ratios, layouts, None, 0, 0)
         end = whole.sinks + whole.items * whole.chunk
         chunks = key[whole.sinks : end].view(whole.items, whole.chunk, dim)
-        index = build_index(strategy, chunks, tables)
+        own = None if positions is None else positions.part(whole.sinks, whole.items)
+        index = build_index(strategy, chunks, tables, own)
         return cls(strategy, ratios, layouts, index, whole.sinks, end)
 
     def losses(self, judge: _Judge) -> Float[Tensor, "ratios 3"]:
@@ -275,12 +328,16 @@ class _Dynamic:
         if layout is None or ranking is None:
             return judge.value.new_full((3,), float(INFEASIBLE))
         mask = self._mask(judge, ranking.best(layout.hot, self.strategy.rerank))
-        weight, value = judge.weight * mask, judge.value
-        return judge.loss_of(weight, lambda: judge.logits.masked_fill(~mask, -torch.inf), value)
+        view = judge.view(self.strategy.resident_bits)
+        logits = view.logits
+        return judge.loss_of(
+            view.weight * mask, lambda: logits.masked_fill(~mask, -torch.inf), view.value
+        )
 
     def _ranking(self, judge: _Judge, index: KeyIndex) -> Ranking:
         score = index.score(judge.query.transpose(0, 1), judge.rows.scaling)
-        exact = judge.logits[..., self.first : self.end].transpose(0, 1)
+        view = judge.view(self.strategy.resident_bits)
+        exact = view.logits[..., self.first : self.end].transpose(0, 1)
         return Ranking(score, exact if self.strategy.rerank else None)
 
     def _mask(self, judge: _Judge, best: Int[Tensor, "rows hot"]) -> Bool[Tensor, "rows tokens"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,11 +36,13 @@ from hkvprof.models.approval import require_approval
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.calls import last_row_only, with_cache
 from hkvprof.models.processing import ChatProcessor, Encoded
+from hkvprof.models.rotary import watching_positions
 from hkvprof.models.weights import passing_gradients, require_gradients
 from hkvprof.models.wrappers import unwrap
 from hkvprof.profile.record import ProjectedIndexTables
 from hkvprof.profile.tables import PAIRS
 from hkvprof.samples.read import Sample, open_images
+from hkvprof.selection.rotary import Positions
 from hkvprof.selection.sparsity import sample_text_rows
 
 VISION = (Modality.IMAGE, Modality.VIDEO)
@@ -107,6 +110,8 @@ class Probe:
                 f"calibrate on (at least {self.keep.floor_tokens + self.keep.window})"
             )
         self.opened = opened
+        self.positions: Positions | None = None
+        """Of the prompt, as rotary embeddings saw them, where somebody asks."""
         self.digest = content_digest(sample, self.encoded)
 
     # -- first pass -------------------------------------------------------------------------
@@ -118,13 +123,14 @@ class Probe:
         (docs/experiments.md).
         """
         with torch.no_grad():
-            self._prefill(None)
+            self._prefill(None, moments.rotating is not None)
             continuation = self._continuation()
             self._continue(continuation)
         for layer, trace in self.observer.traces.items():
             keys = self.cache.covered[layer].keys
             assert keys is not None
-            moments.add_keys(layer, keys[0, :, : self.encoded.tokens], self.sample.id)
+            own = keys[0, :, : self.encoded.tokens]
+            moments.add_keys(layer, own, self.sample.id, self.positions)
             moments.add_queries(layer, trace.query[:, continuation.rows], trace.scaling)
 
     # -- second pass ------------------------------------------------------------------------
@@ -143,7 +149,7 @@ class Probe:
             )  # fmt: skip
 
         with torch.no_grad():
-            self._prefill(watch)
+            self._prefill(watch, tables is not None and tables.pairs > 0)
         shown = [seen[layer] for layer in sorted(seen)]
         losses, drift, pairs = self._after_prompt(tables)
         return SampleRow(
@@ -237,6 +243,7 @@ class Probe:
             output_norm=_projected(output, projection, self.probed.view.grid.group).norm(dim=-1),
             exact=continuation.exact.to(device),
             scaling=trace.scaling,
+            rotary=self.positions,
         )
         losses = layer_losses(
             judged,
@@ -252,11 +259,16 @@ class Probe:
 
     # -- the model --------------------------------------------------------------------------
 
-    def _prefill(self, watch: Any) -> None:
-        """Run the prompt."""
+    def _prefill(self, watch: Any, asks_positions: bool) -> None:
+        """Run the prompt; `asks_positions` where an index goes by them."""
         model = self.probed.model
         self.observer.on_prefill = watch
-        with self.observer.phase("prefill"):
+
+        def see(told: Tensor, rows: int) -> None:
+            self.positions = Positions.of(told[:, 0])
+
+        asked = watching_positions(model, self.probed.view, see)
+        with asked if asks_positions else nullcontext(), self.observer.phase("prefill"):
             inputs = self.encoded.to(model.device, model.dtype)
             output = model(**inputs, **with_cache(model, self.cache), **last_row_only(model))
         self.next_token = output.logits[:, -1:].argmax(-1)

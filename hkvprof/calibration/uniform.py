@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from hkvprof.errors import UsageError
 from hkvprof.heads import HeadType, KeepRule, Strategy
 from hkvprof.models.adapter import view_model
+from hkvprof.profile.given import given_profile
 from hkvprof.profile.record import Profile
-
-_RATIOS = np.array([0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0], dtype=np.float32)
 
 
 def uniform_profile(
@@ -46,22 +45,5 @@ def uniform_profile(
         Strategy(HeadType.STATIC, pool=pool),
         Strategy(HeadType.DYNAMIC, index=index, chunk=chunk),
     )
-    curve = np.broadcast_to(1 - _RATIOS, (1, len(menu), *shape, len(_RATIOS)))
-    sparsity = np.zeros((1, view.grid.layers, view.grid.query_heads), dtype=np.float32)
-    return Profile(
-        fingerprint=view.fingerprint,
-        recipe="uniform",
-        default_budget=budget,
-        keep=keep or KeepRule(),
-        strategies=menu,
-        kappas=(0.1,),
-        ratios=_RATIOS.copy(),
-        lengths=np.ones(1, dtype=np.int64),
-        strategy=choice,
-        budget=np.full(shape, budget, dtype=np.float32),
-        sparsity_mean=sparsity,
-        sparsity_std=sparsity.copy(),
-        loss=curve.astype(np.float32),
-        output_error=curve.astype(np.float32),
-        provenance={"recipe": "uniform", "samples": 0},
-    )
+    share = np.full(shape, budget, dtype=np.float32)
+    return given_profile(view.fingerprint, menu, choice, share, budget, keep or KeepRule(), {})

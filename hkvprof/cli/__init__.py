@@ -16,10 +16,13 @@ from hkvprof.cli import (
     demo,
     doctor,
     evaluate,
+    exchange,
+    hub,
     merge,
     models,
     plan,
     profiles,
+    serve,
 )
 from hkvprof.cli.demo import run_command
 
@@ -60,11 +63,16 @@ app.command("inspect", epilog=profiles.INSPECT_EXAMPLES)(profiles.inspect)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("diff", epilog=profiles.DIFF_EXAMPLES)(profiles.diff)
 app.command("validate", epilog=profiles.VALIDATE_EXAMPLES)(profiles.validate)
+app.command("push", epilog=hub.PUSH_EXAMPLES)(hub.push)
+app.command("pull", epilog=hub.PULL_EXAMPLES)(hub.pull)
+app.command("export", epilog=exchange.EXPORT_EXAMPLES)(exchange.export)
+app.command("import", epilog=exchange.IMPORT_EXAMPLES)(exchange.import_)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("certify", epilog=certify.EXAMPLES)(certify.certify)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 
 
 def run(arguments: Sequence[str]) -> int:

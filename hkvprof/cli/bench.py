@@ -41,7 +41,8 @@ _PIXELS = 448
 
 def bench(
     model: Annotated[
-        str | None, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")
+        str | None,
+        typer.Option("--model", help="Alias (`hkvprof models`), hub id, folder or GGUF file."),
     ] = None,
     shape: Annotated[
         str | None,

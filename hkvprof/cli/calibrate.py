@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hkvprof.calibration.recipe import Recipe, RecipeName, Replies
+from hkvprof.cli import data as source
 from hkvprof.cli import options
 from hkvprof.cli.runs import Loading, Place, check_kind, kept, processes
 
@@ -21,6 +22,7 @@ EXAMPLES = """\b
 Examples:
   hkvprof calibrate --model tinyvl --data calibration/mini
   hkvprof calibrate --model qwen2.5-vl-7b --data my-samples --dtype bfloat16
+  hkvprof calibrate --model ./vlm --data llava.json --image-folder /data/coco
   hkvprof calibrate --model ./finetune --data owner/dataset:validation \\
     --max-samples 128 --on-error skip -o finetune.profile.safetensors
   hkvprof calibrate --model ./vlm --data my-samples --recipe paper --theta 0.85 --chunk 32
@@ -35,8 +37,11 @@ _MOST_REASONS = 20
 def calibrate(
     model: options.Model,
     data: Annotated[
-        str, typer.Option("--data", help="Folder with samples.jsonl, .jsonl file or dataset id.")
+        str, typer.Option("--data", help="Folder, file or dataset id (docs/calibration.md).")
     ],
+    data_format: source.Format = None,
+    image_folder: source.ImageFolder = None,
+    question: source.Question = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     device_map: Annotated[
@@ -108,7 +113,9 @@ def calibrate(
         check_kind(place, loading, resume=resume, dry_run=dry_run, as_json=as_json)
         if place.is_shard or not dry_run:
             place.check(recipe, force)
-        samples = _samples(data, max_samples, seed, on_error)
+        how = source.reading(data_format, image_folder, question)
+        samples = source.load(data, max_samples, seed, on_error, how)
+        source.check(samples, model, on_error)
         if dry_run:
             foretell(loading, samples.samples, recipe, place, on_error, as_json)
             return
@@ -144,20 +151,6 @@ def _finish(profile: Profile, data: str, samples: LoadedSamples, place: Place, f
     place.clear()
     say("")
     announce(profile, place.output)
-
-
-def _samples(data: str, limit: int | None, seed: int, on_error: OnError) -> LoadedSamples:
-    from hkvprof.cli.output import say
-    from hkvprof.samples.read import load_samples
-
-    options.announce_source(data)
-    loaded = load_samples(data, max_samples=limit, seed=seed, on_error=on_error)
-    say(f"{len(loaded.samples)} samples of {len(loaded.tasks)} tasks from {data}")
-    for reason in loaded.skipped[:_MOST_REASONS]:
-        say(f"skipped: {reason}")
-    if len(loaded.skipped) > _MOST_REASONS:
-        say(f"skipped: {len(loaded.skipped) - _MOST_REASONS} more")
-    return loaded
 
 
 def _calibrated(

@@ -23,7 +23,9 @@ geometry but other config or weights. Checks: docs/doctor.md."""
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Alias, hub id or folder.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Alias, hub id, folder or GGUF file.")
+    ],
     profile: Annotated[
         Path | None, typer.Argument(metavar="[PROFILE]", help="A profile to check with it.")
     ] = None,

@@ -25,8 +25,14 @@ Examples:
   hkvprof eval --model ./vlm --profile p.safetensors --tasks my-samples --regimes inside --json
   hkvprof eval --model ./vlm --profile p.safetensors --tasks docvqa:/data/docvqa"""
 
-_WIDE = 170
+LADDERS = {
+    "halves": ("0.5", "0.25", "0.125", "0.0625"),
+    "tenths": ("0.20", "0.10", "0.05", "0.03", "0.02"),
+}
+"""Names for budgets that tables go by."""
+_WIDE = 190
 """Columns that the whole table needs; narrower terminals get a compact one."""
+_REGIMES_HELP = "inside, after, later (default: all that fit); several, after_steps, later_steps."
 _SHARD_HELP = "Part I of N of the samples, as I/N: several processes may fill one folder."
 
 
@@ -59,14 +65,16 @@ def evaluate(
             help="tinyvl, longtext, a sample folder or file, or LAYOUT:PATH (docs/tasks.md).",
         ),
     ] = None,
-    budget: options.Budgets = "0.10,0.20",
+    budget: Annotated[
+        str, typer.Option("--budget", help="As elsewhere; halves and tenths name a ladder.")
+    ] = "0.10,0.20",
     fetch: options.Fetch = None,
     baselines: Annotated[
         str, typer.Option("--baselines", help="none, public, all, or names (docs/evaluation.md).")
     ] = "none",
     regimes: Annotated[
         str | None,
-        typer.Option("--regimes", help="Some of inside, after, later; default: all that fit."),
+        typer.Option("--regimes", help=_REGIMES_HELP),
     ] = None,
     per_task: Annotated[
         int, typer.Option("--per-task", min=1, help="Samples of each task (generated tasks).")
@@ -105,6 +113,7 @@ def evaluate(
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.compare import compare
     from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
+    from hkvprof.evaluate.counting import SERVED_ITEMSIZE
     from hkvprof.evaluate.journal import Journal, check_conditions
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
@@ -117,8 +126,9 @@ def evaluate(
         check_folder(output)
         if plot:
             require_extra("matplotlib", "report")
+    itemsize = SERVED_ITEMSIZE if dtype == "float32" else None
     comparison = ComparisonPlan(
-        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed
+        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed, itemsize
     )
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
@@ -161,7 +171,7 @@ def evaluate(
 def _budgets(text: str) -> tuple[str, ...]:
     from hkvprof.profile.budgets import Budget
 
-    parts = options.listed(text)
+    parts = [budget for part in options.listed(text) for budget in LADDERS.get(part, (part,))]
     if not parts:
         raise UsageError("--budget is empty: expected budgets such as 0.10,0.20")
     for part in parts:
@@ -183,9 +193,9 @@ def _baselines(text: str) -> tuple[str, ...]:
 
 
 def _regimes(text: str | None) -> tuple[str, ...]:
-    from hkvprof.evaluate.records import REGIMES
+    from hkvprof.evaluate.records import USUAL_REGIMES
 
-    return tuple(REGIMES) if text is None else tuple(dict.fromkeys(options.listed(text)))
+    return USUAL_REGIMES if text is None else tuple(dict.fromkeys(options.listed(text)))
 
 
 def _write(folder: Path, summary: EvaluationSummary, model: str, plot: bool) -> None:

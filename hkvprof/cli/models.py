@@ -29,7 +29,10 @@ def models(
         typer.echo(json.dumps({"aliases": names, "architectures": tested}, indent=2))
         return
     typer.echo(_columns([(alias.name, alias.hub_id or alias.note) for alias in aliases]))
-    typer.echo("\n--model also takes a hub id (owner/name) or a folder made by save_pretrained.")
+    typer.echo(
+        "\n--model also takes a hub id (owner/name), a folder made by save_pretrained or a GGUF "
+        "file."
+    )
     typer.echo(
         "\nTested architectures; others are tried as they are, some refused with the reason:\n"
     )

@@ -12,7 +12,10 @@ from hkvprof.errors import BudgetError, UsageError
 if TYPE_CHECKING:
     from hkvprof.profile.record import Profile
 
-Model = Annotated[str, typer.Option("--model", help="Alias (`hkvprof models`), hub id or folder.")]
+Model = Annotated[
+    str,
+    typer.Option("--model", help="Alias (`hkvprof models`), hub id, folder or GGUF file."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present.")

@@ -82,6 +82,7 @@ VALIDATE_EXAMPLES = """\b
 Examples:
   hkvprof validate mine.safetensors
   hkvprof validate mine.safetensors Qwen/Qwen2.5-VL-7B-Instruct --json
+  hkvprof validate head_score.json Qwen/Qwen2-VL-7B-Instruct --format sparsemm
 Exit code: 0 sound (and of the model), 1 not a sound profile, 3 of another model, 4 of the same
 geometry but another config. No weights are loaded: a fine-tune cannot be told from its base."""
 
@@ -91,29 +92,60 @@ OTHER_MODEL, OTHER_CONFIG = 3, 4
 def validate(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A file.")],
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Alias, hub id or folder.")
+        str | None, typer.Argument(metavar="[MODEL]", help="Alias, hub id, folder or GGUF file.")
     ] = None,
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="Of another project's file: duo, sparsemm, rtp or lukv."),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a profile's schema and bounds, and whether it belongs to a model."""
+    found, said, code = _own(profile, model) if not format_ else _foreign(profile, model, format_)
+    typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else said)
+    if code:
+        raise typer.Exit(code)
+
+
+_Verdict = tuple[dict[str, Any], str, int]
+"""For JSON, in words, and the exit code."""
+
+
+def _own(path: Path, model: str | None) -> _Verdict:
+    """Of a profile, and of the model where one is named."""
     from hkvprof.profile.record import SCHEMA_VERSION, load_profile
 
-    loaded = load_profile(profile)
+    loaded = load_profile(path)
     found: dict[str, Any] = {
-        "profile": str(profile),
+        "profile": str(path),
         "sound": True,
         "schema": SCHEMA_VERSION,
         "recipe": loaded.recipe,
         "architecture": loaded.fingerprint.architecture,
     }
-    said, code = f"{profile} is a sound profile of {loaded.fingerprint.architecture}", 0
+    said, code = f"{path} is a sound profile of {loaded.fingerprint.architecture}", 0
     if model is not None:
         more, code = _against(loaded, model)
         found |= {"model": model, **more}
         said += f"; {more['verdict']}"
-    typer.echo(json.dumps(found, indent=2, sort_keys=True) if as_json else said)
-    if code:
-        raise typer.Exit(code)
+    return found, said, code
+
+
+def _foreign(file: Path, model: str | None, format_: str) -> _Verdict:
+    """Of another project's file, for the shape of a model."""
+    from hkvprof.cli.output import quiet_transformers
+    from hkvprof.errors import UsageError
+    from hkvprof.models.load import model_fingerprint
+    from hkvprof.profile.exchange import imported
+    from hkvprof.profile.formats import find_format
+
+    chosen = find_format(format_)
+    if model is None:
+        raise UsageError(f"--format {format_} needs a MODEL: such a file does not name its own")
+    quiet_transformers()
+    imported(chosen, file, model_fingerprint(model), None)
+    found = {"file": str(file), "sound": True, "format": format_, "model": model}
+    return found, f"{file} is sound, and of the shape of {model}", 0
 
 
 def _against(profile: Any, model: str) -> tuple[dict[str, Any], int]:

@@ -16,6 +16,7 @@ from hkvprof.doctor.exact import stock_cache
 from hkvprof.doctor.masked import Agreement, agree
 from hkvprof.doctor.recording import Prelude, record
 from hkvprof.doctor.records import FaultError, NotApplicableError
+from hkvprof.heads import EXACT_BITS
 from hkvprof.models.weights import rounds_activations
 from hkvprof.models.wrappers import unwrap
 from hkvprof.profile.record import Profile
@@ -27,9 +28,13 @@ _STEPS = 10
 
 
 def _probe(
-    patient: Patient, script: Script, prelude: Prelude | None = None, **options: Any
+    patient: Patient,
+    script: Script,
+    prelude: Prelude | None = None,
+    bits: int = EXACT_BITS,
+    **options: Any,
 ) -> Agreement:
-    profile = probe_profile(patient.model)
+    profile = probe_profile(patient.model, bits)
     chosen = {"smoothing": 0.0, "compress_every": EVERY, **options}
     budget = profile.default_budget
     recorded = record(patient, profile, script, budget, prelude, **chosen)
@@ -52,6 +57,16 @@ def batch(patient: Patient) -> str:
     equal = patient.text([tokens // 2] * 3, steps=_STEPS, shuffle=(2, 0, 2))
     shuffled = _probe(patient, equal, compress_every=0)
     return f"padded: {padded}; rows change places: {shuffled}"
+
+
+def bits(patient: Patient) -> str:
+    """Static heads in 8 and in 4 bits, dynamic ones in 8: padded rows, tokens that join, a turn."""
+    tokens, said = patient.prompt_tokens, []
+    for count in (8, 4):
+        lengths = [tokens, tokens * 2 // 3]
+        script = patient.text(lengths, steps=_STEPS, turn=True, seed=count)
+        said.append(f"{count} bits: {_probe(patient, script, bits=count)}")
+    return "; ".join(said)
 
 
 def images(patient: Patient) -> str:

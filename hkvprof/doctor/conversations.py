@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.doctor.records import NotApplicableError
 from hkvprof.errors import HkvError
-from hkvprof.heads import KeepRule
+from hkvprof.heads import EXACT_BITS, KeepRule
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.calls import with_cache
 from hkvprof.models.outline import context_limit, pad_token, special_tokens, vocabulary
@@ -27,8 +27,11 @@ _GOLDEN = 0.6180339887498949
 """Its multiples, fractions taken, never repeat and lie evenly."""
 
 
-def probe_profile(model: Any) -> Profile:
-    """Static and dynamic heads in turns, each with a share of its own; the budget is their mean."""
+def probe_profile(model: Any, bits: int = EXACT_BITS) -> Profile:
+    """Static and dynamic heads in turns, each with a share of its own; the budget is their mean.
+
+    Static heads keep their tokens in so many bits, dynamic ones theirs in 8 if these are fewer.
+    """
     plain = uniform_profile(model)
     shape = plain.strategy.shape
     number = np.arange(plain.grid.total).reshape(shape)
@@ -37,7 +40,9 @@ def probe_profile(model: Any) -> Profile:
     made = uniform_profile(
         model, (layer + head) % 2, budget=float(shares.mean()), chunk=4, keep=KeepRule(4, 8, 16)
     )
-    return replace(made, budget=shares)
+    static, dynamic = made.strategies
+    menu = (replace(static, resident_bits=bits), replace(dynamic, resident_bits=max(bits, 8)))
+    return replace(made, budget=shares, strategies=menu)
 
 
 PROMPT = 256

@@ -52,6 +52,7 @@ CHECKS = (
     Check("lookup", exact.lookup),
     Check("masked-text", compressed.text),
     Check("masked-batch", compressed.batch),
+    Check("masked-bits", compressed.bits),
     Check("masked-images", compressed.images),
     Check("masked-requests", compressed.requests),
     Check("masked-chunks", compressed.chunks),

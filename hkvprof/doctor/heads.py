@@ -31,6 +31,15 @@ class _Head:
     ratio: float
 
 
+@dataclass(frozen=True)
+class _Before:
+    """What a head held before a pass of `new` tokens, and at which positions."""
+
+    segment: Segment
+    places: list[int]
+    new: int
+
+
 class HeadJudge:
     """Follows a recorded run through the reference's passes; sees every pass of every layer."""
 
@@ -47,6 +56,7 @@ class HeadJudge:
         self._queries: dict[int, list[Tensor]] = defaultdict(list)
         self._compressed_at: dict[int, int] = {}
         self._places: dict[int, Places] = {}
+        self._held: dict[int, list[list[Segment]]] = {}
 
     def remember(self, seen: Seen) -> None:
         """Note the last queries of a pass that has attended: later compressions look at them."""
@@ -91,15 +101,19 @@ class HeadJudge:
                         if first:
                             self._after_prompt(it, numbers)
                         else:
-                            self._again(it, numbers, self._places[seen.number][row][head], start,
-                                        seen.query.shape[2])  # fmt: skip
+                            self._again(it, numbers, self._before(seen, row, head), start)
                     self._hot(seen, segment, row, head, start)
                 except FaultError as fault:
                     what = f"row {row}, KV head {head}: {fault.what}"
                     raise FaultError(what, fault.cause) from None
                 held[row].append(places)
         self._places[seen.number] = held
+        self._held[seen.number] = call.segments
         return held
+
+    def _before(self, seen: Seen, row: int, head: int) -> _Before:
+        places = self._places[seen.number][row][head]
+        return _Before(self._held[seen.number][row][head], places, seen.query.shape[2])
 
     def _located(self, seen: Seen, segment: Segment, row: int, head: int, start: int) -> list[int]:
         key, value = seen.key[row, head], seen.value[row, head]
@@ -127,14 +141,15 @@ class HeadJudge:
         elif self._mean_digests:
             residents.check_hot(head.segment, head.window[:, -1], head.key, head.scaling)
 
-    def _again(self, head: _Head, kept: set[int], before: list[int], start: int, new: int) -> None:
-        """A static head that was pruned again: the best of what it had."""
-        had = torch.tensor(sorted(place - start for place in before))
-        old = {number for number in kept if number < len(head.key) - new}
+    def _again(self, head: _Head, kept: set[int], before: _Before, start: int) -> None:
+        """A static head that was pruned again: the best of what it had, as it had it."""
+        places = [place - start for place in before.places]
+        had = torch.tensor(sorted(places))
+        tokens = len(head.key) - before.new
+        old = {number for number in kept if number < tokens}
         if head.segment.layout is not None or len(old) == len(had):
             return
-        tokens = len(head.key) - new
-        wanted = residents.static_count(head.ratio, tokens, self._keep)
+        wanted = residents.static_count(head.strategy, head.ratio, tokens, self._keep, head.key)
         if len(old) != wanted:
             raise FaultError(
                 f"{len(old)} tokens were kept when new ones joined the budget, where the plan says "
@@ -142,7 +157,8 @@ class HeadJudge:
                 residents.PLAN,
             )
         numbers = {i for i, number in enumerate(had.tolist()) if number in old}
-        self._best(head, numbers, head.key[had.to(head.key.device)])
+        key, _ = residents.given_back(before.segment, places, head.key, head.key)
+        self._best(head, numbers, key[had.to(head.key.device)])
 
     def _best(self, head: _Head, kept: set[int], key: Tensor) -> None:
         """Raise FaultError unless the `kept` of these keys score best."""

@@ -10,7 +10,7 @@ bit, and so must the logits. The second hands on its own results: plain masked d
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from hkvprof.doctor import residents
 from hkvprof.doctor.conversations import Patient, play
-from hkvprof.doctor.heads import HeadJudge
+from hkvprof.doctor.heads import HeadJudge, Places
 from hkvprof.doctor.recording import Exact, RecordedCall, Recording, Seen, attend, watched_attention
 from hkvprof.doctor.records import FaultError
 
@@ -116,6 +116,7 @@ class _Reference:
 
     def __post_init__(self) -> None:
         self._visible: dict[tuple[int, int], Tensor] = {}
+        self._held: dict[tuple[int, int], Places] = {}
 
     def play(self, judge: bool) -> list[Tensor]:
         """The script on the stock model; the logits of every pass."""
@@ -149,8 +150,10 @@ class _Reference:
             raise FaultError("the mask differs from that of a stock cache", _LENGTHS)
         key = (seen.number, number)
         if self._judge:
-            self._visible[key] = self._what_is_visible(seen, call)
+            self._held[key] = self._heads.at_step(seen, call)
+            self._visible[key] = self._what_is_visible(seen, call, self._held[key])
             self._heads.remember(seen)
+        seen = self._as_held(seen, call, self._held[key])
         exact = attend(seen.query, seen.key, seen.value, self._visible[key], seen.scaling)
         if not self._judge:
             return exact.output.to(seen.query.dtype)
@@ -168,14 +171,26 @@ class _Reference:
                 self._heads.after_prompt(seen, call)
         return output
 
-    def _what_is_visible(self, seen: Seen, call: RecordedCall) -> Tensor:
+    def _as_held(self, seen: Seen, call: RecordedCall, held: Places) -> Seen:
+        """With the keys and values that tokens in fewer bits give back in place of their own."""
+        assert call.segments is not None
+        key, value = seen.key.clone(), seen.value.clone()
+        for row, segments in enumerate(call.segments):
+            for head, segment in enumerate(segments):
+                if segment.layout is not None and seen.query.shape[2] > 1:
+                    continue  # it attends to all tokens on the host, exactly
+                dense = key[row, head], value[row, head]
+                places = held[row][head]
+                key[row, head], value[row, head] = residents.given_back(segment, places, *dense)
+        return replace(seen, key=key, value=value)
+
+    def _what_is_visible(self, seen: Seen, call: RecordedCall, places: Places) -> Tensor:
         """[rows, kv_heads, new, tokens]: resident tokens; all of a dynamic head's for passes of
         several tokens; of this pass only what is not later."""
         rows, heads, tokens, _ = seen.key.shape
         new = seen.query.shape[2]
         visible = torch.zeros(rows, heads, new, tokens, dtype=torch.bool)
         assert call.segments is not None
-        places = self._heads.at_step(seen, call)
         for row, start in enumerate(self.recording.script.starts):
             for head in range(heads):
                 whole = new > 1 and call.segments[row][head].layout is not None

@@ -6,7 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -120,13 +120,16 @@ def attend(
 
 @dataclass(frozen=True)
 class Segment:
-    """One (row, KV head) as it lies on the device: `key`, `value` [resident, dim]. A dynamic head
-    has a layout and the item number of every hot slot."""
+    """One (row, KV head) as it lies on the device: `key`, `value` [resident, dim], of which the
+    first `few` are what tokens of `bits` bits give back. A dynamic head has a layout and the item
+    number of every hot slot."""
 
     key: Tensor
     value: Tensor
     layout: DynamicLayout | None = None
     slots: tuple[int, ...] = ()
+    few: int = 0
+    bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,12 @@ def _segments(layer: Any, rows: int) -> list[list[Segment]] | None:
 
 
 def _segment(ragged: Any, number: int) -> Segment:
-    key, value = ragged.storage.keys(number).clone(), ragged.storage.values(number).clone()
+    key, value = (part.clone() for part in ragged.resident(number))
     head = ragged.dynamic.get(number)
+    held = None if ragged.quantised is None else ragged.quantised.of_segment(number)
+    made = Segment(key, value)
+    if held is not None:
+        made = replace(made, few=len(held.rows), bits=held.format.bits)
     if head is None:
-        return Segment(key, value)
-    return Segment(key, value, head.layout, tuple(head.slots.tolist()))
+        return made
+    return replace(made, layout=head.layout, slots=tuple(head.slots.tolist()))

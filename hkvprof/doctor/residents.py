@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hkvprof.doctor.recording import Segment
 from hkvprof.doctor.records import FaultError
-from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.heads import EXACT_BITS, HeadType, KeepRule, Strategy
 from hkvprof.profile.costs import SCORE_BYTES, SLOT_BYTES
 
 _SWAPPED = "keys and values have changed places in the segment's storage"
@@ -35,6 +35,10 @@ _POSITIONS = (
     "get_mask_sizes), or the M-RoPE offset is another conversation's, so that new tokens are "
     "rotated wrongly"
 )
+_CODES = (
+    "tokens in fewer bits do not give back what was stored: codes, scales, mean or rotation, or "
+    "rows of another segment"
+)
 _PARTED = "a kept key stands beside another token's value: the two were selected differently"
 
 
@@ -45,17 +49,20 @@ def positions(
     start: int,
     prompt: int,
 ) -> list[int]:
-    """The position of every resident token, by comparing bytes with dense keys and values.
+    """The position of every resident token, by comparing bytes with dense keys and values; of
+    those in fewer bits, by the nearest key.
 
     `start` is the row's first valid position, `prompt` the length of the prompt. Raises FaultError.
     """
+    found = _nearest(segment, key, value, start) if segment.few else []
     known: dict[bytes, list[int]] = defaultdict(list)
     for place, row in enumerate(_rows(key)):
         if place >= start:
             known[row].append(place)
     dense_values, values = _rows(value), _rows(segment.value)
-    found: list[int] = []
     for number, row in enumerate(_rows(segment.key)):
+        if number < segment.few:
+            continue
         places = known.get(row)
         if not places:
             raise FaultError(
@@ -71,6 +78,46 @@ def positions(
         places.remove(same[0])
         found.append(same[0])
     return found
+
+
+def _nearest(
+    segment: Segment,
+    key: Float[Tensor, "tokens dim"],
+    value: Float[Tensor, "tokens dim"],
+    start: int,
+) -> list[int]:
+    """The positions of the tokens in fewer bits. Raises FaultError where one is not as near as half
+    a step in every channel, after any rotation, may take it."""
+    step = 1 / 254 if segment.bits == 8 else 1 / 15
+    limits = []
+    for dense in (key[start:].double(), value[start:].double()):
+        spread = (dense - dense.mean(0)).norm(dim=1).max()
+        rounding = torch.finfo(key.dtype).eps * dense.norm(dim=1).max()
+        limits.append(key.shape[1] ** 0.5 * step * 2 * spread + 4 * rounding)
+    distance = torch.cdist(segment.key[: segment.few].double(), key[start:].double())
+    places = (distance.argmin(dim=1) + start).tolist()
+    apart = (segment.value[: segment.few].double() - value[places].double()).norm(dim=1)
+    if len(set(places)) < len(places) or bool((distance.amin(dim=1) > limits[0]).any()):
+        raise FaultError(
+            "a token in fewer bits is near none of the model's, or there twice", _CODES
+        )
+    if bool((apart > limits[1]).any()):
+        number = int(apart.argmax())
+        raise FaultError(
+            f"the value of the token at position {places[number]} is not its own", _PARTED
+        )
+    return places
+
+
+def given_back(
+    segment: Segment, places: list[int], key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A head's dense keys and values with those in fewer bits as the segment gives them back."""
+    if not segment.few:
+        return key, value
+    key, value, few = key.clone(), value.clone(), places[: segment.few]
+    key[few], value[few] = segment.key[: segment.few], segment.value[: segment.few]
+    return key, value
 
 
 def _stranger(
@@ -95,17 +142,18 @@ def check_structure(
 ) -> None:
     """Raise FaultError unless a segment of a row of positions `start` to `tokens` is laid out so:
 
-    dynamic: sinks, recent, hot slots as the slot map says, tokens since; static: sinks and the
-    last tokens are among those kept.
+    dynamic: sinks, recent, hot slots as the slot map says (first, where in fewer bits), tokens
+    since; static: sinks and the last tokens are among those kept exactly.
     """
     layout = segment.layout
     if layout is None:
         last = range(max(start, tokens - keep.recent), tokens)
-        missing = {*range(start, min(start + keep.sinks, tokens)), *last} - set(places)
+        exact = set(places[segment.few :])
+        missing = {*range(start, min(start + keep.sinks, tokens)), *last} - exact
         if missing:
             raise FaultError(
                 f"positions {sorted(missing)} are not resident, although sinks and recent tokens "
-                "always stay",
+                "always stay as they are",
                 _INDICES,
             )
         return
@@ -113,7 +161,9 @@ def check_structure(
     behind = first + layout.items * layout.chunk
     since = behind + layout.recent
     hot = [first + slot * layout.chunk + i for slot in segment.slots for i in range(layout.chunk)]
-    expected = [*range(start, first), *range(behind, since), *hot, *range(since, tokens)]
+    ends = [*range(start, first), *range(behind, since)]
+    expected = [*hot, *ends] if segment.few else [*ends, *hot]
+    expected += range(since, tokens)
     if places != expected:
         wrong = next((a, b) for a, b in zip(places, expected, strict=False) if a != b) if (
             len(places) == len(expected)
@@ -148,7 +198,7 @@ def check_count(
     `ratio` is its share of the dense bytes of `tokens` tokens, everything counted.
     """
     held = len(segment.key)
-    static = static_count(ratio, tokens, keep)
+    static = static_count(strategy, ratio, tokens, keep, segment.key)
     hot = _hot_items(strategy, ratio, tokens, keep, segment.key, smooth)
     if ratio * tokens >= tokens:
         wanted, kind = tokens, "whole"
@@ -166,9 +216,22 @@ def check_count(
         )
 
 
-def static_count(ratio: float, tokens: int, keep: KeepRule) -> int:
-    """Tokens that a static head keeps."""
-    return min(tokens, max(int(ratio * tokens + 1e-6), keep.sinks + keep.recent))
+def static_count(
+    strategy: Strategy, ratio: float, tokens: int, keep: KeepRule, like: Tensor
+) -> int:
+    """Tokens that a static head keeps; `like` are keys of its width and dtype."""
+    least, bits = min(tokens, keep.sinks + keep.recent), strategy.resident_bits
+    if bits == EXACT_BITS:
+        return min(tokens, max(int(ratio * tokens + 1e-6), least))
+    width, unit = like.shape[1], 2 * like.shape[1] * like.element_size()
+    row = 2 * (width * bits // 8 + 2 * (1 if bits == 8 else -(-width // _scaled(width))))
+    few = int((ratio * tokens - least - 1) * unit / row + 1e-6)
+    return max(least, min(tokens, least + few))
+
+
+def _scaled(width: int) -> int:
+    """Channels of a scale in 4 bits (docs/profile-format.md)."""
+    return next(n for n in (32, 16, 8, 4, 2, 1) if width % n == 0)
 
 
 def passes(check: Callable[..., None], *given: Any) -> bool:
@@ -198,6 +261,8 @@ def _hot_items(
     digest = {"mean": dim * size, "minmax": 2 * dim * size, "projected": strategy.bits // 8}
     token = 2 * dim * size
     left = ratio * tokens * token - items * digest[strategy.index] - (keep.sinks + recent) * token
+    if strategy.resident_bits == 8:  # and the mean that was taken off
+        left, token = left - token, 2 * dim + 4
     hot = int(left // (chunk * token + SLOT_BYTES + (SCORE_BYTES if smooth else 0)))
     if items < 1 or hot < 1:
         return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from hkvprof.errors import BudgetError, CompressionError, UsageError
+from hkvprof.evaluate.calibration_prompts import calibration_prompts
 from hkvprof.evaluate.contest import (
     MIN_TOKENS,
     Caches,
@@ -18,10 +20,17 @@ from hkvprof.evaluate.contest import (
     ProfiledModel,
 )
 from hkvprof.evaluate.journal import Journal
-from hkvprof.evaluate.questions import AskedPrompt, Question, Stage
+from hkvprof.evaluate.questions import AskedPrompt, Question, Stage, stepwise
 from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer, TaskSet
-from hkvprof.evaluate.replay import Distance, Reference, answer, end_tokens, refer, replay
-from hkvprof.runtime import measure_storage
+from hkvprof.evaluate.replay import (
+    Distance,
+    Reference,
+    answer,
+    end_tokens,
+    refer,
+    refer_to,
+    replay,
+)
 from hkvprof.samples.read import Sample
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -46,7 +55,8 @@ def compare(
     """
     journal = journal or Journal(None, {})
     track = track or (lambda items, description, total: items)
-    contest = Contest(profiled, comparison.seed)
+    prompts = partial(calibration_prompts, profiled.model, profiled.processor, tasks)
+    contest = Contest(profiled, comparison.seed, comparison.itemsize, prompts)
     for sample in track(tasks.samples, "answering", len(tasks.samples)):
         done = journal.done
         missing = [
@@ -72,11 +82,18 @@ class _Asked:
     prompt: AskedPrompt
     question: Question
     reference: Reference
+    truth: Reference | None
+    """The same of what really follows, where that is known."""
 
     @property
     def first(self) -> torch.Tensor | None:
         """Logits that the compressed prompt ended with, where the reply follows it at once."""
         return None if self.question.lead else self.prompt.prefill.logits[0]
+
+    @property
+    def begin(self) -> int:
+        """The first distribution that a method had a part in: not the prompt's own."""
+        return 0 if self.question.lead else 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,7 @@ class _Said:
 
     text: str
     distance: Distance
+    truth: Distance | None
     resident_bytes: int
     storage_bytes: int
     host_bytes: int
@@ -139,45 +157,63 @@ class _Round:
         asked: list[_Asked] = []
         first_reply: str | None = None
         for regime in self.comparison.regimes:
-            if regime == "inside":
-                prompt: AskedPrompt | None = stage.inside()
-            elif regime == "after":
-                prompt = stage.after()
-            else:
-                if first_reply is None:
-                    known = [one for one in asked if one.prompt.regime == "inside"]
-                    first_reply = self._text(
-                        (known or [self._ask_full(stage.inside(), 0)])[0].reference
-                    )
-                prompt = stage.later(first_reply)
+            if regime.startswith("later") and first_reply is None:
+                known = [one for one in asked if one.prompt.regime == "inside"]
+                first_reply = self._text(
+                    (known or [self._ask_full(stage.inside(), 0)])[0].reference
+                )
+            prompt = self._prompt(stage, regime, first_reply or "")
             if prompt is not None:
                 asked += [self._ask_full(prompt, i) for i in range(len(prompt.questions))]
         return asked
 
+    @staticmethod
+    def _prompt(stage: Stage, regime: str, first_reply: str) -> AskedPrompt | None:
+        """The sample in one regime; None where it has no such question."""
+        match regime:
+            case "inside":
+                return stage.inside()
+            case "several":
+                return stage.several()
+            case "after" | "after_steps":
+                prompt = stage.after()
+            case _:
+                prompt = stage.later(first_reply)
+        return stepwise(prompt) if regime.endswith("_steps") else prompt
+
     def _ask_full(self, prompt: AskedPrompt, number: int) -> _Asked:
-        question = prompt.questions[number]
-        prefill = prompt.prefill
+        question, prefill = prompt.questions[number], prompt.prefill
+        first = None if question.lead else prefill.logits[0]
         prefill.restore(self.model)
         reference = refer(
-            self.model,
-            prefill.dense_cache(),
-            None if question.lead else prefill.logits[0],
-            question.lead,
-            self.ends,
-            self.comparison.steps,
-            self.tasks.max_new_tokens,
-        )
-        return _Asked(prompt, question, reference)
+            self.model, prefill.dense_cache(), first, replace(question.lead, stepwise=False),
+            self.ends, self.comparison.steps, self.tasks.max_new_tokens,
+        )  # fmt: skip
+        truth = None
+        if question.truth:
+            tokens = question.truth[: self.comparison.steps]
+            prefill.restore(self.model)
+            truth = refer_to(self.model, prefill.dense_cache(), first, question.lead, tokens)
+        return _Asked(prompt, question, reference, truth)
 
     def _text(self, reference: Reference) -> str:
         return self.processor.decode(list(reference.reply[: self.tasks.max_new_tokens]))
 
     def _full(self, one: _Asked) -> _Said:
-        calls = one.prompt.prefill.calls
-        size = sum(call.key.nbytes + call.value.nbytes for call in calls)
-        distance = one.reference.distance(one.reference.log_probs, 0 if one.question.lead else 1)
-        text = self._text(one.reference)
-        return _Said(text, distance, size, size, 0, size, compress_seconds=0.0, hit_rate=None)
+        size = one.prompt.prefill.dense_bytes(self.comparison.itemsize)
+        one.prompt.prefill.restore(self.model)
+        with self.contest.whole(one.prompt.prefill) as cache:
+            again, _ = replay(
+                self.model, cache, one.first, one.question.lead, one.reference, stepwise=False
+            )
+        text, truth = self._text(one.reference), None
+        if one.truth is not None:
+            truth = one.truth.distance(one.truth.log_probs, one.begin)
+        same = one.reference.distance(one.reference.log_probs, one.begin)
+        return _Said(
+            text, replace(same, kl=again.kl), truth, size, size, 0, size, compress_seconds=0.0,
+            hit_rate=None,
+        )  # fmt: skip
 
     def _compressed(self, entry: MethodAtBudget, asked: list[_Asked]) -> list[Answer]:
         """One method's answers; every prompt is compressed once. Raises BudgetError."""
@@ -193,13 +229,17 @@ class _Round:
 
     def _say(self, caches: Caches, one: _Asked) -> _Said:
         cache = caches()
-        receipt = cache.receipt()
-        storage, _ = measure_storage(cache)
+        receipt, held = cache.receipt(), caches.count(cache)
         distance, left = replay(
             self.model, cache, one.first, one.question.lead, one.reference,
             stepwise=receipt.host_bytes > 0,
         )  # fmt: skip
-        text, after = self._text(one.reference), cache.receipt()
+        truth, after = None, cache.receipt()
+        if one.truth is not None:
+            stepped = receipt.host_bytes > 0
+            again = caches()
+            truth, _ = replay(self.model, again, one.first, one.question.lead, one.truth, stepped)
+        text = self._text(one.reference)
         limit = self.tasks.max_new_tokens
         if left is not None and left < limit:
             ids = answer(self.model, caches(), one.first, one.question.lead, self.ends, limit)
@@ -207,10 +247,11 @@ class _Round:
         return _Said(
             text,
             distance,
-            receipt.resident_bytes,
-            storage,
-            receipt.host_bytes,
-            receipt.dense_bytes,
+            truth,
+            held.resident,
+            held.storage,
+            held.host,
+            held.dense,
             compress_seconds=caches.seconds + receipt.compression_seconds,
             hit_rate=after.hit_rate,
             read_share=after.read_share,
@@ -234,6 +275,8 @@ class _Round:
             agreement=said.distance.agreement,
             nll=said.distance.nll,
             steps=said.distance.rows,
+            true_kl=None if said.truth is None else said.truth.kl,
+            true_nll=None if said.truth is None else said.truth.nll,
             prompt_tokens=one.prompt.prefill.tokens,
             resident_bytes=said.resident_bytes,
             storage_bytes=said.storage_bytes,

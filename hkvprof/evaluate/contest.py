@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.baselines.base import PromptView, baselines, find
 from hkvprof.evaluate.baselines.session import applied, decide, fill
+from hkvprof.evaluate.counting import CountedBytes, Widened, count_bytes
 from hkvprof.evaluate.prefill import Prefill
-from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer, TaskSet
+from hkvprof.evaluate.records import FULL, OURS, REGIMES, USUAL_REGIMES, Answer, TaskSet
 from hkvprof.evaluate.replay import STEPS
+from hkvprof.heads import HeadType, Strategy
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.profile.budgets import Budget
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import CompressedCache, apply
+from hkvprof.runtime.options import Options
+from hkvprof.runtime.packing import Packed
+from hkvprof.runtime.plan import HeadPlan, head_plans
 
 MIN_TOKENS = 64
 """Fewer than `apply` asks for: here it is quality that counts, not time."""
@@ -52,14 +58,16 @@ class ComparisonPlan:
     """hkvprof and `baselines` (names) at every budget, in these regimes.
 
     `steps` tokens of the full cache's continuation are forced per question; `seed` is for methods
-    that draw. Raises UsageError, BudgetError.
+    that draw. `itemsize`: bytes that an element of keys and values counts, for budgets, shares and
+    indexes alike (None: those it has). Raises UsageError, BudgetError.
     """
 
     budgets: tuple[str, ...]
     baselines: tuple[str, ...] = ()
-    regimes: tuple[str, ...] = tuple(REGIMES)
+    regimes: tuple[str, ...] = USUAL_REGIMES
     steps: int = STEPS
     seed: int = 0
+    itemsize: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.regimes if name not in REGIMES]
@@ -91,7 +99,8 @@ class ComparisonPlan:
 
     def conditions(self) -> dict[str, Any]:
         """What answers depend on, whatever rows are asked for."""
-        return {"regimes": list(self.regimes), "steps": self.steps, "seed": self.seed}
+        known = {"regimes": list(self.regimes), "steps": self.steps, "seed": self.seed}
+        return known | {"itemsize": self.itemsize}
 
     def fitting(self, tasks: TaskSet, given: bool) -> ComparisonPlan:
         """Without `later` where no sample has a follow-up, unless the regimes were given."""
@@ -108,22 +117,38 @@ class ComparisonPlan:
 
 @dataclass
 class Caches:
-    """Makes caches that hold one prompt, compressed by one entry; `seconds` it took to decide."""
+    """Makes caches that hold one prompt, compressed by one entry; `seconds` it took to decide.
+
+    `saved` bytes are what decoded rows exceed their format by, at `itemsize` bytes an element.
+    """
 
     make: Callable[[], CompressedCache]
     seconds: float
+    saved: int
+    itemsize: int
 
     def __call__(self) -> CompressedCache:
         """A new cache that holds the prompt, compressed by this entry."""
         return self.make()
 
+    def count(self, cache: CompressedCache) -> CountedBytes:
+        """The bytes of one of these caches, as the comparison counts them."""
+        return count_bytes(cache, self.saved, self.itemsize)
+
 
 class Contest:
     """All methods' ways to compress, for one model and profile."""
 
-    def __init__(self, profiled: ProfiledModel, seed: int) -> None:
+    def __init__(
+        self,
+        profiled: ProfiledModel,
+        seed: int,
+        itemsize: int | None = None,
+        calibration: Callable[[], Sequence[Prefill]] | None = None,
+    ) -> None:
         self.model, self.profile, self.seed = profiled.model, profiled.profile, seed
         self.fetch = profiled.fetch
+        self.itemsize, self.calibration = itemsize, calibration
         self._memos: dict[int, dict[str, tuple[Any, float]]] = {}
 
     def forget(self) -> None:
@@ -134,16 +159,8 @@ class Contest:
     def open(self, entry: MethodAtBudget, prefill: Prefill) -> Iterator[Caches]:
         """Within: the model serves caches of this entry. Raises HkvError where it cannot."""
         if entry.method == OURS:
-            with apply(
-                self.model, self.profile, entry.budget, min_tokens=MIN_TOKENS, fetch=self.fetch
-            ) as handle:
-
-                def ours() -> CompressedCache:
-                    cache = handle.new_cache(prefill.tokens)
-                    prefill.fill(cache)
-                    return cache
-
-                yield Caches(ours, 0.0)
+            with self._ours(entry.budget, prefill) as caches:
+                yield caches
             return
         method, prompt = find(entry.method), self._prompt(entry, prefill)
         selected = decide(method, prompt)
@@ -154,10 +171,66 @@ class Contest:
                 fill(cache, prefill, selected)
                 return cache
 
-            yield Caches(theirs, selected.seconds)
+            yield Caches(theirs, selected.seconds, selected.saved, selected.itemsize)
+
+    @contextmanager
+    def whole(self, prefill: Prefill) -> Iterator[CompressedCache]:
+        """Within: all of a prompt in the storage of compressed caches, its last token first.
+
+        Dense attention, computed as that of compressed caches is, in another order than usual.
+        """
+        heads, layers = self.profile.grid.kv_heads, len(prefill.calls)
+        plans = ((HeadPlan(Strategy(HeadType.STATIC), 1.0),) * heads,) * layers
+        given = [
+            {
+                head: Packed(call.key[0, head].flip(0), call.value[0, head].flip(0), "whole")
+                for head in range(heads)
+            }
+            for call in prefill.calls
+        ]
+        with apply(self.model, self.profile, 0.5, min_tokens=1, compress_every=0) as handle:
+            cache = handle.new_cache(prefill.tokens)
+            prefill.fill_with(cache, plans, given)
+            yield cache
+
+    @contextmanager
+    def _ours(self, budget: str, prefill: Prefill) -> Iterator[Caches]:
+        """hkvprof as it is applied; where elements count fewer bytes than they have, its plans for
+        those bytes hold the same tokens."""
+        wide = prefill.calls[0].key.element_size()
+        itemsize = self.itemsize or wide
+        if itemsize == wide or prefill.tokens < MIN_TOKENS or Budget.parse(budget).share == 1:
+            with apply(
+                self.model, self.profile, budget, min_tokens=MIN_TOKENS, fetch=self.fetch
+            ) as handle:
+
+                def made() -> CompressedCache:
+                    cache = handle.new_cache(prefill.tokens)
+                    prefill.fill(cache)
+                    return cache
+
+                yield Caches(made, 0.0, 0, itemsize)
+            return
+        allocation = self.profile.allocation(budget, prefill.tokens, itemsize, fetch=self.fetch)
+        fixed = self.profile.keep, Options().slot_bytes
+        widened = Widened.to_fit(prefill, *fixed, itemsize)
+        planned_heads = head_plans(self.profile.strategies, allocation)
+        plans = [tuple(map(widened.plan, heads)) for heads in planned_heads]
+        share = fmean(min(1.0, head.ratio) for heads in plans for head in heads)
+        with apply(self.model, self.profile, budget=share, min_tokens=MIN_TOKENS) as handle:
+
+            def planned() -> CompressedCache:
+                cache = handle.new_cache(prefill.tokens)
+                prefill.fill_with(cache, plans, [{}] * len(plans), share)
+                return cache
+
+            yield Caches(planned, 0.0, 0, itemsize)
 
     def _prompt(self, entry: MethodAtBudget, prefill: Prefill) -> PromptView:
-        dense = sum(call.key.nbytes + call.value.nbytes for call in prefill.calls)
+        dense = prefill.dense_bytes(self.itemsize)
         share = Budget.parse(entry.budget).resolve(prefill.tokens, dense)
         memo = self._memos.setdefault(id(prefill), {})
-        return PromptView(self.model, prefill, share, self.profile, self.seed, memo)
+        return PromptView(
+            self.model, prefill, share, self.profile, self.seed, memo, self.itemsize,
+            self.calibration,
+        )  # fmt: skip

@@ -8,6 +8,7 @@ the product's own decoding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from hkvprof.models.attention import AttentionCall, hooked_attention
 from hkvprof.models.calls import last_row_only, rope_holder, with_cache
 from hkvprof.models.decoder_input import DecoderInput, watch_input
 from hkvprof.models.processing import Encoded
+from hkvprof.models.rotary import rotary_module, watching_positions
 from hkvprof.runtime import CompressedCache
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.plan import HeadPlan, RowPlan
@@ -34,7 +36,8 @@ class Prefill:
     """A prompt on a model: per covered layer the attention call with all keys and values.
 
     `logits` [rows, vocabulary] of the last position; `rope_deltas` are Qwen-VL's position offsets;
-    `text` tells text from vision (or context) tokens.
+    `text` tells text from vision (or context) tokens, `positions` [axes, 1, tokens] are what rotary
+    embeddings were told, where the model has any.
     """
 
     view: ModelView
@@ -45,6 +48,7 @@ class Prefill:
     rope_deltas: Tensor | None
     text: Bool[Tensor, " tokens"]
     decoder_input: DecoderInput
+    positions: Tensor | None = None
 
     def first(self, count: int) -> Prefill:
         """The prefill of the first `count` tokens alone, to which attention is causal.
@@ -65,7 +69,13 @@ class Prefill:
             ids=self.ids[:, :count],
             text=self.text[:count],
             decoder_input=self.decoder_input.first(count),
+            positions=None if self.positions is None else self.positions[..., :count],
         )
+
+    def dense_bytes(self, itemsize: int | None = None) -> int:
+        """Bytes of all keys and values, by the bytes an element has or is to count."""
+        elements = sum(call.key.numel() + call.value.numel() for call in self.calls)
+        return elements * (itemsize or self.calls[0].key.element_size())
 
     def dense_cache(self) -> DynamicCache:
         """A full cache of transformers, with keys and values of its own."""
@@ -86,14 +96,15 @@ class Prefill:
         cache: CompressedCache,
         plans: Sequence[tuple[HeadPlan, ...]],
         given: Sequence[Mapping[int, Packed]],
+        share: float = 1.0,
     ) -> None:
         """As `fill`, but with these plans per layer, whatever the planner says; heads in `given`
-        hold what they are given."""
+        hold what they are given. `share` is what the plans were made for."""
         self._open(cache)
         cache.conversation.observe_rows(None, 1, self.tokens, self.tokens)
         for layer, call, heads, packed in zip(cache.covered, self.calls, plans, given, strict=True):
             layer.update(call.key, call.value)
-            plan = RowPlan(self.tokens, 1.0, (heads,) * len(plans))
+            plan = RowPlan(self.tokens, share, (heads,) * len(plans))
             layer.compress_by([plan], call.query.detach(), self.tokens, call.scaling, packed)
 
     def restore(self, model: Any) -> None:
@@ -107,6 +118,8 @@ class Prefill:
         conversation.goal = self.tokens
         conversation.see_ids(self.ids, 0)
         conversation.rope_deltas = self.rope_deltas
+        if self.positions is not None:
+            conversation.positions.see(self.positions, 1)
 
 
 @torch.no_grad()
@@ -124,7 +137,14 @@ def capture(model: Any, encoded: Encoded) -> Prefill:
             f"{type(model).__name__} has layers that a profile does not cover (sliding windows): "
             "its prefill cannot be shared between methods"
         )
-    with hooked_attention(model), watch_input(model, view) as seen:
+    told: list[Tensor] = []
+    asked = watching_positions(model, view, lambda positions, rows: told.append(positions))
+    has_rotary = rotary_module(model, view) is not None
+    with (
+        hooked_attention(model),
+        watch_input(model, view) as seen,
+        asked if has_rotary else nullcontext(),
+    ):
         inputs = encoded.to(model.device, model.dtype)
         output = model(**inputs, **with_cache(model, cache), **last_row_only(model))
     kept = [replace(calls[number], dense=_nothing) for number in range(len(cache.covered))]
@@ -137,6 +157,7 @@ def capture(model: Any, encoded: Encoded) -> Prefill:
         getattr(rope_holder(model), "rope_deltas", None),
         (encoded.modality[0] == Modality.TEXT).to(model.device),
         seen,
+        told[-1] if told else None,
     )
 
 

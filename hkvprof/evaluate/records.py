@@ -16,7 +16,12 @@ REGIMES = {
     "inside": "question in the compressed prompt",
     "after": "context compressed first, question after it",
     "later": "a later question, after a first one inside the prompt",
+    "several": "several questions in the compressed prompt, each answered on its own",
+    "after_steps": "as after, the question fed token by token",
+    "later_steps": "as later, the question fed token by token",
 }
+USUAL_REGIMES = ("inside", "after", "later")
+"""What is asked unless regimes are named."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Answer:
     - `kl` is the mean KL(full || this) in nats over the `steps` next-token distributions while the
       full cache's own continuation is forced, `agreement` the share of them with the same likeliest
       token; `nll` the mean negative log-likelihood, in nats per token, of the full cache's reply.
+    - `true_kl` and `true_nll` are the same of what really follows a text, forced in place of the
+      full cache's own continuation; None for questions.
+    - the full cache's own `kl` is the noise of its dtype: dense against dense computed another way.
     - bytes are those when the prompt has been compressed; `storage_bytes` sums the cache's tensors
       (resident), independent of the receipt's `resident_bytes`.
     - `read_share`: bytes that a step read from the host in the mean, over dense bytes, and
@@ -59,6 +67,8 @@ class Answer:
     compress_seconds: float
     hit_rate: float | None
     questions: int = 1
+    true_kl: float | None = None
+    true_nll: float | None = None
     read_share: float = 0.0
     limit_share: float = 0.0
 
@@ -81,7 +91,7 @@ class TaskSet:
 
     `gold` holds, by sample id, the correct answers and the metric of questions that have several
     answers or a metric of their own. All others, and later questions, are scored by `metric`
-    against the sample's reply.
+    against the sample's reply. `truth` holds, by sample id, what really follows a text.
     """
 
     name: str
@@ -89,6 +99,7 @@ class TaskSet:
     metric: Metric
     max_new_tokens: int
     gold: Mapping[str, Gold] = field(default_factory=dict)
+    truth: Mapping[str, str] = field(default_factory=dict)
 
     def gold_of(self, sample: Sample, turn: int) -> Gold:
         """What is correct in one turn of a sample: 0 is the prompt's question."""

@@ -7,6 +7,7 @@ the end token is passed over, so that short answers too give enough tokens to ju
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,17 @@ from hkvprof.models.calls import with_cache
 
 STEPS = 64
 """Forced tokens per question."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Tokens between the compressed prompt and the reply, fed in one pass or one by one."""
+
+    ids: tuple[int, ...] = ()
+    stepwise: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.ids)
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ def refer(
     model: Any,
     cache: Any,
     first: Float[Tensor, " vocabulary"] | None,
-    lead: tuple[int, ...],
+    lead: Lead,
     ends: frozenset[int],
     steps: int,
     max_new_tokens: int,
@@ -111,7 +123,7 @@ def replay(
     model: Any,
     cache: Any,
     first: Float[Tensor, " vocabulary"] | None,
-    lead: tuple[int, ...],
+    lead: Lead,
     reference: Reference,
     stepwise: bool,
 ) -> tuple[Distance, int | None]:
@@ -121,11 +133,8 @@ def replay(
     `stepwise` feeds single tokens, as decoding does; caches that fetch nothing give the same in
     one pass.
     """
-    opening = _open(model, cache, first, lead)[None]
     forced = [int(token) for token in reference.forced]
-    passes = [[token] for token in forced] if stepwise else [forced]
-    rows = torch.cat([opening, *(_feed(model, cache, ids) for ids in passes)])
-    log_probs = rows.float().log_softmax(-1)
+    log_probs = _force(model, cache, first, lead, forced, stepwise)
     distance = reference.distance(log_probs, 0 if lead else 1)
     said = [int(token) for token in log_probs.argmax(-1)]
     left = next((i for i, token in enumerate(reference.judged) if said[i] != token), None)
@@ -135,11 +144,34 @@ def replay(
 
 
 @torch.no_grad()
+def refer_to(
+    model: Any,
+    cache: Any,
+    first: Float[Tensor, " vocabulary"] | None,
+    lead: Lead,
+    tokens: Sequence[int],
+) -> Reference:
+    """The full cache's distributions while given tokens, which it need not have chosen, follow."""
+    log_probs = _force(model, cache, first, lead, list(tokens), stepwise=False)
+    return Reference(torch.tensor(tokens, device=log_probs.device), log_probs, tuple(tokens), None)
+
+
+def _force(
+    model: Any, cache: Any, first: Tensor | None, lead: Lead, forced: list[int], stepwise: bool
+) -> Float[Tensor, "rows vocabulary"]:
+    """Distributions before the first of the forced tokens and after each."""
+    opening = _open(model, cache, first, lead)[None]
+    passes = [[token] for token in forced] if stepwise else [forced]
+    rows = torch.cat([opening, *(_feed(model, cache, ids) for ids in passes)])
+    return rows.float().log_softmax(-1)
+
+
+@torch.no_grad()
 def answer(
     model: Any,
     cache: Any,
     first: Float[Tensor, " vocabulary"] | None,
-    lead: tuple[int, ...],
+    lead: Lead,
     ends: frozenset[int],
     max_new_tokens: int,
 ) -> tuple[int, ...]:
@@ -155,10 +187,11 @@ def answer(
             logits = _feed(model, cache, [token])[-1]
 
 
-def _open(model: Any, cache: Any, first: Tensor | None, lead: tuple[int, ...]) -> Tensor:
+def _open(model: Any, cache: Any, first: Tensor | None, lead: Lead) -> Tensor:
     """Logits from which the reply's first token is chosen, [vocabulary]."""
     if lead:
-        return _feed(model, cache, list(lead))[-1]
+        passes = [[token] for token in lead.ids] if lead.stepwise else [list(lead.ids)]
+        return [_feed(model, cache, ids) for ids in passes][-1][-1]
     assert first is not None, "a prompt without a lead needs its last logits"
     return first
 

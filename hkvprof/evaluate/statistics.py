@@ -64,7 +64,11 @@ class MethodSummary:
     - `score` is over the `scored` answers; `score_share` (of the full cache's score), `difference`
       (score less the full cache's) and `worst_task` are over the scored questions that both
       answered; tasks that the full cache never gets right have no ratio.
-    - `kl`, `nll` and `nll_difference` (to the full cache, same questions) in nats per token.
+    - `kl`, `nll` and `nll_difference` (to the full cache, same questions) in nats per token;
+      `true_kl` and `true_nll_difference` where what really follows was forced. The full cache's
+      `kl` is noise.
+    - `all_kept`: share of samples all of whose scored questions score no less than with the full
+      cache.
     - `share` and `storage_share`: resident over dense bytes, by the receipt and by the tensors.
     - `read_share`: read from the host per decoding step, over dense bytes; `limit_share`: the most
       that any step could.
@@ -90,6 +94,9 @@ class MethodSummary:
     host_bytes: float
     compress_seconds: float
     hit_rate: float | None
+    true_kl: BootstrapInterval | None = None
+    true_nll_difference: float | None = None
+    all_kept: float | None = None
     read_share: float = 0.0
     limit_share: float = 0.0
 
@@ -252,9 +259,14 @@ def _summary(key: Key, group: Group, full: Group, seed: int) -> MethodSummary:
         worst_task=worst_task,
         worst_ratio=worst_ratio,
         kl=kl,
+        true_kl=bootstrap(_figures(group, "true_kl"), seed=seed),
         agreement=fmean(a.agreement for a in answers),
         nll=fmean(a.nll for a in answers),
         nll_difference=_mean(_less(_figures(group, "nll"), _figures(full, "nll")).values()),
+        all_kept=_all_kept(scores, both),
+        true_nll_difference=_mean(
+            _less(_figures(group, "true_nll"), _figures(full, "true_nll")).values()
+        ),
         share=sum(a.resident_bytes for a in answers) / dense,
         storage_share=sum(a.storage_bytes for a in answers) / dense,
         host_bytes=fmean(a.host_bytes for a in answers),
@@ -263,6 +275,14 @@ def _summary(key: Key, group: Group, full: Group, seed: int) -> MethodSummary:
         read_share=fmean(a.read_share for a in answers),
         limit_share=max(a.limit_share for a in answers),
     )
+
+
+def _all_kept(scores: Figures, full: Figures) -> float | None:
+    kept: dict[str, bool] = {}
+    for question, right in full.items():
+        sample = question[0]
+        kept[sample] = kept.get(sample, True) and scores[question] >= right
+    return _mean([float(one) for one in kept.values()])
 
 
 def _tasks(answers: Sequence[Answer]) -> dict[str, TaskScore]:

@@ -34,10 +34,10 @@ def load_tasks(
 ) -> TaskSet:
     """The tasks called `name`: `tinyvl`, `longtext`, a sample folder or file, or `LAYOUT:PATH`.
 
-    Samples of `tinyvl` have 12 or 16 images and one later question; those of `longtext` about
-    `tokens` tokens (a number, or a range such as 2000-8000 over which they are spread evenly) and
-    one later question (they alone need `processor`); the first samples of a task are the same for
-    any `per_task`.
+    Samples of `tinyvl` have 12 or 16 images and one later question; those of `longtext` (they alone
+    need `processor`) about `tokens` tokens (a number, or a range such as 2000-8000 over which they
+    are spread evenly) and one later question, or a text and what really follows it; the first
+    samples of a task are the same for any `per_task`.
     `max_samples` picks a subset of the others that is balanced over tasks; `max_frames` bounds the
     frames of a video. Raises UsageError, SampleError.
     """
@@ -86,6 +86,7 @@ def _tinyvl(per_task: int) -> TaskSet:
 
 def _longtext(processor: ChatProcessor | None, per_task: int, tokens: str) -> TaskSet:
     from hkvprof.evaluate.longtext import GOLDEN, TASKS, is_correct, make_sample, parse_range
+    from hkvprof.evaluate.truetext import KINDS, make_text
 
     assert processor is not None, "longtext is cut by the model's tokens"
 
@@ -93,15 +94,21 @@ def _longtext(processor: ChatProcessor | None, per_task: int, tokens: str) -> Ta
         return len(processor.encode_text(text))
 
     low, high = parse_range(tokens)
-    samples = []
+    samples, truth = [], {}
     for index in range(per_task):
         for number, kind in enumerate(TASKS):
             place = (index + number / len(TASKS)) * GOLDEN % 1.0
             length = round(low + place * (high - low))
             sample = make_sample(kind, index, length, "heldout", followups=1, count_tokens=count)
             samples.append(sample if kind in LONGTEXT_JUDGED else replace(sample, reply=None))
+        for number, kind in enumerate(KINDS):
+            place = (index + number / len(KINDS)) * GOLDEN % 1.0
+            text, truth[f"heldout-text_{kind}-{index:06d}"] = make_text(
+                kind, index, round(low + place * (high - low)), count
+            )
+            samples.append(text)
     metric = Metric("every_part", is_correct)
-    return TaskSet("longtext", tuple(samples), metric, max_new_tokens=32)
+    return TaskSet("longtext", tuple(samples), metric, max_new_tokens=32, truth=truth)
 
 
 def _folder(name: str, max_samples: int | None) -> TaskSet:

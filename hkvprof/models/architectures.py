@@ -24,13 +24,15 @@ class Adapter:
     """What hkvprof asks about an architecture. Override what yours does differently.
 
     `model_types` are the values of `config.model_type` that it is for; `output_names` the names
-    that an attention module may give its output projection. `pillow` begins the names of the image
+    that an attention module may give its output projection, `key_norms` those of what normalises
+    keys. `pillow` begins the names of the image
     processors that hkvprof runs without torchvision (models.processing), `videos` tells whether
     frames of a video can be given, and `chat_template` stands in where a processor has none.
     """
 
     model_types: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ("o_proj", "out_proj", "dense")
+    key_norms: tuple[str, ...] = ("k_norm", "k_layernorm", "key_layernorm")
     pillow: str = ""
     videos: bool = False
     chat_template: str = ""
@@ -107,6 +109,16 @@ class Adapter:
                 "(docs/adding-a-model.md)"
             )
         return effective_weight(getattr(attention, name))
+
+    def key_bias(self, attention: nn.Module) -> Tensor | None:
+        """What an attention module adds to keys just before it rotates them, [kv_heads * head_dim];
+        None where it adds nothing, or keys are normalised in between."""
+        if any(hasattr(attention, name) for name in self.key_norms):
+            return None
+        projection = getattr(attention, "k_proj", None)
+        inner = getattr(projection, "base_layer", projection)
+        bias = getattr(inner, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
 
     def modality(self, ids: Int[Tensor, "*shape"], config: Any) -> Int[Tensor, "*shape"]:
         """What every position of a prompt holds (Modality values), from its token ids."""

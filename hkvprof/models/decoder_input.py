@@ -91,7 +91,7 @@ def watch_input(model: nn.Module, view: ModelView) -> Iterator[DecoderInput]:
     def before_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         pair = kwargs.get("position_embeddings")
         if pair is not None:
-            cos, sin = (_mixed(part.detach().float(), view.text_config) for part in pair)
+            cos, sin = (mixed(part.detach().float(), view.text_config) for part in pair)
             seen.rotation = Rotation(cos, sin)
 
     hooks = [
@@ -105,7 +105,7 @@ def watch_input(model: nn.Module, view: ModelView) -> Iterator[DecoderInput]:
             hook.remove()
 
 
-def _mixed(angles: Tensor, text_config: Any) -> Tensor:
+def mixed(angles: Tensor, text_config: Any) -> Tensor:
     """[tokens, width]; older releases of transformers hand on M-RoPE's three sections unmixed."""
     if angles.ndim == 4:
         sections = list(text_config.rope_parameters["mrope_section"]) * 2

@@ -1,4 +1,4 @@
-"""Loading models by alias, hub id or folder."""
+"""Loading models by alias, hub id, folder or GGUF file."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def load_model(
 ) -> tuple[Any, ChatProcessor]:
     """Load a model in eval mode and its processor.
 
-    `name_or_path` is an alias (`hkvprof models`), a hub id or a folder; `dtype` a torch dtype or
-    its name; `device` defaults to CUDA where present. `fsdp` spreads the weights over that many
-    processes, each of which calls this, in a process group (transformers' DistributedConfig).
+    `name_or_path` is an alias (`hkvprof models`), a hub id, a folder or a GGUF file (converted
+    once); `dtype` a torch dtype or its name; `device` defaults to CUDA where present. `fsdp`
+    spreads the weights over that many processes, each of which calls this, in a process group
+    (transformers' DistributedConfig).
     Raises ModelError when the weights cannot be had, UsageError on a wrong dtype or device.
     """
     if device is not None and device_map is not None:
@@ -108,6 +109,16 @@ def load_empty(name_or_path: str | Path) -> tuple[Any, ChatProcessor]:
         raise _unavailable(str(name_or_path), source, error) from error
 
 
+def takes_pictures(name_or_path: str | Path) -> bool:
+    """Whether a checkpoint's config has a vision tower; loads no weights. Raises ModelError."""
+    source = resolve_source(str(name_or_path))
+    try:
+        config, _ = _model_class(source, Path(source).is_dir() or not _hub_answers())
+    except Exception as error:
+        raise _unavailable(str(name_or_path), source, error) from error
+    return getattr(config, "vision_config", None) is not None
+
+
 def _empty_model(source: str, local: bool) -> Any:
     config, model_class = _model_class(source, local)
     with torch.device("meta"):
@@ -115,10 +126,10 @@ def _empty_model(source: str, local: bool) -> Any:
 
 
 def resolve_source(name: str) -> str:
-    """The folder or hub id behind `name`.
+    """The folder or hub id behind `name`; a GGUF file is converted first, once.
 
     Raises ModelError for a path that does not exist, such as `out/mine` where there is a folder
-    `out`: the hub is not asked for it.
+    `out`: the hub is not asked for it; and as `gguf_file.ensure_checkpoint`.
     """
     if name == "tinyvl":
         return str(TINYVL_FOLDER)
@@ -128,6 +139,10 @@ def resolve_source(name: str) -> str:
         return str(ensure_checkpoint())
     if name in ALIASES:
         return ALIASES[name].hub_id
+    if name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir():
+        from hkvprof.models import gguf_file
+
+        return str(gguf_file.ensure_checkpoint(Path(name).expanduser()))
     if name and Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
     owner, _, rest = name.partition("/")
@@ -136,7 +151,7 @@ def resolve_source(name: str) -> str:
         hint = f"Did you mean {' or '.join(close)}?" if close else "`hkvprof models` lists aliases."
         raise ModelError(
             f"no model {name!r}: expected an alias, a hub id such as Qwen/Qwen2.5-VL-7B-Instruct, "
-            f"or an existing folder. {hint}"
+            f"or an existing folder or GGUF file. {hint}"
         )
     return name
 

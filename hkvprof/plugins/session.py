@@ -62,7 +62,7 @@ class Arguments:
         if missing:
             raise UsageError(
                 f"--model hkvprof needs {' and '.join(missing)}: expected --model_args "
-                "pretrained=<alias, hub id or folder>,profile=<file>,budget=0.1"
+                "pretrained=<alias, hub id, folder or GGUF file>,profile=<file>,budget=0.1"
             )
         runtime = _taken(given, RUNTIME)
         for name in _WHOLE:

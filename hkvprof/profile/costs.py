@@ -67,7 +67,7 @@ class StaticLayout:
 
     @property
     def tokens(self) -> int:
-        """All of them."""
+        """How many tokens it keeps."""
         return self.exact + self.quantised
 
 
@@ -119,12 +119,19 @@ def index_item_bytes(strategy: Strategy, head_dim: int, itemsize: int) -> int:
     raise AssertionError(f"no index named {strategy.index!r}")
 
 
-def table_bytes(head_dim: int, channels: int) -> int:
+def position_bytes(axes: int) -> int:
+    """Device bytes of a token's positions (int32), which all heads and layers share, where an index
+    goes by positions on several axes (selection.rotary)."""
+    return 4 * axes
+
+
+def table_bytes(head_dim: int, channels: int, pairs: int = 0) -> int:
     """Device bytes of one head's projected-index tables, as float32 (selection.index.HeadTables).
 
-    Projections of queries and keys, the keys' mean, the codebook.
+    Projections of queries and keys, the keys' mean, the codebook; six numbers for each of `pairs`
+    rotary pairs of a bias (selection.rotary.RotatingBias).
     """
-    return 4 * (2 * head_dim * channels + head_dim + CENTROIDS * channels)
+    return 4 * (2 * head_dim * channels + head_dim + CENTROIDS * channels + 6 * pairs)
 
 
 def dynamic_layout(
@@ -260,7 +267,9 @@ TURNOVER = 0.2
 """Part of the hot items that are new in a step, in the mean: 16% to 24% at the default smoothing
 (docs/retrieval.md)."""
 FRESH = 0.25
-"""Part of the hot items that may be new in any step, where a budget limits what is read."""
+"""Part of the hot items that may be new in any step, at least, where a budget limits reads."""
+BURST = 0.5
+"""The same where the knee is the budget: hardly a step wants more."""
 
 
 def candidates(rerank: int, layout: DynamicLayout) -> int:

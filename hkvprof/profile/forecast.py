@@ -91,7 +91,8 @@ class Forecast:
     """What a profile's heads will hold and lose at one budget.
 
     It is for `rows` prompts of `tokens` tokens each. `share` is the budget as a share of dense
-    bytes, `itemsize` bytes per K/V element. `loss` is what planning minimises (docs/method.md),
+    bytes, `itemsize` bytes per K/V element. `position_bytes` (at most) are of positions that all
+    heads share. `loss` is what planning minimises (docs/method.md),
     `reference_loss` that of a cache of `least_share`, the least that was measured, with static
     heads alone (planning.poorest_loss).
     """
@@ -104,6 +105,7 @@ class Forecast:
     layers: tuple[LayerForecast, ...]
     least_share: float
     reference_loss: float | None
+    position_bytes: int = 0
 
     @property
     def is_dense(self) -> bool:
@@ -113,7 +115,7 @@ class Forecast:
     @property
     def resident_bytes(self) -> int:
         """What the requests hold on the device after the prompt (Receipt.resident_bytes)."""
-        return sum(layer.resident_bytes for layer in self.layers)
+        return self.position_bytes + sum(layer.resident_bytes for layer in self.layers)
 
     @property
     def host_bytes(self) -> int:

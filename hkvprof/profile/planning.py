@@ -16,6 +16,7 @@ from hkvprof.errors import BudgetError
 from hkvprof.heads import HeadType, Rules, Strategy
 from hkvprof.profile.budgets import ANY, INFEASIBLE, NEAR, Allocation
 from hkvprof.profile.costs import (
+    BURST,
     FRESH,
     DynamicLayout,
     Menu,
@@ -112,14 +113,14 @@ class _Extra:
 def with_limits(menu: Menu, chosen: Allocation, fetch: float | None) -> Allocation:
     """How many items may become hot per step and head, within a mean of `fetch` of dense bytes.
 
-    FRESH of the hot ones; more of them, alike for all heads, where `fetch` leaves room. None: just
-    FRESH; infinite: no limit. Raises BudgetError where not even that much may be read.
+    FRESH of the hot ones; more of them, alike for all heads, where `fetch` leaves room. None: BURST
+    of them; infinite: no limit. Raises BudgetError where not even that much may be read.
     """
     if fetch == math.inf:
         return chosen
     layouts = _readers(menu, chosen)
     limits = np.full(chosen.ratio.size, ANY)
-    part = FRESH if fetch is None else _part(menu, layouts, fetch * menu.dense_bytes * limits.size)
+    part = BURST if fetch is None else _part(menu, layouts, fetch * menu.dense_bytes * limits.size)
     for head, (_, layout) in layouts.items():
         limits[head] = fresh_items(layout, part)
     return replace(chosen, fresh=limits.reshape(chosen.ratio.shape))

@@ -24,7 +24,7 @@ from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import strict_json
 from hkvprof.files.atomic import write_atomically
 from hkvprof.files.container import read_container
-from hkvprof.heads import HeadGrid, KeepRule, ModelFingerprint, Rules, Strategy
+from hkvprof.heads import EXACT_BITS, HeadGrid, KeepRule, ModelFingerprint, Rules, Strategy
 from hkvprof.profile.bounds import (
     check_budget,
     check_lengths,
@@ -137,7 +137,7 @@ class Profile:
     @property
     def content_digest(self) -> str:
         """SHA-256 of all that decides what a head keeps at any budget, whatever the provenance."""
-        rules = [self.recipe, asdict(self.keep), [one.to_json() for one in self.strategies]]
+        rules = [self.recipe, asdict(self.keep), [_told(one) for one in self.strategies]]
         total = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
         for name, array in sorted(self.tensors().items()):
             total.update(f"{name} {array.dtype.name} {array.shape}".encode())
@@ -148,6 +148,13 @@ class Profile:
     def usual_tokens(self) -> int:
         """Mean length of the prompts that it was calibrated on, else its middle length."""
         return mean_tokens(self.provenance) or int(self.lengths[len(self.lengths) // 2])
+
+    def position_bytes(self, tokens: int) -> int:
+        """Most device bytes that positions of so many tokens take beside what heads hold."""
+        from hkvprof.profile.costs import position_bytes
+
+        asked = self.index is not None and any(s.index == "projected" for s in self.strategies)
+        return tokens * position_bytes(self.index.axes) if self.index and asked else 0
 
     def loss_at(self, tokens: int) -> NDArray[np.float32]:
         """Loss curves [S, L, Hkv, R] for prompts of `tokens` tokens (profile.planning)."""
@@ -169,6 +176,8 @@ class Profile:
         from hkvprof.profile.planning import loss_between, plan_anew, plan_scaled
 
         menu, share = self._question(budget, tokens, itemsize, rows)
+        if share < 1:
+            share -= self.position_bytes(tokens) / max(1, tokens * self.grid.token_bytes(itemsize))
         menu = replace(menu, int8_host=int8_host)
         reads = self._reads(fetch, tokens, itemsize)
         loss = self.loss_at(tokens)
@@ -197,7 +206,9 @@ class Profile:
         tables = self.index.head_bytes if self.index else {}
         curves = self.loss_at(tokens) if self.has_curves else None
         measured = self.ratios if self.has_curves else np.zeros(1, dtype=np.float32)
-        return forecast(menu, allocation, share, rows, tables, measured, curves)
+        made = forecast(menu, allocation, share, rows, tables, measured, curves)
+        positions = 0 if made.is_dense else rows * self.position_bytes(tokens)
+        return replace(made, position_bytes=positions)
 
     def _question(self, budget: float | int | str | Budget, tokens: int, itemsize: int,
                   rows: int) -> tuple[Menu, float]:  # fmt: skip
@@ -313,6 +324,14 @@ class Profile:
             "index_sizes": list(self.index.sizes) if self.index else [],
             "provenance": dict(self.provenance),
         }
+
+
+def _told(strategy: Strategy) -> dict[str, Any]:
+    """A strategy as it enters the digest: as files of version 3 tell it where it says the same."""
+    told = strategy.to_json()
+    if strategy.resident_bits == EXACT_BITS:
+        del told["resident_bits"]
+    return told
 
 
 def load_profile(path: str | Path) -> Profile:

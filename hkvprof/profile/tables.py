@@ -16,6 +16,7 @@ from hkvprof.profile.bounds import expect, require
 from hkvprof.profile.costs import table_bytes
 
 _KEYS = ("key_projection", "query_projection", "key_mean", "deviation")
+_TURNING = ("key_bias", "frequency", "axis")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class ProjectedIndexTables:
     standard deviation of every projected key channel. Per size in `sizes` (bits per token), for its
     leading channels C: `codebooks` int8 [layers, kv_heads, 256, C], centroids in CODE_UNITs of the
     deviation (selection.quantiser); `subspaces` uint8 [layers, kv_heads, C], a channel's code.
+
+    Where keys have a bias that turns with their positions (selection.rotary), all else is about
+    keys without it: `key_bias` [layers, kv_heads, head_dim] float32 before the rotation, 0 but in
+    the pairs that are taken out; `frequency` [pairs] float32, radians per position; `axis` [pairs]
+    uint8, the component of positions that turns a pair. Pair j is channels j and j + pairs.
     """
 
     sizes: tuple[int, ...]
@@ -36,13 +42,33 @@ class ProjectedIndexTables:
     deviation: NDArray[np.float32]
     codebooks: tuple[NDArray[np.int8], ...]
     subspaces: tuple[NDArray[np.uint8], ...]
+    key_bias: NDArray[np.float32] | None = None
+    frequency: NDArray[np.float32] | None = None
+    axis: NDArray[np.uint8] | None = None
+
+    @property
+    def pairs(self) -> int:
+        """The largest number of rotary pairs that a head's bias has; 0 without biases."""
+        if self.key_bias is None or self.frequency is None:
+            return 0
+        turning = len(self.frequency)
+        halves = self.key_bias[..., :turning], self.key_bias[..., turning : 2 * turning]
+        held = (halves[0] != 0) | (halves[1] != 0)
+        return int(held.sum(axis=-1).max())
+
+    @property
+    def axes(self) -> int:
+        """Axes of the positions that a prompt's index may have to be told token by token: 0 where
+        positions count up, and without biases."""
+        return 0 if self.axis is None or not self.axis.any() else int(self.axis.max()) + 1
 
     @property
     def head_bytes(self) -> dict[int, int]:
         """Device bytes of one head's tables by index size (bits per token)."""
         dim = self.key_mean.shape[-1]
         used = (owner.shape[-1] for owner in self.subspaces)
-        return {size: table_bytes(dim, n) for size, n in zip(self.sizes, used, strict=True)}
+        pairs = self.pairs
+        return {size: table_bytes(dim, n, pairs) for size, n in zip(self.sizes, used, strict=True)}
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The arrays by their names in the file."""
@@ -50,7 +76,8 @@ class ProjectedIndexTables:
         per_size = zip(self.sizes, self.codebooks, self.subspaces, strict=True)
         for size, codebook, owner in per_size:
             named |= {f"index.codebook_{size}": codebook, f"index.subspace_{size}": owner}
-        return named
+        turning = {f"index.{key}": getattr(self, key) for key in _TURNING}
+        return named | {name: array for name, array in turning.items() if array is not None}
 
     @classmethod
     def take(cls, sizes: tuple[int, ...], named: dict[str, NDArray[Any]]) -> ProjectedIndexTables:
@@ -60,6 +87,7 @@ class ProjectedIndexTables:
             codebooks=tuple(named.pop(f"index.codebook_{size}") for size in sizes),
             subspaces=tuple(named.pop(f"index.subspace_{size}") for size in sizes),
             **{key: named.pop(f"index.{key}") for key in _KEYS},
+            **{key: named.pop(f"index.{key}") for key in _TURNING if f"index.{key}" in named},
         )
 
     def check(self, grid: HeadGrid) -> None:
@@ -95,6 +123,28 @@ class ProjectedIndexTables:
                 bool((owner < size // 8).all()),
                 f"index.subspace_{size} holds numbers beyond its {size // 8} codes",
             )
+        self._check_bias(grid)
+
+    def _check_bias(self, grid: HeadGrid) -> None:
+        """Raise ProfileError unless biases can be turned, or there are none."""
+        found = [f"index.{key}" for key in _TURNING if getattr(self, key) is not None]
+        if self.key_bias is None or self.frequency is None or self.axis is None:
+            require(not found, f"expected all or none of index.{', index.'.join(_TURNING)}")
+            return
+        expect(
+            "index.key_bias", self.key_bias, (grid.layers, grid.kv_heads, grid.head_dim), np.float32
+        )
+        pairs = len(self.frequency) if self.frequency.ndim == 1 else 0
+        within = 1 <= pairs <= grid.head_dim // 2
+        require(within, f"index.frequency has {pairs} pairs, expected 1 to {grid.head_dim // 2}")
+        expect("index.frequency", self.frequency, (pairs,), np.float32)
+        expect("index.axis", self.axis, (pairs,), np.uint8)
+        turns = bool((self.frequency > 0).all()) and bool((self.frequency <= np.pi).all())
+        require(turns, "index.frequency holds values outside (0, pi]")
+        require(bool((self.axis < 3).all()), "index.axis holds numbers beyond its 3 axes")
+        still = self.key_bias[..., 2 * pairs :]
+        require(not still.any(), "index.key_bias is not 0 in channels that do not turn")
+        require(self.pairs > 0, "index.key_bias is 0 throughout: expected none, or a bias")
 
 
 def _last_extent(array: NDArray[Any], dimensions: int) -> int:

@@ -17,7 +17,10 @@ NOTES = (
     "share: resident K/V bytes over dense, indexes included; s: seconds to compress",
     "reads: from host memory per decoding step, over dense bytes; at most: what one could read",
     "d score: points to the full cache on the same questions; worst task: its score over full's",
+    "all kept: samples none of whose questions scores less than with the full cache",
     "KL(full || method), d NLL (to full): nats per token; agree: same likeliest next token",
+    "true: while what really follows a text is forced, not what the full cache would say",
+    "KL of full: the noise of its dtype, dense against dense computed another way",
     "[..]: 95% bootstrap interval over samples",
 )
 
@@ -175,6 +178,14 @@ def _nll(row: MethodSummary) -> str:
     return "-" if row.nll_difference is None else _signed(row.nll_difference)
 
 
+def _true_kl(row: MethodSummary) -> str:
+    return "-" if row.true_kl is None else _nats(row.true_kl.value)
+
+
+def _true_nll(row: MethodSummary) -> str:
+    return "-" if row.true_nll_difference is None else _signed(row.true_nll_difference)
+
+
 def _hits(row: MethodSummary) -> str:
     return "-" if row.hit_rate is None else f"{row.hit_rate:.0%}"
 
@@ -188,12 +199,15 @@ _COLUMNS = (
     _Column("at most", _beside_full(lambda row: f"{row.limit_share:.2%}"), wide=True),
     _Column("score", lambda row: _percent(row.score)),
     _Column("d score", _beside_full(lambda row: _points(row.difference))),
+    _Column("all kept", _beside_full(lambda row: _percent(row.all_kept)), wide=True),
     _Column("worst task", _beside_full(_worst)),
-    _Column("KL", _beside_full(lambda row: _nats(row.kl.value))),
+    _Column("KL", lambda row: _nats(row.kl.value)),
+    _Column("true KL", _beside_full(_true_kl)),
     _Column("KL, 95%", _beside_full(_kl_interval), wide=True),
     _Column("d NLL", _beside_full(_nll)),
+    _Column("true d NLL", _beside_full(_true_nll), wide=True),
     _Column("agree", _beside_full(lambda row: _percent(row.agreement))),
-    _Column("s", lambda row: f"{row.compress_seconds:.2f}"),
+    _Column("s", lambda row: f"{row.compress_seconds:.2f}", wide=True),
     _Column("hit rate", _hits, wide=True),
 )
 

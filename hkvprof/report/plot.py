@@ -93,7 +93,7 @@ class Look:
 
 def bench_plot(result: BenchResult) -> str:
     """Bytes after the prompt and time per token over the context's length, as SVG text."""
-    with _own_style():
+    with own_style():
         return _svg(bench_figure(result))
 
 
@@ -111,7 +111,7 @@ def quality_plot(
     baselines that are peers; other methods are drawn as ablations.
     """
     heading = f"{model}, {dtype}: quality over K/V bytes kept, {questions:,} questions"
-    with _own_style():
+    with own_style():
         return _svg(quality_figure(summaries, public, heading, tasks))
 
 
@@ -288,7 +288,7 @@ def _quality_curves(
 
 
 @contextmanager
-def _own_style() -> Iterator[None]:
+def own_style() -> Iterator[None]:
     """matplotlib's defaults and ours; the user's settings return afterwards."""
     with require_extra("matplotlib.style", "report").context(["default", _STYLE]):
         yield

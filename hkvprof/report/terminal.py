@@ -129,8 +129,9 @@ def _origin(profile: Profile) -> list[Text]:
     ]
     if model.hub_id:
         lines.append(Text(f"  source: {plain(model.hub_id)} {plain(model.commit)}".rstrip()))
-    if model.quantisation:
-        lines.append(Text(f"  weights: {plain(model.quantisation)}"))
+    weights = [model.weights_digest and f"digest {model.weights_digest}", model.quantisation]
+    if any(weights):
+        lines.append(Text(f"  weights: {plain(', '.join(filter(None, weights)))}"))
     if model.adapters:
         lines.append(Text(f"  adapters: {plain(', '.join(model.adapters))}"))
     lines.append(

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 
 from hkvprof.profile.costs import END_BYTES
+from hkvprof.runtime.kernels.interface import QuantisedRows
 from hkvprof.runtime.storage import DynamicHead, RaggedStorage
+
+POSITIONS = -1
+"""In place of a layer's number: positions of tokens that all layers share (runtime.positions)."""
 
 
 @dataclass
 class Meter:
-    """Resident K/V bytes of a conversation's layers now and at their highest."""
+    """Resident bytes of a conversation's layers now and at their highest."""
 
     bytes: dict[int, int] = field(default_factory=dict)
     total: int = 0
@@ -69,36 +73,38 @@ class HeadAccount:
 
 
 class Fetches:
-    """Items that a layer's dynamic heads fetched, as the kernels count them.
+    """What a layer's dynamic heads read from the host, as the kernels count it.
 
-    `counts` [2, heads], in all and the most in one step, lies on the device: reading it makes the
-    host wait, so that it is read when a receipt is made. A step that fetches reads `key_bytes`
-    beside its items.
+    `counts` are three tensors [heads] on the device: items fetched, keys read to compare
+    candidates, which are half an item, and the most items fetched in one step. Looking at them
+    makes the host wait, so that it is done when a receipt is made. A step reads `key_bytes` beside
+    items.
     """
 
     def __init__(
         self,
-        counts: torch.Tensor,
+        counts: Sequence[torch.Tensor],
         heads: Sequence[HeadAccount],
         item_bytes: Sequence[int],
         key_bytes: Sequence[int],
     ) -> None:
-        self.counts = counts
+        self.counts = tuple(counts)
         self._heads, self._item_bytes = tuple(heads), tuple(item_bytes)
         self._key_bytes = tuple(key_bytes)
-        self._known = [0] * len(heads)
+        self._known = [(0, 0, 0)] * len(heads)
 
     def settle(self) -> None:
         """Enter into the heads' accounts what was fetched since the last time."""
-        if self.counts.is_cuda:
-            torch.cuda.synchronize(self.counts.device)  # a prefetch counts aside
-        now, most = self.counts.tolist()
-        for head, size, keys, count, one, known in zip(
-            self._heads, self._item_bytes, self._key_bytes, now, most, self._known, strict=True
+        if self.counts[0].is_cuda:
+            torch.cuda.synchronize(self.counts[0].device)  # a prefetch counts aside
+        now = list(zip(*(counts.tolist() for counts in self.counts), strict=True))
+        for head, size, keys, count, known in zip(
+            self._heads, self._item_bytes, self._key_bytes, now, self._known, strict=True
         ):
-            head.chunks_fetched += count - known
-            head.bytes_moved += (count - known) * size
-            head.most_bytes = max(head.most_bytes, keys + one * size)
+            head.chunks_fetched += count[0] - known[0]
+            head.bytes_moved += (count[0] - known[0]) * size + (count[1] - known[1]) * size // 2
+            if count[1] or count[2]:
+                head.most_bytes = max(head.most_bytes, keys + count[2] * size)
         self._known = now
 
 
@@ -206,6 +212,7 @@ def measure(
     dynamic: Mapping[int, DynamicHead],
     starts: Sequence[int],
     seen: int,
+    quantised: QuantisedRows | None = None,
 ) -> None:
     """Every head's tokens and bytes; `starts` of the batch rows, `seen` is the logical length."""
     total = 0
@@ -215,6 +222,9 @@ def measure(
         head.tokens_resident = storage.lengths[segment]
         head.tokens_seen = seen - starts[head.row]
         head.resident_bytes = storage.capacities[segment] * storage.token_bytes + END_BYTES
+        if quantised is not None:
+            head.tokens_resident += quantised.count(segment)
+            head.resident_bytes += quantised.nbytes(segment)
         if state is not None:
             first = id(state.host) not in counted
             counted.add(id(state.host))

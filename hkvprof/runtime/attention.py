@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hkvprof.errors import ModelError
+from hkvprof.heads import EXACT_BITS
 from hkvprof.runtime.accounts import LayerAccount
 from hkvprof.runtime.copies import NeverCopied
+from hkvprof.runtime.kernels.interface import QuantisedRows
 from hkvprof.runtime.retrieval import Retriever
 from hkvprof.runtime.storage import DynamicHead, RaggedStorage
 
@@ -145,7 +147,7 @@ def _places(marked: Bool[Tensor, "rows seen"]) -> str:
 
 
 class Places(NeverCopied):
-    """Ascending positions of the tokens that a static segment kept. Never changes once made."""
+    """Positions of the tokens that a static segment kept, in its order. Never changes once made."""
 
     def __init__(self, among: NDArray[np.int32], kept: Int[Tensor, " kept"]) -> None:
         """Tokens number `kept` among those at the positions `among`.
@@ -164,7 +166,7 @@ class Places(NeverCopied):
         self._written.record()
 
     def read(self) -> NDArray[np.int32]:
-        """The positions, in ascending order."""
+        """The positions, in the order in which the segment tells its tokens."""
         if self._kept is not None and self._written is not None:
             self._written.synchronize()
             self._among = self._among[self._kept.numpy()]
@@ -174,7 +176,7 @@ class Places(NeverCopied):
     def before(self, limit: int) -> Places:
         """Without positions from `limit` on."""
         known = self.read()
-        return Places(known, torch.arange(int((known < limit).sum())))
+        return Places(known, torch.from_numpy(np.flatnonzero(known < limit)))
 
 
 def span(first: int, end: int) -> NDArray[np.int32]:
@@ -193,7 +195,7 @@ def dynamic_positions(
     layout, slots = head.layout, head.slots.long()
     moved = layout.items * layout.chunk
     whole = layout.sinks + moved + layout.recent
-    tail = stored - layout.sinks - layout.recent - layout.hot * layout.chunk
+    tail = stored - head.hot_end
 
     def count(first: int, tokens: int) -> Tensor:
         return torch.arange(first, first + tokens, device=slots.device)
@@ -208,6 +210,8 @@ def dynamic_positions(
         layout.sinks + items,
         count(whole, tail),
     ]
+    if resident and head.bits != EXACT_BITS:
+        parts = [parts[2], *parts[:2], parts[3]]
     return start + torch.cat(parts)
 
 
@@ -274,12 +278,17 @@ class HeldSegments(Protocol):
     account: LayerAccount
     dynamic: dict[int, DynamicHead]
     kv_heads: int
+    quantised: QuantisedRows | None
     retriever: Retriever
     scaling: float
     storage: RaggedStorage
 
     def start(self, row: int) -> int:
         """First position of a row."""
+        ...
+
+    def attended(self, segment: int, new: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a segment that a pass of so many tokens attends to."""
         ...
 
     def known_positions(self, segment: int) -> NDArray[np.int32]:
@@ -304,18 +313,14 @@ def attend_seeing(
             hidden = {
                 segment: _hidden_items(layer, segment, view.visible) for segment in layer.dynamic
             }
-            layer.retriever.step_seeing(storage, grouped[:, :, 0], hidden)
+            layer.retriever.step_seeing(storage, layer.quantised, grouped[:, :, 0], hidden)
     else:
         layer.retriever.join()
     outputs = []
     for segment in range(storage.segments):
         row = segment // layer.kv_heads
-        key, value = storage.keys(segment), storage.values(segment)
+        key, value = layer.attended(segment, new)
         positions = segment_positions(layer, segment, resident=new == 1)
-        head = layer.dynamic.get(segment)
-        if head is not None and new > 1:
-            key, value = head.all_tokens(key, value)
-            layer.account.heads[segment].pass_bytes += head.all_bytes
         visible = view.visible[row].index_select(1, positions)
         outputs.append(attend_where(grouped[segment], key, value, layer.scaling, visible))
     out = torch.stack(outputs).view(rows, query_heads, new, -1)

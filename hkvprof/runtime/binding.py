@@ -8,13 +8,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hkvprof.errors import CompressionError, HkvWarning, ModelError, UsageError
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import guarded, hook_attention, is_hooked, refuse_features
 from hkvprof.models.calls import Call, Signature, rope_holder
 from hkvprof.models.overrides import Overrides
+from hkvprof.models.rotary import watching_positions
 from hkvprof.profile.budgets import Budget
 from hkvprof.runtime.accounts import LayerAccount, LayerState, Meter
 from hkvprof.runtime.cache import Books, CompressedCache
@@ -72,9 +73,19 @@ class Binding:
     def _attach(self, handle: Any) -> None:
         self._hooks.callback(hook_attention(self.model))
         self._hooks.enter_context(guarded(self._view.attention, self._unmarked))
+        index = self._planner.profile.index
+        if index is not None and index.pairs:
+            watched = watching_positions(self.model, self._view, self._see_positions)
+            self._hooks.enter_context(watched)
         methods = {"forward": self._on_forward, "generate": self._on_generate}
         methods |= {name: refuse_batching for name in _BATCHING if hasattr(self.model, name)}
         self._hooks.callback(Overrides(self.model, methods, {HANDLE: handle}).restore)
+
+    def _see_positions(self, positions: Tensor, rows: int) -> None:
+        """What rotary embeddings are told in a pass of ours."""
+        now = current_pass()
+        if now is not None and now.owner is self._owner and now.conversation is not None:
+            now.conversation.positions.see(positions, rows)
 
     def release(self) -> None:
         """Give the model back as it was, when no pass runs."""
@@ -94,7 +105,7 @@ class Binding:
         watch = None if self._monitor is None else self._monitor.watch()
         planner = self._planner
         if dense:
-            planner = Planner(planner.profile, Budget.parse(1.0), planner.options)
+            planner = Planner(planner.profile, Budget.parse(1.0), planner.options, planner.origin)
         return CompressedCache(
             planner, view.grid, view.layer_ids, view.text_config, prompt_tokens, watch,
             self._owner,
@@ -114,6 +125,7 @@ class Binding:
                 return forward(*call.args, **call.kwargs)
         self._follow(cache)
         cache.conversation.see_ids(call.get("input_ids"), cache.get_seq_length())
+        cache.conversation.positions.before = cache.get_seq_length()
         with (
             self._owner.passing(cache.conversation),
             cache.whole_pass(call.rows),

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.heads import HeadGrid
 from hkvprof.runtime import kernels
-from hkvprof.runtime.accounts import LayerAccount, LayerState, Meter
+from hkvprof.runtime.accounts import POSITIONS, LayerAccount, LayerState, Meter
 from hkvprof.runtime.copies import LiveState
 from hkvprof.runtime.layer import CompressedLayer, row_list
 from hkvprof.runtime.monitor import Watch, WatchedLayer
@@ -38,7 +38,8 @@ class Books:
         """The receipt of what the accounts say now."""
         layers = tuple(account.snapshot() for account in self.accounts)
         return Receipt(
-            resident_bytes=sum(a.resident_bytes for a in layers),
+            resident_bytes=self.meter.bytes.get(POSITIONS, 0)
+            + sum(a.resident_bytes for a in layers),
             budget_bytes=int(sum(a.budget_bytes for a in layers)),
             query_bytes=sum(a.query_bytes for a in layers),
             host_bytes=sum(a.host_bytes for a in layers),
@@ -49,6 +50,7 @@ class Books:
             kernels=kernels.status(),
             layers=layers,
             domain=None if self.watch is None else self.watch.verdict,
+            profile=self.planner.origin,
         )
 
 

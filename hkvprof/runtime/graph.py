@@ -156,8 +156,21 @@ class GraphDecoder:
                     f"layer {layer.account.layer} is not compressed ({reason}): expected a cache "
                     "whose prompt was compressed; call the model itself"
                 )
+            if layer.ragged.has_few_bits:
+                raise CompressionError(
+                    f"layer {layer.account.layer} keeps tokens in fewer bits, on the device or the "
+                    "host, which are read in plain torch on CUDA: such steps cannot be recorded; "
+                    'call the model itself, or use host_dtype="same" and a profile whose '
+                    "strategies keep 16 bits"
+                )
             if layer.ragged.kernels.name == "torch":
                 raise CompressionError(
                     "steps in plain torch make the host wait and cannot be recorded: expected the "
                     "Triton kernels (the receipt's `kernels` says why they are not used)"
+                )
+            if any(head.index.positions is not None for head in layer.ragged.dynamic.values()):
+                raise CompressionError(
+                    f"layer {layer.account.layer} has heads whose keys have a bias that turns with "
+                    "positions, which no CUDA kernel scores yet, and plain torch makes the host "
+                    "wait: call the model itself"
                 )

@@ -13,7 +13,9 @@ from hkvprof.models.approval import require_approval
 from hkvprof.models.load import load_empty
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.models.wrappers import unwrap
-from hkvprof.profile.budgets import Budget, Fetch
+from hkvprof.profile.budgets import Budget, Fetch, FetchLike
+from hkvprof.profile.hub import fetch as fetch_profile
+from hkvprof.profile.hub import on_hub
 from hkvprof.profile.record import Profile, load_profile
 from hkvprof.runtime.binding import HANDLE, Binding
 from hkvprof.runtime.cache import Books, CompressedCache
@@ -29,13 +31,15 @@ def apply(
     profile: Profile | str | Path,
     budget: float | int | str | None = None,
     options: Options | None = None,
-    fetch: float | int | str | Fetch | None = None,
+    fetch: FetchLike = None,
     **changes: Any,
 ) -> Handle:
     """Compress the KV cache of every following generation of `model`.
 
     `model` may be wrapped: by torch.compile, peft, DDP or a pipeline; the transformers model inside
     is what the profile is applied to.
+
+    `profile` is a profile, its file, or `hf:owner/name[@revision]` on the Hugging Face hub.
 
     `budget` is the all-in share of dense K/V bytes to keep (0.10), a number of tokens per head
     (4096), or bytes ("2GiB"); default: the profile's own. `fetch` is the most that a decoding step
@@ -54,8 +58,7 @@ def apply(
     """
     options = Options.changed(options, changes)
     require_tested_seam(apply)
-    if isinstance(profile, (str, Path)):
-        profile = load_profile(profile)
+    profile, origin = _loaded(profile)
     model = unwrap(model)
     view = view_model(model)
     require_approval(view)
@@ -71,7 +74,17 @@ def apply(
             f"a budget of {parsed.tokens} tokens is too small: sinks, recent tokens and the floor "
             f"need {floor}; raise the budget"
         )
-    return Handle(model, view, Planner(profile, parsed, options, Fetch.parse(fetch)))
+    return Handle(model, view, Planner(profile, parsed, options, origin, Fetch.parse(fetch)))
+
+
+def _loaded(profile: Profile | str | Path) -> tuple[Profile, str]:
+    """The profile, and where it came from for the receipt."""
+    if isinstance(profile, Profile):
+        return profile, ""
+    if on_hub(profile):
+        fetched = fetch_profile(str(profile))
+        return load_profile(fetched.path), str(fetched)
+    return load_profile(profile), Path(profile).name
 
 
 class Handle:

@@ -80,14 +80,20 @@ class Planner(NeverCopied):
 
     `budget` is a share or tokens, of every row by its own length, or bytes of all rows together:
     those that stay dense have theirs, and the others get one share of their dense bytes. Rows
-    shorter than `options.min_tokens` stay dense. `fetch` is what a decoding step of a row may read
-    from host memory; it does not grow with the row.
+    shorter than `options.min_tokens` stay dense. `origin` is where the profile came from, `fetch`
+    what a decoding step of a row may read from host memory; it does not grow with the row.
     """
 
     def __init__(
-        self, profile: Profile, budget: Budget, options: Options, fetch: Fetch | None = None
+        self,
+        profile: Profile,
+        budget: Budget,
+        options: Options,
+        origin: str = "",
+        fetch: Fetch | None = None,
     ) -> None:
         self.profile = profile
+        self.origin = origin
         self.budget = budget
         self.options = options
         self.fetch = Fetch() if fetch is None else fetch
@@ -218,7 +224,7 @@ class Planner(NeverCopied):
     def _held(self, plan: RowPlan, tokens: int, factor: float, itemsize: int) -> float:
         """Tokens per head that the row holds once it is compressed, all bytes counted."""
         dim, keep, slot = self.profile.grid.head_dim, self.profile.keep, self.options.slot_bytes
-        total = count = 0
+        total, count = self.profile.position_bytes(tokens), 0
         for head in (head for layer in plan.layers for head in layer):
             strategy, fixed = head.strategy, (keep, dim, itemsize, slot)
             dynamic = strategy.head_type is HeadType.DYNAMIC and head.ratio < 1

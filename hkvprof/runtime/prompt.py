@@ -17,6 +17,7 @@ from hkvprof.heads import HeadGrid
 from hkvprof.runtime.accounts import Meter
 from hkvprof.runtime.attention import View, read_view, row_starts, to_bool
 from hkvprof.runtime.plan import Planner, RowPlan
+from hkvprof.runtime.positions import SeenPositions
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Conversation:
     `hidden` what the last one hid from its last token, both None where nothing is hidden; `looked`
     is the mask that they were read from.
     `token_ids` [rows, tokens] is filled where a strategy asks which tokens are text, or the monitor
-    (`watched`).
+    (`watched`). `positions` are filled where an index goes by them.
     """
 
     planner: Planner
@@ -46,6 +47,7 @@ class Conversation:
     hidden: Bool[Tensor, "rows seen"] | None = None
     token_ids: Tensor | None = None
     rope_deltas: Tensor | None = None
+    positions: SeenPositions = field(default_factory=SeenPositions)
     meter: Meter = field(default_factory=Meter)
     maskless: bool = False
     """Passes bring no mask, and hide the padding on the left all the same (runtime.graph)."""
@@ -151,6 +153,7 @@ class Conversation:
             self.starts = tuple(self.starts[row] for row in rows)
         if self.token_ids is not None:
             self.token_ids = self.token_ids[rows]
+        self.positions.take_rows(rows)
         self.looked = None
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
@@ -159,4 +162,5 @@ class Conversation:
         """Forget the conversation, ready for a new prompt."""
         self.goal, self.starts, self.broken = None, (), ""
         self.token_ids = self.rope_deltas = self.view = self.hidden = self.looked = None
+        self.positions = SeenPositions()
         self.meter.clear()

@@ -16,7 +16,14 @@ from torch import Tensor
 from hkvprof.errors import CompressionError
 from hkvprof.models.attention import AttentionCall
 from hkvprof.profile.costs import QUIET
-from hkvprof.runtime.accounts import LayerAccount, LayerState, measure, open_heads, take_heads
+from hkvprof.runtime.accounts import (
+    POSITIONS,
+    LayerAccount,
+    LayerState,
+    measure,
+    open_heads,
+    take_heads,
+)
 from hkvprof.runtime.attention import (
     Places,
     attend,
@@ -26,11 +33,12 @@ from hkvprof.runtime.attention import (
     span,
 )
 from hkvprof.runtime.copies import LiveState, deep_copy
-from hkvprof.runtime.kernels import Kernels, for_device
+from hkvprof.runtime.kernels import Kernels, QuantisedRows, for_device
 from hkvprof.runtime.packing import (
     Attention,
     Packed,
     Rule,
+    in_order,
     pack,
     repack_dynamic,
     repack_static,
@@ -54,7 +62,8 @@ class RaggedLayer(LiveState):
     dynamic or whole.
 
     `seen` is the logical length. What came since a row last joined the budget is its tail, which
-    its segments hold whole at their ends.
+    its segments hold whole at their ends. A segment's tokens are told in this order: those in fewer
+    bits (`quantised`), then those in `storage`.
     """
 
     shared_attributes = ("_shared", "account", "retriever", "_places")
@@ -82,6 +91,7 @@ class RaggedLayer(LiveState):
         self._known = seen
         """Logical length up to which `_places` go."""
         self.storage: RaggedStorage
+        self.quantised: QuantisedRows | None = None
         self.retriever = self._new_retriever()
 
     @classmethod
@@ -140,6 +150,12 @@ class RaggedLayer(LiveState):
         return self.seen - max(row.base for row in self.rows)
 
     @property
+    def has_few_bits(self) -> bool:
+        """Whether a segment holds tokens in fewer bits, on the device or the host."""
+        loses = any(head.host.loses for head in self.dynamic.values())
+        return loses or self.quantised is not None
+
+    @property
     def until(self) -> int:
         """Logical length up to which tokens may come before a row must join the budget."""
         return min(row.until for row in self.rows)
@@ -177,32 +193,55 @@ class RaggedLayer(LiveState):
         packed, known = [], []
         for segment in range(self.storage.segments):
             row, head = divmod(segment, self.kv_heads)
-            dynamic = segment in self.dynamic
-            positions = None if dynamic else self.known_positions(segment)
-            known.append(positions)
             if not due[row]:
+                dynamic = segment in self.dynamic
+                known.append(None if dynamic else self.known_positions(segment))
                 packed.append(self._as_it_is(segment))
                 continue
-            flags = None if text is None or positions is None else text[row, positions]
-            packed.append(self._join(segment, query[row, self._group(head)], lengths[row], flags))
+            rows = query[row, self._group(head)]
+            if segment in self.dynamic:
+                known.append(None)
+                packed.append(self._join_dynamic(segment, rows, lengths[row]))
+                continue
+            order = self._order(segment)
+            known.append(self.known_positions(segment)[order.numpy()])
+            flags = None if text is None else text[row, known[-1]]
+            packed.append(self._join(segment, rows, lengths[row], order, flags))
         self._install(packed, known)
         self._finish(began, held)
 
-    def _join(self, segment: int, query: Tensor, tokens: int, flags: Tensor | None) -> Packed:
-        """A segment whose tail joins; its row is `tokens` tokens long."""
+    def _join_dynamic(self, segment: int, query: Tensor, tokens: int) -> Packed:
+        """A dynamic segment whose tail joins; its row is `tokens` tokens long."""
+        rule = self._rule(*divmod(segment, self.kv_heads), self.storage.key.device)
+        given, head = (self.storage.keys(segment), self.storage.values(segment)), self.dynamic
+        held = None if self.quantised is None else self.quantised.of_segment(segment)
+        return repack_dynamic(rule, query[:, -1], *given, tokens, head[segment], held)
+
+    def _join(
+        self, segment: int, query: Tensor, tokens: int, order: Tensor, flags: Tensor | None
+    ) -> Packed:
+        """The same of any other; `order` is that of its tokens' positions."""
         row, head = divmod(segment, self.kv_heads)
-        key, value = self.storage.keys(segment), self.storage.values(segment)
-        state = self.dynamic.get(segment)
+        held = None if self.quantised is None else self.quantised.of_segment(segment)
+        key, value = self.resident(segment)
+        place = order.to(key.device, non_blocking=True)
+        if held is not None:
+            key, value = key[place], value[place]
         shown = None
-        if state is None and self._shared.hidden is not None:
-            shown = self._shared.shown(row, segment_positions(self, segment, resident=True))
+        if self._shared.hidden is not None:
+            positions = segment_positions(self, segment, resident=True)
+            shown = self._shared.shown(row, positions[place])
         attention = self._lazy_attention(query, key[None], shown)
-        if len(key) == tokens and state is None:
+        if len(key) == tokens and held is None:
             return self._pack(row, head, query[:, -1], attention, key, value, flags)
         rule = self._rule(row, head, key.device)
-        if state is not None:
-            return repack_dynamic(rule, query[:, -1], key, value, tokens, state)
-        return repack_static(rule, attention, key, value, tokens, flags)
+        return repack_static(rule, attention, key, value, tokens, flags, held)
+
+    def _order(self, segment: int) -> Tensor:
+        """Numbers of a static segment's tokens in order of position, on the host."""
+        count = 0 if self.quantised is None else self.quantised.count(segment)
+        sinks = self._shared.planner.profile.keep.sinks
+        return in_order(count, sinks, count + self.storage.lengths[segment])
 
     def _pack(
         self,
@@ -222,9 +261,12 @@ class RaggedLayer(LiveState):
     def _as_it_is(self, segment: int) -> Packed:
         """A segment of a row for which it is not time."""
         key, value = self.storage.keys(segment), self.storage.values(segment)
-        state = self.dynamic.get(segment)
-        kept = None if state is not None else torch.arange(len(key))
-        return Packed(key, value, self.account.heads[segment].strategy, state, kept)
+        state, held = self.dynamic.get(segment), None
+        if self.quantised is not None:
+            held = self.quantised.of_segment(segment)
+        count = len(key) + (0 if held is None else len(held.rows))
+        kept = None if state is not None else torch.arange(count)
+        return Packed(key, value, self.account.heads[segment].strategy, state, kept, held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedLayer:
         self.retriever.join()  # nothing is written while it is read
@@ -293,6 +335,7 @@ class RaggedLayer(LiveState):
         self.rows = [self.rows[row] for row in rows]
         self.retriever.join()
         self.storage = self.storage.take(segments)
+        self.quantised = self.quantised and self.quantised.take(segments)
         old = self.dynamic
         self.dynamic = {i: old[s].clone() for i, s in enumerate(segments) if s in old}
         self._places = [self._places[s] for s in segments]
@@ -323,7 +366,8 @@ class RaggedLayer(LiveState):
         if not self.dynamic:
             return attend()
         grouped = query.detach().reshape(self.storage.segments, -1, query.shape[-1])
-        return self.retriever.step(self.kernels, self.storage, grouped, attend)
+        place = (self.storage, self.quantised)
+        return self.retriever.step(self.kernels, *place, grouped, attend)
 
     def attend_resident(
         self, query: Float[Tensor, "rows query_heads 1 dim"]
@@ -333,7 +377,7 @@ class RaggedLayer(LiveState):
         storage = self.storage
         grouped = query.detach().reshape(storage.segments, -1, dim)
         place = (storage.key, storage.value, storage.extents)
-        out = self.kernels.attend(*place, grouped, self.scaling)
+        out = self.kernels.attend(*place, grouped, self.scaling, self.quantised)
         return out.view(rows, 1, query_heads, -1)
 
     def attend_many(
@@ -350,15 +394,33 @@ class RaggedLayer(LiveState):
         grouped = query.reshape(self.storage.segments, -1, new, dim)
         outputs = []
         for segment in range(self.storage.segments):
-            key, value = self.storage.keys(segment), self.storage.values(segment)
-            head = self.dynamic.get(segment)
-            if head is not None:
-                key, value = head.all_tokens(key, value)
-                self.account.heads[segment].pass_bytes += head.all_bytes
+            key, value = self.attended(segment, new)
             block = visible[segment // self.kv_heads]
             outputs.append(attend(grouped[segment], key, value, self.scaling, block))
         out = torch.stack(outputs).view(rows, query_heads, new, -1)
         return out.transpose(1, 2).contiguous()
+
+    def resident(
+        self, segment: int
+    ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
+        """A segment's keys and values as they are attended to, in the order in which it tells its
+        tokens."""
+        key, value = self.storage.keys(segment), self.storage.values(segment)
+        held = None if self.quantised is None else self.quantised.of_segment(segment)
+        if held is None:
+            return key, value
+        few = held.decode()
+        return torch.cat([few[0], key]), torch.cat([few[1], value])
+
+    def attended(
+        self, segment: int, new: int
+    ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
+        """What a pass of so many tokens attends to: of a dynamic head all tokens, if several."""
+        head = self.dynamic.get(segment)
+        if head is None or new == 1:
+            return self.resident(segment)
+        self.account.heads[segment].pass_bytes += head.all_bytes
+        return head.all_tokens(self.storage.keys(segment), self.storage.values(segment))
 
     @property
     def kernels(self) -> Kernels:
@@ -391,7 +453,11 @@ class RaggedLayer(LiveState):
         tables = planner.tables(self._number, head, plan.strategy, device)
         ratio = plan.ratio * self.rows[row].schedule.factor
         keep = planner.profile.keep
-        return Rule(plan.strategy, ratio, keep, planner.options, tables, self.scaling, plan.fresh)
+        own = (row, self.start(row), self.seen)
+        positions = partial(self._shared.positions.of, *own, device=device)
+        return Rule(
+            plan.strategy, ratio, keep, planner.options, tables, self.scaling, plan.fresh, positions
+        )
 
     def start(self, row: int) -> int:
         """First position of a row, after its padding."""
@@ -409,6 +475,9 @@ class RaggedLayer(LiveState):
 
     def _install(self, packed: list[Packed], positions: Sequence[NDArray[np.int32] | None]) -> None:
         self.storage = RaggedStorage([p.key for p in packed], [p.value for p in packed])
+        self.quantised = QuantisedRows.of(
+            {i: p.held for i, p in enumerate(packed) if p.held is not None}
+        )
         self.dynamic = {i: p.dynamic for i, p in enumerate(packed) if p.dynamic is not None}
         self.retriever = self._new_retriever()
         self._known = self.seen
@@ -434,8 +503,10 @@ class RaggedLayer(LiveState):
 
     def measure(self) -> None:
         """Account for every head's tokens and bytes."""
-        measure(self.account, self.storage, self.dynamic, self._shared.starts, self.seen)
+        starts, held = self._shared.starts, self.quantised
+        measure(self.account, self.storage, self.dynamic, starts, self.seen, held)
         self._shared.meter.set(self._number, self.account.resident_bytes)
+        self._shared.meter.set(POSITIONS, self._shared.positions.nbytes)
         self._book_budget()
 
     def _book_budget(self) -> None:

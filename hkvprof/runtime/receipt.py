@@ -27,7 +27,8 @@ class Receipt:
     `most_bytes` the worst, in the sum of every head's own worst; none can read more than
     `limit_bytes`, which keeps within the budget of reads. What passes of several tokens read,
     `pass_bytes`, has no limit. `domain` is what the monitor found; None on requests that it did not
-    look at.
+    look at. `profile` is where the profile came from: `hf:owner/name@commit/file`, a file's name,
+    or empty if it was made here.
     """
 
     resident_bytes: int
@@ -41,6 +42,7 @@ class Receipt:
     kernels: str
     layers: tuple[LayerAccount, ...]
     domain: DomainCheck | None = None
+    profile: str = ""
 
     @property
     def total_bytes(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hkvprof.errors import UsageError
 from hkvprof.runtime.accounts import Fetches, LayerAccount
 from hkvprof.runtime.copies import deep_copy
-from hkvprof.runtime.kernels import DynamicSegment, Kernels, Retrieval
+from hkvprof.runtime.kernels import DynamicSegment, Kernels, QuantisedRows, Retrieval
 from hkvprof.runtime.kernels.interface import device_integers
 from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from hkvprof.runtime.options import Options
@@ -161,13 +161,14 @@ class Retriever:
         self,
         kernels: Kernels,
         storage: RaggedStorage,
+        quantised: QuantisedRows | None,
         query: Float[Tensor, "segments group dim"],
         attend: Callable[[], Tensor],
     ) -> Tensor:
         """Let the heads fetch what the query asks for, and attend; what `attend` returns."""
         began = time.perf_counter()
         if self._bound is None:
-            self._bound = self._bind(kernels, storage)
+            self._bound = self._bind(kernels, storage, quantised)
         self.advance(1)
         if self.prefetch is not None:
             return self.prefetch.step(self._bound, query, attend)
@@ -179,6 +180,7 @@ class Retriever:
     def step_seeing(
         self,
         storage: RaggedStorage,
+        quantised: QuantisedRows | None,
         query: Float[Tensor, "segments group dim"],
         hidden: Mapping[int, Bool[Tensor, " items"]],
     ) -> None:
@@ -188,7 +190,7 @@ class Retriever:
         """
         self.unbind()
         self.advance(1)
-        bound = self._bind(TorchKernels(), storage)
+        bound = self._bind(TorchKernels(), storage, quantised)
         assert isinstance(bound, TorchRetrieval)
         bound.step_seeing(query, [hidden[segment] for segment in self._dynamic])
         if self.prefetch is not None:
@@ -199,7 +201,6 @@ class Retriever:
         for segment, head in self._dynamic.items():
             account = self._account.heads[segment]
             account.chunks_requested += count * head.layout.hot
-            account.bytes_moved += count * head.rerank_bytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Retriever:
         """Bound to the copies of its heads, at their next step."""
@@ -216,23 +217,32 @@ class Retriever:
         self.join()
         self._bound = None
 
-    def _bind(self, kernels: Kernels, storage: RaggedStorage) -> Retrieval:
+    def _bind(
+        self, kernels: Kernels, storage: RaggedStorage, quantised: QuantisedRows | None
+    ) -> Retrieval:
         options, before = self._options, self._account.fetches
-        heads = self._dynamic.items()
-        segments = [head.described(number, storage.offsets[number]) for number, head in heads]
+        segments = [
+            head.described(
+                number,
+                storage.offsets[number],
+                None if quantised is None else quantised.of_segment(number),
+            )
+            for number, head in self._dynamic.items()
+        ]
         bound = kernels.bind(
             storage.key,
             storage.value,
             segments,
             self._scaling,
             options.smoothing,
-            None if before is None else before.counts,
+            () if before is None else before.counts,
         )
         if before is None:
             accounts = [self._account.heads[segment] for segment in self._dynamic]
             sizes = [head.host.item_bytes for head in self._dynamic.values()]
             keys = [head.rerank_bytes for head in self._dynamic.values()]
-            self._account.fetches = Fetches(bound.counts, accounts, sizes, keys)
+            counts = (bound.fetched, bound.reads, bound.most)
+            self._account.fetches = Fetches(counts, accounts, sizes, keys)
         if options.prefetch is not None:
             self._prepare_prefetch(options.prefetch, storage, segments, bound)
         return bound
@@ -247,8 +257,10 @@ class Retriever:
         device = storage.key.device
         if self.prefetch is None:
             self.prefetch = Prefetch(list(self._dynamic), threshold, queues_for(device), device)
-        tensors = [storage.key, storage.value, bound.counts, *bound.tensors]
+        tensors = [storage.key, storage.value, *bound.tensors]
+        tensors += [bound.fetched, bound.reads, bound.most]
         for one in segments:
+            tensors += [] if one.held is None else [one.held.rows, one.held.mean]
             tensors += [one.slots, *one.index.tensors()]
             tensors += [] if one.hot_score is None else [one.hot_score]
         self.prefetch.queues.uses(tensors)

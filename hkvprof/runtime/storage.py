@@ -19,17 +19,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
+from hkvprof.heads import EXACT_BITS
 from hkvprof.profile.budgets import ANY
 from hkvprof.profile.costs import DynamicLayout, candidates, read_bytes
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, device_integers
 from hkvprof.selection.index import KeyIndex
+from hkvprof.selection.residents import Residents
 
 SLACK_SHARE = 1 / 32
 MIN_SLACK = 4
-SCALE_TOKENS = 128
-"""Tokens that share one scale per channel when host items are stored as int8."""
+ROW_BITS = 8
+"""Of host items with host_dtype="int8"."""
+AT_ONCE = 8192
+"""Tokens that are quantised at a time: some 20 MiB of temporary memory at width 128."""
 GROWTH = 1 / 8
 """Room for later items, as a share of those stored, when a store has to grow."""
+_HOST = torch.device("cpu")
 
 
 class RaggedStorage:
@@ -162,15 +167,15 @@ def append_rows(
 class HostChunks:
     """Keys and values of a head's host items, K and V of an item adjacent.
 
-    `data` [capacity, 2, chunk, dim], of which the first `items` are in use, in the K/V dtype or as
-    int8 with `scale` [groups, 2, dim] (float32; `items_per_group` items share a scale, per
-    channel). Pinned where the device is CUDA, whose copies are done when `written` has passed.
-    Stored items never change but for int8's last group; a store that several batch rows share is
-    copied before it grows.
+    `data` [capacity, 2, chunk, dim], of which the first `items` are in use, in the K/V dtype; or,
+    with `coder`, rows [capacity, chunk, row_bytes] in 8 bits, whose format and mean (of the items
+    stored first, on the host) it names. Pinned where the device is CUDA, whose copies are done when
+    `written` has passed. Stored items never change; a store that several batch rows share is copied
+    before it grows.
     """
 
     data: Tensor
-    scale: Float[Tensor, "groups 2 dim"] | None
+    coder: Residents | None
     items: int
     dtype: torch.dtype
     pinned: bool
@@ -187,38 +192,36 @@ class HostChunks:
     ) -> HostChunks:
         """Copy to the host. Raises CompressionError when host memory cannot be had."""
         items, chunk, dim = key.shape
-        kind = torch.int8 if host_dtype == "int8" else key.dtype
-        pinned = key.device.type == "cuda"
-        data = _allocate((items, 2, chunk, dim), kind, pinned)
-        made = cls(data, None, items, key.dtype, pinned)
+        pinned, coder = key.device.type == "cuda", None
+        shape: tuple[int, ...] = (items, 2, chunk, dim)
+        kind = key.dtype
+        if host_dtype == "int8":
+            coder = Residents.around(key.flatten(0, 1), value.flatten(0, 1), ROW_BITS).on(_HOST)
+            shape, kind = (items, chunk, coder.format.row_bytes), torch.uint8
+        made = cls(_allocate(shape, kind, pinned), coder, items, key.dtype, pinned)
         made._write(0, key, value)
         return made
 
     @property
     def loses(self) -> bool:
         """Whether items are not exactly what was stored."""
-        return self.data.dtype != self.dtype
+        return self.coder is not None
 
     @property
     def chunk(self) -> int:
         """Tokens that an item holds."""
-        return self.data.shape[2]
-
-    @property
-    def items_per_group(self) -> int:
-        """Items that share a scale."""
-        return max(1, SCALE_TOKENS // self.chunk)
+        return self.data.shape[-2]
 
     @property
     def item_bytes(self) -> int:
-        """Host bytes of one item, scales aside."""
+        """Host bytes of one item."""
         return self.data[:1].numel() * self.data.element_size()
 
     @property
     def nbytes(self) -> int:
-        """Host bytes, room for later items and scales included."""
-        scale = 0 if self.scale is None else self.scale.untyped_storage().nbytes()
-        return self.data.untyped_storage().nbytes() + scale
+        """Host bytes, room for later items included."""
+        mean = 0 if self.coder is None else self.coder.mean.untyped_storage().nbytes()
+        return self.data.untyped_storage().nbytes() + mean
 
     def append(
         self, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
@@ -239,19 +242,20 @@ class HostChunks:
         self, items: Int[Tensor, " n"], device: torch.device
     ) -> Float[Tensor, "n 2 chunk dim"]:
         """Chosen items on the device, in the K/V dtype."""
+        return self._restored(self.stored(items, device))
+
+    def stored(self, items: Int[Tensor, " n"], device: torch.device) -> Tensor:
+        """Chosen items on the device as they are in `data`."""
         where = items.cpu()
         self._settle()
-        rows = self.data[where].to(device, non_blocking=True)
-        if self.scale is None:
-            return rows
-        scale = self.scale[where // self.items_per_group].to(device, non_blocking=True)
-        return (rows.float() * scale[:, :, None]).to(self.dtype)
+        return self.data[where].to(device, non_blocking=True)
 
     def everything(self, device: torch.device) -> Float[Tensor, "items 2 chunk dim"]:
-        """All items on the device."""
-        if self.scale is None:
-            return self.data[: self.items].to(device)
-        return self.fetch(torch.arange(self.items), device)
+        """All items on the device, in the K/V dtype."""
+        return self._restored(self.data[: self.items].to(device))
+
+    def _restored(self, data: Tensor) -> Tensor:
+        return data if self.coder is None else self.coder.decode_items(data)
 
     def _settle(self) -> None:
         """Before the host itself reads: wait until what was stored is there."""
@@ -260,30 +264,22 @@ class HostChunks:
             self.written = None
 
     def _write(self, start: int, key: Tensor, value: Tensor) -> None:
-        if not self.loses:
-            room = self.data[start : start + len(key)]
-            if key.is_cuda:  # one transfer without waiting: halves would pass through other memory
-                room.copy_(torch.stack([key, value], dim=1), non_blocking=True)
-                self.written = torch.cuda.Event()
-                self.written.record()
-            else:
-                room[:, 0], room[:, 1] = key, value
-            return
-        rows = torch.stack([key, value], dim=1)
-        group = self.items_per_group
-        begin = start // group * group  # int8: the group that was not full is quantised anew
-        if begin < start:
-            old = self.fetch(torch.arange(begin, start), torch.device("cpu"))
-            rows = torch.cat([old, rows.to("cpu")])
-        scales = [] if self.scale is None else [self.scale[: begin // group]]
-        for first in range(0, len(rows), group):
-            block = torch.nan_to_num(rows[first : first + group].float())
-            scale = block.abs().amax(dim=(0, 2)).clamp(min=1e-12) / 127  # [2, dim]
-            code = (block / scale[:, None]).round().clamp(-127, 127)
-            self.data[begin + first : begin + first + len(block)] = code.to(torch.int8)
-            scales.append(scale.cpu()[None])
-        scale = torch.cat(scales)
-        self.scale = _allocate(tuple(scale.shape), scale.dtype, self.pinned).copy_(scale)
+        room = self.data[start : start + len(key)]
+        if self.coder is not None:
+            coder, size = self.coder.on(key.device), max(1, AT_ONCE // self.chunk)
+            parts = zip(key.split(size), value.split(size), strict=True)
+            self._copy(room, torch.cat([coder.encode_items(*part) for part in parts]))
+        elif key.is_cuda:  # halves would pass through other memory
+            self._copy(room, torch.stack([key, value], dim=1))
+        else:
+            room[:, 0], room[:, 1] = key, value
+
+    def _copy(self, room: Tensor, data: Tensor) -> None:
+        """One transfer, without waiting for it."""
+        room.copy_(data, non_blocking=True)
+        if data.is_cuda:
+            self.written = torch.cuda.Event()
+            self.written.record()
 
 
 def allocate(
@@ -311,9 +307,10 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tenso
 class DynamicHead:
     """One (batch row, KV head): host items, device index, and which item every hot slot holds.
 
-    Its storage segment is laid out [sinks | recent | hot slots | tokens since]. Its index names
-    `rerank` items beyond the hot buffer for exact scores. `hot_score` exists with smoothing only.
-    In a step at most `fresh` items become hot.
+    Its storage segment is laid out [sinks | recent | hot slots | tokens since], or without hot
+    slots, where these are in fewer `bits` (interface.QuantisedRows). Its index names `rerank` items
+    beside the hot ones for exact scores. `hot_score` exists with smoothing only. In a step at most
+    `fresh` items become hot.
     """
 
     layout: DynamicLayout
@@ -322,6 +319,7 @@ class DynamicHead:
     rerank: int
     slots: Int[Tensor, " hot"]
     hot_score: Float[Tensor, " hot"] | None = None
+    bits: int = EXACT_BITS
     fresh: int = ANY
 
     def clone(self) -> DynamicHead:
@@ -339,16 +337,23 @@ class DynamicHead:
         """First row of the hot slots within the segment."""
         return self.layout.sinks + self.layout.recent
 
-    def described(self, segment: int, start: int) -> DynamicSegment:
-        """For the kernels: its storage segment has this number and begins at row `start`."""
+    @property
+    def hot_end(self) -> int:
+        """First row of the tokens since within the segment."""
+        hot = self.layout.hot * self.layout.chunk
+        return self.hot_start + (hot if self.bits == EXACT_BITS else 0)
+
+    def described(self, segment: int, start: int, held: Residents | None = None) -> DynamicSegment:
+        """For the kernels: its storage segment has this number and begins at row `start`; `held`
+        are its hot slots in fewer bits."""
         return DynamicSegment(
             segment=segment,
             index=self.index,
             slots=self.slots,
             hot_score=self.hot_score,
             host=self.host.data,
-            scale=self.host.scale,
-            items_per_group=self.host.items_per_group,
+            coder=self.host.coder,
+            held=held,
             hot_start=start + self.hot_start,
             chunk=self.layout.chunk,
             items=self.layout.items,
@@ -387,8 +392,7 @@ class DynamicHead:
         self, key: Float[Tensor, "stored dim"], value: Float[Tensor, "stored dim"]
     ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
         """The segment's tokens without the hot copies, and every host item."""
-        begin = self.hot_start
-        end = begin + self.layout.hot * self.layout.chunk
+        begin, end = self.hot_start, self.hot_end
         items = self.host.everything(key.device)
         return (
             torch.cat([key[:begin], items[:, 0].flatten(0, 1), key[end:]]),

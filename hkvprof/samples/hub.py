@@ -26,8 +26,8 @@ _FILES = (".jsonl", ".json")
 
 
 EXPECTED = (
-    "expected a folder with samples.jsonl, a .jsonl file, or a dataset of the hub as owner/name or "
-    "hf:NAME (docs/sample-format.md)"
+    "expected a folder with samples.jsonl, a .jsonl file, another layout of docs/calibration.md, "
+    "or a dataset of the hub as owner/name or hf:NAME (docs/sample-format.md)"
 )
 
 
@@ -62,7 +62,7 @@ def open_saved(folder: Path) -> Any:
     """The dataset in a `save_to_disk` folder. Raises SampleError."""
     datasets = require_extra("datasets", "datasets")
     try:
-        return _one_split(datasets.load_from_disk(str(folder)), None)
+        return one_split(datasets.load_from_disk(str(folder)), None)
     except (MemoryError, UsageError):
         raise
     except Exception as error:  # datasets raises nearly anything on damaged folders
@@ -73,7 +73,7 @@ def open_hub(source: HubSource) -> Any:
     """The dataset behind a hub id. Raises SampleError when it cannot be had."""
     datasets = require_extra("datasets", "datasets")
     try:
-        return _one_split(
+        return one_split(
             datasets.load_dataset(source.name, source.config, trust_remote_code=False), source.split
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -91,7 +91,7 @@ def caches() -> tuple[Path, ...]:
     return Path(config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)
 
 
-def _one_split(dataset: Any, wanted: str | None) -> Any:
+def one_split(dataset: Any, wanted: str | None) -> Any:
     """The wanted split; without a wish `train`, else the first."""
     if not hasattr(dataset, "keys"):
         return dataset
@@ -122,14 +122,15 @@ def rows(
     if "messages" not in columns and "question" not in columns:
         raise SampleError(
             f"the dataset has the columns {', '.join(sorted(columns))}: expected 'messages', or "
-            "'question' with 'image' or 'images' (docs/sample-format.md)"
+            "'question' with 'image' or 'images' (docs/sample-format.md), or those of another "
+            "layout (docs/calibration.md), which --data-format may name"
         )
-    plain = _without_decoding(dataset)
+    plain = without_decoding(dataset)
     for row in chosen:
         yield f"row {row}", partial(_sample, plain, row, *names[row], roots)
 
 
-def _without_decoding(dataset: Any) -> Any:
+def without_decoding(dataset: Any) -> Any:
     """The dataset with image columns as bytes."""
     Image = require_extra("datasets", "datasets").Image
     for name, feature in dataset.features.items():

@@ -5,26 +5,32 @@ The format is documented in docs/sample-format.md.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.samples import hub as sample_hub
 from hkvprof.samples import images
+from hkvprof.samples.digest import samples_digest
+from hkvprof.samples.layouts import places
+from hkvprof.samples.layouts import recognise as layouts
+from hkvprof.samples.layouts.opened import NATIVE, Opened, Recognised
+from hkvprof.samples.layouts.recognise import Reading
+from hkvprof.samples.layouts.tables import DatasetTable, ListTable
 from hkvprof.samples.parse import parse_line
 from hkvprof.samples.record import Message, Sample, Turn, frames_of
+from hkvprof.samples.subset import choose
 
 __all__ = [
     "LoadedSamples",
     "Message",
+    "Reading",
     "Sample",
     "Turn",
+    "choose",
     "load_samples",
     "open_images",
     "samples_digest",
@@ -34,8 +40,25 @@ MAX_LINE_BYTES = 16 * 2**20
 FILE_NAME = "samples.jsonl"
 
 OnError = Literal["raise", "skip"]
+Source = str | Path | Any
+"""A path, a dataset's name, a `datasets.Dataset` or a list of rows."""
 _Entry = tuple[str, Callable[[], Sample]]
 """Where a sample stands (`samples.jsonl:17`), and a function that reads and checks it."""
+_Found = tuple[Recognised, Iterator[_Entry]]
+NATIVE_LAYOUT = Recognised()
+
+
+@dataclass(frozen=True)
+class _Subset:
+    """How many rows are taken (None: all), and the seed that chooses them."""
+
+    count: int | None
+    seed: int
+
+    def of(self, names: Sequence[tuple[str, str]]) -> list[int]:
+        if self.count is None:
+            return list(range(len(names)))
+        return choose(names, self.count, self.seed)
 
 
 @dataclass(frozen=True)
@@ -43,12 +66,14 @@ class LoadedSamples:
     """What `load_samples` read.
 
     `skipped` holds the reason of every bad sample left out; `digest` is the SHA-256 of the chosen
-    samples' text and images, whatever their order and the names of the image files.
+    samples' text and images, whatever their order and the names of the image files; `recognised`
+    says which layout the source has.
     """
 
     samples: tuple[Sample, ...]
     skipped: tuple[str, ...]
     digest: str
+    recognised: Recognised = NATIVE_LAYOUT
 
     @property
     def tasks(self) -> dict[str, int]:
@@ -58,13 +83,15 @@ class LoadedSamples:
 
 
 def load_samples(
-    source: str | Path,
+    source: Source,
     *,
     max_samples: int | None = None,
     seed: int = 0,
     on_error: OnError = "raise",
+    reading: Reading | None = None,
 ) -> LoadedSamples:
-    """Read samples from a folder with samples.jsonl, a .jsonl file, or a Hugging Face dataset.
+    """Read samples from a folder with samples.jsonl, a .jsonl file, a dataset of Hugging Face, or
+    any other of the layouts in docs/calibration.md; `reading` says what its looks do not.
 
     What is here comes first; the hub is asked for `hf:NAME` and for `owner/name` alone (`on_hub`).
     Images are checked (present, inside the folder, readable header, at most 36 megapixels) but not
@@ -76,15 +103,24 @@ def load_samples(
         raise UsageError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
     if max_samples is not None and max_samples < 1:
         raise UsageError(f"max_samples is {max_samples}: expected at least 1")
-    entries = _entries(str(source), max_samples, seed)
+    reading = reading or Reading()
+    reading.check()
+    recognised, entries = _entries(source, reading, _Subset(max_samples, seed))
     samples, skipped = _read(entries, on_error)
     if not samples:
         first = f"; the first: {skipped[0]}" if skipped else ""
-        raise SampleError(f"{source} holds no usable sample ({len(skipped)} skipped{first})")
+        raise SampleError(
+            f"{_called(source)} holds no usable sample ({len(skipped)} skipped{first})"
+        )
     if max_samples is not None:
         chosen = choose([(s.task, s.id) for s in samples], max_samples, seed)
         samples = [samples[i] for i in chosen]
-    return LoadedSamples(tuple(samples), tuple(skipped), samples_digest(samples))
+    digest = samples_digest(samples)
+    return LoadedSamples(tuple(samples), tuple(skipped), digest, recognised)
+
+
+def _called(source: Source) -> str:
+    return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
 
 
 def open_images(sample: Sample) -> tuple[Message, ...]:
@@ -115,42 +151,64 @@ def _opened(sample_id: str, part: Message) -> Message:
         raise SampleError(f"sample {sample_id!r}: {error}") from None
 
 
-def choose(names: Sequence[tuple[str, str]], count: int, seed: int) -> list[int]:
-    """Positions of `count` of the (task, id) pairs, balanced over tasks, ascending.
-
-    Every task's ids are ordered by a hash of seed, task and id, and tasks take turns.
-    """
-    by_task: dict[str, list[int]] = {}
-    ranked = sorted(range(len(names)), key=lambda i: _rank(seed, *names[i]))
-    for position in ranked:
-        by_task.setdefault(names[position][0], []).append(position)
-    tasks = sorted(by_task, key=lambda task: _rank(seed, task))
-    turns = zip_longest(*(by_task[task] for task in tasks))
-    taken = [position for turn in turns for position in turn if position is not None]
-    return sorted(taken[:count])
-
-
-def _rank(seed: int, *names: str) -> str:
-    text = json.dumps([seed, *names])
-    return hashlib.sha256(text.encode("utf-8")).hexdigest() + text
-
-
-def _entries(source: str, max_samples: int | None, seed: int) -> Iterator[_Entry]:
+def _entries(source: Source, reading: Reading, subset: _Subset) -> _Found:
+    """What the source is recognised as, and its entries."""
+    if not isinstance(source, str | Path):
+        return _in_memory(source, reading, subset)
+    source = str(source)
     if (hub := on_hub(source)) is not None:
-        dataset = sample_hub.open_hub(hub)
-        return _dataset_rows(dataset, hub.name, sample_hub.caches(), max_samples, seed)
+        return _dataset(sample_hub.open_hub(hub), hub.name, sample_hub.caches(), reading, subset)
     path = _path(source)
-    if path.is_dir() and (path / FILE_NAME).is_file():
+    if path.is_dir() and (path / FILE_NAME).is_file() and reading.layout in (None, NATIVE):
         images.inside(path, FILE_NAME)
-        return _lines(path / FILE_NAME)
+        return _native(path / FILE_NAME, reading)
     if path.is_dir() and sample_hub.is_saved_dataset(path):
-        dataset = sample_hub.open_saved(path)
-        return _dataset_rows(dataset, path.name, (path,), max_samples, seed)
+        return _dataset(sample_hub.open_saved(path), path.name, (path,), reading, subset)
     if path.is_dir():
-        raise UsageError(f"the folder {source} holds no {FILE_NAME} (docs/sample-format.md)")
+        return _rows(places.open_folder(path, reading), subset)
     if path.is_file():
-        return _lines(path)
+        opened = places.open_file(path, reading)
+        return _native(path, reading) if opened is None else _rows(opened, subset)
     raise UsageError(f"no such folder or file: {source}; {sample_hub.EXPECTED}")
+
+
+def _native(path: Path, reading: Reading) -> _Found:
+    reading.refuse_unused("samples.jsonl")
+    if reading.image_folder is not None:
+        raise UsageError("--image-folder: the images of samples.jsonl lie beside it")
+    return NATIVE_LAYOUT, _lines(path)
+
+
+def _rows(opened: Opened, subset: _Subset) -> _Found:
+    """Rows of a table; a subset is chosen first, so that no picture of another row is read."""
+    names = opened.names()
+    return opened.recognised, opened.entries(names, subset.of(names))
+
+
+def _in_memory(source: Any, reading: Reading, subset: _Subset) -> _Found:
+    """A dataset of `datasets`, one split of several, or a list of rows."""
+    if isinstance(source, list | tuple):
+        return _rows(layouts.opened(ListTable("samples", source), reading), subset)
+    dataset = sample_hub.one_split(source, None)
+    if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
+        raise UsageError(
+            f"samples of type {type(source).__name__} are not taken: expected a path, a list of "
+            "objects or a datasets.Dataset (of a streamed one: list(dataset.take(128)))"
+        )
+    return _dataset(dataset, "samples", (), reading, subset)
+
+
+def _dataset(
+    dataset: Any, name: str, roots: tuple[Path, ...], reading: Reading, subset: _Subset
+) -> _Found:
+    """Rows of a dataset; image files that they name must lie below one of `roots`."""
+    plain = sample_hub.without_decoding(dataset)
+    columns = frozenset(dataset.column_names)
+    own = layouts.is_native_dataset(columns, plain[0] if len(plain) else {})
+    if reading.layout == NATIVE or (reading.layout is None and own):
+        reading.refuse_unused("a dataset with questions")
+        return NATIVE_LAYOUT, _dataset_rows(dataset, name, roots, subset)
+    return _rows(layouts.opened(DatasetTable(name, plain), reading, *roots), subset)
 
 
 def on_hub(source: str) -> sample_hub.HubSource | None:
@@ -169,15 +227,14 @@ def _path(source: str) -> Path:
 
 
 def _dataset_rows(
-    dataset: Any, name: str, roots: tuple[Path, ...], limit: int | None, seed: int
+    dataset: Any, name: str, roots: tuple[Path, ...], subset: _Subset
 ) -> Iterator[_Entry]:
     """Rows of a dataset; a subset is chosen first, so that no other row is read.
 
     Image files that rows name must lie below one of `roots`.
     """
     names = sample_hub.tasks_and_ids(dataset, name)
-    chosen = list(range(len(names))) if limit is None else choose(names, limit, seed)
-    for where, make in sample_hub.rows(dataset, names, chosen, roots):
+    for where, make in sample_hub.rows(dataset, names, subset.of(names), roots):
         yield f"{name}: {where}", make
 
 
@@ -227,35 +284,3 @@ def _read(entries: Iterable[_Entry], on_error: OnError) -> tuple[list[Sample], l
         seen[sample.id] = where
         samples.append(sample)
     return samples, skipped
-
-
-def samples_digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 of the samples' text and images, whatever their order and the images' names."""
-    total = hashlib.sha256()
-    for sample in sorted(samples, key=lambda s: s.id):
-        record = {
-            "id": sample.id,
-            "task": sample.task,
-            "messages": [_hashable(message) for message in sample.messages],
-            "reply": sample.reply,
-            "followups": [[turn.question, turn.reply] for turn in sample.followups],
-        }
-        total.update(json.dumps(record, sort_keys=True).encode("utf-8") + b"\n")
-    return total.hexdigest()
-
-
-def _hashable(message: Message) -> dict[str, Any]:
-    """The message with the SHA-256 of every image in its place."""
-    if isinstance(message["content"], str):
-        return dict(message)
-    parts = [_hashable_part(part) for part in message["content"]]
-    return {"role": message["role"], "content": parts}
-
-
-def _hashable_part(part: Message) -> Message:
-    if part["type"] == "video":
-        frames = [_hashable_part(frame) for frame in frames_of(part)]
-        return {"type": "video", "frames": frames, "fps": part["fps"]}
-    if part["type"] == "image":
-        return {"type": "image", "sha256": hashlib.sha256(images.image_bytes(part)).hexdigest()}
-    return dict(part)

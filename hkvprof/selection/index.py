@@ -21,6 +21,7 @@ from torch import Tensor
 from hkvprof.heads import Strategy
 from hkvprof.profile.tables import ProjectedIndexTables
 from hkvprof.selection.quantiser import CODE_UNIT, Encoder, Subspaces, encode
+from hkvprof.selection.rotary import Positions, RotatingBias
 
 CHUNK_TOKENS = 8192
 """Tokens projected and encoded at a time: about 20 MiB of temporary memory at width 128."""
@@ -32,6 +33,7 @@ class HeadTables:
 
     Channels are ordered so that those of a code are neighbours; `subspaces` says, per code, which
     is its first and which one is past its last. `codebook` is in the units of projected keys.
+    `bias` is taken out of keys before anything else is done with them.
     """
 
     query_projection: Float[Tensor, "dim channels"]
@@ -40,6 +42,7 @@ class HeadTables:
     codebook: Float[Tensor, "centroids channels"]
     subspaces: Subspaces
     encoder: Encoder = encode
+    bias: RotatingBias | None = None
 
     @classmethod
     def load(
@@ -68,25 +71,52 @@ class HeadTables:
             codebook=put(arrays.codebooks[size][layer, head][:, order] * unit),
             subspaces=tuple(pairwise([0, *ends])),
             encoder=encoder,
+            bias=_bias_of(arrays, layer, head, device),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The device tensors, for counting their bytes."""
-        return (self.query_projection, self.key_projection, self.key_mean, self.codebook)
+        own = (self.query_projection, self.key_projection, self.key_mean, self.codebook)
+        return own if self.bias is None else (*own, *self.bias.tensors())
 
-    def encode(self, keys: Float[Tensor, "items dim"]) -> UInt8[Tensor, "items codes"]:
-        """The codes of keys, CHUNK_TOKENS at a time."""
+    def encode(
+        self, keys: Float[Tensor, "items dim"], positions: Positions | None = None
+    ) -> UInt8[Tensor, "items codes"]:
+        """The codes of keys at these positions, CHUNK_TOKENS at a time."""
         parts = [
             self.encoder(
-                (part.float() - self.key_mean) @ self.key_projection, self.codebook, self.subspaces
+                (self._still(part, positions, number * CHUNK_TOKENS) - self.key_mean)
+                @ self.key_projection,
+                self.codebook,
+                self.subspaces,
             )
-            for part in keys.split(CHUNK_TOKENS)
+            for number, part in enumerate(keys.split(CHUNK_TOKENS))
         ]
         return torch.cat(parts)
+
+    def _still(self, keys: Tensor, positions: Positions | None, first: int) -> Tensor:
+        """Keys without what turns, of which the first is number `first` of `positions`."""
+        if self.bias is None:
+            return keys.float()
+        assert positions is not None, "keys with a bias need their positions"
+        return self.bias.removed(keys, positions.part(first, len(keys)))
+
+
+def _bias_of(
+    arrays: ProjectedIndexTables, layer: int, head: int, device: torch.device
+) -> RotatingBias | None:
+    if arrays.key_bias is None or arrays.frequency is None or arrays.axis is None:
+        return None
+    return RotatingBias.load(
+        arrays.key_bias[layer, head], arrays.frequency, arrays.axis, arrays.pairs, device
+    )
 
 
 class KeyIndex(ABC):
     """What the device knows about the host-side items of one dynamic head."""
+
+    positions: Positions | None = None
+    """Of the items, where the index goes by them."""
 
     @abstractmethod
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
@@ -98,8 +128,11 @@ class KeyIndex(ABC):
         """How many items are indexed."""
 
     @abstractmethod
-    def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> KeyIndex:
-        """An index of the same kind with these items at the end."""
+    def append(
+        self, keys: Float[Tensor, "new_items chunk dim"], positions: Positions | None = None
+    ) -> KeyIndex:
+        """An index of the same kind with these items at the end; `positions` of all its items where
+        the index goes by them."""
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -132,7 +165,9 @@ class MeanIndex(KeyIndex):
         """How many chunks are indexed."""
         return len(self.mean)
 
-    def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> MeanIndex:
+    def append(
+        self, keys: Float[Tensor, "new_items chunk dim"], positions: Positions | None = None
+    ) -> MeanIndex:
         """An index that holds these chunks, too."""
         return MeanIndex(torch.cat([self.mean, self.build(keys).mean]))
 
@@ -162,7 +197,9 @@ class MinMaxIndex(KeyIndex):
         """How many chunks are indexed."""
         return len(self.low)
 
-    def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> MinMaxIndex:
+    def append(
+        self, keys: Float[Tensor, "new_items chunk dim"], positions: Positions | None = None
+    ) -> MinMaxIndex:
         """An index that holds these chunks, too."""
         new = self.build(keys)
         return MinMaxIndex(torch.cat([self.low, new.low]), torch.cat([self.high, new.high]))
@@ -182,22 +219,33 @@ class ProjectedIndex(KeyIndex):
 
     codes: UInt8[Tensor, "items codes"]
     tables: HeadTables
+    positions: Positions | None = None
+    """Of the items, where the tables have a bias; heads and layers share them."""
 
     shared_attributes = ("tables",)
 
     @classmethod
-    def build(cls, keys: Float[Tensor, "items dim"], tables: HeadTables) -> ProjectedIndex:
+    def build(
+        cls,
+        keys: Float[Tensor, "items dim"],
+        tables: HeadTables,
+        positions: Positions | None = None,
+    ) -> ProjectedIndex:
         """Project and encode the keys of one head."""
-        return cls(tables.encode(keys), tables)
+        return cls(tables.encode(keys, positions), tables, positions)
 
     @property
     def items(self) -> int:
         """How many tokens are indexed."""
         return len(self.codes)
 
-    def append(self, keys: Float[Tensor, "new_items chunk dim"]) -> ProjectedIndex:
+    def append(
+        self, keys: Float[Tensor, "new_items chunk dim"], positions: Positions | None = None
+    ) -> ProjectedIndex:
         """An index that holds these tokens, too (a chunk is one token)."""
-        return replace(self, codes=torch.cat([self.codes, self.tables.encode(keys[:, 0])]))
+        own = None if positions is None else positions.part(self.items, len(keys))
+        codes = torch.cat([self.codes, self.tables.encode(keys[:, 0], own)])
+        return replace(self, codes=codes, positions=positions)
 
     def lut(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows codes 256"]:
         """What every centroid of every code adds to a logit."""
@@ -209,9 +257,13 @@ class ProjectedIndex(KeyIndex):
         return torch.stack(parts, dim=-2)
 
     def logits(self, query: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows items"]:
-        """Projected query times the decoded keys (key mean omitted: constant per row)."""
-        table = self.lut(query)
+        """Projected query times the decoded keys (key mean omitted: constant per row), and the
+        query times their rotated bias."""
+        table, bias = self.lut(query), self.tables.bias
         total = table.new_zeros(*table.shape[:-2], self.items)
+        if bias is not None:
+            assert self.positions is not None, "keys with a bias need their positions"
+            total += bias.logits(query.float(), self.positions)
         for code in range(self.codes.shape[1]):
             total += table[..., code, :].index_select(-1, self.codes[:, code].int())
         return total
@@ -257,9 +309,13 @@ class Ranking:
 
 
 def build_index(
-    strategy: Strategy, keys: Float[Tensor, "items chunk dim"], tables: HeadTables | None
+    strategy: Strategy,
+    keys: Float[Tensor, "items chunk dim"],
+    tables: HeadTables | None,
+    positions: Positions | None = None,
 ) -> KeyIndex:
-    """The index that `strategy` names, over the chunked keys of one head."""
+    """The index that `strategy` names, over the chunked keys of one head at these positions, which
+    tables with a bias ask for."""
     match strategy.index:
         case "mean":
             return MeanIndex.build(keys)
@@ -267,5 +323,5 @@ def build_index(
             return MinMaxIndex.build(keys)
         case "projected":
             assert tables is not None, "a projected index needs the profile's tables"
-            return ProjectedIndex.build(keys[:, 0], tables)
+            return ProjectedIndex.build(keys[:, 0], tables, positions)
     raise AssertionError(f"no index named {strategy.index!r}")

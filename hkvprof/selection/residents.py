@@ -1,6 +1,6 @@
 """Residents in fewer bits: tokens of a static head, hot items of a dynamic one, as rows of bytes.
 
-Keys and values are centred by the mean of the tokens that a segment stores first, rotated by a
+Keys and values are centred by the mean of the prompt's tokens, rotated by a
 Hadamard matrix, so that no channel stands out (QuaRot, arXiv 2404.00456), and rounded to 8 or 4
 bits. A softmax does not feel the mean key but for the tokens stored otherwise, which have none
 taken off: whoever attends adds query . mean to the logits of quantised tokens, and the mean value
@@ -116,13 +116,15 @@ class Residents:
     rows: UInt8[Tensor, "tokens row_bytes"]
 
     @classmethod
-    def store(
+    def around(
         cls, key: Float[Tensor, "tokens dim"], value: Float[Tensor, "tokens dim"], bits: int
     ) -> Residents:
-        """Quantise the first tokens of a segment, at least one; their mean is from now on its."""
+        """None yet, of a segment whose mean is that of these tokens, at least one: all of a prompt
+        between sinks and recent ones, whichever of them are kept."""
         mean = torch.stack([key.float().mean(dim=0), value.float().mean(dim=0)]).to(key.dtype)
-        empty = cls(RowFormat(bits, key.shape[1]), torch.nan_to_num(mean), _no_rows(key))
-        return replace(empty, rows=empty.encode(key, value))
+        kind = RowFormat(bits, key.shape[1])
+        rows = key.new_empty((0, kind.row_bytes), dtype=torch.uint8)
+        return cls(kind, torch.nan_to_num(mean), rows)
 
     def encode(
         self, key: Float[Tensor, "tokens dim"], value: Float[Tensor, "tokens dim"]
@@ -150,18 +152,43 @@ class Residents:
         both = rotate(key) + key_mean, rotate(value) + value_mean
         return both[0].to(self.mean.dtype), both[1].to(self.mean.dtype)
 
+    def on(self, device: torch.device) -> Residents:
+        """With its mean on this device."""
+        return replace(self, mean=self.mean.to(device))
+
+    def encode_items(
+        self, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
+    ) -> UInt8[Tensor, "items chunk row_bytes"]:
+        """As `encode`, of chunks of tokens."""
+        return self.encode(key.flatten(0, 1), value.flatten(0, 1)).unflatten(0, key.shape[:2])
+
+    def decode_items(
+        self, rows: UInt8[Tensor, "items chunk row_bytes"]
+    ) -> Float[Tensor, "items 2 chunk dim"]:
+        """What rows of chunks of tokens give back: keys, then values."""
+        flat = replace(self, rows=rows.flatten(0, 1)).on(rows.device)
+        both = torch.stack(flat.decode(), dim=1).unflatten(0, rows.shape[:2])
+        return both.transpose(1, 2)
+
     @cached_property
     def nbytes(self) -> int:
-        """Device bytes."""
+        """Device bytes of rows and mean."""
         return self.rows.nbytes + self.mean.nbytes
 
 
-def _no_rows(like: Tensor) -> Tensor:
-    return torch.empty(0, 0, dtype=torch.uint8, device=like.device)
-
-
 def quantised(
-    key: Float[Tensor, "tokens dim"], value: Float[Tensor, "tokens dim"], bits: int
+    key: Float[Tensor, "tokens dim"],
+    value: Float[Tensor, "tokens dim"],
+    bits: int,
+    first: int,
+    end: int,
 ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens dim"]]:
-    """Keys and values as residents of so many bits give them back."""
-    return Residents.store(key, value, bits).decode()
+    """A prompt's keys and values with those from `first` to `end` as residents of so many bits give
+    them back."""
+    if end <= first:
+        return key, value
+    own_key, own_value = key[first:end], value[first:end]
+    middle = Residents.around(own_key, own_value, bits).append(own_key, own_value).decode()
+    pairs = zip((key, value), middle, strict=True)
+    whole = [torch.cat([part[:first], own, part[end:]]) for part, own in pairs]
+    return whole[0], whole[1]

@@ -21,8 +21,9 @@ from hkvprof.models.adapter import view_model
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.calls import cache_of, with_cache
 from hkvprof.profile.budgets import INFEASIBLE
-from hkvprof.profile.costs import dynamic_layout, static_tokens
+from hkvprof.profile.costs import dynamic_layout, static_layout
 from hkvprof.selection.index import HeadTables, build_index
+from hkvprof.selection.residents import quantised
 from hkvprof.selection.static import rank_tokens, select_tokens, window_attention
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply
@@ -45,6 +46,9 @@ MENU = (
     Strategy(HeadType.DYNAMIC, index="minmax", chunk=4),
     Strategy(HeadType.DYNAMIC, index="projected", bits=32),
     Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=7),
+    Strategy(HeadType.STATIC, pool=5, resident_bits=4),
+    Strategy(HeadType.STATIC, pool=1, resident_bits=8),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=7, resident_bits=8),
 )
 KV_HEADS, GROUP, DIM, TOKENS, NEW = 2, 2, 16, 96, 9
 
@@ -99,7 +103,7 @@ def kept_tokens(
     if strategy.head_type is HeadType.STATIC:
         attention = window_attention(layer.window, rows.key, rows.scaling)
         ranking = rank_tokens(attention, strategy.pool, KEEP)[head]
-        count = static_tokens(ratio, tokens, KEEP)
+        count = static_layout(strategy, ratio, tokens, KEEP, rows.key.shape[2], 4).tokens
         return select_tokens(ranking, count, strategy, KEEP, layer.text).tolist()
     layout = dynamic_layout(strategy, ratio, tokens, KEEP, rows.key.shape[2], itemsize=4)
     if layout is None:
@@ -108,19 +112,33 @@ def kept_tokens(
         return list(range(tokens))
     end = layout.sinks + layout.items * layout.chunk
     chunks = rows.key[head, layout.sinks : end].view(layout.items, layout.chunk, -1)
+    stored = as_stored(layer, strategy).rows.key[head, layout.sinks : end]
     index = build_index(strategy, chunks, layer.tables.get((head, strategy.bits)))
     group = rows.query.shape[0] // rows.key.shape[0]
     query = rows.query[head * group : (head + 1) * group, row]
     score = index.score(query, rows.scaling)
     if strategy.rerank:
         named = score.topk(min(layout.items, layout.hot + strategy.rerank)).indices
-        exact = (query @ chunks[named, 0].T * rows.scaling).softmax(dim=-1).mean(dim=0)
+        exact = (query @ stored[named].T * rows.scaling).softmax(dim=-1).mean(dim=0)
         score = torch.full_like(score, -1.0).index_copy_(0, named, exact)
     kept = [*range(layout.sinks), *range(tokens - layout.recent, tokens)]
     for item in score.topk(layout.hot).indices.tolist():
         start = layout.sinks + item * layout.chunk
         kept += range(start, start + layout.chunk)
     return sorted(kept)
+
+
+def as_stored(layer: Layer, strategy: Strategy) -> Layer:
+    """The layer with keys and values as the strategy keeps them."""
+    rows = layer.rows
+    if strategy.resident_bits == 16:
+        return layer
+    kept = [
+        quantised(*pair, strategy.resident_bits, KEEP.sinks, TOKENS - KEEP.recent)
+        for pair in zip(rows.key, rows.value, strict=True)
+    ]
+    key, value = (torch.stack(part) for part in zip(*kept, strict=True))
+    return replace(layer, rows=replace(rows, key=key, value=value))
 
 
 def attend(layer: Layer, query_head: int, row: int, kept: list[int]) -> Tensor:
@@ -146,7 +164,8 @@ def brute_force(layer: Layer, head: int, strategy: Strategy, ratio: float) -> li
         lost = torch.zeros(rows.projection.shape[0], dtype=torch.float64)
         margin = 0.0
         for member in range(head * group, (head + 1) * group):
-            change = attend(layer, member, row, whole) - attend(layer, member, row, kept)
+            held = layer if ratio >= 1 else as_stored(layer, strategy)
+            change = attend(layer, member, row, whole) - attend(held, member, row, kept)
             columns = rows.projection[:, member * dim : (member + 1) * dim].double()
             lost += columns @ change
             margin += float(rows.gradient[row, member].double() @ change)
@@ -189,7 +208,7 @@ def test_blocks_of_rows_make_the_same_losses(block: int, monkeypatch: pytest.Mon
 def test_losses_stand_in_the_order_of_menu_heads_and_ratios() -> None:
     layer = make_layer()
     whole = layer.losses(MENU, RATIOS)
-    assert whole.output.shape == whole.square.shape == whole.reply.shape == (7, KV_HEADS, 6)
+    assert whole.output.shape == whole.square.shape == whole.reply.shape == (len(MENU), KV_HEADS, 6)
     for s, strategy in enumerate(MENU):
         alone = layer.losses((strategy,), RATIOS)
         assert torch.equal(whole.output[s], alone.output[0])
@@ -201,8 +220,8 @@ def test_the_whole_prompt_costs_nothing_and_too_little_is_infeasible() -> None:
     for term in (losses.output, losses.square, losses.reply):
         assert bool((term[..., -1] == 0).all())
         assert bool((term[:3] < 1e3).all())  # static heads always have their sinks and recent
-        assert bool((term[3:, :, 0] == float(INFEASIBLE)).all())
-        assert bool((term[3:, :, 3] < 1e3).all())
+        assert bool((term[3:7, :, 0] == float(INFEASIBLE)).all())
+        assert bool((term[3:7, :, 3] < 1e3).all())
 
 
 def test_a_prompt_too_short_for_a_chunk_is_infeasible_below_one() -> None:
@@ -217,7 +236,7 @@ def test_exact_rows_lose_nothing_on_dynamic_heads_but_do_on_static_ones() -> Non
     layer = make_layer()
     all_exact = replace(layer, rows=replace(layer.rows, exact=torch.ones(6, dtype=torch.bool)))
     losses = all_exact.losses(MENU, (0.5,))
-    assert losses.output[3:].abs().max() < 1e-5
+    assert losses.output[3:7].abs().max() < 1e-5
     assert torch.equal(losses.output[:3], layer.losses(MENU, (0.5,)).output[:3])
     assert losses.output[:3].min() > 1e-3
 

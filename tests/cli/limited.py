@@ -64,17 +64,16 @@ def rows(folder: Path) -> Path:
 
 
 def convert(folder: Path) -> object:
-    """SmolLM2's conversion with its last step alone: a checkpoint of 4 MB."""
+    """The last step of a GGUF file's conversion: a checkpoint of 4 MB."""
     import torch
     from safetensors.torch import save_file
 
-    from hkvprof.models import smollm2
+    from hkvprof.models.converted import converted_folder
 
-    smollm2.locate_gguf = lambda: GOLDEN
-    smollm2._convert = lambda _, work: save_file(
-        {"a": torch.zeros(2**20)}, work / "model.safetensors"
+    weights = {"a": torch.zeros(2**20)}
+    return converted_folder(
+        "gguf", lambda work: save_file(weights, work / "model.safetensors"), folder
     )
-    return smollm2.ensure_checkpoint(folder)
 
 
 def compiled(folder: Path) -> str:
@@ -97,7 +96,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
     return {
         "merge": command("merge", made, "-o", folder / "p.safetensors"),
         "journal": call(lambda: journal.add([answer(i) for i in range(4)])),
-        "smollm2": call(lambda: convert(folder / "smollm2")),
+        "gguf": call(lambda: convert(folder / "gguf")),
         "compiler": compiled(folder / "cache"),
     }
 
@@ -117,7 +116,7 @@ def no_rights(folder: Path) -> dict[str, Any]:
         "eval": command("eval", "--model", "tinyvl", "--profile", PROFILE, "-o", out),
         "bench": command("bench", "--model", "tinyvl", "--profile", PROFILE, "--json", out),
         "eval of a secret": command("eval", "--model", "tinyvl", "--profile", secret),
-        "smollm2": call(lambda: convert(out)),
+        "gguf": call(lambda: convert(out)),
         "compiler": compiled(out),
     }
 

@@ -17,6 +17,7 @@ from hkvprof.models.architectures import Adapter
 from hkvprof.runtime import packing, prompt, ragged
 from hkvprof.runtime.binding import Binding
 from hkvprof.runtime.cache import CompressedCache
+from hkvprof.runtime.kernels import QuantisedRows
 from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from hkvprof.runtime.layer import CompressedLayer
 from hkvprof.runtime.layer_states import ParkedPrompt
@@ -25,6 +26,7 @@ from hkvprof.runtime.prompt import Conversation
 from hkvprof.runtime.ragged import RaggedLayer
 from hkvprof.runtime.retrieval import Retriever
 from hkvprof.runtime.storage import DynamicHead, HostChunks
+from hkvprof.selection.residents import Residents
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 LEAKED: list[Tensor] = []
@@ -182,6 +184,20 @@ def worst_chunks_fetched(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ragged, "for_device", lambda device, dtype: TorchKernels())
     own = TorchRetrieval._score
     patch.setattr(TorchRetrieval, "_score", lambda self, head, query: -own(self, head, query))
+
+
+def means_of_the_next_segment(patch: pytest.MonkeyPatch) -> None:
+    own = QuantisedRows.at
+
+    def at(self: QuantisedRows, number: int) -> Residents:
+        return replace(own(self, number), mean=self.mean[(number + 1) % len(self.mean)])
+
+    patch.setattr(QuantisedRows, "at", at)
+
+
+def rows_quantised_without_rotation(patch: pytest.MonkeyPatch) -> None:
+    """When more tokens join, and not when they are read."""
+    patch.setattr(Residents, "encode", lambda self, key, value: self.format.encode(key, value))
 
 
 def wrong_scaling(patch: pytest.MonkeyPatch) -> None:

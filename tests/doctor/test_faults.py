@@ -35,6 +35,8 @@ TABLE: list[tuple[Fault, str, str]] = [
     (faults.conversations_share_their_starts, "masked-requests", "layers, rows or masks"),
     (faults.retrieval_bound_to_old_storage, "masked-text", "stale binding"),
     (faults.slots_not_updated, "masked-chunks", "slot map"),
+    (faults.means_of_the_next_segment, "masked-bits", "do not give back what was stored"),
+    (faults.rows_quantised_without_rotation, "masked-bits", "do not give back what was stored"),
     (faults.beams_share_a_slot_map, "masked-batch", "slot map"),
     (faults.rows_stay_where_they_are, "masked-batch", "layers, heads or rows"),
     (faults.rows_stay_where_they_are, "beams", "do not follow the beams"),

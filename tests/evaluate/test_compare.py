@@ -25,8 +25,8 @@ from hkvprof.evaluate.metrics import EXACT_MATCH as SAME
 from hkvprof.evaluate.prefill import capture
 from hkvprof.evaluate.questions import Stage
 from hkvprof.evaluate.records import FULL, Answer, TaskSet
+from hkvprof.evaluate.replay import Lead, end_tokens, refer, replay
 from hkvprof.evaluate.replay import answer as greedy
-from hkvprof.evaluate.replay import end_tokens, refer, replay
 from hkvprof.evaluate.tasks import TINYVL_UNJUDGED, default_tasks, load_tasks
 from hkvprof.models.calls import with_cache
 from hkvprof.profile.record import Profile
@@ -130,9 +130,9 @@ def test_what_is_compressed_before_the_question_knows_nothing_of_it(
     own = samples[0].messages[0]["content"][-1]["text"]
     for question, text in zip(prompt.questions, [own, *turns], strict=True):
         whole = processor.encode([asked_otherwise(samples[0], text)]).inputs["input_ids"][0]
-        assert [*prefix, *question.lead] == whole.tolist()
+        assert [*prefix, *question.lead.ids] == whole.tolist()
     assert own not in processor.decode(prefix)
-    assert own in processor.decode(list(prompt.questions[0].lead))
+    assert own in processor.decode(list(prompt.questions[0].lead.ids))
     # Its keys are those of the context run by itself.
     alone = capture(model, processor.encode([asked_otherwise(samples[0], turns[0])]))
     for mine, other in zip(prompt.prefill.calls, alone.calls, strict=True):
@@ -177,7 +177,9 @@ def test_the_reference_is_a_teacher_forced_pass(
     for sample in samples:
         encoded = processor.encode([sample.messages])
         prefill = capture(model, encoded)
-        found = refer(model, prefill.dense_cache(), prefill.logits[0], (), ends, STEPS, NEW_TOKENS)
+        found = refer(
+            model, prefill.dense_cache(), prefill.logits[0], Lead(), ends, STEPS, NEW_TOKENS
+        )
         inputs = encoded.to(model.device, model.dtype)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], found.forced[None]], dim=1)
         ones = torch.ones_like(inputs["input_ids"])
@@ -200,7 +202,7 @@ def test_distances_are_those_of_decoding_token_by_token(
     model, processor = tiny
     ends = end_tokens(model, processor)
     prefill = capture(model, processor.encode([samples[0].messages]))
-    found = refer(model, prefill.dense_cache(), prefill.logits[0], (), ends, STEPS, NEW_TOKENS)
+    found = refer(model, prefill.dense_cache(), prefill.logits[0], Lead(), ends, STEPS, NEW_TOKENS)
     with hkvprof.runtime.apply(model, uniform_profile(model, types, chunk=4), budget=0.3) as handle:
         rows = [prefill.logits[0]]
         cache = handle.new_cache()
@@ -211,7 +213,7 @@ def test_distances_are_those_of_decoding_token_by_token(
         for stepwise in (True, False) if types == "static" else (True,):
             cache = handle.new_cache()
             prefill.fill(cache)
-            distance, left = replay(model, cache, prefill.logits[0], (), found, stepwise)
+            distance, left = replay(model, cache, prefill.logits[0], Lead(), found, stepwise)
             kl = torch.nn.functional.kl_div(
                 log_probs[1:], found.log_probs[1:], log_target=True, reduction="none"
             )
@@ -224,7 +226,7 @@ def test_distances_are_those_of_decoding_token_by_token(
             assert distance.rows == STEPS
             cache = handle.new_cache()
             prefill.fill(cache)
-            own = greedy(model, cache, prefill.logits[0], (), ends, NEW_TOKENS)
+            own = greedy(model, cache, prefill.logits[0], Lead(), ends, NEW_TOKENS)
             assert (left is None) == (own == found.reply)
             if left is not None:
                 assert own[:left] == found.reply[:left]
@@ -239,7 +241,8 @@ def test_no_distance_at_the_whole_cache(answers: list[Answer]) -> None:
     for mine, dense in zip(whole, full, strict=True):
         assert mine.kl < 1e-5
         assert mine.nll == pytest.approx(dense.nll, rel=1e-3, abs=1e-4)
-        assert (mine.agreement, dense.agreement, dense.kl) == (1, 1, 0)
+        assert (mine.agreement, dense.agreement) == (1, 1)
+        assert abs(dense.kl) < 1e-5  # the noise of float32
 
 
 def test_less_room_means_more_distance(answers: list[Answer]) -> None:

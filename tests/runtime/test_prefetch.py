@@ -86,7 +86,7 @@ def check_walk(kernels: Kernels, device: str, queues: Queues, items: list[int]) 
         torch.cuda.synchronize()
     for mine, other in zip(state(ahead), before, strict=True):
         assert torch.equal(mine, other)
-    assert retrieval.counts[0].tolist() == stepping.counts[0].tolist()
+    assert retrieval.fetched.tolist() == stepping.fetched.tolist()
     assert int(fetch.corrected.sum()) == turns == 4
 
 

@@ -300,6 +300,9 @@ class Arrays:
     deviation: np.ndarray
     codebooks: tuple[np.ndarray, ...]
     subspaces: tuple[np.ndarray, ...]
+    key_bias: None = None
+    frequency: None = None
+    axis: None = None
 
 
 def make_arrays() -> Arrays:

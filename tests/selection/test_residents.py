@@ -22,6 +22,11 @@ def tokens(count: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Ten
     return key, value
 
 
+def store(key: torch.Tensor, value: torch.Tensor, bits: int) -> Residents:
+    """All of a segment's tokens, around their own mean."""
+    return Residents.around(key, value, bits).append(key, value)
+
+
 def written_out(part: np.ndarray, bits: int) -> np.ndarray:
     """One token's channels as its row gives them back, channel by channel."""
     group = scale_group(bits, len(part))
@@ -45,7 +50,7 @@ def test_rows_are_as_documented_and_as_long_as_they_are_counted(bits: int, dim: 
     key, value = tokens(5, dim)
     format = RowFormat(bits, dim)
     rows = format.encode(key, value)
-    assert rows.shape == (5, quantised_bytes(bits, dim)) and rows.dtype == torch.uint8
+    assert (rows.shape, rows.dtype) == ((5, quantised_bytes(bits, dim)), torch.uint8)
     for given_part, found in zip((key, value), format.decode(rows), strict=True):
         wanted = np.stack([written_out(row, bits) for row in given_part.numpy()])
         step = given_part.abs().max() / (127 if bits == 8 else 7.5)
@@ -64,7 +69,7 @@ def test_rotation_is_its_own_inverse_and_keeps_products(dim: int) -> None:
 def test_a_bias_of_keys_costs_no_precision(dim: int) -> None:
     """Four bits of biased keys alone are a trap; centred and rotated they are not."""
     key, value = tokens(256, dim)
-    stored = Residents.store(key, value, 4)
+    stored = store(key, value, 4)
     found = stored.decode()[0]
     naive = RowFormat(4, dim).decode(RowFormat(4, dim).encode(key, value))[0]
     centred = key - key.mean(dim=0)
@@ -75,7 +80,7 @@ def test_a_bias_of_keys_costs_no_precision(dim: int) -> None:
 @given(st.sampled_from([4, 8]), st.sampled_from(DIMS), st.integers(1, 40), st.integers(0, 99))
 def test_what_is_stored_stays_as_it_is(bits: int, dim: int, count: int, seed: int) -> None:
     key, value = tokens(count, dim, seed)
-    stored = Residents.store(key, value, bits)
+    stored = store(key, value, bits)
     more = stored.append(*tokens(3, dim, seed + 1))
     assert torch.equal(more.rows[:count], stored.rows)
     some = torch.arange(count).flip(0)
@@ -88,12 +93,12 @@ def test_what_is_stored_stays_as_it_is(bits: int, dim: int, count: int, seed: in
 @pytest.mark.parametrize("bits", [4, 8])
 def test_strange_numbers_do_not_spread_to_other_tokens(bits: int) -> None:
     key, value = tokens(4, 64)
-    clean = Residents.store(key, value, bits)
+    clean = store(key, value, bits)
     key[2, 5], value[2, 7] = float("nan"), float("inf")
     rows = clean.encode(key, value)
     assert torch.equal(rows[[0, 1, 3]], clean.rows[[0, 1, 3]])
     assert all(bool(part.isfinite().all()) for part in clean.format.decode(rows))
-    zeros = Residents.store(torch.zeros(2, 64), torch.zeros(2, 64), bits)
+    zeros = store(torch.zeros(2, 64), torch.zeros(2, 64), bits)
     for part in zeros.decode():
         assert float(part.abs().max()) < 1e-5
 
@@ -101,7 +106,7 @@ def test_strange_numbers_do_not_spread_to_other_tokens(bits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tokens_come_back_in_the_models_dtype(dtype: torch.dtype) -> None:
     key, value = (part.to(dtype) for part in tokens(6, 64))
-    stored = Residents.store(key, value, 8)
+    stored = store(key, value, 8)
     found = stored.decode()
     assert {stored.mean.dtype, found[0].dtype, found[1].dtype} == {dtype}
     torch.testing.assert_close(found[1].float(), value.float(), atol=0.05, rtol=0.02)

@@ -232,13 +232,13 @@ def measure(
         kernel, retrievals = bound[variant]
         retrieval = retrievals[number]
         if step % 2:  # the whole step as it is used, and the same in parts
-            before = int(retrieval.counts[0].sum())
+            before = int(retrieval.fetched.sum())
             take(variant, "step", lambda: retrieval.step(query))
             take(variant, "step attend", lambda: kernel.attend(*place, query, DIM**-0.5))
             hot = sum(
                 int(HOT_SHARE * TOKENS) // (1 if "proj" in variant else 32) for _ in layer.keys
             )
-            times[variant].fetched.append((int(retrieval.counts[0].sum()) - before) / hot)
+            times[variant].fetched.append((int(retrieval.fetched.sum()) - before) / hot)
         else:
             scores: list[Tensor] = []
             take(variant, "score", lambda: scores.extend(retrieval.score(query)))

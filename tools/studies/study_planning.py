@@ -26,7 +26,7 @@ import hkvprof
 from hkvprof.calibration.calibrate import measure
 from hkvprof.calibration.merge import merge
 from hkvprof.evaluate.prefill import Prefill, capture
-from hkvprof.evaluate.replay import Reference, answer, end_tokens, refer, replay
+from hkvprof.evaluate.replay import Lead, Reference, answer, end_tokens, refer, replay
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
 from hkvprof.samples.read import load_samples
@@ -82,7 +82,7 @@ def _questions(model: Any, processor: Any, per_task: int, first_seed: int) -> Se
             prompt = capture(model, processor.encode([sample.messages]))
             prompt.restore(model)
             full = refer(
-                model, prompt.dense_cache(), prompt.logits[0], (), ends, STEPS, ANSWER_TOKENS
+                model, prompt.dense_cache(), prompt.logits[0], Lead(), ends, STEPS, ANSWER_TOKENS
             )
             questions.append((sample.reply or "", prompt, full))
     return questions
@@ -103,11 +103,11 @@ def _cell(
                 return cache
 
             prompt.restore(model)
-            distance, left = replay(model, filled(), prompt.logits[0], (), full, stepwise=True)
+            distance, left = replay(model, filled(), prompt.logits[0], Lead(), full, stepwise=True)
             kls.append(distance.kl)
             ids = full.reply
             if left is not None and left < ANSWER_TOKENS:
-                ids = answer(model, filled(), prompt.logits[0], (), ends, ANSWER_TOKENS)
+                ids = answer(model, filled(), prompt.logits[0], Lead(), ends, ANSWER_TOKENS)
             right.append(same_reply(processor.decode(list(ids)), expected))
     return f"{fmean(kls):.4f} / {fmean(right):.2f}"
 

@@ -58,14 +58,9 @@ def only(profile: Profile, head_type: HeadType) -> Profile:
     return replace(profile, loss=loss)
 
 
-def itemsize(prompt: PromptView) -> int:
-    """Bytes per element of keys and values."""
-    return int(prompt.prefill.calls[0].key.element_size())
-
-
 def allocated(prompt: PromptView, profile: Profile) -> Allocation:
     """What the profile decides for this prompt and share. Raises BudgetError."""
-    return profile.allocation(prompt.share, prompt.tokens, itemsize(prompt))
+    return profile.allocation(prompt.share, prompt.tokens, prompt.itemsize)
 
 
 def planned(profile: Profile, allocation: Allocation) -> Selection:
@@ -80,7 +75,7 @@ def even(prompt: PromptView, profile: Profile) -> Selection:
     BudgetError where no strategy fits.
     """
     menu = Menu(
-        profile.strategies, profile.keep, prompt.grid.head_dim, prompt.tokens, itemsize(prompt)
+        profile.strategies, profile.keep, prompt.grid.head_dim, prompt.tokens, prompt.itemsize
     )
     numbers = [
         number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,11 +46,13 @@ class LayerPrompt:
 class Kept:
     """Keys and values that a head keeps on the device; the rest of the prompt is gone.
 
-    They may differ from the prompt's (merging, a compensation token); every row costs a token.
+    They may differ from the prompt's (merging, a compensation token); every row costs a token, or
+    all of them `stored` bytes, where the method codes them in few bits: they stand here decoded.
     """
 
     key: Float[Tensor, "kept dim"]
     value: Float[Tensor, "kept dim"]
+    stored: int | None = None
 
 
 Choice = Kept | HeadPlan
@@ -66,6 +68,8 @@ class PromptView:
 
     `share` is the all-in share of dense bytes, `profile` that of the model (None if there is
     none), `seed` for methods that draw. `memo` is shared by all shares of one prompt.
+    `counted_itemsize`: bytes that an element of keys and values counts (None: those it has);
+    `calibration` gives prompts of another split to methods that fit something once per model.
     """
 
     model: Any
@@ -74,6 +78,8 @@ class PromptView:
     profile: Profile | None = None
     seed: int = 0
     memo: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    counted_itemsize: int | None = None
+    calibration: Callable[[], Sequence[Prefill]] | None = None
     borrowed_seconds: float = 0.0
     """Time that what was taken from the memo had cost."""
 
@@ -104,6 +110,16 @@ class PromptView:
     def room(self) -> int:
         """Tokens that a head may keep on average: floor(share * tokens), at least 1."""
         return max(1, int(self.share * self.tokens + 1e-6))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of keys and values, as they count."""
+        return self.counted_itemsize or int(self.prefill.calls[0].key.element_size())
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value in one head."""
+        return 2 * self.grid.head_dim * self.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -206,7 +222,7 @@ def _register(method: Baseline) -> None:
 _FILES = (
     "streaming_llm", "snapkv", "pyramidkv", "adakv", "chunkkv", "keydiff", "expected_attention",
     "kvzip", "duo_attention", "razor_attention", "quest", "look_m", "madakv", "sparsemm",
-    "hybridkv", "random_tokens", "ablations",
+    "hybridkv", "triattention", "kivi", "snapkv_int4", "rdkv", "kvtc", "random_tokens", "ablations",
 )  # fmt: skip
 """Modules beside this one that register methods, in the order in which methods are listed."""
 

@@ -73,7 +73,7 @@ def _retrieval(prompt: PromptView, ratio: float) -> HeadPlan | None:
     key = prompt.layers[0].key
     for chunk in CHUNKS:
         strategy = Strategy(HeadType.DYNAMIC, index="mean", chunk=chunk)
-        size = key.shape[-1], key.element_size()
+        size = key.shape[-1], prompt.itemsize
         if dynamic_layout(strategy, ratio, prompt.tokens, KEEP, *size) is not None:
             return HeadPlan(strategy, ratio)
     return None

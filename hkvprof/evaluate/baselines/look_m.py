@@ -45,9 +45,8 @@ def merged(
     gone[kept] = False
     key, value = layer.key[head].float(), layer.value[head].float()
     target = _nearest(key[gone], key[kept])
-    both = (key, value)
-    new = [_pivotal(x[kept], x[gone], target).to(layer.key.dtype) for x in both]
-    return Kept(*new)
+    key, value = (_pivotal(x[kept], x[gone], target) for x in (key, value))
+    return Kept(key.to(layer.key.dtype), value.to(layer.key.dtype))
 
 
 def _nearest(

@@ -54,8 +54,8 @@ def compensated(prompt: PromptView, layer: LayerPrompt, head: int, count: int) -
     kept = ends(prompt, count - 1)
     dropped = torch.ones(prompt.tokens, dtype=torch.bool, device=prompt.device)
     dropped[kept] = False
-    parts = []
-    for source in (layer.key[head], layer.value[head]):
-        mean = source[dropped].float().mean(dim=0, keepdim=True).to(source.dtype)
-        parts.append(torch.cat([mean, source[kept]]))
-    return Kept(*parts)
+    key, value = (
+        torch.cat([x[dropped].float().mean(dim=0, keepdim=True).to(x.dtype), x[kept]])
+        for x in (layer.key[head], layer.value[head])
+    )
+    return Kept(key, value)

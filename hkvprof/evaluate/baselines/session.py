@@ -11,6 +11,7 @@ from typing import Any
 from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import CompressionError, UsageError
 from hkvprof.evaluate.baselines.base import Baseline, Choice, Kept, PromptView, Selection, find
+from hkvprof.evaluate.counting import Widened, count_bytes
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.profile.record import Profile
@@ -31,6 +32,17 @@ class TimedSelection:
     share: float
     selection: Selection
     seconds: float
+    itemsize: int
+
+    @property
+    def saved(self) -> int:
+        """Bytes by which decoded rows exceed the format in which the method keeps them."""
+        rows = [c for layer in self.selection for c in layer if isinstance(c, Kept)]
+        return sum(
+            (row.key.numel() + row.value.numel()) * self.itemsize - row.stored
+            for row in rows
+            if row.stored is not None
+        )
 
 
 def decide(method: Baseline, prompt: PromptView) -> TimedSelection:
@@ -45,7 +57,7 @@ def decide(method: Baseline, prompt: PromptView) -> TimedSelection:
     seconds = time.perf_counter() - began + prompt.borrowed_seconds
     grid = prompt.grid
     assert [len(layer) for layer in selection] == [grid.kv_heads] * grid.layers, method.name
-    return TimedSelection(method, prompt.share, selection, seconds)
+    return TimedSelection(method, prompt.share, selection, seconds, prompt.itemsize)
 
 
 def applied(model: Any, method: Baseline, share: float, profile: Profile | None) -> Handle:
@@ -60,7 +72,10 @@ def applied(model: Any, method: Baseline, share: float, profile: Profile | None)
 
 def fill(cache: CompressedCache, prefill: Prefill, selected: TimedSelection) -> None:
     """Put what was selected into a new cache. Raises CompressionError where it is too much."""
-    plans = [tuple(_plan(choice) for choice in layer) for layer in selected.selection]
+    planner = cache.conversation.planner
+    fixed = planner.profile.keep, planner.options.slot_bytes
+    widened = Widened.to_fit(prefill, *fixed, selected.itemsize)
+    plans = [tuple(widened.plan(_plan(choice)) for choice in layer) for layer in selected.selection]
     given = [
         {
             head: Packed(choice.key, choice.value, selected.method.name)
@@ -70,13 +85,12 @@ def fill(cache: CompressedCache, prefill: Prefill, selected: TimedSelection) -> 
         for layer in selected.selection
     ]
     prefill.fill_with(cache, plans, given)
-    receipt = cache.receipt()
+    held = count_bytes(cache, selected.saved, selected.itemsize)
     segments = sum(len(layer) for layer in selected.selection)
-    allowed = selected.share * receipt.dense_bytes + _SEGMENT_BYTES * segments
-    if receipt.resident_bytes > allowed:
+    if held.resident > selected.share * held.dense + _SEGMENT_BYTES * segments:
         raise CompressionError(
-            f"{selected.method.name} keeps {receipt.resident_bytes} bytes of "
-            f"{receipt.dense_bytes}: more than its share of {selected.share}"
+            f"{selected.method.name} keeps {held.resident} bytes of {held.dense}: more than its "
+            f"share of {selected.share}"
         )
 
 

@@ -13,11 +13,25 @@ import torch
 
 from hkvprof.lazy import no_triton
 from hkvprof.runtime.kernels import loading
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Kernels, Retrieval
+from hkvprof.runtime.kernels.interface import (
+    DynamicSegment,
+    Extents,
+    Kernels,
+    QuantisedRows,
+    Retrieval,
+)
 from hkvprof.runtime.kernels.native import NativeKernels
 from hkvprof.runtime.kernels.reference import TorchKernels
 
-__all__ = ["DynamicSegment", "Extents", "Kernels", "Retrieval", "for_device", "status"]
+__all__ = [
+    "DynamicSegment",
+    "Extents",
+    "Kernels",
+    "QuantisedRows",
+    "Retrieval",
+    "for_device",
+    "status",
+]
 
 _TORCH = TorchKernels()
 _NATIVE = {dtype: NativeKernels(dtype) for dtype in loading.DTYPES}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from hkvprof.errors import CompressionError
 from hkvprof.profile.budgets import ANY
 from hkvprof.selection.index import KeyIndex
+from hkvprof.selection.residents import Residents, RowFormat
+
+MOST_BYTES = 2**31 - 1
+"""Of a layer's tokens in fewer bits: where they lie is told to the device as int32."""
 
 
 def device_integers(
@@ -50,6 +55,71 @@ class Extents:
 
 
 @dataclass(frozen=True)
+class QuantisedRows:
+    """Tokens in fewer bits of a layer's segments, beside those in its flat storage.
+
+    `rows` holds one segment after the other, the tokens of a segment as selection.residents lays
+    them out, without padding; `mean` what was taken off keys and values, in the storage's dtype.
+    Entry i is about storage segment `segments[i]`: `counts[i]` tokens of `bits[i]` bits from byte
+    `starts[i]` on. `places` tells the device segment, start and count.
+    """
+
+    rows: UInt8[Tensor, " bytes"]
+    mean: Float[Tensor, "quantised 2 dim"]
+    segments: Sequence[int]
+    starts: Sequence[int]
+    counts: Sequence[int]
+    bits: Sequence[int]
+    places: Int[Tensor, "quantised 3"]
+
+    @classmethod
+    def of(cls, held: Mapping[int, Residents]) -> QuantisedRows | None:
+        """A copy of what segments hold; None where none holds any. Raises CompressionError where it
+        is more than the device can be told of."""
+        if not held:
+            return None
+        parts = list(held.values())
+        sizes = [part.rows.nbytes for part in parts]
+        if sum(sizes) > MOST_BYTES:
+            raise CompressionError(
+                f"a layer's tokens in fewer bits take {sum(sizes) / 2**30:.1f} GiB, expected less "
+                "than 2 GiB: lower the batch or the budget"
+            )
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        counts = [len(part.rows) for part in parts]
+        told = list(zip(held, starts, counts, strict=True))
+        rows = torch.cat([part.rows.flatten() for part in parts])
+        places = device_integers(told, rows.device, torch.int32)
+        mean = torch.stack([part.mean for part in parts])
+        return cls(rows, mean, list(held), starts, counts, [p.format.bits for p in parts], places)
+
+    def at(self, number: int) -> Residents:
+        """What entry `number` is about; rows are views."""
+        form = RowFormat(self.bits[number], self.mean.shape[2])
+        start, count = self.starts[number], self.counts[number]
+        rows = self.rows[start : start + count * form.row_bytes].view(count, form.row_bytes)
+        return Residents(form, self.mean[number], rows)
+
+    def of_segment(self, segment: int) -> Residents | None:
+        """What a storage segment holds; None where that is nothing."""
+        return self.at(self.segments.index(segment)) if segment in self.segments else None
+
+    def count(self, segment: int) -> int:
+        """Tokens in fewer bits of a storage segment."""
+        return self.counts[self.segments.index(segment)] if segment in self.segments else 0
+
+    def take(self, segments: Sequence[int]) -> QuantisedRows | None:
+        """A copy for the given storage segments (with repetition), in their new order."""
+        found = {new: self.of_segment(old) for new, old in enumerate(segments)}
+        return QuantisedRows.of({new: one for new, one in found.items() if one is not None})
+
+    def nbytes(self, segment: int) -> int:
+        """Device bytes of a storage segment's entry; 0 where it has none."""
+        held = self.of_segment(segment)
+        return 0 if held is None else held.nbytes + self.places[0].nbytes
+
+
+@dataclass(frozen=True)
 class DynamicSegment:
     """One dynamic head as the kernels see it; tensors are shared with the layer, never copied.
 
@@ -58,6 +128,10 @@ class DynamicSegment:
     dim] has K then V of an item, in the storage's dtype, or int8 with value = int8 *
     scale[item // items_per_group]. `hot_score` [hot] is needed where smoothing is used;
     `rerank` above 0 needs chunks of one token. At most `fresh` items become hot in a step.
+
+    With `held` hot slots are in fewer bits: slot j is its rows from `j * chunk` on, and nothing of
+    it in the flat storage. With `coder` the host holds rows, uint8 [items, chunk, row_bytes], by
+    its format and mean, which are those of `held` where there is that.
     """
 
     segment: int
@@ -71,6 +145,8 @@ class DynamicSegment:
     scale: Float[Tensor, "groups 2 dim"] | None = None
     items_per_group: int = 1
     rerank: int = 0
+    held: Residents | None = None
+    coder: Residents | None = None
     fresh: int = ANY
 
     @property
@@ -78,16 +154,28 @@ class DynamicSegment:
         """Number of hot slots."""
         return len(self.slots)
 
+    @property
+    def picked(self) -> int:
+        """Candidates whose own keys are compared; 0 where the index decides alone."""
+        reranks = self.rerank > 0 and self.hot < self.items
+        return min(self.hot + self.rerank, self.items) if reranks else 0
+
 
 class Retrieval(Protocol):
     """One layer's dynamic heads, bound to its tensors; bind again when any of them is replaced.
 
-    On CUDA nothing here makes the host wait for the device, but reading `counts`.
+    On CUDA nothing here makes the host wait for the device, but looking at `fetched`, `reads` and
+    `most`.
     """
 
-    counts: Int[Tensor, "2 heads"]
-    """Items fetched per dynamic head: so far, and the most in one step; int64 on the storage's
-    device."""
+    fetched: Int[Tensor, " heads"]
+    """Items fetched so far per dynamic head, int64 on the storage's device."""
+
+    reads: Int[Tensor, " heads"]
+    """Keys read from the host so far to compare candidates, likewise."""
+
+    most: Int[Tensor, " heads"]
+    """Most items fetched in one step, likewise."""
 
     tensors: Sequence[Tensor]
     """Its own on the device, beside those it was given."""
@@ -97,9 +185,10 @@ class Retrieval(Protocol):
 
         Softmax per query head over the items, mean over the group. With a head's `rerank` n above
         0, unless all items are hot: of the hot items and of the n others with the highest such
-        score (NaN: -1), the same by their exact keys (softmax over those items, where a logit that
+        score (NaN: -1), the same by their own keys (softmax over those items, where a logit that
         is not finite counts as minus infinity; NaN where a query head has no other); -1 for all
-        others.
+        others. Keys of items that are hot are those of their slots, all others are read from the
+        host.
         """
         ...
 
@@ -143,8 +232,13 @@ class Kernels(Protocol):
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
-        """One new token per row attends to its whole segment; an empty segment gives zeros."""
+        """One new token per row attends to its whole segment; an empty segment gives zeros.
+
+        One softmax over the segment's tokens in storage and its `quantised` ones, as
+        `Residents.decode` gives them back.
+        """
         ...
 
     def bind(
@@ -154,9 +248,12 @@ class Kernels(Protocol):
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        counts: Int[Tensor, "2 heads"] | None = None,
+        counted: Sequence[Int[Tensor, " heads"]] = (),
     ) -> Retrieval:
-        """Prepare the retrieval of a layer's dynamic heads; `counts` is counted on, if given."""
+        """Prepare the retrieval of a layer's dynamic heads.
+
+        `fetched`, `reads` and `most` are counted on, where `counted` gives them.
+        """
         ...
 
     def encode(

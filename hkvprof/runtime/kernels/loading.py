@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hkvprof.errors import CompressionError
+from hkvprof.profile.costs import quantised_bytes
 from hkvprof.runtime.kernels import build
-from hkvprof.runtime.kernels.interface import DynamicSegment
+from hkvprof.runtime.kernels.interface import DynamicSegment, QuantisedRows
 from hkvprof.selection.index import KeyIndex, ProjectedIndex
 
 
@@ -42,6 +43,23 @@ def check_extents(starts: Sequence[int], lengths: Sequence[int], count: int, row
     if count:
         require(min(starts) >= 0 <= min(lengths), "segments that begin and end in order")
         require(max(map(int.__add__, starts, lengths)) <= rows, "segments within the storage")
+
+
+def check_quantised(held: QuantisedRows, dim: int, segments: int) -> None:
+    """Tokens in fewer bits that lie within the bytes there are, of segments in order."""
+    count = len(held.segments)
+    told = {len(held.starts), len(held.counts), len(held.bits), len(held.mean)}
+    require(told <= {count}, "a start, a count, bits and means per segment in fewer bits")
+    require(held.mean.shape == (count, 2, dim), "means [segments, 2, dim]")
+    require(held.rows.dim() == 1 and held.rows.dtype == torch.uint8, "rows as flat bytes")
+    last = -1
+    for place in zip(held.segments, held.starts, held.counts, held.bits, strict=True):
+        segment, start, rows, bits = place
+        require(last < segment < segments, "segments in order, each once")
+        require(bits in (8, 4), "tokens of 8 or 4 bits")
+        end = start + rows * quantised_bytes(bits, dim)
+        require(start >= 0 <= rows and end <= len(held.rows), "rows within the bytes")
+        last = segment
 
 
 def check_head(head: DynamicSegment, key: Tensor, smoothing: float) -> None:
@@ -92,6 +110,28 @@ def _check_index(index: KeyIndex, items: int, dim: int) -> None:
     require(tables.query_projection.shape == (dim, channels), "a projection [dim, channels]")
     require(len(tables.subspaces) == codes.shape[1], "a subspace per code")
     check_subspaces(tables.subspaces, channels)
+    if tables.bias is not None:
+        _check_bias(index, items, dim)
+
+
+def _check_bias(index: ProjectedIndex, items: int, dim: int) -> None:
+    bias, positions = index.tables.bias, index.positions
+    assert bias is not None
+    require(positions is not None and positions.count >= items, "positions of every item")
+    constants, places = bias.tensors()
+    pairs = constants.shape[-1]
+    require(constants.shape == places.shape == (3, pairs), "three rows of bias and of its places")
+    require(2 * pairs <= dim and constants.dtype == torch.float32, "float32 bias of rotary pairs")
+    require(places.dtype == torch.int32 and constants.is_contiguous(), "places as int32")
+    told = None if positions is None else positions.told
+    axes = 3 if told is None else len(told)
+    if told is not None:
+        plain = told.dtype == torch.int32 and told.stride(-1) == 1
+        require(plain and told.shape[1] >= items, "int32 positions of every item")
+    low, high = places[:2].aminmax() if pairs else (torch.zeros(1), torch.zeros(1))
+    require(0 <= int(low) <= int(high) < dim, "channels within the head")
+    if axes > 1 and pairs:
+        require(0 <= int(places[2].min()) <= int(places[2].max()) < axes, "axes that are told")
 
 
 def check_subspaces(subspaces: Sequence[tuple[int, int]], channels: int) -> None:
@@ -104,6 +144,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types, as HKV_TYPE numbers them."""
 
 
+_PLACES = ("row_segments", "row_starts", "row_counts", "row_bits")
+
+
 class AttendArgs(ctypes.Structure):
     """The arguments of hkv_attend, as in csrc/attend.h."""
 
@@ -111,8 +154,21 @@ class AttendArgs(ctypes.Structure):
         *((name, c_void_p) for name in ("key", "value", "query", "out")),
         *((name, POINTER(c_int64)) for name in ("offsets", "lengths")),
         ("segments", c_int64),
+        *((name, c_void_p) for name in ("rows", "mean")),
+        *((name, POINTER(c_int64)) for name in _PLACES),
+        ("quantised", c_int64),
         *((name, c_int32) for name in ("dim", "threads")),
         ("scaling", c_float),
+    )
+
+
+class Bias(ctypes.Structure):
+    """A bias that turns with positions (selection.rotary), as in csrc/waves.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("pairs", "first", "told_stride")),
+        *((name, c_void_p) for name in ("constants", "places", "told")),
+        ("stride", c_int64),
     )
 
 
@@ -125,6 +181,7 @@ class Head(ctypes.Structure):
         *((name, c_void_p) for name in ("first", "second", "projection", "codebook")),
         *((name, c_void_p) for name in ("subspaces", "slots", "hot_score", "host", "scale")),
         ("score", c_void_p),
+        ("bias", Bias),
     )
 
 
@@ -134,7 +191,9 @@ class RetrieveArgs(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("key", "value", "query")),
         ("heads", POINTER(Head)),
-        ("counts", c_void_p),
+        ("fetched", c_void_p),
+        ("reads", c_void_p),
+        ("most", c_void_p),
         ("count", c_int64),
         *((name, c_int32) for name in ("dim", "threads")),
         *((name, c_float) for name in ("scaling", "smoothing")),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from ctypes import c_int64
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +14,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.runtime.kernels import loading
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.interface import (
+    DynamicSegment,
+    Extents,
+    QuantisedRows,
+    Retrieval,
+)
 from hkvprof.runtime.kernels.loading import (
     check_extents,
     check_head,
+    check_quantised,
     check_slots,
     check_storage,
     check_subspaces,
     require,
 )
-from hkvprof.runtime.kernels.reference import TorchKernels, counter
-from hkvprof.selection.index import MeanIndex, MinMaxIndex
+from hkvprof.runtime.kernels.reference import TorchKernels, counters
+from hkvprof.selection.index import MeanIndex, MinMaxIndex, ProjectedIndex
 
 MAX_GROUP, MAX_DIM = 16, 512
 """What csrc handles; widths are multiples of 8."""
@@ -37,8 +45,24 @@ def _check(outcome: int) -> None:
     require(outcome == 0, f"outcome 0, not {outcome}, of a native kernel")
 
 
+def _integers(numbers: Sequence[int]) -> ctypes.Array[c_int64]:
+    return (c_int64 * len(numbers))(*numbers)
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What csrc is told about QuantisedRows that were found sound."""
+
+    held: weakref.ref[QuantisedRows]
+    shape: tuple[int, int]
+    rows: int
+    mean: int
+    places: tuple[ctypes.Array[c_int64], ...]
+    count: int
 
 
 class NativeKernels:
@@ -47,6 +71,7 @@ class NativeKernels:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.torch = TorchKernels()
+        self._told: dict[int, _Told] = {}
 
     @property
     def name(self) -> str:
@@ -72,32 +97,59 @@ class NativeKernels:
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Segments are split between threads; float32 accumulation (flash decoding)."""
         segments, group, dim = query.shape
+        if quantised is not None:
+            loading.STATE.notes["torch for tokens in fewer bits"] = None
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         native = self.library(group, dim)
         if native is None or not self._plain(key, value) or key.shape != value.shape:
-            return self.torch.attend(key, value, extents, query, scaling)
-        offsets, lengths = extents.starts, extents.lengths
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         require(query.device.type == "cpu" and dim == key.shape[1], "queries as wide as keys")
-        check_extents(offsets, lengths, segments, key.shape[0])
+        check_extents(extents.starts, extents.lengths, segments, key.shape[0])
         query = query.to(self.dtype).contiguous()
         out = torch.empty_like(query)
-        numbers = c_int64 * segments
         args = loading.AttendArgs(
-            key.data_ptr(),
-            value.data_ptr(),
-            query.data_ptr(),
-            out.data_ptr(),
-            numbers(*offsets),
-            numbers(*lengths),
-            segments,
-            dim,
-            torch.get_num_threads(),
-            scaling,
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            query=query.data_ptr(),
+            out=out.data_ptr(),
+            offsets=_integers(extents.starts),
+            lengths=_integers(extents.lengths),
+            segments=segments,
+            dim=dim,
+            threads=torch.get_num_threads(),
+            scaling=scaling,
         )
+        if quantised is not None:
+            self._tell(args, quantised)
         _check(native.hkv_attend(args))
         return out
+
+    def _tell(self, args: loading.AttendArgs, held: QuantisedRows) -> None:
+        """Where tokens in fewer bits lie; checked once, because a step has little time."""
+        known = self._told.get(id(held))
+        if known is None or known.held() is not held or known.shape != (args.dim, args.segments):
+            known = self._told[id(held)] = self._check(held, args.dim, args.segments)
+        args.rows, args.mean = known.rows, known.mean
+        args.row_segments, args.row_starts, args.row_counts, args.row_bits = known.places
+        args.quantised = known.count
+
+    def _check(self, held: QuantisedRows, dim: int, segments: int) -> _Told:
+        check_quantised(held, dim, segments)
+        plain = self._plain(held.mean) and held.rows.is_contiguous()
+        require(plain and held.rows.device.type == "cpu", "means like keys, and rows without gaps")
+        number = id(held)
+        return _Told(
+            weakref.ref(held, lambda _: self._told.pop(number, None)),
+            (dim, segments),
+            held.rows.data_ptr(),
+            held.mean.data_ptr(),
+            tuple(map(_integers, (held.segments, held.starts, held.counts, held.bits))),
+            len(held.segments),
+        )
 
     def bind(
         self,
@@ -106,15 +158,15 @@ class NativeKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        counts: Int[Tensor, "2 heads"] | None = None,
+        counted: Sequence[Int[Tensor, " heads"]] = (),
     ) -> Retrieval:
         """Keeps pointers to the tensors of all heads."""
         unfit = [reason for head in heads if (reason := self._unfit(head))]
         if unfit or not self._plain(storage_key, storage_value) or loading.switched_off():
             for reason in unfit:
                 loading.STATE.notes[f"torch for {reason}"] = None
-            return self.torch.bind(storage_key, storage_value, heads, scaling, smoothing, counts)
-        return NativeRetrieval(self, storage_key, storage_value, heads, scaling, smoothing, counts)
+            return self.torch.bind(storage_key, storage_value, heads, scaling, smoothing, counted)
+        return NativeRetrieval(self, storage_key, storage_value, heads, scaling, smoothing, counted)
 
     def encode(
         self,
@@ -151,6 +203,8 @@ class NativeKernels:
     def _unfit(self, head: DynamicSegment) -> str:
         """Why csrc cannot work on this head, or an empty string."""
         host = head.host
+        if head.held is not None or head.coder is not None:
+            return "items in fewer bits"
         if not host.is_contiguous() or host.device.type != "cpu":
             return "host chunks that are not contiguous in CPU memory"
         if host.dtype != (self.dtype if head.scale is None else torch.int8):
@@ -175,13 +229,14 @@ class NativeRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        counts: Int[Tensor, "2 heads"] | None,
+        counted: Sequence[Int[Tensor, " heads"]],
     ) -> None:
         check_storage(key, value)
-        self.counts = counter(counts, heads, key.device)
+        counts = counters(counted, heads, key.device)
+        self.fetched, self.reads, self.most = counts
         self._smoothing = smoothing
         self.kernels, self.key, self.value, self.heads = kernels, key, value, tuple(heads)
-        self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, self.counts)
+        self._plain = kernels.torch.bind(key, value, heads, scaling, smoothing, counts)
         self._alive: list[Tensor] = []
         self.tensors: Sequence[Tensor] = ()
         self._heads = (loading.Head * len(heads))(*map(self._describe, heads))
@@ -190,7 +245,9 @@ class NativeRetrieval:
             key=key.data_ptr(),
             value=value.data_ptr(),
             heads=self._heads,
-            counts=self.counts.data_ptr(),
+            fetched=self.fetched.data_ptr(),
+            reads=self.reads.data_ptr(),
+            most=self.most.data_ptr(),
             count=len(heads),
             dim=key.shape[1],
             scaling=scaling,
@@ -281,7 +338,29 @@ class NativeRetrieval:
             native.projection = self._hold(tables.query_projection.float())
             native.codebook = self._hold(tables.codebook.float())
             native.subspaces = self._hold(bounds)
+            if tables.bias is not None:
+                native.bias = self._bias(index)
         return native
+
+    def _bias(self, index: ProjectedIndex) -> loading.Bias:
+        """Its pairs that are not zero, which come first; one axis of positions stands for all."""
+        bias, positions = index.tables.bias, index.positions
+        assert bias is not None
+        assert positions is not None
+        told, places = positions.told, bias.places
+        if told is not None:
+            places = places.clone()
+            places[2] = 0 if len(told) == 1 else places[2]
+            self._alive.append(told)
+        return loading.Bias(
+            pairs=int(bias.constants[:2].any(dim=0).sum()),
+            first=positions.first,
+            told_stride=0 if told is None else told.stride(0),
+            constants=self._hold(bias.constants),
+            places=self._hold(places),
+            told=_pointer(told),
+            stride=bias.constants.shape[1],
+        )
 
     def _hold(self, tensor: Tensor | None) -> int:
         """Address of a contiguous tensor, which is kept alive."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, QuantisedRows
 from hkvprof.runtime.kernels.loading import require
 from hkvprof.selection.quantiser import encode
 
@@ -29,12 +29,15 @@ class TorchKernels:
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Products in the tensors' dtype, softmax in float32.
 
         Segments of one length at even distances are one batch; others go one by one.
         """
         offsets, lengths = extents.starts, extents.lengths
+        if quantised is not None:
+            return _attend_all(key, value, extents, query, scaling, quantised)
         views = _batch(key, offsets, lengths), _batch(value, offsets, lengths)
         if views[0] is not None and views[1] is not None:
             return _attend(query, views[0], views[1], scaling)
@@ -52,10 +55,10 @@ class TorchKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        counts: Int[Tensor, "2 heads"] | None = None,
+        counted: Sequence[Int[Tensor, " heads"]] = (),
     ) -> TorchRetrieval:
         """Prepare the retrieval of a layer's dynamic heads."""
-        return TorchRetrieval(storage_key, storage_value, heads, scaling, smoothing, counts)
+        return TorchRetrieval(storage_key, storage_value, heads, scaling, smoothing, counted)
 
     def encode(
         self,
@@ -65,6 +68,27 @@ class TorchKernels:
     ) -> Int[Tensor, "tokens codes"]:
         """As calibration does it; the caller bounds how many tokens come at once."""
         return encode(projected.float(), codebook, tuple(subspaces))
+
+
+def _attend_all(
+    key: Float[Tensor, "capacity dim"],
+    value: Float[Tensor, "capacity dim"],
+    extents: Extents,
+    query: Float[Tensor, "segments group dim"],
+    scaling: float,
+    quantised: QuantisedRows,
+) -> Float[Tensor, "segments group dim"]:
+    """One by one, tokens in fewer bits first."""
+    out = torch.zeros_like(query)
+    for segment, (start, length) in enumerate(zip(extents.starts, extents.lengths, strict=True)):
+        keys, values = key[start : start + length], value[start : start + length]
+        held = quantised.of_segment(segment)
+        if held is not None:
+            more = held.decode()
+            keys, values = torch.cat([more[0], keys]), torch.cat([more[1], values])
+        if len(keys):
+            out[segment] = _attend(query[segment], keys, values, scaling)
+    return out
 
 
 def _attend(
@@ -91,15 +115,18 @@ def _batch(
     return flat.as_strided(shape, (distance * rows, rows, width), start)
 
 
-def counter(
-    given: Int[Tensor, "2 heads"] | None, heads: Sequence[DynamicSegment], device: torch.device
-) -> Int[Tensor, "2 heads"]:
-    """What `Retrieval.counts` counts with: the given tensor, or a new one at 0."""
-    if given is None:
-        return torch.zeros((2, len(heads)), dtype=torch.int64, device=device)
-    require((given.dtype, given.device) == (torch.int64, device), "counters of int64")
-    require(given.shape == (2, len(heads)) and given.is_contiguous(), "counters per dynamic head")
-    return given
+def counters(
+    given: Sequence[Int[Tensor, " heads"]], heads: Sequence[DynamicSegment], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Retrieval.fetched`, `reads` and `most` count with: the given, or new ones at 0."""
+    if not given:
+        made = torch.zeros(3, len(heads), dtype=torch.int64, device=device)
+        return made[0], made[1], made[2]
+    fetched, reads, most = given
+    for one in given:
+        require((one.dtype, one.device) == (torch.int64, device), "counters of int64")
+        require(one.shape == (len(heads),) and one.is_contiguous(), "a counter per dynamic head")
+    return fetched, reads, most
 
 
 class TorchRetrieval:
@@ -112,16 +139,16 @@ class TorchRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        counts: Int[Tensor, "2 heads"] | None = None,
+        counted: Sequence[Int[Tensor, " heads"]] = (),
     ) -> None:
-        self.counts = counter(counts, heads, key.device)
+        self.fetched, self.reads, self.most = counters(counted, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self.scaling, self.smoothing = scaling, smoothing
         self.tensors: Sequence[Tensor] = ()
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Expected attention of every item, per dynamic head."""
-        return [self._score(head, query[head.segment]) for head in self.heads]
+        return [self._score(n, query[head.segment]) for n, head in enumerate(self.heads)]
 
     def step_seeing(
         self,
@@ -133,29 +160,30 @@ class TorchRetrieval:
         They are wanted by no query: hot ones make room first.
         """
         self._count(
-            self._load(head, self._score(head, query[head.segment], mask), mask)
-            for head, mask in zip(self.heads, hidden, strict=True)
+            self._load(head, self._score(number, query[head.segment], mask), mask)
+            for number, (head, mask) in enumerate(zip(self.heads, hidden, strict=True))
         )
 
     def _score(
         self,
-        head: DynamicSegment,
+        number: int,
         query: Float[Tensor, "group dim"],
         hidden: Bool[Tensor, " items"] | None = None,
     ) -> Tensor:
+        head = self.heads[number]
         if hidden is None:
             score = head.index.score(query, self.scaling)
         else:
             logits = head.index.logits(query.float()) * self.scaling
             score = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).mean(dim=-2)
-        if not head.rerank or head.hot == head.items:
+        if not head.picked:
             return score
         score = torch.where(score.isnan(), -1.0, score.float())
         if hidden is not None:
             score = score.masked_fill(hidden, -1.0)
         score[head.slots.long()] = torch.inf
-        best = score.topk(min(head.hot + head.rerank, head.items)).indices
-        keys = self._rows(head, best)[:, 0, 0].float()
+        best = score.topk(head.picked).indices
+        keys = self._keys(number, best).float()
         logits = query.float() @ keys.T * self.scaling
         logits.masked_fill_(~logits.isfinite(), -torch.inf)
         if hidden is not None:
@@ -172,8 +200,8 @@ class TorchRetrieval:
     ) -> None:
         """Score, then load, of some heads."""
         self._count(
-            self._load(head, self._score(head, query[head.segment])) if mine else 0
-            for head, mine in zip(self.heads, chosen.tolist(), strict=True)
+            self._load(head, self._score(number, query[head.segment])) if mine else 0
+            for number, (head, mine) in enumerate(zip(self.heads, chosen.tolist(), strict=True))
         )
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
@@ -182,9 +210,9 @@ class TorchRetrieval:
 
     def _count(self, items: Iterable[int]) -> None:
         """What every head fetched in a step."""
-        fetched = self.counts.new_tensor(list(items))
-        self.counts[0] += fetched
-        self.counts[1] = torch.maximum(self.counts[1], fetched)
+        fetched = self.fetched.new_tensor(list(items))
+        self.fetched += fetched
+        torch.maximum(self.most, fetched, out=self.most)
 
     def _load(
         self,
@@ -218,9 +246,33 @@ class TorchRetrieval:
             head.hot_score.copy_(due[head.slots.long()])
         return fetched
 
-    def _rows(self, head: DynamicSegment, items: Tensor) -> Float[Tensor, "items 2 chunk dim"]:
+    def _keys(self, number: int, items: Int[Tensor, " some"]) -> Float[Tensor, "some dim"]:
+        """Of items of one token: those of slots where they are hot, others from the host."""
+        head = self.heads[number]
+        slot = torch.full((head.items,), -1, device=items.device)
+        slot[head.slots.long()] = torch.arange(head.hot, device=items.device)
+        place = slot[items]
+        hot, cold = (place >= 0).nonzero()[:, 0], (place < 0).nonzero()[:, 0]
+        keys = self.key.new_empty(len(items), self.key.shape[1])
+        keys[hot] = self._hot_keys(head, place[hot])
+        keys[cold] = self._items(head, items[cold])[:, 0, 0]
+        self.reads[number] += len(cold)
+        return keys
+
+    def _hot_keys(self, head: DynamicSegment, slots: Tensor) -> Float[Tensor, "slots dim"]:
+        if head.held is None:
+            return self.key[head.hot_start + slots]
+        return head.held.take(slots).decode()[0]
+
+    def _stored(self, head: DynamicSegment, items: Tensor) -> Tensor:
+        """Host items on the device as they are."""
+        return head.host[items.to(head.host.device)].to(self.key.device)
+
+    def _items(self, head: DynamicSegment, items: Tensor) -> Float[Tensor, "items 2 chunk dim"]:
         """Host items on the device, in the storage's dtype."""
-        data = head.host[items.to(head.host.device)].to(self.key.device)
+        data = self._stored(head, items)
+        if head.coder is not None:
+            return head.coder.decode_items(data)
         if head.scale is None:
             return data
         groups = (items // head.items_per_group).to(head.scale.device)
@@ -228,8 +280,15 @@ class TorchRetrieval:
         return (data.float() * scale[:, :, None]).to(self.key.dtype)
 
     def _fetch(self, head: DynamicSegment, items: Tensor, slots: Tensor) -> None:
-        """Copy host items into hot slots."""
-        data = self._rows(head, items)
+        """Copy host items into hot slots; those in fewer bits as rows."""
+        if head.held is not None:
+            rows = head.held.rows.view(head.hot, head.chunk, -1)
+            if head.coder is not None:
+                rows[slots] = self._stored(head, items)
+            else:
+                rows[slots] = head.held.encode_items(*self._items(head, items).unbind(dim=1))
+            return
+        data = self._items(head, items)
         end = head.hot_start + head.hot * head.chunk
         for part, storage in enumerate((self.key, self.value)):
             hot = storage[head.hot_start : end].view(head.hot, head.chunk, -1)

@@ -14,7 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hkvprof.runtime.kernels import triton_attend
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Retrieval
+from hkvprof.runtime.kernels.interface import (
+    DynamicSegment,
+    Extents,
+    QuantisedRows,
+    Retrieval,
+)
 from hkvprof.runtime.kernels.loading import require
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.kernels.triton_common import DTYPES, INTERPRETED
@@ -43,8 +48,12 @@ class TritonKernels:
         extents: Extents,
         query: Float[Tensor, "segments group dim"],
         scaling: float,
+        quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Split-KV: products in the tensors' dtype, accumulation and softmax in float32."""
+        if quantised is not None:
+            self.notes["torch for tokens in fewer bits"] = None
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         if reason := self._unfit_shape(key, value, query.shape[1]):
             self.notes[f"torch for {reason}"] = None
             return self.torch.attend(key, value, extents, query, scaling)
@@ -67,12 +76,12 @@ class TritonKernels:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float = 0.0,
-        counts: Int[Tensor, "2 heads"] | None = None,
+        counted: Sequence[Int[Tensor, " heads"]] = (),
     ) -> Retrieval:
         """Keeps addresses of the tensors of all heads."""
         plain = self._unfit_shape(storage_key, storage_value, 1)
         unfit = [plain] if plain else [self._unfit(head) for head in heads]
-        args = (storage_key, storage_value, heads, scaling, smoothing, counts)
+        args = (storage_key, storage_value, heads, scaling, smoothing, counted)
         if any(unfit):
             self.notes.update({f"torch for {reason}": None for reason in unfit if reason})
             return self.torch.bind(*args)
@@ -102,6 +111,8 @@ class TritonKernels:
         """Why these kernels cannot work on this head, or an empty string."""
         host, index = head.host, head.index
         on_cuda = head.slots.is_cuda
+        if head.held is not None or head.coder is not None:
+            return "items in fewer bits"
         for tensor in (host, head.scale):
             if tensor is not None and not tensor.is_contiguous():
                 return "host chunks that are not contiguous"
@@ -113,6 +124,8 @@ class TritonKernels:
             same = all(t.dtype == self.dtype and t.is_contiguous() for t in index.tensors())
             return "" if same else "digests of another type"
         if isinstance(index, ProjectedIndex):
+            if index.tables.bias is not None:
+                return "keys with a bias that turns with their positions"
             fits = index.codes.shape[1] in CODES and len(index.tables.codebook) == 256
             return "" if fits else f"{index.codes.shape[1]} codes per token"
         return f"an index {type(index).__name__}"

@@ -14,7 +14,7 @@ from hkvprof.runtime.kernels import triton_scores as scores_of
 from hkvprof.runtime.kernels import triton_select as selection
 from hkvprof.runtime.kernels.interface import DynamicSegment, device_integers
 from hkvprof.runtime.kernels.loading import check_head, check_storage, require
-from hkvprof.runtime.kernels.reference import counter
+from hkvprof.runtime.kernels.reference import counters
 from hkvprof.runtime.kernels.triton_attend import LOG2_E, TILE_BYTES
 from hkvprof.runtime.kernels.triton_common import (
     ACTIVE,
@@ -53,10 +53,10 @@ class TritonRetrieval:
         heads: Sequence[DynamicSegment],
         scaling: float,
         smoothing: float,
-        counts: Int[Tensor, "2 heads"] | None,
+        counted: Sequence[Int[Tensor, " heads"]],
     ) -> None:
         check_storage(key, value)
-        self.counts = counter(counts, heads, key.device)
+        self.fetched, self.reads, self.most = counters(counted, heads, key.device)
         self.key, self.value, self.heads = key, value, tuple(heads)
         self._scale, self._smoothing = scaling * LOG2_E, smoothing
         self._dim = key.shape[1]
@@ -69,6 +69,7 @@ class TritonRetrieval:
         self._describe_all()
         everyone = list(range(len(heads)))
         reranked = [n for n in everyone if picked_of(self.heads[n])]
+        self._picked = device_integers([picked_of(head) for head in heads], key.device)
         self._everyone = self._launch(None, everyone)
         self._reranked = self._launch(None, reranked) if reranked else None
         self._indexes = list(self._launches(everyone, lambda head: kind_of(head.index)))
@@ -126,6 +127,7 @@ class TritonRetrieval:
         scores_of.share_kernel[grid](self._table, everyone.which, *shared, EXACT=False, **share)
         if self._reranked is None:
             return scores
+        self.reads += self._picked * self._table[:, ACTIVE.value]
         which, count = self._reranked.which, len(self._reranked.heads)
         selection.raise_kernel[self._reranked.grid(lambda head: head.hot, 256)](
             self._table, which, scores, BLOCK=256
@@ -188,7 +190,7 @@ class TritonRetrieval:
             self._table, due, held, float(self._smoothing), BLOCK=256, SMOOTH=smooth
         )
         selection.select_kernel[(count,)](
-            self._table, due, held, missing, free, counts, *self.counts,
+            self._table, due, held, missing, free, counts, self.fetched, self.most,
             BLOCK=self._round(), SMOOTH=smooth, num_warps=8,
         )  # fmt: skip
         for launch in self._gathers:

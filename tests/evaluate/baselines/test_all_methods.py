@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 import hkvprof
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.baselines import PromptView, baselines, compress, find
+from hkvprof.evaluate.baselines import PromptView, baselines, find
 from hkvprof.evaluate.baselines.base import Kept, Selection
-from hkvprof.evaluate.baselines.session import decide
+from hkvprof.evaluate.baselines.session import applied, decide, fill
+from hkvprof.evaluate.counting import count_bytes
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.models.calls import with_cache
 from hkvprof.profile.record import Profile, load_profile
-from hkvprof.runtime import measure_storage
 from hkvprof.runtime.plan import HeadPlan
 from hkvprof.testbed.generator import make_sample
 from tests.evaluate.baselines.synthetic import counts, random_prompt
@@ -31,12 +31,28 @@ PLANNING = {"quest", "hybridkv", "hybridkv_offline", "all_static", "all_dynamic"
 """Methods that (also) answer with strategies of the runtime."""
 SELECTING = (
     "streaming_llm", "snapkv", "snapkv_max", "pyramidkv", "adakv", "chunkkv", "keydiff",
-    "expected_attention", "look_m", "madakv", "random",
+    "expected_attention", "look_m", "madakv", "triattention", "random",
 )  # fmt: skip
 """Methods that need nothing but queries, keys and values."""
-SHARES = (0.2, 0.1, 0.05)
-
 Subject = tuple[Any, Prefill, Profile]
+CODED = {"kivi_int8", "kivi_int4", "kivi_int2", "snapkv_int4", "rdkv", "kvtc"}
+"""Methods whose tokens take fewer bytes than they have here."""
+SHARES = (0.2, 0.1, 0.05)
+WHOLE = {"kivi_int8": 0.7, "kivi_int4": 0.45, "kivi_int2": 0.3}
+"""What methods need that keep every token, of bytes in 16 bits."""
+
+
+def shares_of(name: str) -> tuple[float, ...]:
+    return (WHOLE[name],) if name in WHOLE else SHARES
+
+
+def viewed(subject: Subject, name: str, share: float, **more: Any) -> PromptView:
+    """Elements of coded methods count what they take in 16 bits."""
+    model, prefill, profile = subject
+    return PromptView(
+        model, prefill, share, profile, counted_itemsize=2 if name in CODED else None,
+        calibration=lambda: [prefill], **more,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,39 +75,39 @@ def same(first: Selection, second: Selection) -> bool:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "share"), [(n, s) for n in ALL for s in shares_of(n)])
 def test_bytes_stay_within_the_share_and_decoding_works(
     subject: Subject, name: str, share: float
 ) -> None:
     model, prefill, profile = subject
-    with compress(model, prefill, name, share, profile) as cache:
-        receipt = cache.receipt()
-        resident, _ = measure_storage(cache)
+    selected = decide(find(name), viewed(subject, name, share))
+    with applied(model, find(name), share, profile) as handle:
+        cache = handle.new_cache(prefill.tokens)
+        fill(cache, prefill, selected)
+        held = count_bytes(cache, selected.saved, selected.itemsize)
         token = prefill.logits.argmax(-1, keepdim=True)
         logits = [model(input_ids=token, **with_cache(model, cache)).logits for _ in range(2)]
-    assert resident <= share * receipt.dense_bytes + 16 * prefill.view.grid.total
-    assert receipt.resident_bytes > 0.5 * share * receipt.dense_bytes
+    assert held.storage <= share * held.dense + 16 * prefill.view.grid.total
+    assert held.resident > 0.5 * share * held.dense
     assert bool(torch.isfinite(torch.cat(logits)).all())
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_same_selection_again_and_from_a_warm_memo(subject: Subject, name: str) -> None:
-    model, prefill, profile = subject
     memo: dict[str, tuple[Any, float]] = {}
+    shares = shares_of(name)
     warm = [
-        decide(find(name), PromptView(model, prefill, share, profile, memo=memo)).selection
-        for share in SHARES
+        decide(find(name), viewed(subject, name, share, memo=memo)).selection for share in shares
     ]
-    for share, selection in zip(SHARES, warm, strict=True):
-        again = decide(find(name), PromptView(model, prefill, share, profile, memo=memo)).selection
-        fresh = decide(find(name), PromptView(model, prefill, share, profile)).selection
+    for share, selection in zip(shares, warm, strict=True):
+        again = decide(find(name), viewed(subject, name, share, memo=memo)).selection
+        fresh = decide(find(name), viewed(subject, name, share)).selection
         assert same(selection, fresh)
         assert same(selection, again)
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name", sorted(set(ALL) - PLANNING))
+@pytest.mark.parametrize("name", sorted(set(ALL) - PLANNING - CODED))
 def test_pruning_methods_use_their_room(subject: Subject, name: str, share: float) -> None:
     model, prefill, profile = subject
     prompt = PromptView(model, prefill, share, profile)

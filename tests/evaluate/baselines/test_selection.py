@@ -16,6 +16,7 @@ from hkvprof.evaluate.baselines import expected_attention as expected_file
 from hkvprof.evaluate.baselines import hybridkv as hybridkv_file
 from hkvprof.evaluate.baselines import look_m as look_m_file
 from hkvprof.evaluate.baselines import madakv as madakv_file
+from hkvprof.evaluate.baselines import triattention as triattention_file
 from hkvprof.evaluate.baselines.base import Kept
 from hkvprof.evaluate.baselines.scores import with_recent
 from hkvprof.heads import HeadType
@@ -262,3 +263,43 @@ def test_hybridkv_where_no_text_follows_the_context() -> None:
     prompt.text[:] = False
     prompt.text[:5] = True
     assert len(find("hybridkv").select(prompt)) == 2
+
+
+def test_triattention_is_its_published_series() -> None:
+    """Sum over bands of |mean q| |k| cos(distance * frequency + phase), mean over distances, plus
+    (mean |q| - |mean q|) |k|, with keys and queries before their rotation."""
+    generator = torch.Generator().manual_seed(5)
+    tokens, bands = 9, 3
+    frequency = torch.tensor([1.0, 0.1, 0.01])
+    angle = torch.arange(tokens)[:, None] * frequency
+    rotation = Rotation(angle.cos().repeat(1, 2), angle.sin().repeat(1, 2))
+    raw_query, raw_key = torch.randn(2, 1, tokens, 2 * bands, generator=generator)
+    raw_query += 2
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * rotation.cos + torch.cat([-second, first], dim=-1) * rotation.sin
+
+    query = torch.complex(*raw_query[0].chunk(2, dim=-1))
+    key = torch.complex(*raw_key[0].chunk(2, dim=-1))
+    mean = query.mean(dim=0)
+    wanted = []
+    for position in range(tokens):
+        total = 0.0
+        for doubling in range(17):
+            distance = tokens - 1 - position + 2.0**doubling
+            phase = distance * frequency + (mean * key[position].conj()).angle()
+            total += float((mean.abs() * key[position].abs() * phase.cos()).sum()) / 17
+        extra = (query.abs().mean(dim=0) - mean.abs()) * key[position].abs()
+        wanted.append(total + float(extra.sum()))
+    undone = rotation.undo(turned(raw_query))
+    found = triattention_file.head_scores(undone, turned(raw_key), rotation)[0]
+    # Angles of 65,536 radians and more in float32: a hundredth of a turn.
+    assert found.tolist() == pytest.approx(wanted, abs=0.05)
+
+
+def test_triattention_refuses_models_without_rotation() -> None:
+    prompt = random_prompt(0, 20, 0.5)
+    prompt.prefill.decoder_input.rotation = None
+    with pytest.raises(ModelError, match="triattention needs rotary position embeddings"):
+        find("triattention").select(prompt)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from hkvprof.runtime.kernels import Extents
+from hkvprof.runtime.kernels import Extents, QuantisedRows
 from hkvprof.runtime.kernels.interface import Kernels, Retrieval
 from hkvprof.selection.index import MeanIndex, MinMaxIndex, ProjectedIndex
+from hkvprof.selection.residents import Residents, RowFormat
 from tests.runtime.kernels.cases import Layer, make_layer
 
 DTYPE = torch.float32
@@ -57,6 +58,23 @@ def attend(starts: list[int], lengths: list[int], segments: int, dim: int = DIM)
         return kernels.attend(torch.ones(20, DIM), torch.ones(20, DIM), extents, query, 0.2)
 
     return act
+
+
+def held(**values: Any) -> Callable[[Kernels], object]:
+    """Attend to two segments of two tokens in 8 bits, told with these fields."""
+
+    def act(kernels: Kernels) -> object:
+        key = torch.ones(2, DIM)
+        rows = QuantisedRows.of({number: Residents.store(key, key, 8) for number in range(2)})
+        assert rows is not None
+        query = torch.ones(2, 2, DIM)
+        extents = Extents.of([0, 2], [2, 0])
+        return kernels.attend(key, key, extents, query, 0.2, replace(rows, **values))
+
+    return act
+
+
+ROW = RowFormat(8, DIM).row_bytes
 
 
 def bound(act: Callable[[Retrieval], object]) -> Callable[[Kernels], object]:
@@ -107,8 +125,8 @@ def smoothed(kernels: Kernels) -> object:
 def counted(kernels: Kernels) -> object:
     """A counter for fewer heads than there are."""
     made = layer()
-    none = torch.zeros((2, 0), dtype=torch.int64)
-    return kernels.bind(made.key, made.value, made.heads, 0.2, counts=none)
+    none = torch.zeros(0, dtype=torch.int64)
+    return kernels.bind(made.key, made.value, made.heads, 0.2, counted=(none, none, none))
 
 
 def integers(*numbers: int, dtype: torch.dtype = torch.int32) -> Any:
@@ -116,7 +134,25 @@ def integers(*numbers: int, dtype: torch.dtype = torch.int32) -> Any:
     return torch.tensor(numbers, dtype=dtype)
 
 
+QUANTISED: dict[str, Callable[[Kernels], object]] = {
+    "a row that ends past the bytes": held(starts=[0, 2 * ROW + 1]),
+    "a row that begins before them": held(starts=[-1, 2 * ROW]),
+    "more rows than bytes": held(counts=[2, 3]),
+    "a negative count": held(counts=[2, -1]),
+    "fewer counts than segments in fewer bits": held(counts=[2]),
+    "more of them than starts": held(segments=[0, 1, 2]),
+    "tokens of 2 bits": held(bits=[2, 8]),
+    "a segment in fewer bits that does not exist": held(segments=[0, 2]),
+    "a segment in fewer bits before the first": held(segments=[-1, 1]),
+    "a segment told twice": held(segments=[1, 1]),
+    "means of fewer segments": held(mean=torch.ones(1, 2, DIM)),
+    "means that are too narrow": held(mean=torch.ones(2, 2, DIM - 8)),
+    "means of another type": held(mean=torch.ones(2, 2, DIM, dtype=torch.float64)),
+    "rows of another type": held(rows=torch.ones(4 * ROW, dtype=torch.int8)),
+    "rows with gaps": held(rows=torch.ones(8 * ROW, dtype=torch.uint8)[::2]),
+}
 BAD: dict[str, Callable[[Kernels], object]] = {
+    **QUANTISED,
     "a segment that ends past the storage": attend([0, 12], [5, 9], 2),
     "a segment that begins before it": attend([-4, 0], [4, 4], 2),
     "a negative length": attend([4], [-4], 1),

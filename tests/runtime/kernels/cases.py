@@ -14,6 +14,7 @@ from torch import Tensor
 from hkvprof.profile.budgets import ANY
 from hkvprof.runtime.kernels import DynamicSegment
 from hkvprof.selection.index import HeadTables, KeyIndex, MeanIndex, MinMaxIndex, ProjectedIndex
+from hkvprof.selection.rotary import Positions, RotatingBias
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRECISION = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
@@ -80,8 +81,12 @@ def make_layer(
     smoothing: bool = False,
     rerank: int = 0,
     fresh: int = ANY,
+    bias: str = "",
 ) -> Layer:
-    """Segments of one dynamic head each; hot regions are filled with what the slots say."""
+    """Segments of one dynamic head each; hot regions are filled with what the slots say.
+
+    `bias`: keys have one that turns, at positions that count up (`plain`) or are `told`.
+    """
     random = torch.Generator().manual_seed(seed)
     margin = 3  # rows before every hot region
     total = sum(h * chunk + margin for h in hot)
@@ -100,7 +105,7 @@ def make_layer(
         digests = torch.randn(count, max(1, chunk), dim, generator=random).to(dtype)
         head = DynamicSegment(
             segment=segment,
-            index=make_index(kind, digests, codes, random),
+            index=make_index(kind, digests, codes, random, bias),
             slots=slots,
             host=host,
             hot_start=start,
@@ -112,16 +117,41 @@ def make_layer(
             rerank=rerank,
             fresh=fresh,
         )
-        for slot, item in enumerate(slots.tolist()):
-            rows = slice(start + slot * chunk, start + (slot + 1) * chunk)
-            key[rows], value[rows] = host_item(head, item, dtype)
         heads.append(head)
         start += held * chunk
     query = torch.randn(len(heads), group, dim, generator=random).to(dtype)
-    return Layer(key, value, heads, query)
+    made = Layer(key, value, heads, query)
+    fill_hot(made)
+    return made
 
 
-def make_index(kind: str, keys: Tensor, codes: int, random: torch.Generator) -> KeyIndex:
+def fill_hot(layer: Layer) -> None:
+    """Copy into hot slots what the host holds now."""
+    for head in layer.heads:
+        for slot, item in enumerate(head.slots.tolist()):
+            start = head.hot_start + slot * head.chunk
+            rows = slice(start, start + head.chunk)
+            layer.key[rows], layer.value[rows] = host_item(head, item, layer.key.dtype)
+
+
+def make_bias(
+    dim: int, items: int, random: torch.Generator, axes_are_told: bool
+) -> tuple[RotatingBias, Positions]:
+    """Up to seven pairs, of which the last is zero; three axes of positions, if any are told."""
+    order = torch.randperm(dim // 2, generator=random)[:7]
+    pairs = len(order)
+    constants = torch.randn(3, pairs, generator=random)
+    constants[:2, -1] = 0
+    constants[2] = torch.rand(pairs, generator=random) ** 4
+    places = torch.stack([order, order + dim // 2, torch.arange(pairs) % 3]).to(torch.int32)
+    spots = torch.randint(0, 5000, (3, items + 4), generator=random, dtype=torch.int32)
+    told = spots[:, 2 : items + 2] if axes_are_told else None
+    return RotatingBias(constants, places), Positions(4321, items, told)
+
+
+def make_index(
+    kind: str, keys: Tensor, codes: int, random: torch.Generator, bias: str = ""
+) -> KeyIndex:
     """An index over chunked keys [items, chunk, dim]."""
     if kind == "mean":
         return MeanIndex.build(keys)
@@ -137,9 +167,11 @@ def make_index(kind: str, keys: Tensor, codes: int, random: torch.Generator) -> 
         codebook=torch.randn(256, channels, generator=random),
         subspaces=tuple(zip([0, *ends[:-1]], ends, strict=True)),
     )
-    return ProjectedIndex(
-        torch.randint(0, 256, (len(keys), codes), generator=random, dtype=torch.uint8), tables
-    )
+    byte = torch.randint(0, 256, (len(keys), codes), generator=random, dtype=torch.uint8)
+    if not bias:
+        return ProjectedIndex(byte, tables)
+    turning, positions = make_bias(dim, len(keys), random, bias == "told")
+    return ProjectedIndex(byte, replace(tables, bias=turning), positions)
 
 
 def host_item(head: DynamicSegment, item: int, dtype: torch.dtype) -> Tensor:

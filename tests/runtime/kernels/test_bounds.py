@@ -12,7 +12,7 @@ import torch
 from hkvprof.errors import CompressionError
 from hkvprof.runtime import kernels
 from hkvprof.runtime.kernels import Kernels
-from tests.runtime.kernels.bad_inputs import BAD, DTYPE
+from tests.runtime.kernels.bad_inputs import BAD, DTYPE, QUANTISED
 from tests.runtime.kernels.cases import compiler
 
 CPU = torch.device("cpu")
@@ -39,6 +39,7 @@ ELSEWHERE = {
     "a subspace past the channels",
     "a subspace that ends before it begins",
     "no subspace",
+    *QUANTISED,
 }
 
 

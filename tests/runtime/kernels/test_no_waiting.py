@@ -110,7 +110,6 @@ def prefilled(model: Any, monkeypatch: pytest.MonkeyPatch, types: str, **options
         ("mean", {}),
         ("minmax", {"smoothing": 0.0}),
         ("mean", {"prefetch": 0.85}),
-        ("mean", {"host_dtype": "int8"}),
     ],
 )
 @torch.no_grad()

@@ -124,8 +124,8 @@ def test_load(
     own = moved(layer, device)
     retrieval = triton_kernels(dtype).bind(own.key, own.value, own.heads, 0.1, smoothing)
     retrieval.load([score.to(device) for score in scores])
-    counts = retrieval.counts[0].tolist()
-    assert retrieval.counts[1].tolist() == counts
+    counts = retrieval.fetched.tolist()
+    assert retrieval.most.tolist() == counts
     check_loaded(layer, moved(own, "cpu"), scores, counts, smoothing)
 
 

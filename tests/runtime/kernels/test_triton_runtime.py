@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from hkvprof.runtime import kernels, ragged
 from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.testbed.generator import make_sample
-from tests.models_for_tests import apply
+from tests.models_for_tests import apply, random_llama, token_ids
 from tests.runtime.kernels.triton_cases import DEVICES, QUIET, triton_kernels
+from tests.runtime.test_quantised import in_bits
 
 SHIPPED = Path(__file__).parents[3] / "profiles" / "tinyvl.hkv.safetensors"
 torch.set_num_threads(1)
@@ -62,7 +64,7 @@ def decode(
     [
         ("static", 8, {}),  # storage grows meanwhile
         ("mean", 3, {"smoothing": 0.5, "compress_every": 2}),
-        ("minmax", 3, {"smoothing": 0.0, "host_dtype": "int8"}),
+        ("minmax", 3, {"smoothing": 0.0}),
         ("shipped", 2, {"smoothing": 0.5}),
     ],
 )
@@ -83,9 +85,24 @@ def test_a_model_decodes_as_with_the_reference_kernels(
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     assert not fast.notes
     assert receipt.steps == steps
-    assert (receipt.hit_rate, receipt.bytes_moved) == (wanted.hit_rate, wanted.bytes_moved)
+    assert receipt.hit_rate == wanted.hit_rate
+    assert receipt.bytes_moved >= wanted.bytes_moved  # keys of all candidates, hot ones too
+    assert name == "shipped" or receipt.bytes_moved == wanted.bytes_moved
     assert (receipt.hit_rate is None) == (name == "static")
     assert receipt.resident_bytes == wanted.resident_bytes
+
+
+@QUIET
+@torch.no_grad()
+def test_tokens_in_fewer_bits_fall_back_by_name() -> None:
+    model, fast = random_llama(2), triton_kernels(torch.float32)
+    inputs = {"input_ids": token_ids(1, 150)}
+    profile = in_bits(model, 8, np.array([[0, 1], [1, 0]]), chunk=8)
+    for options in ({}, {"host_dtype": "int8"}):
+        expected, _ = decode(model, profile, inputs, TorchKernels(), [7, 9], **options)
+        got, _ = decode(model, profile, inputs, fast, [7, 9], **options)
+        assert all(torch.equal(a, b) for a, b in zip(got[1:], expected[1:], strict=True))
+    assert set(fast.notes) == {"torch for tokens in fewer bits", "torch for items in fewer bits"}
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:

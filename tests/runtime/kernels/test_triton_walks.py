@@ -54,8 +54,8 @@ def test_walks_follow_the_definition(
         parts.load(scores)
         whole.step(now.to(device))
         defined.load([score.cpu() for score in scores])
-        assert parts.counts[0].tolist() == whole.counts[0].tolist() == defined.counts[0].tolist()
-        assert parts.counts[0][1] == 0
+        assert parts.fetched.tolist() == whole.fetched.tolist() == defined.fetched.tolist()
+        assert parts.fetched[1] == 0
         assert torch.equal(parts_layer.key, whole_layer.key)
         assert torch.equal(parts_layer.value, whole_layer.value)
         for mine, other in zip(parts_layer.heads, layer.heads, strict=True):
@@ -77,8 +77,8 @@ def test_nan_queries_fetch_nothing(device: str, rerank: int) -> None:
     own = moved(layer, device)
     retrieval = triton_kernels(torch.bfloat16).bind(own.key, own.value, own.heads, 0.3)
     retrieval.step(own.query)
-    assert retrieval.counts[0][0] > 0
-    assert retrieval.counts[0][1] == 0
+    assert retrieval.fetched[0] > 0
+    assert retrieval.fetched[1] == 0
     assert torch.equal(own.heads[1].slots.cpu(), layer.heads[1].slots)
 
 
@@ -102,7 +102,7 @@ def test_heads_of_all_kinds_in_one_layer(device: str) -> None:
     for head, score in zip(layer.heads, scores, strict=True):
         assert_close(score, head.index.score(layer.query[head.segment], 0.3))
     retrieval.step(own.query)
-    check_loaded(layer, moved(own, "cpu"), scores, retrieval.counts[0].tolist(), 0.0)
+    check_loaded(layer, moved(own, "cpu"), scores, retrieval.fetched.tolist(), 0.0)
 
 
 def test_no_heads_is_no_work_and_counting_goes_on(device: str) -> None:
@@ -110,15 +110,17 @@ def test_no_heads_is_no_work_and_counting_goes_on(device: str) -> None:
     empty = torch.zeros(0, 32, dtype=torch.bfloat16, device=device)
     retrieval = kernels.bind(empty, empty, [], 0.1)
     retrieval.load([])
-    assert retrieval.counts.shape == (2, 0)
+    assert retrieval.fetched.shape == (0,)
     own = moved(make_layer(7, "mean", [90, 40], [9, 40]), device)
     first = kernels.bind(own.key, own.value, own.heads, 0.3)
     first.step(own.query)
-    count = int(first.counts[0][0])
-    again = kernels.bind(own.key, own.value, own.heads, 0.3, counts=first.counts)
+    count = int(first.fetched[0])
+    again = kernels.bind(
+        own.key, own.value, own.heads, 0.3, counted=(first.fetched, first.reads, first.most)
+    )
     again.step(-own.query)
-    assert again.counts is first.counts
-    assert count < again.counts[0][0] <= count + 9
+    assert again.fetched is first.fetched
+    assert count < again.fetched[0] <= count + 9
 
 
 def test_indexes_that_are_not_known_go_to_torch_and_are_noted(device: str) -> None:

@@ -11,7 +11,8 @@ constexpr int64_t SOON = 16;  // picked items between what is read and what is p
 inline int64_t picked_of(const Head& h) {
   return h.rerank > 0 && h.hot < h.items ? std::min(h.hot + h.rerank, h.items) : 0;
 }
-// Fills `picked`, in order, and the scores of all other items: what is hot, and the best of the rest.
+// Fills `picked`, in order, with the slots of those that are hot, and the scores of all other items:
+// what is hot, and the best of the rest.
 void pick(const RetrieveArgs& a, const Head& h, Work& w) {
   settle(w.score, h.items);
   for (int64_t j = 0; j < h.hot; j++) w.score[h.slots[j]] = INFINITY;
@@ -22,6 +23,10 @@ void pick(const RetrieveArgs& a, const Head& h, Work& w) {
     picked += rank(w, w.score, w.nominees[n]) >= last;
   }
   std::fill(w.score, w.score + h.items, -1.f);
+  for (int64_t j = 0; j < h.hot; j++) w.score[h.slots[j]] = float(-2 - j);  // exact to 2^24
+  for (int64_t n = 0; n < picked; n++) w.slot[n] = int32_t(-2 - w.score[w.picked[n]]);
+  for (int64_t j = 0; j < h.hot; j++) w.score[h.slots[j]] = -1.f;
+  for (int64_t n = 0; n < picked; n++) w.read += h.scale || w.slot[n] < 0;
   pack_query(query_of(a, h), a.dim, -INFINITY, INFINITY, w.table);
 }
 // Weights of a span of picked items; a logit that is not finite counts as -infinity.
@@ -46,10 +51,14 @@ void weigh_picked(const RetrieveArgs& a, const Head& h, Work& w, int64_t span) {
     }
   } else {
     const T* host = static_cast<const T*>(h.host);
-    auto key = [&](int64_t row) { return host + 2 * a.dim * int64_t(picked[row]); };
+    const T* hot = static_cast<const T*>(a.key) + h.hot_start * a.dim;
+    const int32_t* slot = w.slot + begin;
+    auto key = [&](int64_t row) {
+      return slot[row] < 0 ? host + 2 * a.dim * int64_t(picked[row]) : hot + a.dim * slot[row];
+    };
     auto coming = [&](int64_t row) {
       for (int64_t n = begin + row + SOON, end = n + TOKENS; n < end; n++)
-        prefetch(host + 2 * a.dim * int64_t(w.picked[std::min(n, count - 1)]), a.dim);
+        prefetch(key(std::min(n, count - 1) - begin), a.dim);
     };
     dot_any_rows<false>(key, coming, rows, a.dim, w.table, factor, out);
   }

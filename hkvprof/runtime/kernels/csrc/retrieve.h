@@ -60,11 +60,13 @@ void retrieve(const RetrieveArgs& a, int what) {
       const size_t picked = what & SCORE ? size_t(picked_of(h)) : 0;
       const size_t tables = h.kind == PROJECTED ? h.codes * 256 * P : 0;
       take(w.table, std::max(tables, 2 * packed_floats(a.dim)));
+      take(w.waves, what & SCORE && h.kind == PROJECTED ? size_t(h.bias.pairs) * 2 * G : 0);
       take(w.weights, what & SCORE ? rows * P : 0);
       take(w.tops, size_t(spans_of(h.items)) * 2 * P);
       take(w.score, rows);
       take(w.exact, picked + 2 * W);
       take(w.picked, picked + 1);
+      take(w.slot, picked + 1);
       take(w.missing, h.hot + 1);
       take(w.freed, h.hot + 1);
       take(w.nominees, rows);
@@ -124,9 +126,9 @@ void retrieve(const RetrieveArgs& a, int what) {
     }
   });
   for (int64_t i = 0; i < a.count; i++) {
-    int64_t& most = a.counts[a.count + i];
-    a.counts[i] += all[i].fetched;
-    most = std::max(most, all[i].fetched);
+    a.fetched[i] += all[i].fetched;
+    a.reads[i] += all[i].read;
+    a.most[i] = std::max(a.most[i], all[i].fetched);
   }
 }
 

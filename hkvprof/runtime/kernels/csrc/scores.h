@@ -1,7 +1,7 @@
 // Retrieval: what it is told about dynamic heads, and the scores of their items.
 #pragma once
 
-#include "products.h"
+#include "waves.h"
 
 namespace {
 
@@ -17,12 +17,13 @@ struct Head {
   const void* host;
   const float* scale;  // null unless the host holds int8
   float* score;        // what hkv_retrieve gives without LOAD and takes without SCORE
+  Bias bias;           // of a projected head's keys; no pairs without
 };
 struct RetrieveArgs {
   void *key, *value;
   const void* query;
   const Head* heads;
-  int64_t* counts;  // of fetched items, per head: so far; then the most in one step
+  int64_t *fetched, *reads, *most;  // per head: items and keys so far, items of one step at most
   int64_t count;
   int32_t dim, threads;
   float scaling, smoothing;
@@ -30,11 +31,11 @@ struct RetrieveArgs {
 constexpr int64_t SPAN = 512, SPANS = 8;  // items per task; such tasks per task of the second pass
 
 struct Work {  // scratch of one head
-  float *table, *weights, *tops, *score, *exact;
-  int32_t *missing, *freed, *nominees, *picked;
+  float *table, *waves, *weights, *tops, *score, *exact;
+  int32_t *missing, *freed, *nominees, *picked, *slot;  // slot of a picked item, -1: not hot
   uint64_t* candidates;
   uint8_t* is_hot;
-  int64_t fetched;
+  int64_t fetched, read;
 };
 inline int64_t spans_of(int64_t items) { return (items + SPAN - 1) / SPAN; }
 inline int64_t bundles_of(int64_t items) { return (spans_of(items) + SPANS - 1) / SPANS; }
@@ -76,7 +77,10 @@ void look_up(const uint8_t* codes, int64_t items, const float* table, float* out
 }
 void prepare(const RetrieveArgs& a, const Head& h, Work& w) {
   const T* query = query_of(a, h);
-  if (h.kind == PROJECTED) return fill_table(h, query, a.dim, a.scaling * LOG2E, w.table);
+  if (h.kind == PROJECTED) {
+    fill_waves(h.bias, query, a.dim, a.scaling * LOG2E, w.waves);
+    return fill_table(h, query, a.dim, a.scaling * LOG2E, w.table);
+  }
   const float edge = h.kind == MINMAX ? 0.f : -INFINITY;
   pack_query(query, a.dim, edge, INFINITY, w.table);
   if (h.kind == MINMAX) pack_query(query, a.dim, -INFINITY, 0.f, w.table + packed_floats(a.dim));
@@ -98,6 +102,7 @@ void weigh_span(const RetrieveArgs& a, const Head& h, Work& w, int64_t span) {
     if (h.codes == 2) look_up<2>(codes, rows, w.table, out);
     else if (h.codes == 4) look_up<4>(codes, rows, w.table, out);
     else look_up<8>(codes, rows, w.table, out);
+    if (h.bias.pairs) add_waves(h.bias, w.waves, begin, rows, out);
   } else if (h.kind == MEAN) {
     dot_rows<false>(first + begin * a.dim, rows, a.dim, w.table, factor, out, AHEAD * a.dim);
   } else {

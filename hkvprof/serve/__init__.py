@@ -1,0 +1,1 @@
+"""A model with a profile behind an OpenAI-compatible address (`hkvprof serve`)."""
