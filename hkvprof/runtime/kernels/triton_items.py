@@ -91,7 +91,9 @@ def exact_kernel(
     heads: tl.tensor,
     which: tl.tensor,
     query: tl.tensor,
+    key: tl.tensor,
     picked: tl.tensor,
+    places: tl.tensor,
     scores: tl.tensor,
     logits: tl.tensor,
     tops: tl.tensor,
@@ -106,7 +108,8 @@ def exact_kernel(
     INT8: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """Logits of the picked items by their keys in host memory; and -1 for all scores, for now.
+    """Logits of the picked items by their keys, in their slots where they are hot, others in host
+    memory; and -1 for all scores, for now.
 
     A logit that is not finite counts as minus infinity.
     """
@@ -127,15 +130,20 @@ def exact_kernel(
     item = tl.load(picked + base + number, mask=number < count, other=0).to(tl.int64)
     where = item[:, None] * (2 * DIM) + d[None, :]
     inside = (number[:, None] < count) & (d[None, :] < DIM)
+    slot = tl.load(places + base + item, mask=number < count, other=-1)
+    row = (field(heads, head, HOT_START) + slot.to(tl.int64)) * DIM
+    hot = inside & (slot >= 0)[:, None]
+    cold = inside & (slot < 0)[:, None]
     if INT8:
-        data = tl.load(address(heads, head, HOST, tl.int8) + where, mask=inside, other=0)
+        data = tl.load(address(heads, head, HOST, tl.int8) + where, mask=cold, other=0)
         owner = item // field(heads, head, PER_GROUP)
         unit = address(heads, head, SCALE, tl.float32) + owner[:, None] * (2 * DIM) + d[None, :]
-        k = data.to(tl.float32) * tl.load(unit, mask=inside, other=0.0)
+        k = data.to(tl.float32) * tl.load(unit, mask=cold, other=0.0)
         k = narrow(k, query.dtype.element_ty, UPCAST)
     else:
         host = address(heads, head, HOST, query.dtype.element_ty)
-        k = tl.load(host + where, mask=inside, other=0.0)
+        k = tl.load(host + where, mask=cold, other=0.0)
+    k = tl.where(hot, tl.load(key + row[:, None] + d[None, :], mask=hot, other=0.0), k)
     total = dot(q, tl.trans(k), UPCAST) * scale
     total = tl.where(tl.abs(total) < float("inf"), total, -float("inf"))
     put(total, logits, tops, sums, heads, head, block, number, count, group, GROUP)

@@ -69,7 +69,8 @@ class TritonRetrieval:
         self._describe_all()
         everyone = list(range(len(heads)))
         reranked = [n for n in everyone if picked_of(self.heads[n])]
-        self._picked = device_integers([picked_of(head) for head in heads], key.device)
+        cold = [picked_of(head) and picked_of(head) - head.hot for head in heads]
+        self._cold = device_integers(cold, key.device)
         self._everyone = self._launch(None, everyone)
         self._reranked = self._launch(None, reranked) if reranked else None
         self._indexes = list(self._launches(everyone, lambda head: kind_of(head.index)))
@@ -127,10 +128,11 @@ class TritonRetrieval:
         scores_of.share_kernel[grid](self._table, everyone.which, *shared, EXACT=False, **share)
         if self._reranked is None:
             return scores
-        self.reads += self._picked * self._table[:, ACTIVE.value]
+        self.reads += self._cold * self._table[:, ACTIVE.value]
         which, count = self._reranked.which, len(self._reranked.heads)
+        places = torch.full_like(picked, -1)
         selection.raise_kernel[self._reranked.grid(lambda head: head.hot, 256)](
-            self._table, which, scores, BLOCK=256
+            self._table, which, scores, places, BLOCK=256
         )
         selection.pick_kernel[(count,)](
             self._table, which, scores, picked, BLOCK=self._round(), num_warps=8
@@ -140,8 +142,8 @@ class TritonRetrieval:
             picks, resets = launch.grid(picked_of, self._block), launch.grid(items_of, reset)
             grid = max(picks, resets)
             exact_kernel[grid](
-                self._table, launch.which, query, picked, scores, *partial, self._scale, group,
-                **sizes, BLOCK=self._block, RESET=reset, INT8=launch.kind,
+                self._table, launch.which, query, self.key, picked, places, scores, *partial,
+                self._scale, group, **sizes, BLOCK=self._block, RESET=reset, INT8=launch.kind,
                 UPCAST=INTERPRETED,
             )  # fmt: skip
         grid = self._reranked.grid(picked_of, SHARE_ITEMS)

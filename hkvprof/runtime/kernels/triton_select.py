@@ -92,9 +92,9 @@ def _cut(
 
 @triton.jit
 def raise_kernel(
-    heads: tl.tensor, which: tl.tensor, scores: tl.tensor, BLOCK: tl.constexpr
+    heads: tl.tensor, which: tl.tensor, scores: tl.tensor, places: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """Scores of hot items above all others, so that they are picked."""
+    """Scores of hot items above all others, so that they are picked; and their slots."""
     head = tl.load(which + tl.program_id(0))
     if idle(heads, head):
         return
@@ -102,7 +102,9 @@ def raise_kernel(
     inside = slot < small(heads, head, HOT)
     item = tl.load(address(heads, head, SLOTS, tl.int32) + slot, mask=inside, other=0)
     best = tl.full([BLOCK], float("inf"), tl.float32)
-    tl.store(scores + field(heads, head, BASE) + item, best, mask=inside)
+    where = field(heads, head, BASE) + item
+    tl.store(scores + where, best, mask=inside)
+    tl.store(places + where, slot, mask=inside)
 
 
 @triton.jit

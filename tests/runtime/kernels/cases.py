@@ -134,6 +134,13 @@ def fill_hot(layer: Layer) -> None:
             layer.key[rows], layer.value[rows] = host_item(head, item, layer.key.dtype)
 
 
+def without_hot(head: DynamicSegment) -> DynamicSegment:
+    """As if the host had lost what is hot."""
+    host = head.host.clone()
+    host[head.slots.long()] = 99
+    return replace(head, host=host)
+
+
 def make_bias(
     dim: int, items: int, random: torch.Generator, axes_are_told: bool
 ) -> tuple[RotatingBias, Positions]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hkvprof.profile.budgets import ANY
 from hkvprof.runtime import kernels
-from hkvprof.runtime.kernels import DynamicSegment, Kernels
+from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.native import NativeRetrieval
 from hkvprof.runtime.kernels.reference import TorchKernels, TorchRetrieval
 from tests.runtime.kernels.cases import (
@@ -24,6 +24,7 @@ from tests.runtime.kernels.cases import (
     fill_hot,
     make_layer,
     shares_exactly,
+    without_hot,
 )
 
 CPU = torch.device("cpu")
@@ -114,13 +115,6 @@ def test_load(
         retrieval.load(scores)
         check_loaded(layer, own, scores, retrieval.fetched.tolist(), smoothing)
         assert torch.equal(retrieval.most, retrieval.fetched)
-
-
-def without_hot(head: DynamicSegment) -> DynamicSegment:
-    """As if the host had lost what is hot."""
-    host = head.host.clone()
-    host[head.slots.long()] = 1e3
-    return replace(head, host=host)
 
 
 @compiler
@@ -308,7 +302,8 @@ def test_counting_goes_on_after_binding_again() -> None:
 def test_hidden_items_are_as_if_they_were_not_there(
     kind: str, rerank: int, smoothing: float
 ) -> None:
-    """Selection among the visible items equals that of a layer which has only those."""
+    """Selection among the visible items equals that of a layer which has only those; candidates are
+    the visible ones that were hot, and the best of the rest."""
     items, hot, dim = 60, 8, 32
     layer = make_layer(
         3, kind, [items], [hot], group=2, dim=dim, dtype=torch.float32, rerank=rerank,
@@ -316,6 +311,9 @@ def test_hidden_items_are_as_if_they_were_not_there(
     )  # fmt: skip
     hidden = torch.rand(items, generator=torch.Generator().manual_seed(1)) < 0.5
     shown = (~hidden).nonzero()[:, 0]
+    before = layer.heads[0].slots.long()
+    before = before[~hidden[before]]
+    assert 0 < len(before) < hot
 
     def bound(one: Any) -> TorchRetrieval:
         return TorchKernels().bind(one.key, one.value, one.heads, 0.3, smoothing)
@@ -340,11 +338,13 @@ def test_hidden_items_are_as_if_they_were_not_there(
                     if hasattr(head.index, name)
                 },
             ),
-            slots=torch.searchsorted(shown, head.slots.long()).int(),
+            slots=torch.searchsorted(shown, before).int(),
             host=head.host[shown],
             items=len(shown),
         )
-        expected = bound(Layer(masked.key, masked.value, [small], layer.query)).score(layer.query)
+        key, rows = layer.key.clone(), slice(head.hot_start, head.hot_start + len(before))
+        key[rows] = head.host[before, 0, 0]
+        expected = bound(Layer(key, masked.value, [small], layer.query)).score(layer.query)
         best = {int(shown[i]) for i in expected[0].topk(hot).indices}
         assert {int(i) for i in head.slots} == best
     assert not hidden[head.slots.long()].any()
