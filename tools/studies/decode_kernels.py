@@ -145,7 +145,7 @@ class Layer:
         """The same tokens in fewer bits."""
         halves = self.key.chunk(KV_HEADS), self.value.chunk(KV_HEADS)
         held = {
-            head: Residents.store(key, value, bits)
+            head: Residents.around(key, value, bits).append(key, value)
             for head, (key, value) in enumerate(zip(*halves, strict=True))
         }
         rows = QuantisedRows.of(held)
