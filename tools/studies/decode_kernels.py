@@ -29,10 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hkvprof.runtime import kernels
-from hkvprof.runtime.kernels import DynamicSegment, Extents, Kernels, Retrieval
+from hkvprof.runtime.kernels import (
+    DynamicSegment,
+    Extents,
+    Kernels,
+    QuantisedRows,
+    Retrieval,
+)
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.selection.index import HeadTables, KeyIndex, MeanIndex, MinMaxIndex, ProjectedIndex
 from hkvprof.selection.quantiser import CHANNELS, CODE_UNIT, fit_codebook, fit_projection
+from hkvprof.selection.residents import Residents
 
 QUERY_HEADS, KV_HEADS, DIM, TOKENS = 28, 4, 128, 32768
 GROUP = QUERY_HEADS // KV_HEADS
@@ -45,6 +52,8 @@ SHARPNESS = 3.0
 """Standard deviation of the scaled logits."""
 
 
+FEWER = (" int8", " int4")
+"""Static heads whose tokens are all in fewer bits."""
 PHASES = ("score", "load", "attend", "step", "step attend")
 """A step in two parts with its attention; and the whole step with its attention."""
 
@@ -129,7 +138,19 @@ class Layer:
         self.extents = Extents.of(self.offsets, [hot] * KV_HEADS)
         self.key = torch.cat([key[:hot] for key in self.keys])
         self.value = self.source.normal(hot * KV_HEADS, DIM).to(DTYPE)
+        self.rows = {name: self.quantised(int(name[-1])) for name in FEWER}
         self.hosts: dict[int, list[Tensor]] = {}
+
+    def quantised(self, bits: int) -> QuantisedRows:
+        """The same tokens in fewer bits."""
+        halves = self.key.chunk(KV_HEADS), self.value.chunk(KV_HEADS)
+        held = {
+            head: Residents.around(key, value, bits).append(key, value)
+            for head, (key, value) in enumerate(zip(*halves, strict=True))
+        }
+        rows = QuantisedRows.of(held)
+        assert rows is not None
+        return rows
 
     def queries(self) -> Queries:
         """A walk of this layer's queries."""
@@ -210,7 +231,8 @@ def measure(
     """Times of every variant, taken in turn; and seconds per byte of plain reading."""
     fast, plain = kernels.for_device(torch.device("cpu"), DTYPE), TorchKernels()
     dense = [[torch.randn(KV_HEADS, TOKENS, DIM).to(DTYPE) for _ in range(2)] for _ in range(3)]
-    static = {"torch static": plain, "native static": fast}
+    static = {"torch static": plain} | {f"native static{bits}": fast for bits in ("", *FEWER)}
+    none, empty = torch.empty(0, DIM, dtype=DTYPE), Extents.of([0] * KV_HEADS, [0] * KV_HEADS)
     bound = {
         f"{kernel.name} {kind}": (kernel, [layer.bind(kernel, kind) for layer in layers])
         for kernel in (plain, fast)
@@ -226,8 +248,10 @@ def measure(
     def one(step: int, layer: Layer, number: int, variant: str, query: Tensor) -> None:
         place = (layer.key, layer.value, layer.extents)
         if variant in static:
-            kernel = static[variant]
-            take(variant, "attend", lambda: kernel.attend(*place, query, DIM**-0.5))
+            kernel, rows = static[variant], layer.rows.get(variant.removeprefix("native static"))
+            if rows is not None:
+                place = (none, none, empty)
+            take(variant, "attend", lambda: kernel.attend(*place, query, DIM**-0.5, rows))
             return
         kernel, retrievals = bound[variant]
         retrieval = retrievals[number]
@@ -275,7 +299,7 @@ def table(times: dict[str, Times], bandwidth: float, share: float) -> list[dict[
         ms = {name: 1e3 * found.quantile(name, share) for name in PHASES}
         whole = (ms["step"] + ms["step attend"] or ms["attend"]) / 1e3
         row = {"variant": name, "ms": 1e3 * whole, "ratio_to_dense": dense / whole}
-        if "dense" not in name:
+        if "dense" not in name and not name.endswith(FEWER):
             row["share_of_read_bound"] = 1e3 * kept / ms["attend"]
         if found.fetched:
             row["fetched_share"] = statistics.mean(found.fetched)

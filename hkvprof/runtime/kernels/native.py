@@ -101,9 +101,6 @@ class NativeKernels:
     ) -> Float[Tensor, "segments group dim"]:
         """Segments are split between threads; float32 accumulation (flash decoding)."""
         segments, group, dim = query.shape
-        if quantised is not None:
-            loading.STATE.notes["torch for tokens in fewer bits"] = None
-            return self.torch.attend(key, value, extents, query, scaling, quantised)
         native = self.library(group, dim)
         if native is None or not self._plain(key, value) or key.shape != value.shape:
             return self.torch.attend(key, value, extents, query, scaling, quantised)

@@ -65,7 +65,8 @@ def held(**values: Any) -> Callable[[Kernels], object]:
 
     def act(kernels: Kernels) -> object:
         key = torch.ones(2, DIM)
-        rows = QuantisedRows.of({number: Residents.store(key, key, 8) for number in range(2)})
+        own = Residents.around(key, key, 8).append(key, key)
+        rows = QuantisedRows.of(dict.fromkeys(range(2), own))
         assert rows is not None
         query = torch.ones(2, 2, DIM)
         extents = Extents.of([0, 2], [2, 0])

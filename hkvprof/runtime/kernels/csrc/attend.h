@@ -99,7 +99,8 @@ struct Attention {
     run(part, acc,
         [&](int64_t row, int64_t count, float* logits) {
           const Block keys = read_block(r, row, count, 0, scratch);
-          quantised_logits<WHOLE>(r, turned[part.which], keys, count, logits);
+          if (r.nibbles()) nibble_logits(r, turned[part.which], keys, count, logits);
+          else quantised_logits<WHOLE>(r, turned[part.which], keys, count, logits);
         },
         [&](int64_t row, int64_t count, const float* weights, float* sums) {
           const Block values = read_block(r, row, count, 1, scratch);
@@ -178,12 +179,14 @@ void attend(const AttendArgs& a) {
   job.plan();
   size_t bytes = parts.size() * stride * sizeof(float);
   for (const Rows& r : rows)
-    bytes += Arena::rounded<int16_t>(LIMBS * limb_shorts(r)) + 2 * Arena::rounded<float>(P);
+    bytes += Arena::rounded<int16_t>(LIMBS * limb_shorts(r)) + 2 * Arena::rounded<float>(P) +
+             Arena::rounded<int32_t>(LIMBS * r.runs() * G);
   arena.reserve(bytes + Arena::rounded<std::atomic<int>>(a.segments));
   job.results = arena.take<float>(parts.size() * stride);
   turned.resize(rows.size());
   for (size_t n = 0; n < rows.size(); n++) {
     turned[n].limbs = arena.take<int16_t>(LIMBS * limb_shorts(rows[n]));
+    turned[n].offsets = arena.take<int32_t>(LIMBS * rows[n].runs() * G);
     turned[n].unit = arena.take<float>(P);
     turned[n].bias = arena.take<float>(P);
   }

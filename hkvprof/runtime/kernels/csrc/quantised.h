@@ -15,7 +15,6 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;  // tokens whose logits are held at a time
-constexpr int64_t LATER = 64;
 constexpr int LIMBS = sizeof(T) == 4 ? 2 : 1;
 constexpr float MOST = LIMBS == 1 ? 32767.f : 16384.f, LIMB = 32768.f;
 
@@ -79,13 +78,15 @@ struct Rows {  // one segment's quantised tokens
   int group() const { return bits == 8 ? dim : std::min(32, dim & -dim); }
   int runs() const { return dim / group(); }
   int run_chunks() const { return (group() + 2 * W - 1) / (2 * W); }
+  bool nibbles() const { return bits == 4 && group() == 32; }
   int code_bytes() const { return dim * bits / 8; }
   int half_bytes() const { return code_bytes() + 2 * runs(); }
   const uint8_t* row(int64_t n) const { return first + n * 2 * half_bytes(); }
 };
 // A query in the rotated space: q . key = unit * (integers . codes) * scale + bias, per query head.
 struct Turned {
-  int16_t* limbs;     // [LIMBS][run][chunk][G][2 W]
+  int16_t* limbs;     // [LIMBS][run][chunk][G][2 W], or for nibble_logits [LIMBS][run][16][G][2]
+  int32_t* offsets;   // [LIMBS][run][G] of the latter: 15 times the sum of integers
   float *unit, *bias;  // [P], both times scaling and LOG2E
 };
 inline size_t limb_shorts(const Rows& r) {
@@ -120,6 +121,25 @@ void turn(float* x, int dim) {  // padded(dim) floats in place; its own inverse
       }
   const float root = 1 / std::sqrt(float(block));
   for (int i = 0; i < dim; i += W) store(x + i, load(x + i) * root);
+}
+// Integers in the order of nibble_logits: channels 0 and 2, 16 and 18, 1 and 3, 17 and 19, 4 and 6 ...
+void pair_up(const Rows& r, const Turned& q) {
+  const int chunks = 16 / W > 0 ? 16 / W : 1;
+  for (int n = 0; n < LIMBS * r.runs(); n++) {
+    int16_t own[32 * G], *limbs = q.limbs + n * 32 * G;
+    std::memcpy(own, limbs, sizeof own);
+    for (int g = 0; g < G; g++) {
+      int32_t sum = 0;
+      for (int pair = 0; pair < 16; pair++)
+        for (int which = 0; which < 2; which++) {
+          const int d = pair / 4 * 4 + pair % 4 / 2 + pair % 2 * 16 + which * 2;
+          const int16_t x = own[(d / (32 / chunks) * G + g) * (32 / chunks) + d % (32 / chunks)];
+          limbs[(pair * G + g) * 2 + which] = x;
+          sum += x;
+        }
+      q.offsets[n * G + g] = 15 * sum;
+    }
+  }
 }
 void turn_query(const Rows& r, const T* query, float factor, const Turned& out) {
   alignas(64) float x[MAX_DIM + 2 * W] = {}, mean[MAX_DIM + 2 * W] = {};
@@ -157,25 +177,34 @@ void turn_query(const Rows& r, const T* query, float factor, const Turned& out) 
           }
         }
   }
+  if (r.nibbles()) pair_up(r, out);
 }
 
 // ---- blocks of rows
 
-// Scales of keys (which = 0) or values of a block, as floats [row][run].
+// Scales of keys (which = 0) or values of a block, as floats [row][run],
+// and zeros up to a whole vector.
 void read_scales(const Rows& r, int64_t begin, int64_t rows, int which, float* out) {
-  alignas(64) uint16_t halves[BLOCK * MAX_DIM / 8 + W];
+  typedef uint16_t Short __attribute__((vector_size(8)));
+  typedef uint32_t Long __attribute__((vector_size(16)));
+  alignas(64) uint32_t halves[BLOCK * MAX_DIM / 8 + W];
+  uint32_t* to = halves;
   const int runs = r.runs();
-  for (int64_t n = 0; n < rows; n++) {
-    const uint8_t* from = r.row(begin + n) + which * r.half_bytes() + r.code_bytes();
-    for (int i = 0; i < runs; i++) std::memcpy(halves + n * runs + i, from + 2 * i, 2);
+  const uint8_t* from = r.row(begin) + which * r.half_bytes() + r.code_bytes();
+  for (int64_t n = 0; n < rows; n++, from += 2 * r.half_bytes(), to += runs) {
+    int i = 0;
+    for (; i + 4 <= runs; i += 4) {
+      Short few;
+      std::memcpy(&few, from + 2 * i, sizeof few);
+      const Long wide = __builtin_convertvector(few, Long);
+      std::memcpy(to + i, &wide, sizeof wide);
+    }
+    for (; i < runs; i++) to[i] = uint32_t(from[2 * i] | from[2 * i + 1] << 8);
   }
+  std::memset(halves + rows * runs, 0, W * sizeof(uint32_t));
   const float step = r.bits == 8 ? 1.f : 0.5f;  // codes of 4 bits are used as 2 c - 15
-  for (int64_t i = 0; i < rows * runs; i += W) {
-    typedef uint16_t Few __attribute__((vector_size(2 * W)));
-    Few few;
-    std::memcpy(&few, halves + i, sizeof few);
-    store(out + i, from_half(__builtin_convertvector(few, vu)) * step);
-  }
+  for (int64_t i = 0; i < rows * runs; i += W)
+    store(out + i, from_half((vu)load(reinterpret_cast<float*>(halves) + i)) * step);
 }
 // Codes of 4 bits as odd integers 2 c - 15, in the order of channels.
 void spread(const uint8_t* from, int dim, int group, int8_t* out) {
@@ -196,6 +225,7 @@ void spread(const uint8_t* from, int dim, int group, int8_t* out) {
     }
 }
 struct Block {  // codes and scales of keys or values of up to BLOCK rows
+  const uint8_t* first;
   const int8_t* codes;
   int64_t stride;
   const float* scales;  // [row][run]
@@ -215,12 +245,12 @@ struct Scratch {
 Block read_block(const Rows& r, int64_t begin, int64_t rows, int which, Scratch& s) {
   read_scales(r, begin, rows, which, s.scales);
   const int64_t bytes = r.half_bytes();
-  const uint8_t *first = r.row(begin) + which * bytes, *later = first + LATER * 2 * bytes;
+  const uint8_t *first = r.row(begin) + which * bytes, *later = first + BLOCK * 2 * bytes;
   if (r.bits == 8)
-    return {reinterpret_cast<const int8_t*>(first), 2 * r.half_bytes(), s.scales, later, bytes};
-  for (int64_t n = 0; n < rows; n++)
+    return {first, reinterpret_cast<const int8_t*>(first), 2 * bytes, s.scales, later, bytes};
+  for (int64_t n = 0; n < rows && (which || !r.nibbles()); n++)
     spread(first + n * 2 * r.half_bytes(), r.dim, r.group(), s.codes + n * r.dim);
-  return {s.codes, r.dim, s.scales, later, bytes};
+  return {first, s.codes, r.dim, s.scales, later, bytes};
 }
 template <bool WHOLE, class V> INLINE V read_codes(const int8_t* from, int channels) {
   V v = {};
@@ -272,6 +302,79 @@ SEPARATE void quantised_logits(const Rows& r, const Turned& q, const Block& b, i
     }
   }
 }
+typedef uint32_t Four __attribute__((vector_size(16)));
+INLINE vu side_by_side(const Four* v) {
+#if defined(__AVX512F__)
+  const __m256i low = _mm256_set_m128i((__m128i)v[1], (__m128i)v[0]);
+  const __m256i high = _mm256_set_m128i((__m128i)v[3], (__m128i)v[2]);
+  return (vu)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#elif defined(__AVX2__)
+  return (vu)_mm256_set_m128i((__m128i)v[1], (__m128i)v[0]);
+#else
+  return v[0];
+#endif
+}
+#if defined(__clang__) || __GNUC__ >= 12
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIX(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#endif
+// 16 bytes of W rows, of which each has a lane: bytes 0 to 3, 4 to 7 ...
+INLINE void read_lanes(const uint8_t* const* from, int offset, vu* out) {
+  Four turned[4][W / 4];
+  for (int quad = 0; quad < W / 4; quad++) {
+    Four v[4];
+    for (int i = 0; i < 4; i++) std::memcpy(&v[i], from[quad * 4 + i] + offset, 16);
+    const Four a = MIX(v[0], v[1], 0, 4, 1, 5), b = MIX(v[2], v[3], 0, 4, 1, 5);
+    const Four c = MIX(v[0], v[1], 2, 6, 3, 7), d = MIX(v[2], v[3], 2, 6, 3, 7);
+    turned[0][quad] = MIX(a, b, 0, 1, 4, 5);
+    turned[1][quad] = MIX(a, b, 2, 3, 6, 7);
+    turned[2][quad] = MIX(c, d, 0, 1, 4, 5);
+    turned[3][quad] = MIX(c, d, 2, 3, 6, 7);
+  }
+  for (int i = 0; i < 4; i++) out[i] = side_by_side(turned[i]);
+}
+// Logits of keys of 4 bits whose runs have 32 channels: a token per lane.
+SEPARATE void nibble_logits(const Rows& r, const Turned& q, const Block& b, int64_t rows,
+                            float* out) {
+  const int runs = r.runs();
+  for (int64_t row = 0; row < rows; row += W) {
+    const uint8_t* from[W];
+    for (int lane = 0; lane < W; lane++)
+      from[lane] = b.first + std::min(row + lane, rows - 1) * 2 * b.half_bytes;
+    b.prefetch(row, W);
+    vf sums[G] = {};
+    for (int run = 0; run < runs; run++) {
+      vu lanes[4];
+      vf scale;
+      read_lanes(from, run * 16, lanes);
+      for (int lane = 0; lane < W; lane++)
+        scale[lane] = b.scales[std::min(row + lane, rows - 1) * runs + run];
+      for (int limb = 0; limb < LIMBS; limb++, scale *= 1 / LIMB) {
+        const int n = limb * runs + run;
+        const int16_t* limbs = q.limbs + n * 32 * G;
+        vi products[G] = {};
+        for (int pair = 0; pair < 16; pair++) {
+          const vs codes = (vs)(lanes[pair / 4] >> pair % 4 * 4 & 0x000f000fu);
+          for (int g = 0; g < G; g++, limbs += 2) {
+            uint32_t both;
+            std::memcpy(&both, limbs, 4);
+            products[g] = add_products(products[g], codes, (vs)(vu{} + both));
+          }
+        }
+        for (int g = 0; g < G; g++)
+          sums[g] += floats(products[g] + products[g] - q.offsets[n * G + g]) * scale;
+      }
+    }
+    for (int g = 0; g < G; g++) {
+      const vf logit = sums[g] * q.unit[g] + q.bias[g];
+      for (int lane = 0; lane < W; lane++) out[(row + lane) * P + g] = logit[lane];
+    }
+    for (int g = G; g < P; g++)
+      for (int lane = 0; lane < W; lane++) out[(row + lane) * P + g] = 0;
+  }
+}
+
 // Sums over rows of weights, as pairs [row / 2][P] of integers, times W codes; for STEP query heads.
 template <bool WHOLE>
 SEPARATE void sum_products(const int8_t* codes, int64_t stride, int64_t rows,
@@ -294,13 +397,14 @@ SEPARATE void add_quantised(const Rows& r, const Block& b, int64_t rows, const f
   const int runs = r.runs(), group = r.group(), stride = padded(r.dim);
   auto weight = [&](int64_t row) { pf w; std::memcpy(&w, weights + row * P, sizeof w); return w; };
   pf most = {};
+  vf widest = {};
   for (int64_t row = 0; row < rows; row++) most = weight(row) > most ? weight(row) : most;
+  for (int64_t i = 0; i < rows * runs; i += W) widest = larger(load(b.scales + i), widest);
+  float largest = 0;
+  for (int lane = 0; lane < W; lane++) largest = std::max(largest, widest[lane]);
+  const pf bound = most * largest;
+  const pf factor = bound > 0x1p-100f ? MOST / bound : pf{};
   for (int run = 0; run < runs; run++) {
-    float largest = 0;
-    for (int64_t row = 0; row < rows; row++)
-      largest = std::max(largest, b.scales[row * runs + run]);
-    const pf bound = most * largest;
-    const pf factor = bound > 0x1p-100f ? MOST / bound : pf{};
     float power = 1 / MOST;
     for (int limb = 0; limb < LIMBS; limb++, power /= LIMB) {
       for (int64_t row = 0; row < rows; row += 2) {
