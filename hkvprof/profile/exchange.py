@@ -46,7 +46,7 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class Reading:
+class HeadScores:
     """What foreign files say of the KV heads of a model.
 
     `share` float32 [layers, kv_heads] in (0, 1] at `budget`, their mean; `keep` is what every head
@@ -70,7 +70,7 @@ class Format:
     reader: str
     files: tuple[str, ...]
     write: Callable[[Profile], Parcel]
-    read: Callable[[Mapping[str, bytes], HeadGrid, float | None], Reading]
+    read: Callable[[Mapping[str, bytes], HeadGrid, float | None], HeadScores]
 
 
 def parcel(files: Mapping[str, bytes], *not_held: str) -> Parcel:
@@ -166,7 +166,7 @@ def window_share(sinks: int, recent: int) -> float:
     return min(1.0, KeepRule(sinks=sinks, recent=recent).floor_tokens / LONG)
 
 
-def full_or_window(full: NDArray[np.bool_], sinks: int, recent: int, *not_held: str) -> Reading:
+def full_or_window(full: NDArray[np.bool_], sinks: int, recent: int, *not_held: str) -> HeadScores:
     """The reading of a pattern: some KV heads keep everything, the rest sinks and a window."""
     keep, least = KeepRule(sinks=sinks, recent=recent), window_share(sinks, recent)
     share = np.where(full, 1.0, least).astype(np.float32)
@@ -175,4 +175,4 @@ def full_or_window(full: NDArray[np.bool_], sinks: int, recent: int, *not_held: 
         f"beyond them what their share grants, {least:.2%} of a prompt of {LONG:,} tokens",
         *not_held,
     )
-    return Reading(share, float(share.astype(np.float64).mean()), keep, said)
+    return HeadScores(share, float(share.astype(np.float64).mean()), keep, said)

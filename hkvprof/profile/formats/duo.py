@@ -16,8 +16,8 @@ from hkvprof.profile.bounds import require
 from hkvprof.profile.exchange import (
     HALF,
     Format,
+    HeadScores,
     Parcel,
-    Reading,
     full_or_window,
     head_ranks,
     parcel,
@@ -51,7 +51,7 @@ def _write(profile: Profile) -> Parcel:
     )
 
 
-def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> Reading:
+def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> HeadScores:
     scores = _table(files[FILES[0]], grid)
     config = read_json(files[FILES[1]], FILES[1])
     require(isinstance(config, dict), f"{FILES[1]} should hold an object")

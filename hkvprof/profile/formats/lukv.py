@@ -18,8 +18,8 @@ from hkvprof.heads import HeadGrid, KeepRule
 from hkvprof.profile.bounds import require
 from hkvprof.profile.exchange import (
     Format,
+    HeadScores,
     Parcel,
-    Reading,
     parcel,
 )
 from hkvprof.profile.record import Profile
@@ -59,7 +59,7 @@ def _write(profile: Profile) -> Parcel:
     return parcel({FILE: stream.getvalue()}, *said)
 
 
-def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> Reading:
+def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> HeadScores:
     chosen = _BUDGET if budget is None else budget
     step = round((1 - chosen) * 100)
     if not 1 <= step <= STEPS or not math.isclose(1 - step / 100, chosen, abs_tol=1e-9):
@@ -80,7 +80,7 @@ def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> R
     if abs(1 - means[step - 1] - chosen) > 0.01:
         said.append(f"their mean: the curve for {chosen:.0%} keeps {1 - means[step - 1]:.1%}")
     said.append("the scorer that they were made for: heads are scored by hkvprof")
-    return Reading(share, chosen, KeepRule(sinks=4, recent=1), tuple(said))
+    return HeadScores(share, chosen, KeepRule(sinks=4, recent=1), tuple(said))
 
 
 def _array(data: bytes, shape: tuple[int, ...]) -> NDArray[np.float64]:

@@ -15,8 +15,8 @@ from hkvprof.profile.bounds import require
 from hkvprof.profile.exchange import (
     HALF,
     Format,
+    HeadScores,
     Parcel,
-    Reading,
     full_or_window,
     head_ranks,
     parcel,
@@ -56,7 +56,7 @@ def _write(profile: Profile) -> Parcel:
     )
 
 
-def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> Reading:
+def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> HeadScores:
     refuse_budget(budget, "rtp")
     config = read_json(files[FILE], "the configuration")
     require(

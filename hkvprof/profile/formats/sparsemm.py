@@ -15,8 +15,8 @@ from hkvprof.heads import HeadGrid, KeepRule
 from hkvprof.profile.bounds import require
 from hkvprof.profile.exchange import (
     Format,
+    HeadScores,
     Parcel,
-    Reading,
     parcel,
 )
 from hkvprof.profile.formats.checks import (
@@ -51,12 +51,12 @@ def _write(profile: Profile) -> Parcel:
     )
 
 
-def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> Reading:
+def _read(files: Mapping[str, bytes], grid: HeadGrid, budget: float | None) -> HeadScores:
     samples = _samples(read_json(files[FILE], "the score file"), grid)
     heads = samples.mean(axis=-1).reshape(grid.layers, grid.kv_heads, grid.group).sum(axis=-1)
     chosen = _BUDGET if budget is None else budget
     share = chosen * (EVEN + (1 - EVEN) * heads / heads.mean())
-    return Reading(
+    return HeadScores(
         np.clip(share, 1e-6, 1).astype(np.float32),
         chosen,
         KeepRule(),
