@@ -62,26 +62,28 @@ def allocate(
     `ratios` ascending and ending at 1, `floor` the least ratio any head may get; the part `even` of
     the budget, in [0, 1], is dealt evenly, and only the rest by loss. The margins that `extra`
     knows are added where a head chooses its strategy, not to the losses. Heads are judged at the
-    very ratios that they get. `fetch` None is the knee: the least reads at which no more than KNEE
-    is lost beyond what is lost without a limit, margins included. Raises BudgetError when `share`
-    is below `floor`, or no plan reads as little as `fetch`. Never exceeds `share` nor `fetch`;
-    ratios of unlimited plans are monotone in `share`, the loss with margins is in `fetch`.
+    very ratios that they get. `fetch` None is the knee: the least reads that lose no more than KNEE
+    of the loss beyond what is lost without a limit, margins counted as loss.
+
+    Raises BudgetError when `share` is below `floor`, or no plan reads as little as `fetch`. Never
+    exceeds `share` nor `fetch`; ratios of unlimited plans are monotone in `share`, the loss with
+    margins is in `fetch`.
     """
     check_share(share, floor)
     heads = loss.shape[1:3]
     curves = _Curves.of(loss, ratios, extra)
     purse = _Purse(share, floor, max(floor, even * share), ratios)
     choices = _Choices.at(curves, purse, np.zeros(1))
+    chosen = choices.best(math.inf)
     if fetch is None or fetch < math.inf:
-        prices = choices.prices()
-        if len(prices):
-            choices = choices.joined(_Choices.at(curves, purse, prices))
-    chosen = choices.best(fetch)
+        assert chosen is not None
+        slack = KNEE * float(curves.own(*chosen).sum())
+        choices = choices.joined(_Choices.at(curves, purse, choices.prices()))
+        chosen = choices.best(fetch, slack)
     if chosen is None:
         raise BudgetError(_too_little(fetch, choices))
     ratio, strategy = chosen
-    rows = np.arange(len(ratio))
-    least = curves.losses(ratio[None].astype(np.float64))[0][rows, strategy]
+    least = curves.own(ratio, strategy)
     if float(least.max()) >= INFEASIBLE:
         raise BudgetError(
             f"budget {share:.4g} is too small: no strategy of some heads fits their share; raise "
@@ -154,6 +156,11 @@ class _Curves:
         blend = np.where(part >= 1, high, low + part * (high - low))
         near = (exact | (known[right] - wanted <= NEAR))[..., None]
         return np.where(low >= INFEASIBLE, np.where(near, high, float(INFEASIBLE)), blend)
+
+    def own(self, ratio: NDArray[np.float32], strategy: NDArray[np.intp]) -> Array:
+        """[heads]: the loss of every head under its strategy at its ratio."""
+        at_ratio = self.losses(ratio[None].astype(np.float64))[0]
+        return at_ratio[np.arange(len(ratio)), strategy]
 
     def reads(self, ratio: Array) -> Array:
         """[..., strategies]; nothing where nothing is known of them."""
@@ -264,7 +271,7 @@ class _Choices:
         """Prices at which heads of the first plan change, spread over them, and an infinite one."""
         save = -self.steps[0].slope
         if not len(save):
-            return np.zeros(0)
+            return np.array([np.inf])
         spread = np.quantile(save, np.linspace(0, 1, PRICES - 1))
         return np.append(np.unique(spread), np.inf)
 
@@ -276,16 +283,19 @@ class _Choices:
         ]
         return _Choices(parts[0], parts[1], parts[2], parts[3], self.steps + other.steps)
 
-    def best(self, fetch: float | None) -> tuple[NDArray[np.float32], NDArray[np.intp]] | None:
-        """Ratio and strategy of every head in the best plan within mean reads of `fetch`; None
-        where no plan reads as little."""
+    def best(
+        self, fetch: float | None, slack: float = 0.0
+    ) -> tuple[NDArray[np.float32], NDArray[np.intp]] | None:
+        """Ratio and strategy of every head in the best plan within mean reads of `fetch`, or (None)
+        of the plan that reads least and loses at most `slack` more; None where no plan reads as
+        little."""
         heads = self.ratio.shape[1]
         paths = [
             (read + np.append(0, steps.reads), lost + np.append(0, steps.gains))
             for read, lost, steps in zip(self.read, self.lost, self.steps, strict=True)
         ]
         limit = math.inf if fetch is None else fetch * heads * (1 + 1e-12)
-        most = math.inf if fetch is not None else float(paths[0][1][-1]) * (1 + KNEE)
+        most = math.inf if fetch is not None else float(paths[0][1][-1]) + slack
         found = []
         for number, (read, lost) in enumerate(paths):
             fits = (read <= limit) & (lost <= most)

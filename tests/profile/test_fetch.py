@@ -301,6 +301,16 @@ def test_few_samples_do_not_decide_for_static_heads() -> None:
     assert (forced.strategy == 0).all()
 
 
+def test_a_head_that_must_be_static_lets_no_other_be() -> None:
+    """A margin of no proof at all on a head whose index does not fit says nothing of others."""
+    loss = curves(2, 1, 4)
+    loss[1:, 0, 0] = 1e30
+    margin = np.full(loss[0].shape, 1e6, dtype=np.float32)
+    plan = plan_anew(MENU, loss, RATIOS, 0.2, Rules(1.0), margin)
+    assert plan.strategy[0, 0] == 0
+    assert (plan.strategy[0, 1:] > 0).all()
+
+
 def test_types_that_are_given_keep_within_a_budget_of_reads_or_say_why_not() -> None:
     types = np.array([[0, 2, 2]], dtype=np.uint8)
     base = np.full((1, 3), 0.2, dtype=np.float32)
