@@ -28,6 +28,7 @@ def serve(
     budget: Annotated[
         str | None, typer.Option("--budget", help="Share, tokens or bytes; default: the profile's.")
     ] = None,
+    fetch: options.Fetch = None,
     host: Annotated[str, typer.Option("--host", help="Who can reach it: by default, you.")] = (
         "127.0.0.1"
     ),
@@ -50,7 +51,8 @@ def serve(
     from hkvprof.lazy import require_extra
 
     uvicorn = require_extra("uvicorn", "serve")
-    from hkvprof.runtime.handle import apply
+    from hkvprof.profile.budgets import Budget, Fetch
+    from hkvprof.runtime.handle import apply, open_profile
     from hkvprof.runtime.options import Options
     from hkvprof.serve.app import Address, make_app
     from hkvprof.serve.engine import Engine
@@ -58,17 +60,23 @@ def serve(
     if allowed_media is not None and not allowed_media.is_dir():
         raise UsageError(f"--allowed-media {allowed_media}: no such folder")
     chosen = Options(monitor=monitor)
-    listener = _listen(host, port)
-    address = Address(host, listener.getsockname()[1], allowed_media)
-    loaded, processor = options.open_model(model, dtype, device, device_map)
-    handle = apply(loaded, profile, budget, chosen)
-    if not address.is_local:
-        say(f"warning: whoever reaches {host} may use the model: there is no password")
-    app = make_app(Engine(model, handle, processor), address)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
-    say(f"serving {model} at {address.url} (Ctrl-C ends it)")
-    with suppress(KeyboardInterrupt):  # the usual way to end it
-        uvicorn.Server(config).run([listener])
+    sound, _ = open_profile(profile)
+    if budget is not None:
+        Budget.parse(budget)
+    Fetch.parse(fetch)
+    with _listen(host, port) as listener:
+        address = Address(host, listener.getsockname()[1], allowed_media)
+        options.open_empty(model, sound)
+        loaded, processor = options.open_model(model, dtype, device, device_map)
+        handle = apply(loaded, profile, budget, chosen, fetch=fetch)
+        if not address.is_local:
+            say(f"warning: whoever reaches {host} may use the model: there is no password")
+        app = make_app(Engine(model, handle, processor), address)
+        slow = {"timeout_graceful_shutdown": SHUTDOWN_SECONDS}
+        config = uvicorn.Config(app, log_level="warning", **slow)
+        say(f"serving {model} at {address.url} (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):  # the usual way to end it
+            uvicorn.Server(config).run([listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -154,11 +154,10 @@ def _keys_of_zeros(rotary: nn.Module, view: ModelView, layer: int, positions: Te
     from transformers.cache_utils import DynamicCache
 
     attention: Any = view.attention[layer]
-    weight = next(attention.parameters())
-    ids = positions.to(weight.device)[:, None]
-    dtype = torch.float32 if not weight.is_floating_point() else weight.dtype
-    zeros = torch.zeros(1, positions.shape[1], view.text_config.hidden_size, dtype=dtype)
-    zeros = zeros.to(weight.device)
+    bias = view.adapter.key_bias(attention)  # also where weights are packed and no parameters
+    assert bias is not None
+    ids = positions.to(bias.device)[:, None]
+    zeros = bias.new_zeros(1, positions.shape[1], view.text_config.hidden_size)
     pair = rotary(zeros, ids if len(ids) > 1 else ids[0])
     cache = DynamicCache(config=view.text_config)
     kept = {cache_keyword(attention.forward): cache}

@@ -373,13 +373,18 @@ def scale_ratios(base: NDArray[np.float32], share: float, floor: float) -> NDArr
     return round_down(np.clip(base.astype(np.float64) * (high if share >= 1 else low), floor, 1))
 
 
-def check_share(share: float, floor: float) -> None:
-    """Raise BudgetError when `share` is below `floor`."""
-    if share < floor:
+def check_share(share: float, floor: float, taken: float = 0.0) -> float:
+    """What is left for heads of a budget of which the part `taken` goes to the tokens' positions.
+
+    Raises BudgetError when that is below `floor`.
+    """
+    if share - taken < floor:
+        positions = f", their positions {taken:.4g}" if taken else ""
         raise BudgetError(
             f"budget {share:.4g} is too small: sinks, recent tokens and the floor alone need "
-            f"{floor:.4g} of this prompt; raise the budget or use longer prompts"
+            f"{floor:.4g} of this prompt{positions}; raise the budget or use longer prompts"
         )
+    return share - taken
 
 
 def round_down(ratio: Array) -> NDArray[np.float32]:

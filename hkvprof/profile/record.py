@@ -173,11 +173,13 @@ class Profile:
         (`int8_host`). A `paper` profile keeps its types and scales its ratios, and reads without a
         limit by default; a `measured` one is planned anew. Raises BudgetError.
         """
+        from hkvprof.profile.dealing import check_share
         from hkvprof.profile.planning import loss_between, plan_anew, plan_scaled
 
         menu, share = self._question(budget, tokens, itemsize, rows)
         if share < 1:
-            share -= self.position_bytes(tokens) / max(1, tokens * self.grid.token_bytes(itemsize))
+            dense = max(1, tokens * self.grid.token_bytes(itemsize))
+            share = check_share(share, menu.floor, self.position_bytes(tokens) / dense)
         menu = replace(menu, int8_host=int8_host)
         reads = self._reads(fetch, tokens, itemsize)
         loss = self.loss_at(tokens)

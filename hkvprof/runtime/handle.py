@@ -58,7 +58,7 @@ def apply(
     """
     options = Options.changed(options, changes)
     require_tested_seam(apply)
-    profile, origin = _loaded(profile)
+    profile, origin = open_profile(profile)
     model = unwrap(model)
     view = view_model(model)
     require_approval(view)
@@ -77,8 +77,11 @@ def apply(
     return Handle(model, view, Planner(profile, parsed, options, origin, Fetch.parse(fetch)))
 
 
-def _loaded(profile: Profile | str | Path) -> tuple[Profile, str]:
-    """The profile, and where it came from for the receipt."""
+def open_profile(profile: Profile | str | Path) -> tuple[Profile, str]:
+    """A profile, its file or `hf:owner/name[@revision]`, and where it came from for receipts.
+
+    Raises ProfileError and UsageError.
+    """
     if isinstance(profile, Profile):
         return profile, ""
     if on_hub(profile):

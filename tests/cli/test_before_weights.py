@@ -78,6 +78,7 @@ SOUND = {
     "certify": "certify PROFILE --model MODEL --data DATA -o OUT --alpha 0.5 --delta 0.2",
     "bench": "bench --model MODEL --profile PROFILE --context 100 --json OUT --budget 0.5",
     "doctor": "doctor MODEL PROFILE",
+    "serve": "serve MODEL --profile PROFILE --port 0",
 }
 """What each verb that loads weights goes on with, as far as them."""
 
@@ -108,6 +109,7 @@ def cases() -> Iterator[tuple[str, str]]:
     for fault, word in PROFILES.items():
         for verb in ("eval", "certify", "bench"):
             yield f"{verb}: profile {fault}", SOUND[verb].replace("PROFILE", word)
+        yield f"serve: profile {fault}", SOUND["serve"].replace("PROFILE", word)
         if fault != "another's":  # the doctor's finding, not an error
             yield f"doctor: profile {fault}", SOUND["doctor"].replace("PROFILE", word)
     for fault, word in BUDGETS.items():
@@ -115,6 +117,7 @@ def cases() -> Iterator[tuple[str, str]]:
         yield f"eval: budget {fault}", f"{SOUND['eval']} --budget {word}"
         yield f"certify: budget {fault}", f"{SOUND['certify']} --budgets {word}"
         yield f"bench: budget {fault}", f"{SOUND['bench']} --budget {word}"
+        yield f"serve: budget {fault}", f"{SOUND['serve']} --budget {word}"
     yield "calibrate: budget of bytes", f"{made} --budget 2GiB"
     yield "bench: budget that the context is too short for", f"{SOUND['bench']} --budget 0.01"
     yield "bench: context that is too short", SOUND["bench"].replace("100", "1")
@@ -135,10 +138,22 @@ def cases() -> Iterator[tuple[str, str]]:
     yield "eval: a method", f"{SOUND['eval']} --baselines odd"
     yield "eval: a regime", f"{SOUND['eval']} --regimes odd"
     yield "certify: too few samples", SOUND["certify"].replace("0.5", "0.01")
-    for verb in ("calibrate", "eval", "certify", "bench", "doctor"):
+    for verb in ("calibrate", "eval", "certify", "bench", "doctor", "serve"):
         yield f"{verb}: dtype", f"{SOUND[verb]} --dtype int4"
         yield f"{verb}: device", f"{SOUND[verb]} --device nowhere"
         yield f"{verb}: model", SOUND[verb].replace("MODEL", "NONE")
+    for verb in ("eval", "certify", "bench", "serve"):
+        yield f"{verb}: reads", f"{SOUND[verb]} --fetch much"
+    yield "serve: media", f"{SOUND['serve']} --allowed-media NONE"
+    yield "serve: a host", f"{SOUND['serve']} --host no.such.host.invalid"
+    yield "push: profile", "push DAMAGED me/mine"
+    yield "push: a name", "push PROFILE mine"
+    yield "pull: a name", "pull mine"
+    yield "export: profile", "export DAMAGED --format duo -o OUT"
+    yield "export: a format", "export PROFILE --format odd -o OUT"
+    yield "import: a format", "import FILE --format odd --model MODEL -o OUT"
+    yield "import: a file", "import FILE --format duo --model MODEL -o OUT"
+    yield "import: output", "import FILE --format duo --model MODEL -o FOLDER"
     yield "merge: output", "merge NONE -o FOLDER"
     yield "merge: budget", "merge NONE -o OUT --budget much"
     yield "merge: rows", "merge NONE -o OUT"
