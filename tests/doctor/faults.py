@@ -164,7 +164,9 @@ def keys_and_values_swapped_on_the_host(patch: pytest.MonkeyPatch) -> None:
 def keys_and_values_swapped_when_fetched(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ragged, "for_device", lambda device, dtype: TorchKernels())
     own = TorchRetrieval._items
-    patch.setattr(TorchRetrieval, "_items", lambda self, head, items: own(self, head, items).flip(1))
+    patch.setattr(
+        TorchRetrieval, "_items", lambda self, head, items: own(self, head, items).flip(1)
+    )
 
 
 def slots_not_updated(patch: pytest.MonkeyPatch) -> None:

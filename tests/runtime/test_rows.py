@@ -71,12 +71,17 @@ def kept(heads: list[list[HeadAccount]]) -> list[Any]:
 
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize("budget", [0.3, 70])
-def test_a_row_is_its_prompt_alone(llama: Any, name: str, budget: Any) -> None:
-    """Plans and bytes after the prompt, tokens and logits over compressions and a turn later."""
+@pytest.mark.parametrize("fetch", ["unlimited", None])
+def test_a_row_is_its_prompt_alone(llama: Any, name: str, budget: Any, fetch: Any) -> None:
+    """Plans and bytes after the prompt, tokens and logits over compressions and a turn later.
+
+    With a budget of reads a selection depends on those before it, and one that a near tie flips
+    shows in all steps after it: weights that differ by 1e-6 do the same to this model.
+    """
     profile = made(llama, name)
     ids, mask = left_padded(LENGTHS)
     forced = token_ids(4, 50, seed=3)
-    options: dict[str, Any] = {"budget": budget, "min_tokens": 64}
+    options: dict[str, Any] = {"budget": budget, "min_tokens": 64, "fetch": fetch}
     dense = passes(llama, hkvprof_free(llama), ids, mask, forced)
     with apply(llama, profile, **options) as handle:
         batch = handle.new_cache()
@@ -108,11 +113,13 @@ def test_a_row_is_its_prompt_alone(llama: Any, name: str, budget: Any) -> None:
             single = passes(llama, alone, one, whole, forced[row : row + 1])
             if length >= 64 or name == "static":  # it is long enough by now
                 assert kept(heads_of(later, row)) == kept(heads_of(alone.receipt(), 0))
-            errors = (together[row] - single[0]).abs().amax(dim=1).sort().values
+            errors = (together[row] - single[0]).abs().amax(dim=1)
             unavoidable = (dense_alone(llama, one, forced[row]) - dense[row]).abs().max()
-            # A selection that a near tie flips shows in single steps.
-            assert errors[-4] <= max(5 * unavoidable, 1e-4 * single.abs().max())
-            assert errors[-1] <= 1e-2 * single.abs().max()
+            close = max(5 * unavoidable, 1e-4 * single.abs().max())
+            assert errors[0] <= close
+            if fetch == "unlimited":  # a selection that a near tie flips shows in single steps
+                assert errors.sort().values[-4] <= close
+                assert errors.max() <= 1e-2 * single.abs().max()
 
 
 def hkvprof_free(model: Any) -> Any:
