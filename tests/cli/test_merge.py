@@ -46,12 +46,10 @@ def test_options_reach_the_profile_and_doubts_are_shown(
     measured: Path, tmp_path: Path, merge: Merge, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "p.safetensors"
-    code, text = merge(
-        measured, "-o", path, "--even", 0.25, "--transfer-weight", 2,
-    )  # fmt: skip
+    code, text = merge(measured, "-o", path, "--even", 0.25)
     assert code == 0
     profile = load_profile(path)
-    assert profile.rules == Rules(0.25, 2.0)
+    assert profile.rules == Rules(0.25)
     assert profile.provenance["risk"] == "mean"
     count = profile.provenance["conservative"]
     assert count > 0
@@ -66,7 +64,7 @@ def test_options_reach_the_profile_and_doubts_are_shown(
     [
         (["--theta", "0.8"], "theta belong to recipe 'paper'"),
         (["--even", "2"], "dealt evenly must lie in"),
-        (["--transfer-weight", "-1"], "weight of transfers must lie in"),
+        (["--transfer-weight", "-1"], "--transfer-weight is gone: what a step reads"),
     ],
 )
 def test_numbers_out_of_range_write_nothing(

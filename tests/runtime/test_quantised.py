@@ -95,16 +95,16 @@ def test_steps_are_attention_to_what_rows_give_back(
     ids, mask = left_padded(lengths)
     more = token_ids(len(lengths), 5, seed=2)
     dense = masked_cache(llama)
-    llama(input_ids=ids, attention_mask=mask, past_key_values=dense)
+    llama(input_ids=ids, attention_mask=mask, **with_cache(llama, dense))
     with apply(llama, in_bits(llama, bits), budget=0.25, compress_every=0) as handle:
         cache = handle.new_cache()
-        llama(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        llama(input_ids=ids, attention_mask=mask, **with_cache(llama, cache))
         kept = replaced(cache, dense, [max(lengths) - n for n in lengths], bits)
         steps, found = [], []
         for one in more.split(1, dim=1):
             mask = torch.cat([mask, torch.ones_like(one)], dim=1)
             steps.append({"input_ids": one, "attention_mask": mask})
-            found.append(llama(**steps[-1], past_key_values=cache).logits)
+            found.append(llama(**steps[-1], **with_cache(llama, cache)).logits)
         assert measure_storage(cache) == (cache.receipt().resident_bytes, 0)
     for step, logits in zip(steps, found, strict=True):
         wanted = masked_step(llama, dense, kept, ids.shape[1], **step)
@@ -124,14 +124,14 @@ def test_a_turn_in_one_pass_is_the_turn_token_by_token(llama: Any, bits: int, hi
     with apply(llama, in_bits(llama, bits), budget=0.2, compress_every=0) as handle:
         caches = [handle.new_cache() for _ in range(2)]
         for cache in caches:
-            llama(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            llama(input_ids=ids, attention_mask=mask, **with_cache(llama, cache))
         together = llama(
-            input_ids=turn, attention_mask=both, position_ids=places, past_key_values=caches[0]
+            input_ids=turn, attention_mask=both, position_ids=places, **with_cache(llama, caches[0])
         ).logits
         for i in range(6):
             one = llama(
                 input_ids=turn[:, i : i + 1], attention_mask=both[:, : 301 + i],
-                position_ids=places[:, i : i + 1], past_key_values=caches[1],
+                position_ids=places[:, i : i + 1], **with_cache(llama, caches[1]),
             ).logits  # fmt: skip
             torch.testing.assert_close(together[:, i : i + 1], one, atol=2e-4, rtol=1e-4)
 
@@ -142,16 +142,16 @@ def test_hidden_tokens_in_fewer_bits_are_masked_exactly(llama: Any, bits: int) -
     """A step that hides kept tokens is the dense step over the others, one token or several."""
     ids = token_ids(1, 300)
     dense = masked_cache(llama)
-    llama(input_ids=ids, past_key_values=dense)
+    llama(input_ids=ids, **with_cache(llama, dense))
     with apply(llama, in_bits(llama, bits), budget=0.25, compress_every=0) as handle:
         cache = handle.new_cache()
-        llama(input_ids=ids, past_key_values=cache)
+        llama(input_ids=ids, **with_cache(llama, cache))
         kept = replaced(cache, dense, [0], bits)
         hidden = set(range(20, 200))
         mask = torch.ones(1, 301, dtype=torch.long)
         mask[:, sorted(hidden)] = 0
         step = {"input_ids": token_ids(1, 1, seed=4), "position_ids": torch.tensor([[300]])}
-        found = llama(**step, attention_mask=mask, past_key_values=cache).logits
+        found = llama(**step, attention_mask=mask, **with_cache(llama, cache)).logits
     left = [[[head - hidden for head in row] for row in layer] for layer in kept]
     wanted = masked_step(llama, dense, left, 300, **step)
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
@@ -181,11 +181,11 @@ def test_rows_of_a_batch_are_prompts_alone_over_compressions(llama: Any, bits: i
 def test_a_long_generation_stays_within_its_budget(llama: Any, bits: int) -> None:
     with apply(llama, in_bits(llama, bits), budget=0.2) as handle:
         cache = handle.new_cache()
-        llama(input_ids=token_ids(1, 500), past_key_values=cache)
+        llama(input_ids=token_ids(1, 500), **with_cache(llama, cache))
         before = {s: cache.covered[0].ragged.quantised.of_segment(s) for s in range(2)}
         for one in token_ids(1, 150, seed=2).split(1, dim=1):
             check_cache(cache)
-            llama(input_ids=one, past_key_values=cache)
+            llama(input_ids=one, **with_cache(llama, cache))
         check_cache(cache)
         assert cache.receipt().layers[0].compressions > 4
         for segment, old in before.items():
@@ -232,8 +232,8 @@ def test_bytes_are_freed_in_every_dtype(bits: int, dtype: torch.dtype) -> None:
     for kept in (16, bits):
         with apply(model, in_bits(model, kept), budget=0.2) as handle:
             cache = handle.new_cache()
-            logits = model(input_ids=token_ids(1, 600), past_key_values=cache).logits
-            step = model(input_ids=token_ids(1, 1, seed=5), past_key_values=cache).logits
+            logits = model(input_ids=token_ids(1, 600), **with_cache(model, cache)).logits
+            step = model(input_ids=token_ids(1, 1, seed=5), **with_cache(model, cache)).logits
             assert bool(logits.isfinite().all() and step.isfinite().all())
             receipts[kept] = cache.receipt()
             assert measure_storage(cache)[0] == receipts[kept].resident_bytes
@@ -425,11 +425,11 @@ def test_hot_items_are_rows(llama: Any, kind: str, host_dtype: str) -> None:
     profile, options = hot_in_bits(llama, kind), {"host_dtype": host_dtype, "compress_every": 12}
     with apply(llama, profile, budget=0.35, **options) as handle:
         cache = handle.new_cache()
-        llama(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        llama(input_ids=ids, attention_mask=mask, **with_cache(llama, cache))
         check_hot(cache)
         for step, one in enumerate(token_ids(2, 30, seed=2).split(1, dim=1)):
             mask = torch.cat([mask, torch.ones_like(one)], dim=1)
-            llama(input_ids=one, attention_mask=mask, past_key_values=cache)
+            llama(input_ids=one, attention_mask=mask, **with_cache(llama, cache))
             if step == 14:
                 cache.reorder_cache(torch.tensor([1, 0]))
                 cache, mask = copy.deepcopy(cache), mask[[1, 0]]
@@ -479,20 +479,20 @@ def test_steps_attend_to_hot_rows_and_turns_to_everything(
     ids, turn = token_ids(1, 300), token_ids(1, 7, seed=3)
     dense, exact = masked_cache(llama), masked_cache(llama)
     for one in (dense, exact):
-        llama(input_ids=ids, past_key_values=one)
+        llama(input_ids=ids, **with_cache(llama, one))
     mask = torch.ones(1, 301, dtype=torch.long)
     mask[:, 20 : 20 + hidden] = 0
     step = {"input_ids": turn[:, :1], "position_ids": torch.tensor([[300]])}
     with apply(llama, hot_in_bits(llama, kind), budget=0.35, compress_every=0) as handle:
         cache, other = handle.new_cache(), handle.new_cache()
         for one in (cache, other):
-            llama(input_ids=ids, past_key_values=one)
-        found = llama(**step, attention_mask=mask, past_key_values=cache).logits
-        turned = llama(input_ids=turn, past_key_values=other).logits
+            llama(input_ids=ids, **with_cache(llama, one))
+        found = llama(**step, attention_mask=mask, **with_cache(llama, cache)).logits
+        turned = llama(input_ids=turn, **with_cache(llama, other)).logits
         kept = restored(cache, dense, set(range(20, 20 + hidden)))
     wanted = masked_step(llama, dense, kept, 300, **step)
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
-    wanted = llama(input_ids=turn, past_key_values=exact).logits
+    wanted = llama(input_ids=turn, **with_cache(llama, exact)).logits
     torch.testing.assert_close(turned, wanted, atol=2e-4, rtol=1e-4)
 
 
@@ -532,9 +532,11 @@ def test_hot_keys_are_not_read_again(llama: Any, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("hkvprof.runtime.kernels.reference.TorchRetrieval", kind)
         with apply(llama, measured(llama, (strategy,)), budget=0.3) as handle:
             cache = handle.new_cache()
-            llama(input_ids=token_ids(1, 300), past_key_values=cache)
+            llama(input_ids=token_ids(1, 300), **with_cache(llama, cache))
             steps = token_ids(1, 8, seed=4).split(1, dim=1)
-            logits.append([llama(input_ids=one, past_key_values=cache).logits for one in steps])
+            logits.append(
+                [llama(input_ids=one, **with_cache(llama, cache)).logits for one in steps]
+            )
             receipts.append(cache.receipt())
     assert all(torch.equal(mine, other) for mine, other in zip(*logits, strict=True))
     mine, other = ([head for one in r.layers for head in one.heads] for r in receipts)
