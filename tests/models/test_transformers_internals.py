@@ -38,6 +38,7 @@ PROCESSING = "hkvprof/models/processors.py"
 VISION = "hkvprof/models/vision.py"
 BACKEND = "hkvprof/models/vision.py"
 ROOT = Path(__file__).parents[2]
+TABLES = "transformers.integrations.gguf"
 
 
 def moved(what: str, *users: str) -> str:
@@ -70,6 +71,8 @@ def test_what_is_imported_is_there(file: str, module: str, name: str) -> None:
     try:
         found = importlib.import_module(module)
     except ImportError:
+        if module == TABLES and int(transformers.__version__.split(".")[1]) < 23:
+            pytest.skip("no such table yet; hkvprof.models.gguf_tokenizer has its own rules")
         pytest.fail(moved(f"the module {module} is gone", file))
     there = hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}") is not None
     assert there, moved(f"{module}.{name} is gone", file)
