@@ -132,6 +132,7 @@ def has(kind: Any, name: str) -> None:
         pytest.skip("not in this release")
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # whatever transformers has
 @pytest.mark.parametrize("name", SAME)
 @torch.no_grad()
 def test_answers_as_a_stock_cache_does(llama: Any, name: str) -> None:

@@ -54,6 +54,7 @@ def test_ragged_segments(
     if bad >= 0 and lengths[bad]:
         key[offsets[bad] + lengths[bad] // 2, dim // 2] = torch.nan
     exact = attend_exactly(key, value, offsets, lengths, query, dim**-0.5)
+    before = kernels.status().count("torch for")  # what other tests of the process asked for
     for kernel in both(dtype):
         got = kernel.attend(key, value, Extents.of(offsets, lengths), query, dim**-0.5)
         assert got.dtype == dtype
@@ -64,7 +65,7 @@ def test_ragged_segments(
         torch.testing.assert_close(
             got.double(), exact, rtol=precision, atol=precision, equal_nan=True
         )
-    assert "torch for" not in kernels.status()
+    assert kernels.status().count("torch for") == before
 
 
 @compiler
