@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.calibration.observe import ObservedCache, Watch
-from hkvprof.errors import UsageError
+from hkvprof.errors import ModelError, UsageError
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.heads import HeadGrid, KeepRule
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.calls import rope_holder
+from hkvprof.models.decoder_input import Rotation
 from hkvprof.profile.record import Profile
 from hkvprof.runtime.options import SMOOTHING
 from hkvprof.runtime.plan import HeadPlan
@@ -90,6 +91,16 @@ class PromptView:
             LayerPrompt(call.query[0], call.key[0], call.value[0], call.scaling)
             for call in self.prefill.calls
         )
+
+    def rotation(self, method: str) -> Rotation:
+        """How the model rotates queries. Raises ModelError, naming the method, if it does not."""
+        rotation = self.prefill.decoder_input.rotation
+        if rotation is None:
+            raise ModelError(
+                f"{method} needs rotary position embeddings, and {type(self.model).__name__} has "
+                "none: leave this method out"
+            )
+        return rotation
 
     @property
     def grid(self) -> HeadGrid:

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hkvprof.errors import ModelError
 from hkvprof.evaluate.baselines.base import LayerPrompt, PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import (
     SINKS,
@@ -32,12 +31,7 @@ def expected_attention(prompt: PromptView) -> Selection:
     heads of a layer as in Ada-KV. The recent tokens stay too, which is not in the paper: it serves
     the method better here. Raises ModelError for models without rotary embeddings.
     """
-    rotation = prompt.prefill.decoder_input.rotation
-    if rotation is None:
-        raise ModelError(
-            "expected_attention needs rotary position embeddings, and "
-            f"{type(prompt.model).__name__} has none: leave this method out"
-        )
+    rotation = prompt.rotation("expected_attention")
     scores = prompt.remember(
         "expected_attention", lambda: [expected(layer, rotation) for layer in prompt.layers]
     )

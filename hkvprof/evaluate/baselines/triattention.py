@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hkvprof.errors import ModelError
 from hkvprof.evaluate.baselines.base import LayerPrompt, PromptView, Selection, baseline
 from hkvprof.evaluate.baselines.scores import keep_best, same_room, with_recent
 from hkvprof.models.decoder_input import Rotation
@@ -24,12 +23,7 @@ def triattention(prompt: PromptView) -> Selection:
     offline, and the recent tokens stay: both serve the method here. Raises ModelError for models
     without rotary embeddings.
     """
-    rotation = prompt.prefill.decoder_input.rotation
-    if rotation is None:
-        raise ModelError(
-            "triattention needs rotary position embeddings, and "
-            f"{type(prompt.model).__name__} has none: leave this method out"
-        )
+    rotation = prompt.rotation("triattention")
     scores = prompt.remember(
         "triattention", lambda: [best_of_group(layer, rotation) for layer in prompt.layers]
     )
