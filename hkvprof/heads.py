@@ -143,6 +143,9 @@ def _adapted(fingerprint: ModelFingerprint) -> str:
     return f"with the adapter{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
+WINDOW, CALIBRATED = SCORES = ("window", "calibrated")
+"""Whose attention a static strategy scores tokens by: the last prompt rows', or that of the queries
+that a profile expects (selection.static)."""
 EXACT_BITS = 16
 """Stands for the model's own dtype, whatever its width."""
 
@@ -151,8 +154,10 @@ EXACT_BITS = 16
 class Strategy:
     """One way to treat a KV head: an entry of a profile's menu.
 
-    A static strategy scores the prompt once (average pooling over `pool` neighbours; `text_prior`
-    is the largest share of the kept tokens that text positions may claim first). A dynamic one
+    A static strategy scores the prompt once, by the attention of its last rows (`score` "window")
+    or of queries that the profile expects after it ("calibrated"): average pooling over `pool`
+    neighbours; `text_prior` is the largest share of the kept tokens that text positions may claim
+    first (method: docs/method.md, "Static scores"). A dynamic one
     keeps chunks of `chunk` tokens in host memory behind an index: `mean` or `minmax` digests per
     chunk, or `projected`, `bits` bits per token (method: docs/method.md, "The projected index").
     With `rerank` n the index names n items more than have room, and their exact keys, read from
@@ -170,6 +175,7 @@ class Strategy:
     bits: int = 0
     rerank: int = 0
     resident_bits: int = EXACT_BITS
+    score: str = WINDOW
 
     @property
     def name(self) -> str:
@@ -181,14 +187,18 @@ class Strategy:
     def _method(self) -> str:
         if self.head_type is HeadType.STATIC:
             prior = f"-text{self.text_prior:g}" if self.text_prior else ""
-            return f"static-pool{self.pool}{prior}"
+            told = "" if self.score == WINDOW else f"{self.score}-"
+            return f"static-{told}pool{self.pool}{prior}"
         detail = f"{self.bits}bit" if self.index == "projected" else f"chunk{self.chunk}"
         again = f"-rerank{self.rerank}" if self.rerank else ""
         return f"dynamic-{self.index}-{detail}{again}"
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict; the inverse of `from_json`."""
-        return {**asdict(self), "head_type": self.head_type.name.lower()}
+        """A JSON-ready dict; the inverse of `from_json`. A `score` by the window is left out."""
+        data = {**asdict(self), "head_type": self.head_type.name.lower()}
+        if self.score == WINDOW:
+            del data["score"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Strategy:

@@ -2,7 +2,7 @@
 
 `python -m tests.profiles` writes tests/golden/profile-v4.safetensors again; its bytes are pinned
 by tests/profile/test_golden.py, so that a change of the format cannot pass unseen. It holds
-`with_key_bias(make_profile())`. The files of versions 1 to 3 are as those wrote them:
+`with_queries(with_key_bias(make_profile()))`. The files of versions 1 to 3 are as those wrote them:
 `make_profile()`; of version 2 `one_length` of it without statistics, and of version 1 also
 `plain_profile` of that.
 """
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hkvprof.heads import HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.heads import CALIBRATED, HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
 from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.profile.certificate import KEY as CERTIFICATE
 from hkvprof.profile.certificate import Certificate, Level
 from hkvprof.profile.confidence import KEY, MEASURES, Comparison, Confidence, Interval
 from hkvprof.profile.planning import Rules
+from hkvprof.profile.queries import QueryTables
 from hkvprof.profile.record import Profile, ProjectedIndexTables
 from hkvprof.profile.tables import HeadStatistics
 
@@ -153,6 +154,19 @@ def with_key_bias(profile: Profile) -> Profile:
     return replace(profile, index=index)
 
 
+def with_queries(profile: Profile) -> Profile:
+    """The profile with a calibrated score as its first strategy, and three centres to ask."""
+    grid = profile.grid
+    heads = (grid.layers, grid.query_heads)
+    queries = QueryTables(
+        centres=_ramp(*heads, 3, grid.head_dim, low=-4, high=4).astype(np.float16),
+        weights=np.tile(np.array([0.5, 0.375, 0.125], dtype=np.float32), (*heads, 1)),
+        frequency=np.array([1.0, 0.25, 0.0625], dtype=np.float32),
+    )
+    first = replace(profile.strategies[0], score=CALIBRATED)
+    return replace(profile, strategies=(first, *profile.strategies[1:]), queries=queries)
+
+
 def with_confidence(profile: Profile) -> Profile:
     """The profile with figures on how sure it is."""
     half = Interval(0.5, 0.25, 0.75)
@@ -225,4 +239,4 @@ def one_length(profile: Profile) -> Profile:
 
 
 if __name__ == "__main__":
-    with_key_bias(make_profile()).save(GOLDEN)
+    with_queries(with_key_bias(make_profile())).save(GOLDEN)

@@ -15,17 +15,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.group import ALONE, Group
 from hkvprof.calibration.index_fit import FIT_SAMPLES, Moments, until_enough
 from hkvprof.calibration.merge import build_profile
 from hkvprof.calibration.probe import Probe, ProbedModel
+from hkvprof.calibration.query_fit import fitted
 from hkvprof.calibration.recipe import MEASURED, Recipe
 from hkvprof.calibration.rows import RowFolder, SampleRow
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.processing import ChatProcessor
 from hkvprof.models.rotary import rotating_keys
-from hkvprof.profile.record import Profile, ProjectedIndexTables
+from hkvprof.profile.record import Profile
 from hkvprof.samples.read import OnError, Sample
 
 __all__ = ["calibrate", "measure"]
@@ -127,7 +129,7 @@ class Run:
 
     def measure(
         self, samples: Sequence[Sample], share: Sequence[Sample]
-    ) -> tuple[ProjectedIndexTables | None, list[SampleRow]]:
+    ) -> tuple[FittedTables | None, list[SampleRow]]:
         """The index tables, fitted on all samples, and the rows of this process's `share`."""
         tables = None
         with hooked_attention(self.probed.model):
@@ -136,20 +138,19 @@ class Run:
                 tables = self.group.index(self.folder, fitted_on, lambda: self.fit(samples))
             return tables, self._rows(share, tables)
 
-    def fit(self, samples: Sequence[Sample]) -> ProjectedIndexTables:
-        """Look at samples until enough is seen, and fit the projected index."""
-        view = self.probed.view
+    def fit(self, samples: Sequence[Sample]) -> FittedTables:
+        """Look at samples until enough is seen; fit the projected index, and centres of queries
+        where scores ask them."""
+        view, queries = self.probed.view, self.probed.new_queries()
         moments = Moments(view.grid, rotating_keys(self.probed.model, view))
         enough = until_enough(samples, moments, self.skipped)
         for sample in self.track(enough, "fitting the index", min(len(samples), FIT_SAMPLES)):
-            self._probe(sample, lambda probe: probe.add_moments(moments))
+            self._probe(sample, lambda probe: probe.add_moments(moments, queries))
         if not bool(moments.key_rows.all()):
             raise _nothing_usable(self.skipped)
-        return moments.fit(self.probed.recipe.index_sizes)
+        return fitted(moments, queries, self.probed.recipe.index_sizes)
 
-    def _rows(
-        self, samples: Sequence[Sample], tables: ProjectedIndexTables | None
-    ) -> list[SampleRow]:
+    def _rows(self, samples: Sequence[Sample], tables: FittedTables | None) -> list[SampleRow]:
         """Sparsity and loss curves of these samples: measured, or of the folder."""
 
         def row(probe: Probe) -> SampleRow:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from hkvprof.calibration.index_fit import Moments, is_enough, spread
 from hkvprof.calibration.probe import MAX_CONTINUATION, Probe, ProbedModel
+from hkvprof.calibration.query_fit import fitted
 from hkvprof.errors import SampleError
 from hkvprof.models.attention import hooked_attention
 from hkvprof.models.outline import Outline
@@ -97,12 +98,12 @@ def memory(model: Outline, longest: int) -> Memory:
 
 def time_one(probed: ProbedModel, sample: Sample) -> Timing:
     """Do with one sample what a calibration does with all of them, after a pass that warms up."""
-    moments = Moments(probed.view.grid)
+    moments, queries = Moments(probed.view.grid), probed.new_queries()
     with hooked_attention(probed.model):
         Probe(probed, sample).add_moments(Moments(probed.view.grid))
-        look, _ = _timed(lambda: Probe(probed, sample).add_moments(moments))
+        look, _ = _timed(lambda: Probe(probed, sample).add_moments(moments, queries))
         sizes = probed.recipe.index_sizes
-        fit, tables = _timed(lambda: moments.fit(sizes) if sizes else None)
+        fit, tables = _timed(lambda: fitted(moments, queries, sizes) if sizes else None)
         measure, row = _timed(lambda: Probe(probed, sample).measure(tables))
     return Timing(row.tokens, look / row.tokens, fit, measure / row.tokens)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 from hkvprof.errors import HkvError
 
 if TYPE_CHECKING:
+    from hkvprof.calibration.fitted import FittedTables
     from hkvprof.calibration.probe import Probe
     from hkvprof.calibration.rows import RowFolder, SampleRow
-    from hkvprof.profile.tables import ProjectedIndexTables
 
 T = TypeVar("T")
 
@@ -52,18 +52,18 @@ class Group:
         return make()
 
     def index(
-        self, folder: RowFolder | None, fitted_on: str, fit: Callable[[], ProjectedIndexTables]
-    ) -> ProjectedIndexTables:
-        """The index tables of the folder; where there are none, they are fitted, and kept there.
+        self, folder: RowFolder | None, fitted_on: str, fit: Callable[[], FittedTables]
+    ) -> FittedTables:
+        """The tables of the folder; where there are none, they are fitted, and kept there.
 
         Fitted once: by the leading process for all, or by all in step. `fitted_on` as in
         RowFolder.tables.
         """
 
-        def known() -> ProjectedIndexTables | None:
+        def known() -> FittedTables | None:
             return folder.tables(fitted_on) if folder else None
 
-        def kept(tables: ProjectedIndexTables) -> ProjectedIndexTables:
+        def kept(tables: FittedTables) -> FittedTables:
             return folder.keep_tables(tables, fitted_on) if folder else tables
 
         if not self.in_step:
@@ -71,9 +71,7 @@ class Group:
         tables = self.from_leader(known) or fit()
         return self.from_leader(lambda: kept(tables))
 
-    def row(
-        self, folder: RowFolder | None, probe: Probe, tables: ProjectedIndexTables | None
-    ) -> SampleRow:
+    def row(self, folder: RowFolder | None, probe: Probe, tables: FittedTables | None) -> SampleRow:
         """The sample's row in the folder; where it has none, or one of other content, one is
         measured, and added. In step, the leading process's folder counts, and it alone writes."""
         if folder is None:

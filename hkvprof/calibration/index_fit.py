@@ -46,28 +46,29 @@ def spread(samples: Sequence[T]) -> list[T]:
 
 
 class KeySample:
-    """Prompt keys of one layer drawn evenly from all samples, float16 on the host.
+    """Vectors of one layer drawn evenly from all samples, such as prompt keys; float16 on the host.
 
-    Every (sample, position) has a hash; the SAMPLED_KEYS least ones stay, in the order of their
-    hashes. So neither the draw nor its order depends on the order of the samples.
+    Every (sample, position) has a hash; the `most` least ones stay, in the order of their hashes.
+    So neither the draw nor its order depends on the order of the samples.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = SAMPLED_KEYS) -> None:
+        self._most = most
         self._hashes = np.empty(0, np.uint64)
         self._keys: Tensor | None = None
 
-    def add(self, key: Float[Tensor, "kv_heads tokens dim"], sample: str) -> None:
+    def add(self, key: Float[Tensor, "heads tokens dim"], sample: str) -> None:
         """Offer one sample's keys."""
         hashes = _hashes(sample, key.shape[1])
-        chosen = np.argsort(hashes)[:SAMPLED_KEYS]
+        chosen = np.argsort(hashes)[: self._most]
         new = key[:, torch.from_numpy(chosen).to(key.device)].half().cpu()
         keys = new if self._keys is None else torch.cat([self._keys, new], dim=1)
         hashes = np.concatenate([self._hashes, hashes[chosen]])
-        best = np.argsort(hashes, kind="stable")[:SAMPLED_KEYS]
+        best = np.argsort(hashes, kind="stable")[: self._most]
         self._hashes, self._keys = hashes[best], keys[:, torch.from_numpy(best)]
 
     @property
-    def keys(self) -> Float[Tensor, "kv_heads sampled dim"]:
+    def keys(self) -> Float[Tensor, "heads sampled dim"]:
         """What was drawn, in an order that means nothing."""
         assert self._keys is not None, "no keys were added"
         return self._keys

@@ -6,20 +6,25 @@ heads x rows x tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hkvprof.heads import EXACT_BITS, HeadType, KeepRule, Strategy
+from hkvprof.heads import CALIBRATED, EXACT_BITS, WINDOW, HeadType, KeepRule, Strategy
 from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.profile.costs import DynamicLayout, dynamic_layout, static_layout
 from hkvprof.selection.index import HeadTables, KeyIndex, Ranking, build_index
 from hkvprof.selection.residents import quantised
 from hkvprof.selection.rotary import Positions
-from hkvprof.selection.static import rank_tokens, select_tokens, window_attention
+from hkvprof.selection.static import (
+    QueryCentres,
+    rank_tokens,
+    select_tokens,
+    window_attention,
+)
 
 BLOCK = 2**19
 """Attention weights of a block of decoding rows: 2 MiB in float32, and about ten copies of it."""
@@ -35,7 +40,7 @@ class DecodeRows:
     `new_key`/`new_value` [kv_heads, T, dim] of the continuation; row r sees the new tokens up to
     `positions[r]`; `gradient` [R, query_heads, dim] of the reply's margin, over the margin itself;
     `projection` W_O [hidden, query_heads * dim]; `output_norm` [R] of the layer's attention output;
-    `exact` [R]; `rotary`, the prompt's positions, where an index goes by them.
+    `exact` [R]; `rotary`, the prompt's positions, where an index or a score goes by them.
     """
 
     query: Float[Tensor, "query_heads rows dim"]
@@ -89,11 +94,12 @@ def layer_losses(
     tables: dict[tuple[int, int], HeadTables],
     text: Bool[Tensor, " tokens"],
     itemsize: int,
+    centres: Sequence[QueryCentres] = (),
 ) -> LayerLosses:
     """Loss curves of all KV heads of a layer, decided by the runtime's own selection code.
 
-    `tables[(head, bits)]` are the projected-index constants. INFEASIBLE where a dynamic strategy's
-    fixed bytes exceed the ratio.
+    `tables[(head, bits)]` are the projected-index constants, `centres` those of every KV head for
+    calibrated scores. INFEASIBLE where a dynamic strategy's fixed bytes exceed the ratio.
     """
     group, count = len(rows.query) // len(rows.key), rows.query.shape[1]
     parts = list(rows.blocks())
@@ -101,12 +107,17 @@ def layer_losses(
     for head in range(len(rows.key)):
         heads = slice(head * group, (head + 1) * group)
         fixed = _Head.of(rows, head, heads, keep)
-        attention = window_attention(window_query[heads], rows.key[head : head + 1], rows.scaling)
+        own = rows.key[head : head + 1]
+        seen = {WINDOW: window_attention(window_query[heads], own, rows.scaling)}
+        if centres:
+            assert rows.rotary is not None, "calibrated scores need the prompt's positions"
+            place = rows.rotary.next, rows.scaling
+            seen[CALIBRATED] = centres[head].attention(own, *place)
         ways: list[_Static | _Dynamic] = []
         for strategy in strategies:
             if strategy.head_type is HeadType.STATIC:
                 sizes = (ratios, keep, fixed.key.shape[1], itemsize)
-                ways.append(_Static.of(attention, strategy, *sizes, text))
+                ways.append(_Static.of(seen[strategy.score], strategy, *sizes, text))
             else:
                 table = tables.get((head, strategy.bits))
                 index = (table, rows.rotary)

@@ -11,6 +11,7 @@ import numpy as np
 from hkvprof.calibration.attention import mean_statistics
 from hkvprof.calibration.confidence import assess
 from hkvprof.calibration.evidence import Evidence, Judgement
+from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.recipe import Recipe
 from hkvprof.calibration.rows import (
     INDEX,
@@ -26,10 +27,9 @@ from hkvprof.profile.confidence import KEY
 from hkvprof.profile.domain import KEY as DOMAIN
 from hkvprof.profile.domain import Domain
 from hkvprof.profile.record import Profile
-from hkvprof.profile.tables import ProjectedIndexTables
 from hkvprof.samples.record import SAMPLES_KEY, short_digest
 
-Gathered = tuple[Conditions, list[SampleRow], ProjectedIndexTables | None]
+Gathered = tuple[Conditions, list[SampleRow], FittedTables | None]
 _MOST_NAMED = 5
 
 
@@ -69,7 +69,7 @@ def _check_recipe(recipe: Recipe, measured: Recipe) -> None:
 def build_profile(
     conditions: Conditions,
     rows: Sequence[SampleRow],
-    tables: ProjectedIndexTables | None,
+    tables: FittedTables | None,
     recipe: Recipe,
     skipped: Sequence[str] = (),
 ) -> Profile:
@@ -97,7 +97,8 @@ def build_profile(
         sparsity_std=np.std(sparsity, axis=0).astype(np.float32),
         loss=judgement.loss,
         output_error=judgement.curves.output.astype(np.float32),
-        index=tables,
+        index=None if tables is None else tables.index,
+        queries=None if tables is None else tables.queries,
         statistics=mean_statistics(row.statistics for row in sorted(rows, key=lambda row: row.id)),
         rules=recipe.rules,
         static_margin=judgement.margin,
@@ -163,7 +164,7 @@ def gather(folders: Iterable[Path]) -> Gathered:
         )
     rows: dict[str, SampleRow] = {}
     origin: dict[str, Path] = {}
-    tables: ProjectedIndexTables | None = None
+    tables: FittedTables | None = None
     for path in paths:
         if differing := conditions.differences(read_conditions(path)):
             raise UsageError(
@@ -209,6 +210,6 @@ def _check_overlap(samples: list[str], origin: dict[str, Path], path: Path) -> N
     )
 
 
-def _same_tables(first: ProjectedIndexTables, second: ProjectedIndexTables) -> bool:
+def _same_tables(first: FittedTables, second: FittedTables) -> bool:
     ours, theirs = first.tensors(), second.tensors()
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[k], theirs[k]) for k in ours)

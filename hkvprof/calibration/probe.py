@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,25 +24,26 @@ from hkvprof.calibration.attention import (
     token_classes,
 )
 from hkvprof.calibration.continuation import Continuation, answered, build_continuation
+from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.index_fit import Moments, tables_of_layer
 from hkvprof.calibration.losses import DecodeRows, layer_losses
 from hkvprof.calibration.observe import ObservedCache, Observer
+from hkvprof.calibration.query_fit import QuerySamples, centres_of_layer
 from hkvprof.calibration.recipe import Recipe
 from hkvprof.calibration.rows import Conditions, SampleRow
 from hkvprof.errors import SampleError
-from hkvprof.heads import Modality
+from hkvprof.heads import CALIBRATED, Modality, Strategy
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.approval import require_approval
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.calls import last_row_only, with_cache
 from hkvprof.models.processing import ChatProcessor, Encoded
-from hkvprof.models.rotary import watching_positions
+from hkvprof.models.rotary import turning, watching_positions
 from hkvprof.models.weights import passing_gradients, require_gradients
 from hkvprof.models.wrappers import unwrap
-from hkvprof.profile.record import ProjectedIndexTables
 from hkvprof.profile.tables import PAIRS
 from hkvprof.samples.read import Sample, open_images
-from hkvprof.selection.rotary import Positions
+from hkvprof.selection.rotary import Positions, Turning
 from hkvprof.selection.sparsity import sample_text_rows
 
 VISION = (Modality.IMAGE, Modality.VIDEO)
@@ -53,14 +54,16 @@ MAX_CONTINUATION = 192
 class ProbedModel:
     """The model that samples are probed on, its processor and geometry, and the recipe.
 
-    `answered` holds samples whose replies were generated, so that a second pass need not do it
-    again.
+    `turning` says how its queries turn, where a score of the recipe's menu asks; None also where
+    nobody knows: such scores are then left out. `answered` holds samples whose replies were
+    generated, so that a second pass need not do it again.
     """
 
     model: Any
     processor: ChatProcessor
     recipe: Recipe
     view: ModelView
+    turning: Turning | None = None
     answered: dict[str, Sample] = field(default_factory=dict)
 
     @classmethod
@@ -70,13 +73,26 @@ class ProbedModel:
         require_approval(view)
         if recipe.name == "measured":
             require_gradients(unwrap(model))
-        return cls(model, processor, recipe, view)
+        asked = any(strategy.score == CALIBRATED for strategy in recipe.strategies)
+        return cls(model, processor, recipe, view, turning(model, view) if asked else None)
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The recipe's menu, as far as it can be measured on this model."""
+        menu = self.recipe.strategies
+        known = self.turning is not None
+        return tuple(one for one in menu if known or one.score != CALIBRATED)
+
+    def new_queries(self) -> QuerySamples | None:
+        """What gathers queries for the scores that ask them; None where none does."""
+        return None if self.turning is None else QuerySamples(self.view.grid, self.turning)
 
     @property
     def conditions(self) -> Conditions:
         """What rows that are measured now depend on."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return Conditions.of(self.view.fingerprint, dtype, self.recipe)
+        conditions = Conditions.of(self.view.fingerprint, dtype, self.recipe)
+        return replace(conditions, strategies=self.strategies)
 
 
 def content_digest(sample: Sample, encoded: Encoded) -> str:
@@ -112,30 +128,36 @@ class Probe:
         self.opened = opened
         self.positions: Positions | None = None
         """Of the prompt, as rotary embeddings saw them, where somebody asks."""
+        self.later: Positions | None = None
+        """The same of what follows it."""
         self.digest = content_digest(sample, self.encoded)
 
     # -- first pass -------------------------------------------------------------------------
 
-    def add_moments(self, moments: Moments) -> None:
-        """Queries of the rows that decode, and prompt keys.
+    def add_moments(self, moments: Moments, queries: QuerySamples | None = None) -> None:
+        """Queries of the rows that decode, and prompt keys; to `queries` those of users' turns too.
 
         Queries of prompt rows look for other things: an index fitted to them too is worse
         (docs/experiments.md).
         """
+        asks_positions = moments.rotating is not None or queries is not None
         with torch.no_grad():
-            self._prefill(None, moments.rotating is not None)
+            self._prefill(None, asks_positions)
             continuation = self._continuation()
-            self._continue(continuation)
+            self._continue(continuation, asks_positions)
         for layer, trace in self.observer.traces.items():
             keys = self.cache.covered[layer].keys
             assert keys is not None
             own = keys[0, :, : self.encoded.tokens]
             moments.add_keys(layer, own, self.sample.id, self.positions)
             moments.add_queries(layer, trace.query[:, continuation.rows], trace.scaling)
+            if queries is not None:
+                assert self.later is not None
+                queries.add(layer, trace.query, self.later, self.sample.id)
 
     # -- second pass ------------------------------------------------------------------------
 
-    def measure(self, tables: ProjectedIndexTables | None) -> SampleRow:
+    def measure(self, tables: FittedTables | None) -> SampleRow:
         """What text rows attend to during prefill; losses and drift over the continuation."""
         seen: dict[int, TextStatistics] = {}
         rows = sample_text_rows(self.text)
@@ -149,7 +171,7 @@ class Probe:
             )  # fmt: skip
 
         with torch.no_grad():
-            self._prefill(watch, tables is not None and tables.pairs > 0)
+            self._prefill(watch, tables is not None and tables.go_by_positions)
         shown = [seen[layer] for layer in sorted(seen)]
         losses, drift, pairs = self._after_prompt(tables)
         return SampleRow(
@@ -170,14 +192,14 @@ class Probe:
         )
 
     def _after_prompt(
-        self, tables: ProjectedIndexTables | None
+        self, tables: FittedTables | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
         """Losses [3 terms, strategies, layers, kv_heads, ratios], drift [PAIRS, layers,
         query_heads], and which of PAIRS there are."""
-        grid, recipe = self.probed.view.grid, self.probed.recipe
-        if recipe.ratios == (1.0,):  # the whole prompt loses nothing
+        grid, menu = self.probed.view.grid, self.probed.strategies
+        if self.probed.recipe.ratios == (1.0,):  # the whole prompt loses nothing
             return (
-                np.zeros((3, len(recipe.strategies), grid.layers, grid.kv_heads, 1), np.float32),
+                np.zeros((3, len(menu), grid.layers, grid.kv_heads, 1), np.float32),
                 np.zeros((len(PAIRS), grid.layers, grid.query_heads), np.float32),
                 np.zeros(len(PAIRS), np.uint8),
             )
@@ -219,12 +241,13 @@ class Probe:
         layer: int,
         continuation: Continuation,
         margins: Tensor,
-        tables: ProjectedIndexTables | None,
+        tables: FittedTables | None,
     ) -> Tensor:
         """[3 terms, strategies, kv_heads, ratios] of one layer."""
         trace, cached = self.observer.traces[layer], self.cache.covered[layer]
         assert cached.keys is not None
         assert cached.values is not None
+        grid, queries = self.probed.view.grid, tables.queries if tables else None
         keys, values = cached.keys[0].detach(), cached.values[0].detach()
         prompt, device = self.encoded.tokens, keys.device
         rows = continuation.rows.to(device)
@@ -240,7 +263,7 @@ class Probe:
             positions=rows,
             gradient=trace.output.grad[0][rows] / margins.abs().clamp(min=1)[:, None, None],
             projection=projection,
-            output_norm=_projected(output, projection, self.probed.view.grid.group).norm(dim=-1),
+            output_norm=_projected(output, projection, grid.group).norm(dim=-1),
             exact=continuation.exact.to(device),
             scaling=trace.scaling,
             rotary=self.positions,
@@ -248,12 +271,13 @@ class Probe:
         losses = layer_losses(
             judged,
             self.observer.window_query[layer],
-            self.probed.recipe.strategies,
+            self.probed.strategies,
             self.probed.recipe.ratios,
             self.keep,
-            tables_of_layer(tables, layer, device) if tables else {},
+            tables_of_layer(tables.index, layer, device) if tables else {},
             self.text,
             keys.element_size(),
+            centres_of_layer(queries, layer, grid, device),
         )
         return torch.stack([losses.output, losses.square, losses.reply])
 
@@ -263,15 +287,22 @@ class Probe:
         """Run the prompt; `asks_positions` where an index goes by them."""
         model = self.probed.model
         self.observer.on_prefill = watch
-
-        def see(told: Tensor, rows: int) -> None:
-            self.positions = Positions.of(told[:, 0])
-
-        asked = watching_positions(model, self.probed.view, see)
-        with asked if asks_positions else nullcontext(), self.observer.phase("prefill"):
+        told: list[Positions] = []
+        with self._watching(told, asks_positions), self.observer.phase("prefill"):
             inputs = self.encoded.to(model.device, model.dtype)
             output = model(**inputs, **with_cache(model, self.cache), **last_row_only(model))
         self.next_token = output.logits[:, -1:].argmax(-1)
+        self.positions = told[-1] if told else None
+
+    def _watching(self, told: list[Positions], asks: bool) -> AbstractContextManager[None]:
+        """Within: positions of every pass join `told`, where somebody asks."""
+
+        def see(positions: Tensor, rows: int) -> None:
+            told.append(Positions.of(positions[:, 0]))
+
+        if not asks:
+            return nullcontext()
+        return watching_positions(self.probed.model, self.probed.view, see)
 
     def _continuation(self) -> Continuation:
         """What follows the prompt: the given reply, else the model's own."""
@@ -290,12 +321,13 @@ class Probe:
             self.probed.processor, self.opened, self.opened.reply, MAX_CONTINUATION
         )
 
-    def _continue(self, continuation: Continuation) -> Tensor:
+    def _continue(self, continuation: Continuation, asks_positions: bool = False) -> Tensor:
         """Teacher-force the continuation; logits [T, vocabulary]."""
-        model = self.probed.model
-        with self.observer.phase("trace"):
+        model, told = self.probed.model, list[Positions]()
+        with self._watching(told, asks_positions), self.observer.phase("trace"):
             ids = continuation.ids[None].to(model.device)
             output = model(input_ids=ids, **with_cache(model, self.cache))
+        self.later = told[-1] if told else None
         return output.logits[0]
 
 

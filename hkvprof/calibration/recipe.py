@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hkvprof.errors import UsageError, refuse_unknown
-from hkvprof.heads import HeadType, KeepRule, Strategy
+from hkvprof.heads import CALIBRATED, HeadType, KeepRule, Strategy
 from hkvprof.profile.planning import DEFAULT as RULES
 from hkvprof.profile.planning import Rules
 
@@ -26,6 +26,8 @@ MEASURED_MENU = (
     Strategy(HeadType.STATIC, pool=1),
     Strategy(HeadType.STATIC, pool=7),
     Strategy(HeadType.STATIC, pool=31),
+    Strategy(HeadType.STATIC, pool=1, score=CALIBRATED),
+    Strategy(HeadType.STATIC, pool=7, score=CALIBRATED),
     Strategy(HeadType.DYNAMIC, index="projected", bits=16, rerank=RERANK),
     Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=RERANK),
     Strategy(HeadType.DYNAMIC, index="projected", bits=64, rerank=RERANK),

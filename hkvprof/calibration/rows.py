@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 import hkvprof
 from hkvprof.calibration.attention import SampleStatistics
+from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.recipe import Recipe, RecipeName, Replies
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import strict_json
@@ -39,7 +40,6 @@ from hkvprof.profile.bounds import (
     expect_shares,
     require,
 )
-from hkvprof.profile.record import ProjectedIndexTables
 
 CONDITIONS = "conditions.json"
 INDEX = "index.safetensors"
@@ -245,7 +245,7 @@ class RowFolder:
         data = save(row.tensors(), {_KEY: json.dumps(about, sort_keys=True)})
         write_atomically(self.path / _file_name(row.id), data)
 
-    def tables(self, fitted_on: str) -> ProjectedIndexTables | None:
+    def tables(self, fitted_on: str) -> FittedTables | None:
         """The index tables; None where there are none yet.
 
         `fitted_on` is a digest of the samples. Raises UsageError where it was others.
@@ -260,11 +260,11 @@ class RowFolder:
             )
         return tables
 
-    def keep_tables(self, tables: ProjectedIndexTables, fitted_on: str) -> ProjectedIndexTables:
+    def keep_tables(self, tables: FittedTables, fitted_on: str) -> FittedTables:
         """Write the index tables, or read those of a process that was faster. Raises as `tables`
         does, and HkvError."""
         self._begin()
-        about = json.dumps({"sizes": list(tables.sizes), "fitted_on": fitted_on})
+        about = json.dumps({"sizes": list(tables.index.sizes), "fitted_on": fitted_on})
         write_once(self.path / INDEX, save(tables.tensors(), {_KEY: about}))
         kept = self.tables(fitted_on)
         assert kept is not None
@@ -374,13 +374,13 @@ def read_row(file: Path, conditions: Conditions) -> SampleRow:
         ) from None
 
 
-def read_tables(path: Path, conditions: Conditions) -> tuple[ProjectedIndexTables, str]:
+def read_tables(path: Path, conditions: Conditions) -> tuple[FittedTables, str]:
     """The index tables of a folder and the digest of the samples they were fitted on."""
     try:
         about, tensors = _read(path / INDEX)
-        tables = ProjectedIndexTables.take(tuple(about["sizes"]), tensors)
+        tables = FittedTables.take(tuple(about["sizes"]), tensors)
         require(not tensors, f"unknown tensors {sorted(tensors)}")
-        tables.check(conditions.grid)
+        tables.check(conditions.grid, conditions.strategies)
         return tables, str(about["fitted_on"])
     except _UNREADABLE as error:
         raise UsageError(f"{path / INDEX} cannot be read ({error}): measure again") from None

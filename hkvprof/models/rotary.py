@@ -1,4 +1,5 @@
-"""What a decoder's rotary embeddings do with positions, and what its key biases become by them."""
+"""What a decoder's rotary embeddings do with positions: how queries and keys turn, and what its key
+biases become by them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from hkvprof.models.adapter import ModelView
 from hkvprof.models.calls import cache_keyword
 from hkvprof.models.decoder_input import mixed
 from hkvprof.models.wrappers import unwrap
-from hkvprof.selection.rotary import Positions, RotatingKeys
+from hkvprof.selection.rotary import Positions, RotatingKeys, Turning
 
 CHANGING = ("dynamic", "longrope")
 """Kinds of rotary embeddings whose frequencies depend on a prompt's length."""
@@ -49,9 +50,9 @@ def watching_positions(
     rotary = rotary_module(model, view)
     if rotary is None:
         raise ModelError(
-            f"{view.fingerprint.architecture}: the profile's index goes by the positions of tokens,"
-            " and this model has no module `rotary_emb` that is told them: use a profile made for "
-            "this architecture without key biases, or static heads only"
+            f"{view.fingerprint.architecture}: the profile goes by the positions of tokens (an "
+            "index of keys with biases, or calibrated scores), and this model has no module "
+            "`rotary_emb` that is told them: calibrate it with this hkvprof"
         )
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -91,6 +92,41 @@ def rotating_keys(model: Any, view: ModelView) -> RotatingKeys | None:
         _warn(f"its keys miss the rotated bias by {off:.0%}")
         return None
     return keys
+
+
+@torch.no_grad()
+def turning(model: Any, view: ModelView) -> Turning | None:
+    """How the model's rotary embeddings turn queries and keys.
+
+    Tried out in every covered layer: attention of the same states at several positions stores keys
+    that are those at position 0, turned. Where they are others than expected, warns (HkvWarning)
+    and gives None.
+    """
+    rotary, kind = rotary_module(model, view), _kind(view)
+    if rotary is None or kind in CHANGING:
+        _leave_out(f"its rotary embeddings ({kind}) have no frequencies that always hold")
+        return None
+    device = next(view.attention[0].parameters()).device
+    try:
+        frequency, axis, _ = _turning(rotary, view, device)
+        found = Turning(frequency.numpy(), axis.to(torch.uint8).numpy())
+        off = max(_untrue(rotary, view, layer, found) for layer in range(len(view.attention)))
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        _leave_out(f"its rotary embeddings cannot be tried out ({error})")
+        return None
+    if off > TOLERANCE:
+        _leave_out(f"its keys miss the expected rotation by {off:.0%}")
+        return None
+    return found
+
+
+def _leave_out(reason: str) -> None:
+    warnings.warn(
+        f"static heads of this model are scored by the prompt's last rows alone, since {reason}: "
+        "scores by the calibration's own queries are left out of the profile",
+        HkvWarning,
+        stacklevel=4,
+    )
 
 
 def _warn(reason: str) -> None:
@@ -135,33 +171,54 @@ def _angles(rotary: nn.Module, view: ModelView, positions: Tensor) -> tuple[Tens
 
 def _missed(rotary: nn.Module, view: ModelView, layer: int, keys: RotatingKeys) -> float:
     """How far the keys that attention makes of zeros are from the rotated bias, as a share."""
-    axes, count = _axes(view), len(PROBES)
-    told = torch.tensor(
-        [[PROBES[(i + axis) % count] for i in range(count)] for axis in range(axes)]
-    )
-    made = _keys_of_zeros(rotary, view, layer, told)
+    told = _probes(view)
+    attention: Any = view.attention[layer]
+    bias = view.adapter.key_bias(attention)  # also where weights are packed and no parameters
+    assert bias is not None
+    made = _keys_of(rotary, view, layer, bias.new_zeros(view.text_config.hidden_size), told)
     worst = 0.0
-    for head, bias in enumerate(keys.heads(layer, torch.device("cpu"))):
-        left = bias.removed(made[head], Positions(0, count, told.int()))
+    for head, own in enumerate(keys.heads(layer, torch.device("cpu"))):
+        left = own.removed(made[head], Positions(0, told.shape[1], told.int()))
         turning = 2 * len(keys.frequency)
         size = made[head][:, :turning].norm()
         worst = max(worst, float(left[:, :turning].norm() / size.clamp(min=1e-6)))
     return worst
 
 
-def _keys_of_zeros(rotary: nn.Module, view: ModelView, layer: int, positions: Tensor) -> Tensor:
-    """[kv_heads, tokens, dim] on the host: what a layer's attention stores of tokens of zeros."""
+def _untrue(rotary: nn.Module, view: ModelView, layer: int, found: Turning) -> float:
+    """How far keys that attention makes of the same state are from the turned first, as a share."""
+    told = torch.cat([torch.zeros(_axes(view), 1, dtype=torch.int64), _probes(view)], dim=1)
+    weight = view.output_projection(layer)
+    state = torch.randn(view.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    made = _keys_of(rotary, view, layer, state.to(weight.device, weight.dtype), told)
+    back = found.undone(made, Positions(0, told.shape[1], told.int()))
+    off, size = (back - made[:, :1]).norm(dim=-1), made[:, :1].norm(dim=-1)
+    return float((off / size.clamp(min=1e-6)).max())
+
+
+def _probes(view: ModelView) -> Tensor:
+    """Positions [axes, PROBES], on each axis in another order."""
+    axes, count = _axes(view), len(PROBES)
+    return torch.tensor(
+        [[PROBES[(i + axis) % count] for i in range(count)] for axis in range(axes)]
+    )
+
+
+def _keys_of(
+    rotary: nn.Module, view: ModelView, layer: int, state: Tensor, positions: Tensor
+) -> Tensor:
+    """[kv_heads, tokens, dim] on the host: what a layer's attention stores of tokens that all have
+    this hidden state."""
     from transformers.cache_utils import DynamicCache
 
     attention: Any = view.attention[layer]
-    bias = view.adapter.key_bias(attention)  # also where weights are packed and no parameters
-    assert bias is not None
-    ids = positions.to(bias.device)[:, None]
-    zeros = bias.new_zeros(1, positions.shape[1], view.text_config.hidden_size)
-    pair = rotary(zeros, ids if len(ids) > 1 else ids[0])
+    ids = positions.to(state.device)[:, None]
+    states = state.expand(1, positions.shape[1], -1).clone()
+    pair = rotary(states, ids if len(ids) > 1 else ids[0])
     cache = DynamicCache(config=view.text_config)
     kept = {cache_keyword(attention.forward): cache}
-    attention(hidden_states=zeros, position_embeddings=pair, attention_mask=None, **kept)
+    attention(hidden_states=states, position_embeddings=pair, attention_mask=None, **kept)
     keys = cache.layers[attention.layer_idx].keys
-    assert keys is not None
+    if keys is None:
+        raise ValueError("a layer's attention stores no keys where it is called by itself")
     return keys[0].float().cpu()

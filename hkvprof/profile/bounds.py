@@ -14,6 +14,8 @@ from hkvprof.errors import ProfileError
 from hkvprof.heads import (
     EXACT_BITS,
     MOST_ADAPTERS,
+    SCORES,
+    WINDOW,
     HeadGrid,
     HeadType,
     KeepRule,
@@ -141,11 +143,14 @@ def _check_strategy(strategy: Strategy) -> None:
         f"resident_bits {strategy.resident_bits!r} of a {strategy.head_type.name.lower()} strategy "
         f"is not one of {', '.join(map(str, widths))}",
     )
+    known = isinstance(strategy.score, str) and strategy.score in SCORES
+    require(known, f"unknown score {strategy.score!r}: expected one of {', '.join(SCORES)}")
     if static:
         require(strategy.pool % 2 == 1, f"pooling width {strategy.pool} must be odd")
         plain = strategy.index == "" and type(strategy.rerank) is int and strategy.rerank == 0
         require(plain, "a static strategy has neither index nor rerank")
         return
+    require(strategy.score == WINDOW, "a dynamic strategy has no score of its own")
     known = isinstance(strategy.index, str) and strategy.index in _INDEXES
     require(known, f"unknown index {strategy.index!r}: expected one of {', '.join(_INDEXES)}")
     require(strategy.chunk >= 1, "chunk must be at least 1")

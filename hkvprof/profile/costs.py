@@ -134,6 +134,12 @@ def table_bytes(head_dim: int, channels: int, pairs: int = 0) -> int:
     return 4 * (2 * head_dim * channels + head_dim + CENTROIDS * channels + 6 * pairs)
 
 
+def centres_bytes(group: int, centres: int, head_dim: int, pairs: int) -> int:
+    """Device bytes of the queries that a calibrated score asks of one KV head, as float32: per
+    query head of its group a centre and a weight each; the frequencies of rotary pairs."""
+    return 4 * (group * centres * (head_dim + 1) + pairs)
+
+
 def dynamic_layout(
     strategy: Strategy,
     ratio: float,

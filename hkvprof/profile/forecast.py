@@ -7,7 +7,7 @@ from the same layouts (profile.costs), compared with real caches in tests/runtim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -229,11 +229,11 @@ def forecast(
     allocation: Allocation,
     share: float,
     rows: int,
-    tables: Mapping[int, int],
+    tables: Sequence[int],
     ratios: NDArray[np.float32],
     curves: NDArray[np.float32] | None,
 ) -> Forecast:
-    """The forecast of an allocation; `tables` are the bytes of a head's index tables by their bits.
+    """The forecast of an allocation; `tables` are the bytes of a head's tables by strategy.
 
     `curves` [S, L, Hkv, R] are the losses at `ratios`, None where they were not measured. Raises
     UsageError.
@@ -245,7 +245,7 @@ def forecast(
     assert allocation.head_loss is not None
     losses = allocation.head_loss if curves is not None else np.full(allocation.ratio.shape, np.nan)
     whole = bool((allocation.ratio >= 1).all())  # then there is no compressed storage
-    end, tables = (0, {}) if whole else (END_BYTES, tables)
+    end, tables = (0, [0] * len(tables)) if whole else (END_BYTES, tables)
     decisions = zip(
         allocation.strategy.tolist(),
         allocation.ratio.tolist(),
@@ -256,7 +256,7 @@ def forecast(
     layers = tuple(
         LayerForecast(
             tuple(
-                _head(menu, menu.strategies[choice], ratio, loss, fresh, rows, end, tables)
+                _head(menu, menu.strategies[choice], ratio, loss, fresh, rows, end, tables[choice])
                 for choice, ratio, loss, fresh in zip(*layer, strict=True)
             )
         )
@@ -283,7 +283,7 @@ def _head(
     fresh: int,
     rows: int,
     end: int,
-    tables: Mapping[int, int],
+    tables: int,
 ) -> HeadForecast:
     """One head, as runtime.packing packs it; every segment has `end` bytes beside its tokens."""
     kind, name, host, reads = "static", strategy.name, 0, (0.0, 0)
@@ -312,7 +312,7 @@ def _head(
         resident_tokens=tokens,
         resident_bytes=rows * (held + end),
         host_bytes=rows * host,
-        table_bytes=tables.get(strategy.bits, 0) if strategy.index == "projected" else 0,
+        table_bytes=tables,
         loss=loss,
         read_bytes=rows * reads[0],
         most_read_bytes=rows * reads[1],

@@ -24,7 +24,15 @@ from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import strict_json
 from hkvprof.files.atomic import write_atomically
 from hkvprof.files.container import read_container
-from hkvprof.heads import EXACT_BITS, HeadGrid, KeepRule, ModelFingerprint, Rules, Strategy
+from hkvprof.heads import (
+    CALIBRATED,
+    EXACT_BITS,
+    HeadGrid,
+    KeepRule,
+    ModelFingerprint,
+    Rules,
+    Strategy,
+)
 from hkvprof.profile.bounds import (
     check_budget,
     check_lengths,
@@ -35,6 +43,7 @@ from hkvprof.profile.bounds import (
     require,
 )
 from hkvprof.profile.certificate import Certificate, recorded
+from hkvprof.profile.queries import QueryTables
 from hkvprof.profile.tables import HeadStatistics, ProjectedIndexTables
 from hkvprof.profile.upgrade import mean_tokens, upgrade
 
@@ -74,6 +83,7 @@ class Profile:
     - `static_margin` float32 [A, L, Hkv, R]: by how much the best static strategy must lose less
       than the best dynamic one to be chosen; None: by nothing.
     - `rules`: how a `measured` profile is planned with.
+    - `queries`: what queries after the prompt look like; None where no strategy's score asks them.
     - `statistics`: what query heads attend to; None in older profiles and in uniform ones.
     - `provenance`: recipe, counts of samples by task, skipped samples, library versions.
     """
@@ -94,6 +104,7 @@ class Profile:
     output_error: NDArray[np.float32]
     static_margin: NDArray[np.float32] | None = None
     index: ProjectedIndexTables | None = None
+    queries: QueryTables | None = None
     statistics: HeadStatistics | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rules: Rules = field(default_factory=Rules)
@@ -105,6 +116,7 @@ class Profile:
         self._check_curves()
         self._check_decisions()
         self._check_index()
+        self._check_queries()
         if self.statistics is not None:
             self.statistics.check(self.grid)
         for array in self.tensors().values():
@@ -148,6 +160,18 @@ class Profile:
     def usual_tokens(self) -> int:
         """Mean length of the prompts that it was calibrated on, else its middle length."""
         return mean_tokens(self.provenance) or int(self.lengths[len(self.lengths) // 2])
+
+    @property
+    def asks_queries(self) -> bool:
+        """Whether a strategy scores tokens by the queries that the profile expects."""
+        return any(strategy.score == CALIBRATED for strategy in self.strategies)
+
+    def table_bytes(self, strategy: Strategy) -> int:
+        """Device bytes of the constants of one head of this strategy, shared by all requests."""
+        if strategy.score == CALIBRATED:
+            return self.queries.head_bytes(self.grid.group) if self.queries else 0
+        known = self.index.head_bytes if self.index and strategy.index == "projected" else {}
+        return known.get(strategy.bits, 0)
 
     def position_bytes(self, tokens: int) -> int:
         """Most device bytes that positions of so many tokens take beside what heads hold."""
@@ -205,7 +229,7 @@ class Profile:
 
         menu, share = self._question(budget, tokens, itemsize, rows)
         allocation = self.allocation(share, tokens, itemsize, rows, fetch)
-        tables = self.index.head_bytes if self.index else {}
+        tables = [self.table_bytes(strategy) for strategy in self.strategies]
         curves = self.loss_at(tokens) if self.has_curves else None
         measured = self.ratios if self.has_curves else np.zeros(1, dtype=np.float32)
         made = forecast(menu, allocation, share, rows, tables, measured, curves)
@@ -276,6 +300,13 @@ class Profile:
             f"strategies need projected indexes of {sorted(needed)} bits, found {sorted(have)}",
         )
 
+    def _check_queries(self) -> None:
+        """Raise ProfileError unless the queries are sound, and there if the menu asks them."""
+        if self.queries is not None:
+            self.queries.check(self.grid)
+        missing = self.asks_queries and self.queries is None
+        require(not missing, "calibrated scores need queries.* tensors, and there are none")
+
     def save(self, path: str | Path) -> Path:
         """Write the profile atomically, deterministic to the byte. Raises HkvError."""
         path = Path(path)
@@ -309,6 +340,8 @@ class Profile:
             tensors["static_margin"] = self.static_margin
         if self.index is not None:
             tensors |= self.index.tensors()
+        if self.queries is not None:
+            tensors |= self.queries.tensors()
         if self.statistics is not None:
             tensors |= self.statistics.tensors()
         return tensors
@@ -409,6 +442,7 @@ def _build(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Profil
         kappas=tuple(metadata["kappas"]),
         provenance=metadata["provenance"],
         index=tables,
+        queries=QueryTables.take(tensors),
         statistics=statistics,
         **tensors,
     )

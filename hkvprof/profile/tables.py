@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hkvprof.heads import HeadGrid
 from hkvprof.profile.bounds import expect, require
 from hkvprof.profile.costs import table_bytes
+from hkvprof.profile.queries import check_frequency
 
 _KEYS = ("key_projection", "query_projection", "key_mean", "deviation")
 _TURNING = ("key_bias", "frequency", "axis")
@@ -134,13 +135,9 @@ class ProjectedIndexTables:
         expect(
             "index.key_bias", self.key_bias, (grid.layers, grid.kv_heads, grid.head_dim), np.float32
         )
-        pairs = len(self.frequency) if self.frequency.ndim == 1 else 0
-        within = 1 <= pairs <= grid.head_dim // 2
-        require(within, f"index.frequency has {pairs} pairs, expected 1 to {grid.head_dim // 2}")
-        expect("index.frequency", self.frequency, (pairs,), np.float32)
+        check_frequency("index.frequency", self.frequency, grid)
+        pairs = len(self.frequency)
         expect("index.axis", self.axis, (pairs,), np.uint8)
-        turns = bool((self.frequency > 0).all()) and bool((self.frequency <= np.pi).all())
-        require(turns, "index.frequency holds values outside (0, pi]")
         require(bool((self.axis < 3).all()), "index.axis holds numbers beyond its 3 axes")
         still = self.key_bias[..., 2 * pairs :]
         require(not still.any(), "index.key_bias is not 0 in channels that do not turn")

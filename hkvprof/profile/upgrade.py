@@ -24,13 +24,16 @@ def upgrade(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
 
     Version 1 quantised its index otherwise; versions 1 and 2 have one curve for prompts of all
     lengths and were planned by loss alone: they are planned as profiles are today. Up to version 3
-    all residents are in the model's own dtype, and reads from the host had a price
-    (`planning.transfer_weight`) in place of a budget: it means nothing any more.
+    all residents are in the model's own dtype, scores are the window's, and reads from the host had
+    a price (`planning.transfer_weight`) in place of a budget: it means nothing any more.
     """
     schema = metadata["schema"]
     if schema < 4:
-        later = [entry for entry in metadata["strategies"] if "resident_bits" in entry]
-        require(not later, f"resident_bits in a file of schema version {schema}, which has none")
+        for name in ("resident_bits", "score"):
+            later = [entry for entry in metadata["strategies"] if name in entry]
+            require(not later, f"{name} in a file of schema version {schema}, which has none")
+        known = not any(key.startswith("queries.") for key in tensors)
+        require(known, f"queries.* tensors in a file of schema version {schema}, which has none")
         if schema == 3:
             weight = metadata["planning"].pop("transfer_weight")
             require(0 <= weight <= 1e9, f"planning: transfer_weight {weight} is not in [0, 1e9]")

@@ -73,8 +73,9 @@ class Binding:
     def _attach(self, handle: Any) -> None:
         self._hooks.callback(hook_attention(self.model))
         self._hooks.enter_context(guarded(self._view.attention, self._unmarked))
-        index = self._planner.profile.index
-        if index is not None and index.pairs:
+        profile = self._planner.profile
+        turns = profile.index is not None and profile.index.pairs > 0
+        if turns or profile.asks_queries:
             watched = watching_positions(self.model, self._view, self._see_positions)
             self._hooks.enter_context(watched)
         methods = {"forward": self._on_forward, "generate": self._on_generate}

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from hkvprof.errors import BudgetError
-from hkvprof.heads import HeadType, Strategy
+from hkvprof.heads import CALIBRATED, HeadType, Strategy
 from hkvprof.profile.budgets import ANY, Allocation, Budget, Fetch
 from hkvprof.profile.costs import QUIET, Worth, dynamic_layout, held_bytes
 from hkvprof.profile.record import Profile
@@ -17,6 +17,7 @@ from hkvprof.runtime.copies import NeverCopied
 from hkvprof.runtime.kernels import for_device
 from hkvprof.runtime.options import Options
 from hkvprof.selection.index import HeadTables
+from hkvprof.selection.static import QueryCentres
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def head_plans(menu: Sequence[Strategy], allocation: Allocation) -> list[tuple[H
 
 
 class Planner(NeverCopied):
-    """Answers, for every row, what each layer does; and holds the index tables on the device.
+    """Answers, for every row, what each layer does; and holds the constants of heads on the device.
 
     `budget` is a share or tokens, of every row by its own length, or bytes of all rows together:
     those that stay dense have theirs, and the others get one share of their dense bytes. Rows
@@ -98,6 +99,7 @@ class Planner(NeverCopied):
         self.options = options
         self.fetch = Fetch() if fetch is None else fetch
         self._tables: dict[tuple[torch.device, int, int, int], HeadTables] = {}
+        self._centres: dict[tuple[torch.device, int, int], QueryCentres] = {}
         self._plan = lru_cache(maxsize=256)(self._planned)
         self._scheduled = lru_cache(maxsize=64)(self._schedule)
 
@@ -247,14 +249,25 @@ class Planner(NeverCopied):
             self._tables[key] = HeadTables.load(index, layer, head, strategy.bits, device, encoder)
         return self._tables[key]
 
+    def centres(
+        self, layer: int, head: int, strategy: Strategy, device: torch.device
+    ) -> QueryCentres | None:
+        """The queries that a calibrated score asks of one head; None for other strategies."""
+        queries = self.profile.queries
+        if strategy.score != CALIBRATED or queries is None:
+            return None
+        key, group = (device, layer, head), self.profile.grid.group
+        if key not in self._centres:
+            heads = slice(head * group, (head + 1) * group)
+            self._centres[key] = QueryCentres.load(queries, layer, heads, device)
+        return self._centres[key]
+
     @property
     def shared_bytes(self) -> int:
-        """Device bytes of the index tables loaded so far, shared by all requests."""
-        return sum(
-            tensor.untyped_storage().nbytes()
-            for table in self._tables.values()
-            for tensor in table.tensors()
-        )
+        """Device bytes of the constants of heads loaded so far, shared by all requests."""
+        tensors = [tensor for table in self._tables.values() for tensor in table.tensors()]
+        tensors += [tensor for own in self._centres.values() for tensor in own.tensors()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 @dataclass(frozen=True)

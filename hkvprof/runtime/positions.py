@@ -50,6 +50,15 @@ class SeenPositions:
             self.known[row] = known
         return known.part(begin, count)
 
+    def next_of(self, row: int, start: int, seen: int) -> int:
+        """Of the token that follows `seen` positions of a row that begins after `start` of them:
+        above the last one's, on the axis that is ahead (`Positions.next`)."""
+        for begin, one in reversed(self.told):
+            if begin < seen:
+                last = min(seen - begin, one.shape[-1]) - 1
+                return int(one[:, row, last].max()) + seen - begin - last
+        return seen - start
+
     def _whole(self, row: int, start: int, seen: int) -> Int[Tensor, "axes tokens"]:
         """Positions of all tokens of a row."""
         axes = max((len(one) for _, one in self.told), default=1)

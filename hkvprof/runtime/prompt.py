@@ -32,7 +32,7 @@ class Conversation:
     `hidden` what the last one hid from its last token, both None where nothing is hidden; `looked`
     is the mask that they were read from.
     `token_ids` [rows, tokens] is filled where a strategy asks which tokens are text, or the monitor
-    (`watched`). `positions` are filled where an index goes by them.
+    (`watched`). `positions` are filled where an index or a score goes by them.
     """
 
     planner: Planner

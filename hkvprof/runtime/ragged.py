@@ -133,7 +133,8 @@ class RaggedLayer(LiveState):
                     packed.append(given[head])
                     continue
                 last = query[row, layer._group(head), -1]
-                attention = partial(_of_head, seen, head)
+                expected = layer._expected(row, head, own_key[head : head + 1], shown)
+                attention = expected or partial(_of_head, seen, head)
                 one = (own_key[head], own_value[head])
                 packed.append(layer._pack(row, head, last, attention, *one, flags))
         starts = [start for start in shared.starts for _ in range(layer.kv_heads)]
@@ -231,7 +232,8 @@ class RaggedLayer(LiveState):
         if self._shared.hidden is not None:
             positions = segment_positions(self, segment, resident=True)
             shown = self._shared.shown(row, positions[place])
-        attention = self._lazy_attention(query, key[None], shown)
+        expected = self._expected(row, head, key[None], shown)
+        attention = expected or self._lazy_attention(query, key[None], shown)
         if len(key) == tokens and held is None:
             return self._pack(row, head, query[:, -1], attention, key, value, flags)
         rule = self._rule(row, head, key.device)
@@ -444,6 +446,24 @@ class RaggedLayer(LiveState):
         window = min(query.shape[1], self._shared.planner.profile.keep.window, key.shape[1])
         rows = query[:, query.shape[1] - window :]
         return cache(partial(window_attention, rows, key, self.scaling, shown))
+
+    def _expected(
+        self,
+        row: int,
+        head: int,
+        key: Float[Tensor, "1 tokens dim"],
+        shown: Bool[Tensor, " tokens"] | None,
+    ) -> Attention | None:
+        """The same of the queries that the profile expects next, where the head's score asks them;
+        else None."""
+        if self.rows[row].is_whole:
+            return None
+        planner, strategy = self._shared.planner, self._plan(row, head).strategy
+        centres = planner.centres(self._number, head, strategy, key.device)
+        if centres is None:
+            return None
+        position = self._shared.positions.next_of(row, self.start(row), self.seen)
+        return partial(centres.attention, key, position, self.scaling, shown)
 
     def _plan(self, row: int, head: int) -> HeadPlan:
         return self.rows[row].plan.layers[self._number][head]

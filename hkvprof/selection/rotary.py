@@ -1,4 +1,4 @@
-"""What turns with a key's position: the bias of a key projection, which rotary embeddings rotate.
+"""What turns with a position: queries and keys, and the bias that a key projection adds to keys.
 
 A key is R(p) (W x + b): its bias is the same for all tokens but for the rotation by its position p,
 and is known. The projected index therefore encodes k - R(p) b and adds q . R(p) b to a logit,
@@ -40,6 +40,13 @@ class Positions:
         counted = torch.arange(first, first + count, device=told.device)
         plain = bool((told == counted).all())
         return cls(first, count, None if plain else told.int())
+
+    @property
+    def next(self) -> int:
+        """Of the token that follows: one above the last token's, on the axis that is ahead."""
+        if self.told is None or not self.count:
+            return self.first + self.count
+        return int(self.told[:, -1].max()) + 1
 
     def part(self, begin: int, count: int) -> Positions:
         """Those of `count` tokens from number `begin` on."""
@@ -126,6 +133,36 @@ class RotatingBias:
     ) -> tuple[Float[Tensor, "tokens pairs"], Float[Tensor, "tokens pairs"]]:
         angle = positions.along(self.places[2], device) * self.constants[2]
         return angle.cos(), angle.sin()
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How a model's rotary embeddings turn the channels of queries and keys.
+
+    `frequency` [pairs] float32, radians per position; `axis` [pairs] uint8, which component of a
+    position turns a pair. Pair j is channels j and j + pairs; channels beyond do not turn.
+    """
+
+    frequency: NDArray[np.float32]
+    axis: NDArray[np.uint8]
+
+    def undone(
+        self, rotated: Float[Tensor, "heads tokens dim"], positions: Positions
+    ) -> Float[Tensor, "heads tokens dim"]:
+        """Queries or keys at these positions turned back to position 0, in float32."""
+        axes = torch.from_numpy(self.axis.astype(np.int64)).to(rotated.device)
+        frequency = torch.from_numpy(self.frequency.copy()).to(rotated.device)
+        return turned(rotated, -positions.along(axes, rotated.device) * frequency)
+
+
+def turned(
+    x: Float[Tensor, "*rows dim"], angle: Float[Tensor, "*some pairs"]
+) -> Float[Tensor, "*rows dim"]:
+    """Pair j of `x`, channels j and j + pairs, turned by `angle` (radians), in float32."""
+    pairs = angle.shape[-1]
+    cosine, sine = angle.cos(), angle.sin()
+    first, second, rest = x.float().split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], -1)
 
 
 @dataclass(frozen=True)

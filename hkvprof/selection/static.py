@@ -2,10 +2,13 @@
 
 Text-prior pruning (HybridKV, stage 3): sinks and recent tokens always, then the tokens that the
 last text rows attend to most. Scores: softmax per query head, maximum over the observation window,
-mean over the group, average pooling over neighbours (method: docs/method.md).
+mean over the group, average pooling over neighbours (method: docs/method.md). A calibrated score
+asks the queries of the calibration in place of the window's rows, and takes their weighted mean.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hkvprof.heads import KeepRule, Strategy
+from hkvprof.profile.queries import QueryTables
+from hkvprof.selection.rotary import turned
 
 
 def window_attention(
@@ -30,6 +35,50 @@ def window_attention(
         rows = visible[len(visible) - query.shape[1] :]
         weights = torch.where(rows[:, None], weights, 0.0)
     return weights.amax(dim=2).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class QueryCentres:
+    """What queries after a prompt look like to one KV head, by the calibration.
+
+    `centres` [group, centres, dim] float32 as at position 0, `weights` [group, centres] float32,
+    their shares of the queries; `frequency` [pairs] float32, by which rotary embeddings turn them.
+    """
+
+    centres: Float[Tensor, "group centres dim"]
+    weights: Float[Tensor, "group centres"]
+    frequency: Float[Tensor, " pairs"]
+
+    @classmethod
+    def load(
+        cls, tables: QueryTables, layer: int, heads: slice, device: torch.device
+    ) -> QueryCentres:
+        """Those of the query `heads` of one KV head on `device`."""
+        parts = tables.centres[layer, heads], tables.weights[layer, heads], tables.frequency
+        return cls(*(torch.from_numpy(part.astype("float32")).to(device) for part in parts))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The device tensors, for counting their bytes."""
+        return (self.centres, self.weights, self.frequency)
+
+    def attention(
+        self,
+        key: Float[Tensor, "1 tokens dim"],
+        position: int,
+        scaling: float,
+        visible: Bool[Tensor, " tokens"] | None = None,
+    ) -> Float[Tensor, "1 tokens"]:
+        """Attention of the centres, standing at `position`, on every key: weighted mean over the
+        centres, mean over the group.
+
+        float32. Tokens that a mask hides, where `visible` is given, get none.
+        """
+        query = turned(self.centres, position * self.frequency)
+        logits = torch.matmul(query, key.float().transpose(1, 2)) * scaling
+        if visible is not None:
+            logits.masked_fill_(~visible, -torch.inf)
+        shared = self.weights[..., None] * logits.softmax(dim=-1)
+        return shared.sum(dim=1).mean(dim=0, keepdim=True)
 
 
 def window_weights(

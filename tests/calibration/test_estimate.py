@@ -24,6 +24,7 @@ from hkvprof.calibration.estimate import (
 )
 from hkvprof.calibration.index_fit import Moments
 from hkvprof.calibration.probe import Probe, ProbedModel
+from hkvprof.calibration.query_fit import QuerySamples, fitted
 from hkvprof.calibration.recipe import MEASURED
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.models.attention import hooked_attention
@@ -88,10 +89,10 @@ def test_the_peak_of_memory_is_foretold(
     )  # fmt: skip
     probed, longest = ProbedModel.of(model, processor, MEASURED), sample(0, tokens)
     with hooked_attention(model), Peak() as fitting:
-        moments = Moments(probed.view.grid)
-        Probe(probed, longest).add_moments(moments)
+        moments, queries = Moments(probed.view.grid), probed.new_queries()
+        Probe(probed, longest).add_moments(moments, queries)
     with hooked_attention(model):
-        tables = moments.fit((16, 32, 64))
+        tables = fitted(moments, queries, (16, 32, 64))
         with Peak() as measuring:
             Probe(probed, longest).measure(tables)
     found = memory(outline(model), tokens)
@@ -139,12 +140,13 @@ def test_the_index_is_fitted_on_as_many_samples_as_foretold(
     probed = ProbedModel.of(random_llama(layers=1), processor, MEASURED)
     seen: list[int] = []
 
-    def count(self: Probe, moments: Moments) -> None:
+    def count(self: Probe, moments: Moments, queries: QuerySamples) -> None:
         seen.append(self.encoded.tokens)
         moments.key_rows += self.encoded.tokens
 
     monkeypatch.setattr(Probe, "add_moments", count)
-    monkeypatch.setattr(Moments, "fit", lambda *_: None)
+    for one in (Moments, QuerySamples):
+        monkeypatch.setattr(one, "fit", lambda *_: None)
     Run(probed).fit(samples)
     found = Lengths({s.id: 30 + i for i, s in enumerate(samples)}, {})
     assert fitted_tokens(found, samples[::-1]) == sum(seen)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.merge import measured_by, merge
 from hkvprof.calibration.recipe import KAPPAS, MEASURED_MENU, Recipe
 from hkvprof.calibration.rows import Conditions, RowFolder
@@ -65,7 +66,7 @@ def test_conditions_tell_the_recipe_that_they_are_of(recipe: Recipe) -> None:
 
 def test_rows_are_merged_by_the_recipe_that_measured_them(tmp_path: Path) -> None:
     folder = RowFolder(tmp_path, CONDITIONS)
-    folder.keep_tables(index_tables(GRID), "these")
+    folder.keep_tables(FittedTables(index_tables(GRID)), "these")
     for row in make_rows({"a": 2}):
         folder.add(row)
     recipe = replace(measured_by(tmp_path), budget=0.3)

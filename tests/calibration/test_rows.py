@@ -217,7 +217,8 @@ def test_folders_that_do_not_belong_together_are_refused(folder: Path, tmp_path:
     tables, fitted_on = read_tables(folder, read_conditions(folder))
     (other / INDEX).unlink()
     changed = RowFolder(other, read_conditions(other))
-    changed.keep_tables(replace(tables, key_mean=tables.key_mean + 1), fitted_on)
+    index = replace(tables.index, key_mean=tables.index.key_mean + 1)
+    changed.keep_tables(replace(tables, index=index), fitted_on)
     rest = copy(folder, tmp_path / "rest")
     (rest / rows_of(other)[0].name).unlink()
     with pytest.raises(UsageError, match="its index differs"):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hkvprof.calibration.fitted import FittedTables
 from hkvprof.cli import run
 from hkvprof.cli.errors import guarded
 from hkvprof.evaluate.journal import Journal
@@ -59,7 +60,7 @@ def rows(folder: Path) -> Path:
     made = RowFolder(folder, CONDITIONS)
     for number in range(3):
         made.add(make_row(number, "t", TYPES))
-    made.keep_tables(index_tables(CONDITIONS.grid), "digest")
+    made.keep_tables(FittedTables(index_tables(CONDITIONS.grid)), "digest")
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hkvprof import load_profile
+from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.rows import RowFolder
 from hkvprof.cli import run
 from hkvprof.profile.planning import Rules
@@ -24,7 +25,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Static is a little better in 12 noisy samples."""
     path = tmp_path_factory.mktemp("merge") / "rows"
     folder = RowFolder(path, CONDITIONS)
-    folder.keep_tables(index_tables(GRID), "these")
+    folder.keep_tables(FittedTables(index_tables(GRID)), "these")
     for row in noisy_rows(12, 0.5, 0.9):
         folder.add(row)
     return path

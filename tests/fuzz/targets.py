@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.merge import merge
 from hkvprof.calibration.rows import CONDITIONS, RowFolder
 from hkvprof.errors import HkvError
@@ -88,7 +89,7 @@ class Rows:
         rows = RowFolder(home, MADE_CONDITIONS)
         for number in range(3):
             rows.add(make_row(number, "ocr", TYPES))
-        rows.keep_tables(index_tables(GRID), "digest")
+        rows.keep_tables(FittedTables(index_tables(GRID)), "digest")
         self.seeds = {path.name: path.read_bytes() for path in sorted(home.iterdir())}
         shutil.rmtree(home)
 

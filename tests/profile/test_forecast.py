@@ -74,7 +74,7 @@ def test_four_heads_by_hand() -> None:
     )
     losses = np.broadcast_to(np.float32([4, 2, 0]), (4, 2, 2, 3))
     ratios = np.float32([0.05, 0.5, 1])
-    plan = forecast(menu, allocation, 0.375, 3, {16: 100, 32: 700}, ratios, losses)
+    plan = forecast(menu, allocation, 0.375, 3, [0, 0, 0, 700], ratios, losses)
     heads = [head for layer in plan.layers for head in layer.heads]
     assert [head.kind for head in heads] == ["static", "whole", "dynamic", "dynamic"]
     assert [head.resident_tokens for head in heads] == [100, 1000, 152, 61]

@@ -21,11 +21,12 @@ from tests.profiles import (
     one_length,
     plain_profile,
     with_key_bias,
+    with_queries,
 )
 
 ROOT = Path(__file__).parents[2]
 SHA256 = {
-    GOLDEN: "b088f2750f7bede9e445cec44f4adc4b03fb8015e0f72a6ce30ab6d2eb143d94",
+    GOLDEN: "56830007b36421440388e964c04fce99690ccf897490bb86fc4d0592a963b79a",
     GOLDEN_V3: "5d4aebf28f9ee0c68bbea7bfc32471b5675b209280939cc4524dadcd9639fcb5",
     GOLDEN_V2: "6990cf65bc0b510f151ede8a87133ba53ea8482608346fff74862f41c378fca8",
     GOLDEN_V1: "573212a7031ef4bf8d89b2f6103250aa607fa46af741ea8606b8e88d85f9dee0",
@@ -40,11 +41,11 @@ def test_golden_files_are_those_that_were_committed(path: Path) -> None:
 
 def test_writing_makes_the_same_bytes() -> None:
     assert SCHEMA_VERSION == 4, "commit a golden file of the new schema and keep this one loading"
-    assert with_key_bias(make_profile()).to_bytes() == GOLDEN.read_bytes()
+    assert with_queries(with_key_bias(make_profile())).to_bytes() == GOLDEN.read_bytes()
 
 
 def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
-    golden, made = load_profile(GOLDEN), with_key_bias(make_profile())
+    golden, made = load_profile(GOLDEN), with_queries(with_key_bias(make_profile()))
     for name in (
         "ratios",
         "strategy",
@@ -59,6 +60,9 @@ def test_golden_file_loads_with_the_numbers_it_was_made_of() -> None:
     assert golden.index.sizes == (16, 32)
     for name, array in made.index.tensors().items():
         np.testing.assert_array_equal(golden.index.tensors()[name], array)
+    assert golden.queries is not None
+    for name, array in made.queries.tensors().items():
+        np.testing.assert_array_equal(golden.queries.tensors()[name], array)
     assert golden.statistics is not None
     for name, array in made.statistics.tensors().items():
         np.testing.assert_array_equal(golden.statistics.tensors()[name], array)
