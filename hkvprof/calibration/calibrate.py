@@ -133,7 +133,7 @@ class Run:
         """The index tables, fitted on all samples, and the rows of this process's `share`."""
         tables = None
         with hooked_attention(self.probed.model):
-            if self.probed.recipe.index_sizes:
+            if self.probed.recipe.index_sizes or self.probed.turning is not None:
                 fitted_on = _digest(samples)
                 tables = self.group.index(self.folder, fitted_on, lambda: self.fit(samples))
             return tables, self._rows(share, tables)
