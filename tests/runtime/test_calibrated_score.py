@@ -78,7 +78,7 @@ def best(model: Any, profile: Profile, layer: int, head: int, key: Tensor, posit
         centres = torch.from_numpy(queries.centres[layer, one].astype(np.float32))
         asked = turned_by_the_model(model, centres, position)
         weights = (asked @ key.T * key.shape[1] ** -0.5).softmax(-1)
-        score += torch.from_numpy(queries.weights[layer, one]) @ weights
+        score += torch.from_numpy(queries.weights[layer, one].copy()) @ weights
     near = range(-(pool // 2), pool // 2 + 1)
     pooled = torch.stack(
         [torch.stack([score[i + j] for j in near if 0 <= i + j < len(key)]).mean()

@@ -57,8 +57,7 @@ def by_definition(
             logits = [scaling * float(query @ key.double()) for key in keys]
             peak = max(x for x, shown in zip(logits, seen, strict=True) if shown)
             each = [
-                math.exp(x - peak) if shown else 0.0
-                for x, shown in zip(logits, seen, strict=True)
+                math.exp(x - peak) if shown else 0.0 for x, shown in zip(logits, seen, strict=True)
             ]
             for token, part in enumerate(each):
                 total[token] += float(weight) * part / sum(each) / len(query_heads)
