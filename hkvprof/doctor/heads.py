@@ -12,7 +12,7 @@ from hkvprof.doctor import residents
 from hkvprof.doctor.conversations import Patient
 from hkvprof.doctor.recording import RecordedCall, Recording, Seen, Segment
 from hkvprof.doctor.records import FaultError
-from hkvprof.heads import Strategy
+from hkvprof.heads import CALIBRATED, Strategy
 
 Places = list[list[list[int]]]
 """[row][head]: positions of the resident tokens, in the order in which they lie."""
@@ -21,7 +21,8 @@ Places = list[list[list[int]]]
 @dataclass(frozen=True)
 class _Head:
     """One (row, KV head) at one pass: dense `key` of its row from position `start` on, `window`
-    [group, rows, dim] of queries that its last compression looked at."""
+    [group, rows, dim] of queries that its last compression looked at; its layer's number among the
+    covered ones, and its query heads."""
 
     segment: Segment
     key: Tensor
@@ -29,6 +30,8 @@ class _Head:
     scaling: float
     strategy: Strategy
     ratio: float
+    layer: int
+    heads: slice
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ class HeadJudge:
         plan = self._plans[row]
         strategy = self._recording.profile.strategies[plan.strategy[rank, head]]
         ratio = float(plan.ratio[rank, head])
-        return _Head(segment, seen.key[row, head, start:], window, seen.scaling, strategy, ratio)
+        return _Head(segment, seen.key[row, head, start:], window, seen.scaling, strategy, ratio,
+                     rank, _group(seen, head))  # fmt: skip
 
     def _after_prompt(self, head: _Head, kept: set[int]) -> None:
         """Raise FaultError unless the head kept as many tokens as planned, and the best ones."""
@@ -137,7 +141,7 @@ class HeadJudge:
         tokens = len(head.key)
         residents.check_count(head.segment, head.strategy, head.ratio, tokens, self._keep, smooth)
         if head.segment.layout is None:
-            self._best(head, kept, head.key)
+            self._best(head, kept, head.key, tokens)
         elif self._mean_digests:
             residents.check_hot(head.segment, head.window[:, -1], head.key, head.scaling)
 
@@ -158,14 +162,20 @@ class HeadJudge:
             )
         numbers = {i for i, number in enumerate(had.tolist()) if number in old}
         key, _ = residents.given_back(before.segment, places, head.key, head.key)
-        self._best(head, numbers, key[had.to(head.key.device)])
+        self._best(head, numbers, key[had.to(head.key.device)], tokens)
 
-    def _best(self, head: _Head, kept: set[int], key: Tensor) -> None:
-        """Raise FaultError unless the `kept` of these keys score best."""
+    def _best(self, head: _Head, kept: set[int], key: Tensor, position: int) -> None:
+        """Raise FaultError unless the `kept` of these keys score best; `position` is the next."""
         strategy = head.strategy
         if strategy.text_prior or len(kept) == len(key):
             return
         pool = 1 if strategy.index else strategy.pool  # a dynamic head too short for its index
+        if strategy.score == CALIBRATED:
+            queries = self._recording.profile.queries
+            assert queries is not None
+            asked = residents.Asked.of(queries, head.layer, head.heads, position)
+            residents.check_calibrated(kept, asked, key, head.scaling, pool, self._keep)
+            return
         window = head.window[:, -min(head.window.shape[1], len(key)) :]
         try:
             residents.check_static(kept, window, key, head.scaling, pool, self._keep)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hkvprof.doctor.recording import Segment
 from hkvprof.doctor.records import FaultError
 from hkvprof.heads import EXACT_BITS, HeadType, KeepRule, Strategy
 from hkvprof.profile.costs import SCORE_BYTES, SLOT_BYTES
+from hkvprof.profile.queries import QueryTables
 
 _SWAPPED = "keys and values have changed places in the segment's storage"
 _STARTS = "the starts of rows: padding was kept as if it were tokens"
@@ -279,20 +281,58 @@ def check_static(
 ) -> None:
     """Raise FaultError unless the kept tokens (numbered within `key`) score best.
 
-    Score: softmax per row of the observation window, maximum over the window, mean over the group,
-    average over `pool` neighbours (docs/method.md).
+    Score: softmax per row of the observation window, maximum over the window, mean over the group
+    (docs/method.md).
     """
     tokens, window = len(key), query.shape[1]
     logits = query.double() @ key.double().T * scaling
     rows = torch.arange(tokens - window, tokens, device=key.device)[:, None]
     logits = logits.masked_fill(torch.arange(tokens, device=key.device) > rows, -torch.inf)
-    score = logits.softmax(-1).amax(1).mean(0)
+    _check_pooled(kept, logits.softmax(-1).amax(1).mean(0), pool, keep)
+
+
+def check_calibrated(
+    kept: set[int], asked: Asked, key: Float[Tensor, "tokens dim"], scaling: float, pool: int,
+    keep: KeepRule,
+) -> None:  # fmt: skip
+    """The same of a calibrated score: softmax per centre, weighted mean, mean over the group."""
+    angle = asked.position * asked.frequency
+    pairs = len(angle)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    still = asked.centres
+    moved = torch.complex(still[..., :pairs], still[..., pairs : 2 * pairs]) * turn
+    query = torch.cat([moved.real, moved.imag, still[..., 2 * pairs :]], dim=-1)
+    shares = (query.to(key.device) @ key.double().T * scaling).softmax(-1)
+    weighted = shares * asked.weights.to(key.device)[..., None]
+    _check_pooled(kept, weighted.sum(1).mean(0), pool, keep)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a calibrated score asks of one head: `centres` [group, centres, dim] and their `weights`
+    [group, centres], standing at `position` once turned by `frequency` [pairs]; all float64."""
+
+    centres: Tensor
+    weights: Tensor
+    frequency: Tensor
+    position: int
+
+    @classmethod
+    def of(cls, queries: QueryTables, layer: int, heads: slice, position: int) -> Asked:
+        """Of the query `heads` of one KV head."""
+        parts = queries.centres[layer, heads], queries.weights[layer, heads], queries.frequency
+        centres, weights, frequency = (torch.tensor(part.astype("float64")) for part in parts)
+        return cls(centres, weights, frequency, position)
+
+
+def _check_pooled(kept: set[int], score: Tensor, pool: int, keep: KeepRule) -> None:
+    """The kept tokens must score best on the average over `pool` neighbours."""
     half = pool // 2
     around = torch.stack([score, torch.ones_like(score)])
     summed = F.pad(around, (half, half)).unfold(-1, pool, 1).sum(-1)
     score = summed[0] / summed[1]
     score[: keep.sinks] = torch.inf
-    score[tokens - keep.recent :] = torch.inf
+    score[len(score) - keep.recent :] = torch.inf
     _check_best(kept, score, 1 - _NEAR, "token", _KEPT)
 
 

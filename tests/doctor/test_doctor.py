@@ -14,12 +14,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hkvprof import calibrate, load_profile, uniform_profile
 from hkvprof.cli import run
+from hkvprof.doctor import compressed
 from hkvprof.doctor import examine as module
-from hkvprof.doctor.conversations import probe_profile
+from hkvprof.doctor.conversations import Patient, probe_profile
 from hkvprof.doctor.examine import Check, examine, judge
 from hkvprof.doctor.recording import Seen, attend, watched_attention
 from hkvprof.doctor.records import FaultError, NotApplicableError, Status
-from hkvprof.doctor.residents import check_static
+from hkvprof.doctor.residents import Asked, check_calibrated, check_static
 from hkvprof.errors import ModelError, UsageError
 from hkvprof.heads import KeepRule
 from hkvprof.models import adapter
@@ -28,8 +29,11 @@ from hkvprof.models.approval import approve, require_approval, under_examination
 from hkvprof.report.doctor import text, verdict
 from hkvprof.runtime import apply
 from hkvprof.samples.read import load_samples
-from hkvprof.selection.static import rank_tokens, window_attention
+from hkvprof.selection.static import QueryCentres, rank_tokens, window_attention
+from tests.models.tiny import build_covered
 from tests.models_for_tests import random_llama
+from tests.profiles import make_profile, with_queries
+from tests.runtime.test_calibrated_score import profile_of as calibrated_profile
 
 torch.set_num_threads(1)
 TINYVL = "profiles/tinyvl.hkv.safetensors"
@@ -154,6 +158,41 @@ def test_static_selection_is_judged_to_the_token(pool: int) -> None:
     for place in ranking[:30]:
         with pytest.raises(FaultError):
             check_static(kept - {place} | {dropped[-1]}, query, key, 0.35, pool, keep)
+
+
+@pytest.mark.parametrize("pool", [1, 7])
+def test_calibrated_selection_is_judged_to_the_token(pool: int) -> None:
+    """The same of a score that asks the profile's queries; from another position others win."""
+    profile, keep = with_queries(make_profile()), KeepRule(4, 8, 16)
+    queries = profile.queries
+    assert queries is not None
+    torch.manual_seed(pool)
+    key, group = torch.randn(90, 8), slice(2, 4)
+    centres = QueryCentres.load(queries, 1, group, torch.device("cpu"))
+    ranking = rank_tokens(centres.attention(key[None], 90, 0.35), pool, keep)[0].tolist()
+    asked = Asked.of(queries, 1, group, 90)
+    kept, dropped = set(ranking[:40]), ranking[40:]
+    check_calibrated(kept, asked, key, 0.35, pool, keep)
+    for place in ranking[:30]:
+        with pytest.raises(FaultError):
+            check_calibrated(kept - {place} | {dropped[-1]}, asked, key, 0.35, pool, keep)
+    for other in (replace(asked, position=70), Asked.of(queries, 1, slice(0, 2), 90)):
+        with pytest.raises(FaultError):
+            check_calibrated(kept, other, key, 0.35, pool, keep)
+
+
+def test_a_given_profile_with_calibrated_scores_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_covered("llama").eval()
+    patient = Patient(model, view_model(model), None, calibrated_profile(model))
+    assert "given profile" in compressed.logits(patient)
+    own = QueryCentres.attention
+
+    def without_turning(self: QueryCentres, key: Any, position: int, *others: Any) -> Any:
+        return own(self, key, 0, *others)
+
+    monkeypatch.setattr(QueryCentres, "attention", without_turning)
+    with pytest.raises(FaultError, match="was left out"):
+        compressed.logits(patient)
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

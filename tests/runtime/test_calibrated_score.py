@@ -3,7 +3,6 @@ every way of filling a cache; and those that calibration judged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -167,7 +166,7 @@ def test_images_put_the_next_position_behind_their_axes(name: str) -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(keys, position) of every score that is computed."""
     seen: list[tuple[int, int]] = []
     own = QueryCentres.attention
@@ -177,7 +176,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
         return own(self, key, position, *others)
 
     monkeypatch.setattr(QueryCentres, "attention", attention)
-    yield seen
+    return seen
 
 
 @torch.no_grad()

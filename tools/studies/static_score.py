@@ -117,8 +117,8 @@ def _judge(
     probe, seen = Probe(probed, sample), list[Rows]()
 
     def watch(layer: int, call: AttentionCall, output: Tensor) -> None:
-        one = call.query[0], call.key[0], call.value[0], output[0]
-        seen.append(Rows(*(part.detach().clone() for part in one), call.scaling))
+        query, result = call.query[0].detach().clone(), output[0].detach().clone()
+        seen.append(Rows(query, call.key[0], call.value[0], result, call.scaling))
 
     with torch.no_grad():
         probe._prefill(watch, asks_positions=False)
@@ -134,8 +134,7 @@ def _judge(
             torch.cat([rows.query, trace.query], dim=1), cached.keys[0], cached.values[0],
             torch.cat([rows.output, trace.output[0]]), rows.scaling,
         )  # fmt: skip
-        tables = {count: one for count, one in fitted.items()}
-        for name, error in _layer(probed, number, whole, context, tables, share).items():
+        for name, error in _layer(probed, number, whole, context, fitted, share).items():
             layers.setdefault(name, []).append(error)
     return {name: torch.stack(errors) for name, errors in layers.items()}
 
