@@ -18,8 +18,9 @@ from hkvprof.profile.queries import QueryTables
 from hkvprof.selection.rotary import Positions, Turning
 from hkvprof.selection.static import QueryCentres
 
-CENTRES = 8
-"""Centres per query head (docs/experiments.md, "A score for contexts without a question")."""
+CENTRES = 16
+"""Centres per query head: asking them costs what a window of as many rows does, and twice as many
+are hardly better (docs/experiments.md, "Contexts without a question")."""
 SAMPLED = 1024
 """Queries per head that centres are fitted to."""
 ROUNDS = 25

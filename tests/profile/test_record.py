@@ -23,7 +23,7 @@ from hkvprof.profile.record import (
     ProjectedIndexTables,
     load_profile,
 )
-from tests.profiles import GOLDEN, make_profile, plain_profile, with_key_bias
+from tests.profiles import GOLDEN, make_profile, plain_profile, with_key_bias, with_queries
 
 SEARCH = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -32,7 +32,7 @@ SEARCH = settings(
 
 def parts() -> tuple[dict, dict[str, np.ndarray]]:
     """Metadata and tensors of the golden file, for tampering."""
-    profile = make_profile()
+    profile = with_queries(make_profile())
     return json.loads(json.dumps(profile._metadata())), dict(profile.tensors())
 
 
@@ -399,6 +399,67 @@ def test_unsound_key_biases_are_refused(change: dict, said: str) -> None:
         replace(profile, index=replace(profile.index, **change))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"centres": np.ones((3, 4, 3, 7), np.float16)}, "queries.centres"),
+        ({"centres": np.ones((3, 2, 3, 8), np.float16)}, "queries.centres"),
+        ({"centres": np.ones((3, 4, 3, 8), np.float32)}, "queries.centres"),
+        ({"centres": np.full((3, 4, 3, 8), np.inf, np.float16)}, "NaN or infinite"),
+        ({"weights": np.full((3, 4, 2), 0.5, np.float32)}, "queries.centres"),
+        ({"weights": np.full((3, 4, 3), 0.5, np.float32)}, "shares that sum to 1"),
+        ({"weights": np.tile(np.float32([2, -1, 0]), (3, 4, 1))}, "shares that sum to 1"),
+        ({"weights": np.ones((3, 4, 0), np.float32)}, "expected 1 to 64 query centres, found 0"),
+        ({"weights": np.ones((3, 4, 65), np.float32)}, "expected 1 to 64 query centres, found 65"),
+        ({"weights": np.ones((3, 4), np.float32)}, "expected 1 to 64 query centres, found 0"),
+        ({"frequency": np.array([1.0, 0.5, 0.0], np.float32)}, "outside"),
+        ({"frequency": np.array([1.0, 0.5, 4.0], np.float32)}, "outside"),
+        ({"frequency": np.array([1.0, np.nan], np.float32)}, "NaN or infinite"),
+        ({"frequency": np.ones((3, 1), np.float32)}, "0 pairs"),
+        ({"frequency": np.ones(5, np.float32)}, "5 pairs"),
+        ({"frequency": np.ones(3, np.float64)}, "queries.frequency"),
+    ],
+    ids=str,
+)
+def test_unsound_queries_are_refused(change: dict, said: str) -> None:
+    profile = with_queries(make_profile())
+    with pytest.raises(ProfileError, match=said):
+        replace(profile, queries=replace(profile.queries, **change))
+
+
+def test_calibrated_scores_need_their_queries(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"calibrated scores need queries\.\*"):
+        replace(with_queries(make_profile()), queries=None)
+    metadata, tensors = parts()
+    for name in ("queries.weights", "queries.frequency"):
+        fewer = {key: one for key, one in tensors.items() if key != name}
+        assert name.partition(".")[2] in refused(write(tmp_path / "p", metadata, fewer))
+
+
+@pytest.mark.parametrize("score", ["magic", "", None, 1, ["window"], "Window"])
+def test_unknown_scores_are_refused(tmp_path: Path, score: object) -> None:
+    metadata, tensors = parts()
+    metadata["strategies"][0]["score"] = score
+    assert "unknown score" in refused(write(tmp_path / "p", metadata, tensors))
+
+
+def test_scores_are_for_static_heads(tmp_path: Path) -> None:
+    metadata, tensors = parts()
+    metadata["strategies"][2]["score"] = "calibrated"
+    assert "no score of its own" in refused(write(tmp_path / "p", metadata, tensors))
+
+
+def test_a_score_by_the_window_is_not_told_and_no_other_content() -> None:
+    profile = make_profile()
+    told = profile.strategies[0].to_json()
+    assert "score" not in told
+    assert Strategy.from_json({**told, "score": "window"}) == profile.strategies[0]
+    asked = replace(profile.strategies[0], score="calibrated")
+    assert Strategy.from_json(asked.to_json()) == asked
+    assert asked.name == "static-calibrated-pool31"
+    assert with_queries(profile).content_digest != profile.content_digest
+
+
 def test_positions_on_several_axes_are_planned_for() -> None:
     """Twelve bytes per token, whatever the heads: those get what is left."""
     plain, biased = make_profile(), with_key_bias(make_profile())
@@ -481,15 +542,17 @@ def test_planning_rules_are_kept(tmp_path: Path) -> None:
     assert load_profile(profile.save(tmp_path / "p.safetensors")).rules == Rules(0.25)
 
 
-@pytest.mark.parametrize("name", ["lengths", "planning", "resident_bits"])
+@pytest.mark.parametrize("name", ["lengths", "planning", "resident_bits", "score", "queries"])
 def test_older_files_hold_nothing_newer(tmp_path: Path, name: str) -> None:
     metadata, tensors = parts()
     for other in {"lengths", "planning"} - {name}:
         metadata.pop(other, None)
         tensors.pop(other, None)
-    if name != "resident_bits":
-        for strategy in metadata["strategies"]:
-            del strategy["resident_bits"]
+    for strategy in metadata["strategies"]:
+        for other in {"resident_bits", "score"} - {name}:
+            strategy.pop(other, None)
+    if name != "queries":
+        tensors = {key: one for key, one in tensors.items() if not key.startswith("queries.")}
     older = metadata
     path = write(tmp_path / "p.safetensors", {**older, "schema": 2}, tensors)
     assert name in refused(path)

@@ -22,7 +22,7 @@ import hkvprof
 from hkvprof.calibration.index_fit import Moments
 from hkvprof.calibration.losses import DecodeRows, layer_losses
 from hkvprof.calibration.probe import Probe, ProbedModel
-from hkvprof.calibration.query_fit import QuerySamples, centres_of_layer, clusters
+from hkvprof.calibration.query_fit import CENTRES, QuerySamples, centres_of_layer, clusters
 from hkvprof.evaluate.longtext import TASKS, make_sample
 from hkvprof.heads import CALIBRATED, HeadGrid, HeadType, Modality, Strategy
 from hkvprof.models.attention import AttentionCall, hooked_attention
@@ -75,7 +75,7 @@ def main() -> None:
     for name, values in errors.items():
         sys.stdout.write(f"{name}: {values.mean():.4f}\n")
     for pool in POOLS:
-        pair = [errors[f"{kind}, pool {pool}"] for kind in ("window", "8 centres")]
+        pair = [errors[f"{kind}, pool {pool}"] for kind in ("window", f"{CENTRES} centres")]
         sys.stdout.write(f"best of two per head, pool {pool}: {_best(pair):.4f}\n")
 
 
@@ -170,8 +170,8 @@ def _layer(
     }
     asked["window, mean"] = _as_they_are(window, context, turning, grid)
     asked["oracle"] = _as_they_are(later, context, turning, grid)
-    pairs = zip(asked["window, mean"], asked["8 centres"], strict=True)
-    asked["8 centres and window"] = [_both(*pair) for pair in pairs]
+    pairs = zip(asked["window, mean"], asked[f"{CENTRES} centres"], strict=True)
+    asked[f"{CENTRES} centres and window"] = [_both(*pair) for pair in pairs]
     found: dict[str, Tensor] = {}
     for pool in POOLS:
         plain = Strategy(HeadType.STATIC, pool=pool)
