@@ -3,6 +3,7 @@ biases become by them."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,12 +139,29 @@ def _warn(reason: str) -> None:
     )
 
 
+def _parameters(view: ModelView) -> dict[str, Any]:
+    """How the covered layers' embeddings rotate; some models have other rules for other layers."""
+    found = getattr(view.text_config, "rope_parameters", None) or {}
+    return found.get(_layer_type(view), found)
+
+
+def _layer_type(view: ModelView) -> str:
+    kinds = getattr(view.text_config, "layer_types", None)
+    return kinds[view.layer_ids[0]] if kinds else ""
+
+
 def _kind(view: ModelView) -> str:
-    return str((getattr(view.text_config, "rope_parameters", None) or {}).get("rope_type"))
+    return str(_parameters(view).get("rope_type"))
 
 
 def _axes(view: ModelView) -> int:
-    return 3 if "mrope_section" in (getattr(view.text_config, "rope_parameters", None) or {}) else 1
+    return 3 if "mrope_section" in _parameters(view) else 1
+
+
+def _rotation(rotary: nn.Module, view: ModelView, states: Tensor, ids: Tensor) -> Any:
+    """Cosine and sine of the covered layers, as the model makes them."""
+    asked = "layer_type" in inspect.signature(rotary.forward).parameters
+    return rotary(states, ids, *([_layer_type(view)] if asked else []))
 
 
 def _turning(
@@ -165,7 +183,8 @@ def _turning(
 def _angles(rotary: nn.Module, view: ModelView, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine [tokens, width] on the host, float32."""
     probe = torch.zeros(1, 1, 1, device=positions.device)
-    cosine, sine = (mixed(part, view.text_config) for part in rotary(probe, positions))
+    made = _rotation(rotary, view, probe, positions)
+    cosine, sine = (mixed(part, view.text_config) for part in made)
     return cosine.float().cpu(), sine.float().cpu()
 
 
@@ -214,9 +233,10 @@ def _keys_of(
     attention: Any = view.attention[layer]
     ids = positions.to(state.device)[:, None]
     states = state.expand(1, positions.shape[1], -1).clone()
-    pair = rotary(states, ids if len(ids) > 1 else ids[0])
+    pair = _rotation(rotary, view, states, ids if len(ids) > 1 else ids[0])
     cache = DynamicCache(config=view.text_config)
-    kept = {cache_keyword(attention.forward): cache}
+    names = {"layer_past"} & inspect.signature(attention.forward).parameters.keys()
+    kept = dict.fromkeys(names or {cache_keyword(attention.forward)}, cache)
     attention(hidden_states=states, position_embeddings=pair, attention_mask=None, **kept)
     keys = cache.layers[attention.layer_idx].keys
     if keys is None:

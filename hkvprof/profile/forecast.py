@@ -77,7 +77,7 @@ class LayerForecast:
 
     @property
     def table_bytes(self) -> int:
-        """Device bytes of the index tables that the layer's strategies need."""
+        """Device bytes of the tables that the layer's strategies need."""
         return sum(head.table_bytes for head in self.heads)
 
     @property
@@ -124,7 +124,7 @@ class Forecast:
 
     @property
     def table_bytes(self) -> int:
-        """Index tables on the device, once per model (Receipt.shared_bytes)."""
+        """Tables on the device, once per model (Receipt.shared_bytes)."""
         return sum(layer.table_bytes for layer in self.layers)
 
     @property
@@ -155,7 +155,7 @@ class Forecast:
 
     @property
     def device_bytes(self) -> int:
-        """Resident bytes and index tables together."""
+        """Resident bytes and tables together."""
         return self.resident_bytes + self.table_bytes
 
     @property

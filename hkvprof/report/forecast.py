@@ -151,7 +151,7 @@ def _best(best: Forecast) -> str:
     host = f", {human(best.host_bytes)} in host memory" if best.host_bytes else ""
     return (
         f"The largest budget that fits is {_share(best.share)}: {human(best.resident_bytes)} "
-        f"resident, {human(best.table_bytes)} of index tables, {human(best.peak_bytes)} at the "
+        f"resident, {human(best.table_bytes)} of tables, {human(best.peak_bytes)} at the "
         f"peak{host}; expected loss {_loss(best)}."
     )
 
@@ -213,7 +213,7 @@ def _notes(outlook: Outlook) -> list[str]:
     """What the columns mean, and why rows are empty."""
     dense = outlook.dense
     lines = [
-        "share: resident over dense bytes; tables: index constants, once per model and no part of "
+        "share: resident over dense bytes; tables: constants of heads, once per model and no part of "
         "it; device: resident and tables; peak: and one dense layer, while the prompt comes in",
         "reads: from host memory per decoding step, over dense bytes: in the mean, and at most; "
         "static: heads that never read",

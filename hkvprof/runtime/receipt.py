@@ -20,9 +20,10 @@ class Receipt:
     `resident_bytes` are K/V, indexes, slot maps and slack, which the budget is about; it is worth
     `budget_bytes` at this length. `query_bytes` are beside them: the last queries, kept for the
     next compression. `peak_bytes` is the most K/V that was resident at once, during prefill too.
-    `shared_bytes` are index tables held once per model: no part of any request. `same_memory` says
-    that device and host are one memory for this model, so that only `resident_bytes + host_bytes`
-    (`total_bytes`) is what a request really takes. `kernels` names what computes decoding steps.
+    `shared_bytes` are tables of heads (of indexes, of expected queries) held once per model: no
+    part of any request. `same_memory` says that device and host are one memory for this model, so
+    that only `resident_bytes + host_bytes` (`total_bytes`) is what a request really takes.
+    `kernels` names what computes decoding steps.
     Of a decoding step's reads from the host (all rows) `bytes_per_step` is the mean and
     `most_bytes` the worst, in the sum of every head's own worst; none can read more than
     `limit_bytes`, which keeps within the budget of reads. What passes of several tokens read,
@@ -163,7 +164,7 @@ class Receipt:
         text += f", {self.compressed_layers} of {len(self.layers)} layers compressed"
         reasons = sorted({layer.reason for layer in self.layers if layer.reason})
         text += f"; dense because {'; '.join(reasons)}" if reasons else ""
-        tables = f"; index tables, once per model: {_mib(self.shared_bytes)}"
+        tables = f"; tables, once per model: {_mib(self.shared_bytes)}"
         return text + (tables if self.shared_bytes else "")
 
     def to_json(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hkvprof.errors import HkvWarning
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
-from hkvprof.models.rotary import rotary_module, rotating_keys, watching_positions
+from hkvprof.models.rotary import rotary_module, rotating_keys, turning, watching_positions
 from hkvprof.selection.rotary import Positions
 from tests.models.tiny import COVERED, build_covered
 
@@ -100,6 +100,74 @@ def test_frequencies_that_depend_on_the_prompt_are_refused_by_name(kind: str) ->
         assert rotating_keys(model, view_model(model)) is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", COVERED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_queries_turn_is_known_of_every_model_of_the_table(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Two tokens that are alike have the same key, but for the rotation by their distance."""
+    from transformers.cache_utils import DynamicCache
+
+    model = build_covered(name).eval().to(dtype)
+    view = view_model(model)
+    found = turning(model, view)
+    assert found is not None
+    assert found.frequency[0] <= 1
+    told: list[Tensor] = []
+    cache = DynamicCache(config=view.text_config)
+    with watching_positions(model, view, lambda positions, _: told.append(positions[:, 0])):
+        model(input_ids=torch.full((1, 40), 9), **with_cache(model, cache))
+    keys = cache.layers[view.layer_ids[0]].keys[0]
+    if view.layer_ids[0] == 0:  # later layers see what came before
+        still = found.undone(keys, Positions.of(told[-1]))
+        atol = 1e-4 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(still, still[:, :1].expand_as(still), rtol=0.02, atol=atol)
+
+
+@pytest.mark.parametrize("scaling", SCALED, ids=str)
+def test_scaled_frequencies_are_those_of_the_model(scaling: dict[str, Any]) -> None:
+    model = built("qwen2", rope_parameters=scaling)
+    found, biased = turning(model, view_model(model)), rotating_keys(model, view_model(model))
+    assert found is not None
+    assert biased is not None
+    np.testing.assert_array_equal(found.frequency, biased.frequency)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_scores_by_queries_are_left_out_where_frequencies_change(kind: str) -> None:
+    settings: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        settings |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+        settings["original_max_position_embeddings"] = 256
+    model = built("llama", rope_parameters=settings)
+    with pytest.warns(HkvWarning, match=rf"scored by the prompt's last rows alone.*{kind}\)"):
+        assert turning(model, view_model(model)) is None
+
+
+def test_a_layer_that_does_not_turn_is_noticed() -> None:
+    """As SmolLM3 has some."""
+    model = built("llama")
+    attention = view_model(model).attention[1]
+    own = attention.forward
+
+    def still(hidden_states: Tensor, position_embeddings: Any, **others: Any) -> Any:
+        cosine, sine = position_embeddings
+        pair = torch.ones_like(cosine), torch.zeros_like(sine)
+        return own(hidden_states, position_embeddings=pair, **others)
+
+    attention.forward = still  # type: ignore[method-assign]
+    with pytest.warns(HkvWarning, match="keys miss the expected rotation by"):
+        assert turning(model, view_model(model)) is None
+
+
+def test_a_model_without_rotary_embeddings_is_scored_by_the_window() -> None:
+    model = built("llama")
+    model.model.hidden, model.model.rotary_emb = model.model.rotary_emb, None
+    with pytest.warns(HkvWarning, match="left out of the profile"):
+        assert turning(model, view_model(model)) is None
+
+
 def test_another_rotation_than_expected_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbours turned against each other, as in GLM, in place of halves."""
     from transformers.models.qwen2 import modeling_qwen2
@@ -117,6 +185,8 @@ def test_another_rotation_than_expected_is_noticed(monkeypatch: pytest.MonkeyPat
     model = built("qwen2")
     with pytest.warns(HkvWarning, match="miss the rotated bias"):
         assert rotating_keys(model, view_model(model)) is None
+    with pytest.warns(HkvWarning, match="miss the expected rotation"):
+        assert turning(model, view_model(model)) is None
 
 
 def test_positions_are_seen_before_the_layers_and_no_longer_than_asked() -> None:

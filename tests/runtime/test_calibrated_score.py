@@ -62,9 +62,13 @@ def turned_by_the_model(model: Any, x: Tensor, position: int) -> Tensor:
     ids = torch.full((axes, 1, 1), position) if axes > 1 else torch.tensor([[position]])
     rotary = rotary_module(model, view)
     assert rotary is not None
-    cosine, sine = (part.flatten()[-x.shape[-1] :] for part in rotary(torch.zeros(1, 1, 1), ids))
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+    cosine, sine = rotary(torch.zeros(1, 1, 1), ids)
+    width = cosine.shape[-1]  # of M-RoPE in some releases three, alike for text
+    cosine, sine = (part.flatten()[-width:] for part in (cosine, sine))
+    part, rest = x[..., :width], x[..., width:]
+    first, second = part.chunk(2, dim=-1)
+    turned = part * cosine + torch.cat([-second, first], dim=-1) * sine
+    return torch.cat([turned, rest], dim=-1)
 
 
 def best(model: Any, profile: Profile, layer: int, head: int, key: Tensor, position: int,
@@ -116,7 +120,7 @@ def filled(model: Any, profile: Profile, inputs: dict[str, Tensor], **options: A
         return cache
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "qwen3", "gpt-neox"])
 def test_a_prompt_keeps_what_the_queries_ask_for(name: str) -> None:
     model = build_covered(name).eval()
     profile, inputs = profile_of(model), {"input_ids": token_ids(1, 200, vocabulary=128)}
@@ -270,9 +274,9 @@ def test_tokens_that_calibration_judges_are_those_the_runtime_keeps(
 
 
 @pytest.mark.usefixtures("two_strategies")
-@pytest.mark.parametrize("name", ["gemma3-text", "gpt-neox"])
-def test_models_whose_rotation_is_not_known_go_without(name: str) -> None:
-    model = build_covered(name).eval()
+def test_models_whose_rotation_is_not_known_go_without() -> None:
+    settings = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = build_covered("llama", rope_parameters=settings).eval()
     with pytest.warns(HkvWarning, match="scores by the calibration's own queries are left out"):
         probed = ProbedModel.of(model, None, hkvprof.Recipe())  # type: ignore[arg-type]
     assert [one.score for one in probed.strategies] == ["window"]
