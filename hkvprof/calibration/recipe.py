@@ -24,15 +24,18 @@ RERANK = 64
 
 MEASURED_MENU = (
     Strategy(HeadType.STATIC, pool=1),
-    Strategy(HeadType.STATIC, pool=7),
-    Strategy(HeadType.STATIC, pool=31),
-    Strategy(HeadType.STATIC, pool=1, score=CALIBRATED),
-    Strategy(HeadType.STATIC, pool=7, score=CALIBRATED),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=16, rerank=RERANK),
+    Strategy(HeadType.STATIC, pool=7, resident_bits=8),
+    Strategy(HeadType.STATIC, pool=31, resident_bits=8),
+    Strategy(HeadType.STATIC, pool=1, resident_bits=4),
+    Strategy(HeadType.STATIC, pool=31, resident_bits=4),
+    Strategy(HeadType.STATIC, pool=1, score=CALIBRATED, resident_bits=8),
+    Strategy(HeadType.STATIC, pool=1, score=CALIBRATED, resident_bits=4),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=16, rerank=RERANK, resident_bits=8),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=RERANK, resident_bits=8),
+    Strategy(HeadType.DYNAMIC, index="projected", bits=64, rerank=RERANK, resident_bits=8),
     Strategy(HeadType.DYNAMIC, index="projected", bits=32, rerank=RERANK),
-    Strategy(HeadType.DYNAMIC, index="projected", bits=64, rerank=RERANK),
 )
-"""Static scores at three pooling widths, and the projected index at three sizes."""
+"""What each of these adds, and which others added nothing: docs/experiments.md, "The menu"."""
 
 MEASURED_KEEP = KeepRule(sinks=2, recent=4, window=16)
 """Fewer forced tokens than in the literature: scores and indexes find the useful ones themselves

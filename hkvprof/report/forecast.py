@@ -213,7 +213,7 @@ def _notes(outlook: Outlook) -> list[str]:
     """What the columns mean, and why rows are empty."""
     dense = outlook.dense
     lines = [
-        "share: resident over dense bytes; tables: constants of heads, once per model and no part of "
+        "share: resident over dense bytes; tables: constants of heads, once per model and not in "
         "it; device: resident and tables; peak: and one dense layer, while the prompt comes in",
         "reads: from host memory per decoding step, over dense bytes: in the mean, and at most; "
         "static: heads that never read",

@@ -25,8 +25,8 @@ def keys_of(name: str) -> Tensor:
     return random(2, LENGTHS[name], 8, seed=ord(name))
 
 
-def drawn(order: str) -> Tensor:
-    sample = KeySample()
+def drawn(order: str, most: int = fit.SAMPLED_KEYS) -> Tensor:
+    sample = KeySample(most)
     for name in order:
         sample.add(keys_of(name), name)
     return sample.keys
@@ -43,19 +43,15 @@ def test_short_samples_are_kept_whole() -> None:
 
 
 @pytest.mark.parametrize("limit", [50, 4096])
-def test_the_order_of_samples_changes_neither_keys_nor_their_order(
-    limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fit, "SAMPLED_KEYS", limit)
-    first = drawn("abc")
+def test_the_order_of_samples_changes_neither_keys_nor_their_order(limit: int) -> None:
+    first = drawn("abc", limit)
     assert first.shape[1] == min(limit, 411)
     for order in ("cba", "bca"):
-        assert torch.equal(drawn(order), first)
+        assert torch.equal(drawn(order, limit), first)
 
 
-def test_the_draw_is_spread_over_samples_and_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "SAMPLED_KEYS", 1000)
-    sample = KeySample()
+def test_the_draw_is_spread_over_samples_and_positions() -> None:
+    sample = KeySample(1000)
     for number in range(4):
         places = torch.arange(2000.0).expand(1, 2000)
         sample.add(torch.stack([torch.full_like(places, number), places], dim=-1), f"s{number}")
