@@ -224,19 +224,16 @@ class KeepRule:
         return self.sinks + self.recent + 1
 
 
-EVEN = 0.75
-"""Part of the budget that all heads get alike (docs/experiments.md, "Budgets dealt evenly")."""
-
-
 @dataclass(frozen=True)
 class Rules:
     """How a measured profile is planned with: from curves to the budgets and types of heads.
 
-    The part `even` of the budget is dealt evenly, the rest by loss. Raises UsageError for a number
-    out of range.
+    The part `even` of the budget is dealt evenly, the rest by loss; profiles are made with none of
+    it, those of earlier versions with EARLIER (profile.upgrade). Raises UsageError for a number out
+    of range.
     """
 
-    even: float = EVEN
+    even: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.even <= 1:

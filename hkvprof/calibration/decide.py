@@ -12,8 +12,9 @@ from hkvprof.heads import HeadGrid, HeadType
 from hkvprof.profile.budgets import INFEASIBLE, Allocation
 from hkvprof.profile.dealing import scale_ratios
 
-REPLY_WEIGHT, OUTPUT_WEIGHT, POWER = 1.0, 0.5, 0.5
-"""Weights of the two terms (the reply knows what the answer depends on), and the root taken."""
+REPLY_WEIGHT, OUTPUT_WEIGHT, POWER = 1.0, 0.5, 0.25
+"""Weights of the two terms (the reply knows what the answer depends on), and the root taken: of
+sizes, not of squares, as the losses of heads are less than the sum of them."""
 
 REFERENCE_RATIO = 0.05
 """Where the two loss terms are brought to one scale."""
@@ -40,11 +41,12 @@ def loss_scales(curves: Curves, ratios: NDArray[np.float32]) -> tuple[float, flo
 def planning_loss(
     curves: Curves, ratios: NDArray[np.float32], scales: tuple[float, float] | None = None
 ) -> NDArray[np.float32]:
-    """What planning minimises: root mean squares of the reply's and of the output's change.
+    """What planning minimises: roots of the root mean squares of the reply's and output's change.
 
     Each mean square is divided by its `scales` (default: `loss_scales` of these curves), whatever
-    the model's scale. The root, because the errors of many heads pull a margin the same way and so
-    add up by size, not by square (docs/experiments.md).
+    the model's scale. Twice the root, because a change that was measured while all other heads are
+    whole says less about a change beside theirs the larger it is (docs/experiments.md, "Budgets
+    dealt evenly").
     """
     square, reply = loss_scales(curves, ratios) if scales is None else scales
     terms = ((curves.square, square, OUTPUT_WEIGHT), (curves.reply, reply, REPLY_WEIGHT))

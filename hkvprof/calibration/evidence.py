@@ -163,8 +163,7 @@ class Evidence:
         here = None
         if margin is not None:
             here = loss_between(margin, self.anchors.lengths, self.menu.tokens)
-        recipe = self.recipe
-        return plan_anew(self.menu, loss, self.ratios, recipe.budget, recipe.rules, here)
+        return plan_anew(self.menu, loss, self.ratios, self.recipe.budget, margin=here)
 
     @cached_property
     def _static(self) -> NDArray[np.bool_]:

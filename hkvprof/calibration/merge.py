@@ -37,7 +37,7 @@ def merge(folders: Iterable[str | Path], recipe: Recipe | None = None) -> Profil
     """A profile of the rows in these folders (`calibrate(rows=...)`, `measure`); needs no model.
 
     `recipe` is the one that they were measured by (`measured_by`), which is also the default, with
-    what is decided after measuring: budget, theta, coefficient, even, transfer weight, and a kappa
+    what is decided after measuring: budget, theta, coefficient, and a kappa
     among those measured. The same rows give the same profile, in whatever folders they lie. Raises
     UsageError where folders do not belong together, were measured by another recipe, or are
     damaged.
@@ -100,7 +100,6 @@ def build_profile(
         index=None if tables is None else tables.index,
         queries=None if tables is None else tables.queries,
         statistics=mean_statistics(row.statistics for row in sorted(rows, key=lambda row: row.id)),
-        rules=recipe.rules,
         static_margin=judgement.margin,
         provenance={
             **_provenance(conditions, rows, recipe, skipped),

@@ -11,8 +11,6 @@ from typing import Any, Literal, get_args
 
 from hkvprof.errors import UsageError, refuse_unknown
 from hkvprof.heads import CALIBRATED, HeadType, KeepRule, Strategy
-from hkvprof.profile.planning import DEFAULT as RULES
-from hkvprof.profile.planning import Rules
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.065, 0.08, 0.10, 0.12, 0.15, 0.20, 0.30, 0.50, 0.70, 1.0)
 """Kept shares at which the recipe `measured` measures losses."""
@@ -48,16 +46,16 @@ REMOVED = {
     "risk": "the mean over samples is what is planned for (docs/experiments.md): leave it out",
     "risk_level": "the mean over samples is what is planned for: leave it out",
     "transfer_weight": "what a step reads is said where a budget is (fetch): leave it out",
+    "even": "budgets are dealt by loss alone (docs/experiments.md): leave it out",
     "conservative": "types in doubt always have to be proven by the samples: leave it out",
 }
 """Fields of earlier versions, and what to do instead."""
 
 _OWN = {
     "paper": ("kappa", "chunk", "text_prior", "theta", "coefficient"),
-    "measured": ("even",),
 }
 """Fields that one recipe alone asks about."""
-_DECIDED = ("budget", "theta", "coefficient", "even")
+_DECIDED = ("budget", "theta", "coefficient")
 """Fields that no row depends on."""
 
 
@@ -77,9 +75,6 @@ class Recipe:
     keys, reaches `theta`; static heads keep `coefficient` times the mean share of dynamic ones, up
     to `text_prior` of it text tokens first, dynamic ones chunks of `chunk` tokens.
 
-    Of `measured`: the part `even` of every budget is dealt evenly, the rest by loss
-    (planning.Rules).
-
     Raises UsageError for what is out of range, and for what another recipe asks about.
     """
 
@@ -97,7 +92,6 @@ class Recipe:
     coefficient: float = 1.0
     chunk: int = 16
     text_prior: float = 0.5
-    even: float = RULES.even
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,7 +126,6 @@ class Recipe:
             )
         if not 0 <= self.text_prior <= 1:
             raise UsageError(f"text_prior is {self.text_prior}: expected a share in [0, 1]")
-        _ = self.rules  # checks its own
 
     def _changed(self, names: tuple[str, ...]) -> list[str]:
         """Those of these fields that are not at their default."""
@@ -173,11 +166,6 @@ class Recipe:
     def ratios(self) -> tuple[float, ...]:
         """Abscissae of the loss curves; the whole prompt alone where none are measured."""
         return RATIOS if self.name == "measured" else (1.0,)
-
-    @property
-    def rules(self) -> Rules:
-        """How curves become budgets."""
-        return Rules(self.even)
 
 
 MEASURED = Recipe()

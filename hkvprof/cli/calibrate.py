@@ -65,7 +65,6 @@ def calibrate(
         typer.Option("--text-prior", help="Share of static heads that text may claim (paper)."),
     ] = Recipe.text_prior,
     budget: options.Budget = options.DEFAULT_BUDGET,
-    even: options.Even = Recipe.even,
     replies: Annotated[
         Replies, typer.Option("--replies", help="Judge the given replies, or the model's own.")
     ] = Recipe.replies,
@@ -105,8 +104,7 @@ def calibrate(
     with processes(in_step=fsdp) as group:
         recipe = Recipe(
             name, options.parse_share(budget), replies, theta=theta, kappa=kappa,
-            coefficient=coefficient, chunk=chunk, text_prior=text_prior, even=even,
-            seed=seed,
+            coefficient=coefficient, chunk=chunk, text_prior=text_prior, seed=seed,
         )  # fmt: skip
         loading = Loading(model, dtype, device, device_map, fsdp)
         place = Place(output or default_profile_path(model), rows, options.parse_shard(shard))

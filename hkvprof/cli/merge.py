@@ -15,8 +15,7 @@ from hkvprof.cli.calibrate import announce
 EXAMPLES = """\b
 Examples:
   hkvprof merge rows -o mine.profile.safetensors
-  hkvprof merge rows-of-machine-1 rows-of-machine-2 --budget 0.05 -o mine.profile.safetensors
-  hkvprof merge rows --even 0.5 -o mine.profile.safetensors"""
+  hkvprof merge rows-of-machine-1 rows-of-machine-2 --budget 0.05 -o mine.profile.safetensors"""
 
 
 def merge(
@@ -28,7 +27,6 @@ def merge(
     theta: options.Theta = Recipe.theta,
     kappa: options.Kappa = Recipe.kappa,
     coefficient: options.Coefficient = Recipe.coefficient,
-    even: options.Even = Recipe.even,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Make a profile of what shards have measured. The same rows give the same profile."""
@@ -40,7 +38,6 @@ def merge(
     check_output(output, force)
     recipe = replace(
         measured_by(rows[0]), budget=share, theta=theta, kappa=kappa, coefficient=coefficient,
-        even=even,
     )  # fmt: skip
     profile = merged(rows, recipe)
     profile.save(output)

@@ -99,9 +99,6 @@ Coefficient = Annotated[
     float,
     typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
 ]
-Even = Annotated[
-    float, typer.Option("--even", help="Part of every budget dealt evenly, 0 to 1 (measured).")
-]
 DEFAULT_BUDGET = f"{Recipe.budget:.2f}"
 
 

@@ -16,7 +16,6 @@ from hkvprof.calibration.recipe import KAPPAS, MEASURED_MENU, Recipe
 from hkvprof.calibration.rows import Conditions, RowFolder
 from hkvprof.errors import UsageError
 from hkvprof.heads import KeepRule
-from hkvprof.profile.planning import Rules
 from tests.calibration.made_rows import CONDITIONS, GRID, make_rows
 from tests.profiles import fingerprint, index_tables
 
@@ -30,7 +29,6 @@ RECIPES = [
 def test_a_recipe_says_what_is_measured() -> None:
     assert Recipe().strategies == MEASURED_MENU
     assert Recipe().index_sizes == (16, 32, 64)
-    assert Recipe(even=0.5).rules == Rules(0.5)
     paper = Recipe("paper", kappa=0.3)
     assert (paper.kappas, paper.ratios, paper.index_sizes) == ((*KAPPAS, 0.3), (1.0,), ())
 
@@ -39,9 +37,8 @@ def test_a_recipe_says_what_is_measured() -> None:
     ("options", "words"),
     [
         ({"theta": 0.8, "kappa": 0.2}, "kappa, theta belong to recipe 'paper'"),
-        ({"name": "paper", "even": 0.5}, "even belong to recipe 'measured'"),
         ({"name": "paper", "replies": "own"}, "judges no replies"),
-        ({"even": 1.5}, "dealt evenly must lie in"),
+        ({"even": 0.5}, "budgets are dealt by loss alone"),
         ({"transfer_weight": 1.0}, "what a step reads is said where a budget is"),
     ],
     ids=str,

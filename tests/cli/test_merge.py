@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,10 +46,10 @@ def test_options_reach_the_profile_and_doubts_are_shown(
     measured: Path, tmp_path: Path, merge: Merge, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "p.safetensors"
-    code, text = merge(measured, "-o", path, "--even", 0.25)
+    code, text = merge(measured, "-o", path)
     assert code == 0
     profile = load_profile(path)
-    assert profile.rules == Rules(0.25)
+    assert profile.rules == Rules(0.0)
     assert profile.provenance["risk"] == "mean"
     count = profile.provenance["conservative"]
     assert count > 0
@@ -64,7 +63,7 @@ def test_options_reach_the_profile_and_doubts_are_shown(
     ("options", "words"),
     [
         (["--theta", "0.8"], "theta belong to recipe 'paper'"),
-        (["--even", "2"], "dealt evenly must lie in"),
+        (["--even", "0.5"], "--even is gone: budgets are dealt by loss alone"),
         (["--transfer-weight", "-1"], "--transfer-weight is gone: what a step reads"),
     ],
 )
@@ -76,13 +75,3 @@ def test_numbers_out_of_range_write_nothing(
     assert code == 2
     assert words in text
     assert not path.exists()
-
-
-def test_rows_of_the_paper_refuse_what_they_do_not_ask(tmp_path: Path, merge: Merge) -> None:
-    folder = RowFolder(tmp_path / "rows", replace(CONDITIONS, recipe="paper"))
-    for row in noisy_rows(4, 0.5, 0.9):
-        folder.add(row)
-    code, text = merge(tmp_path / "rows", "-o", tmp_path / "p", "--even", "0.5")
-    assert code == 2
-    assert "even belong to recipe 'measured', and the recipe is 'paper'" in text
-    assert not (tmp_path / "p").exists()

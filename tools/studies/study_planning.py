@@ -1,6 +1,6 @@
-"""What dealing a part of budgets evenly is worth, on tinyvl's calibration split, at equal bytes.
+"""What roots of losses, and dealing a part of budgets evenly, are worth on tinyvl, equal bytes.
 
-    python -m tools.studies.study_planning [--per-task 8] [--variants even0,even25,...]
+    python -m tools.studies.study_planning [--per-task 8] [--variants fourth,root,...]
                                         [--budgets 0.2,0.1,0.05,0.03] [--first-seed 6000]
 
 Measures 64 samples of calibration/mini once (kept in --rows, if given), decides anew per variant,
@@ -16,17 +16,21 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest import mock
 
 import torch
 
 import hkvprof
+from hkvprof.calibration import decide
 from hkvprof.calibration.calibrate import measure
 from hkvprof.calibration.merge import merge
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.evaluate.replay import Lead, Reference, answer, end_tokens, refer, replay
+from hkvprof.heads import Rules
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
 from hkvprof.samples.read import load_samples
@@ -39,9 +43,13 @@ STEPS, ANSWER_TOKENS = 24, 16
 
 Question = tuple[str, Prefill, Reference]
 VARIANTS = {
-    f"even{part}": (f"{part}% dealt evenly", hkvprof.Recipe(even=part / 100))
-    for part in (0, 25, 50, 75, 100)
+    "fourth": ("fourth roots of mean squares (as shipped)", 0.25, 0.0),
+    "root": ("square roots", 0.5, 0.0),
+    "fourth75": ("fourth roots, three quarters dealt evenly", 0.25, 0.75),
+    "root75": ("square roots, three quarters dealt evenly", 0.5, 0.75),
+    "even": ("all dealt evenly", 0.5, 1.0),
 }
+"""Name, the root that is taken (decide.POWER), and the part that is dealt evenly."""
 
 
 def main() -> None:
@@ -59,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = options.rows or Path(folder)
         measure(model, processor, load_samples("calibration/mini", max_samples=64).samples, rows)
-        profiles = {name: merge([rows], VARIANTS[name][1]) for name in options.variants.split(",")}
+        profiles = {name: _decided(rows, name) for name in options.variants.split(",")}
     questions = _questions(model, processor, options.per_task, options.first_seed)
     tokens = [prompt.tokens for _, prompt, _ in questions]
     out = sys.stdout
@@ -70,6 +78,13 @@ def main() -> None:
         cells = [_cell(model, processor, profile, budget, questions) for budget in budgets]
         out.write(f"| {VARIANTS[name][0]} | " + " | ".join(cells) + " |\n")
         out.flush()
+
+
+def _decided(rows: Path, name: str) -> Profile:
+    """The profile of a variant."""
+    _, power, even = VARIANTS[name]
+    with mock.patch.object(decide, "POWER", power):
+        return replace(merge([rows]), rules=Rules(even))
 
 
 @torch.no_grad()
