@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from hkvprof.models.adapter import ModelView
@@ -33,8 +34,15 @@ class ObservedLayer(MarkedLayer):
         self.watch = watch
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
-        """The model's own attention, then a look at it."""
-        output, weights = call.dense()
+        """The model's own attention, then a look at it.
+
+        Gradients keep keys and values as the cache has them: what the model makes of these for every
+        query head is made anew when its layer's turn comes.
+        """
+        if torch.is_grad_enabled():
+            output, weights = checkpoint(call.dense, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output, weights = call.dense()
         self.watch(self.number, call, output)
         return output, weights
 
@@ -78,7 +86,8 @@ class Observer:
     def __call__(self, layer: int, call: AttentionCall, output: Tensor) -> None:
         """The watch function of ObservedCache."""
         if self._phase == "prefill":
-            self.window_query[layer] = call.query[0, :, -self.window :].detach().float()
+            window = call.query[0, :, -self.window :].detach()
+            self.window_query[layer] = window.to(torch.float32, copy=True)  # not all rows with it
             if self.on_prefill is not None:
                 self.on_prefill(layer, call, output)
         elif self._phase == "trace":
