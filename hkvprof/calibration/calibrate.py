@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,7 +136,8 @@ class Run:
         with hooked_attention(self.probed.model):
             if self.probed.recipe.index_sizes or self.probed.turning is not None:
                 fitted_on = _digest(samples)
-                tables = self.group.index(self.folder, fitted_on, lambda: self.fit(samples))
+                fit = partial(self.fit, samples)
+                tables = self.group.index(self.folder, fitted_on, fit, self._wait)
             return tables, self._rows(share, tables)
 
     def fit(self, samples: Sequence[Sample]) -> FittedTables:
@@ -149,6 +151,11 @@ class Run:
         if not bool(moments.key_rows.all()):
             raise _nothing_usable(self.skipped)
         return fitted(moments, queries, self.probed.recipe.index_sizes)
+
+    def _wait(self, until: Iterator[None]) -> None:
+        """Let another process fit the index."""
+        for _ in self.track(until, "waiting for the index that another process fits", 1):
+            pass
 
     def _rows(self, samples: Sequence[Sample], tables: FittedTables | None) -> list[SampleRow]:
         """Sparsity and loss curves of these samples: measured, or of the folder."""
