@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.group import ALONE, Group
 from hkvprof.calibration.index_fit import FIT_SAMPLES, Moments, until_enough
+from hkvprof.calibration.kept import KeptProbes
 from hkvprof.calibration.merge import build_profile
 from hkvprof.calibration.probe import Probe, ProbedModel
 from hkvprof.calibration.query_fit import fitted
@@ -127,6 +128,7 @@ class Run:
         self.conditions = probed.conditions
         self.folder = None if rows is None else RowFolder(Path(rows), self.conditions)
         self.skipped: dict[str, str] = {}
+        self.kept = KeptProbes(())
 
     def measure(
         self, samples: Sequence[Sample], share: Sequence[Sample]
@@ -136,6 +138,7 @@ class Run:
         with hooked_attention(self.probed.model):
             if self.probed.recipe.index_sizes or self.probed.turning is not None:
                 fitted_on = _digest(samples)
+                self.kept = KeptProbes(share)
                 fit = partial(self.fit, samples)
                 tables = self.group.index(self.folder, fitted_on, fit, self._wait)
             return tables, self._rows(share, tables)
@@ -146,8 +149,13 @@ class Run:
         view, queries = self.probed.view, self.probed.new_queries()
         moments = Moments(view.grid, rotating_keys(self.probed.model, view))
         enough = until_enough(samples, moments, self.skipped)
+
+        def look(probe: Probe) -> None:
+            probe.add_moments(moments, queries)
+            self.kept.offer(probe)
+
         for sample in self.track(enough, "fitting the index", min(len(samples), FIT_SAMPLES)):
-            self._probe(sample, lambda probe: probe.add_moments(moments, queries))
+            self._probe(sample, look)
         if not bool(moments.key_rows.all()):
             raise _nothing_usable(self.skipped)
         return fitted(moments, queries, self.probed.recipe.index_sizes)
@@ -173,7 +181,7 @@ class Run:
         if sample.id in self.skipped:
             return None
         try:
-            return work(Probe(self.probed, sample))
+            return work(self.kept.take(sample) or Probe(self.probed, sample))
         except SampleError as error:
             if self.on_error != "skip":
                 raise

@@ -36,8 +36,8 @@ class ObservedLayer(MarkedLayer):
     def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
         """The model's own attention, then a look at it.
 
-        Gradients keep keys and values as the cache has them: what the model makes of these for every
-        query head is made anew when its layer's turn comes.
+        For gradients keys and values stay as the cache has them: what the model makes of these for
+        every query head is made anew when its layer's turn comes.
         """
         if torch.is_grad_enabled():
             output, weights = checkpoint(call.dense, use_reentrant=False, preserve_rng_state=False)

@@ -274,9 +274,8 @@ class RowFolder:
         return kept
 
     def in_turn(self, wait: Callable[[Iterator[None]], None]) -> AbstractContextManager[None]:
-        """Within: no other process fits an index for this folder; `wait` as in files.atomic.in_turn.
-
-        Raises as `add` does.
+        """Within: no other process fits an index for this folder. `wait` as files.atomic.in_turn
+        has it. Raises as `add` does.
         """
         self._begin()
         return in_turn(self.path / CONDITIONS, wait)

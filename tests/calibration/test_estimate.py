@@ -155,6 +155,6 @@ def test_the_index_is_fitted_on_as_many_samples_as_foretold(
 
 def test_seconds_add_up() -> None:
     timing = Timing(tokens=100, look=0.01, fit=5.0, measure=0.03)
-    assert seconds(timing, 1000, 2000) == pytest.approx(10 + 5 + 60)
-    assert seconds(timing, 0, 2000) == pytest.approx(60)
+    assert seconds(timing, 1000, 2000, 1000) == pytest.approx(20 + 5 + 60)
+    assert seconds(timing, 0, 2000, 0) == pytest.approx(60)
     assert [duration(s) for s in (0.2, 75, 600, 12_000)] == ["1 s", "75 s", "10 min", "3 h 20 min"]
