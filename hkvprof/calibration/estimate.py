@@ -35,9 +35,9 @@ class Memory:
     """Bytes on the model's device while the longest sample is measured.
 
     `cache`: its dense keys and values; `prompt`: activations of one layer over the prompt; `reply`:
-    what the pass over the reply holds for its gradients, among it keys and values repeated for
-    every query head; `statistics`: attention of one KV head's group. `prompt` and `reply` never
-    exist at the same time.
+    what the pass over the reply holds for its gradients, among it one layer's keys and values
+    repeated for every query head; `statistics`: attention of one KV head's group. `prompt` and
+    `reply` never exist at the same time.
     """
 
     weights: int
@@ -85,9 +85,9 @@ def memory(model: Outline, longest: int) -> Memory:
     grid, size, new = model.grid, model.itemsize, MAX_CONTINUATION
     layer_cache = 2 * grid.kv_heads * grid.head_dim * (longest + new) * size
     per_row = 4 * model.intermediate + 6 * model.hidden
-    # All layers' repeated keys and values stay until the gradients have passed; of the layer where
-    # they are, so do the gradients of both, before and after they are summed over the group.
-    held = grid.group * layer_cache * (model.layers + 4)
+    # Of the layer where the gradients are: its keys and values repeated for every query head, and
+    # the gradients of both, before and after they are summed over the group.
+    held = 5 * grid.group * layer_cache
     rows = new * (per_row * model.layers * size + 4 * model.vocabulary * _FLOAT)
     return Memory(
         weights=model.weight_bytes,

@@ -27,8 +27,9 @@ from hkvprof.calibration.probe import Probe, ProbedModel
 from hkvprof.calibration.query_fit import QuerySamples, fitted
 from hkvprof.calibration.recipe import MEASURED
 from hkvprof.errors import SampleError, UsageError
+from hkvprof.heads import HeadGrid
 from hkvprof.models.attention import hooked_attention
-from hkvprof.models.outline import outline
+from hkvprof.models.outline import Outline, outline
 from hkvprof.models.processing import TextProcessor
 from hkvprof.report.forecast import duration
 from hkvprof.samples.read import Sample
@@ -99,6 +100,18 @@ def test_the_peak_of_memory_is_foretold(
     assert found.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
     most = max(fitting.most, measuring.most)
     assert most <= found.peak - found.weights <= 2 * most
+
+
+def test_a_long_prompt_of_a_large_model_fits_one_device() -> None:
+    """32k tokens at the shape of Qwen2.5-VL-7B (its decoder), in bfloat16."""
+    grid = HeadGrid(layers=28, kv_heads=4, query_heads=28, head_dim=128)
+    decoder = Outline(
+        grid, weight_bytes=15_231_233_024, itemsize=2, layers=28, hidden=3584,
+        intermediate=18944, vocabulary=152_064,
+    )  # fmt: skip
+    found = memory(decoder, 32_768)
+    assert found.peak <= 24 * 2**30
+    assert found.reply <= found.prompt
 
 
 def test_a_dtype_changes_weights_and_cache() -> None:
