@@ -271,13 +271,7 @@ class TorchRetrieval:
     def _items(self, head: DynamicSegment, items: Tensor) -> Float[Tensor, "items 2 chunk dim"]:
         """Host items on the device, in the storage's dtype."""
         data = self._stored(head, items)
-        if head.coder is not None:
-            return head.coder.decode_items(data)
-        if head.scale is None:
-            return data
-        groups = (items // head.items_per_group).to(head.scale.device)
-        scale = head.scale[groups].to(self.key.device)
-        return (data.float() * scale[:, :, None]).to(self.key.dtype)
+        return data if head.coder is None else head.coder.decode_items(data)
 
     def _fetch(self, head: DynamicSegment, items: Tensor, slots: Tensor) -> None:
         """Copy host items into hot slots; those in fewer bits as rows."""

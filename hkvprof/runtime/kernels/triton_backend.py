@@ -113,12 +113,11 @@ class TritonKernels:
         on_cuda = head.slots.is_cuda
         if head.held is not None or head.coder is not None:
             return "items in fewer bits"
-        for tensor in (host, head.scale):
-            if tensor is not None and not tensor.is_contiguous():
-                return "host chunks that are not contiguous"
-            if tensor is not None and on_cuda and not (tensor.is_cuda or tensor.is_pinned()):
-                return "host chunks that are not in pinned memory"
-        if host.dtype != (self.dtype if head.scale is None else torch.int8):
+        if not host.is_contiguous():
+            return "host chunks that are not contiguous"
+        if on_cuda and not (host.is_cuda or host.is_pinned()):
+            return "host chunks that are not in pinned memory"
+        if host.dtype != self.dtype:
             return f"host chunks of {host.dtype}"
         if isinstance(index, MeanIndex | MinMaxIndex):
             same = all(t.dtype == self.dtype and t.is_contiguous() for t in index.tensors())

@@ -74,10 +74,7 @@ class TritonRetrieval:
         self._everyone = self._launch(None, everyone)
         self._reranked = self._launch(None, reranked) if reranked else None
         self._indexes = list(self._launches(everyone, lambda head: kind_of(head.index)))
-        self._exact = list(self._launches(reranked, lambda head: head.scale is not None))
-        self._gathers = list(
-            self._launches(everyone, lambda head: (head.scale is not None, head.chunk))
-        )
+        self._gathers = list(self._launches(everyone, lambda head: head.chunk))
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Expected attention of every item, per dynamic head."""
@@ -138,14 +135,11 @@ class TritonRetrieval:
             self._table, which, scores, picked, BLOCK=self._round(), num_warps=8
         )
         reset = RESET_BLOCKS * self._block
-        for launch in self._exact:
-            picks, resets = launch.grid(picked_of, self._block), launch.grid(items_of, reset)
-            grid = max(picks, resets)
-            exact_kernel[grid](
-                self._table, launch.which, query, self.key, picked, places, scores, *partial,
-                self._scale, group, **sizes, BLOCK=self._block, RESET=reset, INT8=launch.kind,
-                UPCAST=INTERPRETED,
-            )  # fmt: skip
+        picks = self._reranked.grid(picked_of, self._block)
+        exact_kernel[max(picks, self._reranked.grid(items_of, reset))](
+            self._table, which, query, self.key, picked, places, scores, *partial, self._scale,
+            group, **sizes, BLOCK=self._block, RESET=reset, UPCAST=INTERPRETED,
+        )  # fmt: skip
         grid = self._reranked.grid(picked_of, SHARE_ITEMS)
         scores_of.share_kernel[grid](self._table, which, *shared, EXACT=True, **share)
         return scores
@@ -196,13 +190,12 @@ class TritonRetrieval:
             BLOCK=self._round(), SMOOTH=smooth, num_warps=8,
         )  # fmt: skip
         for launch in self._gathers:
-            int8, chunk = launch.kind
+            chunk = launch.kind
             block = min(GATHER_ELEMENTS, padded(2 * chunk * self._dim))
             rows = GATHER_ELEMENTS // block
             gather_kernel[launch.grid(lambda head: min(head.hot, head.fresh), rows)](
                 self._table, launch.which, self.key, self.value, due, missing, free, counts,
-                CHUNK=chunk, DIM=self._dim, ROWS=rows, BLOCK=block, INT8=int8, SMOOTH=smooth,
-                UPCAST=INTERPRETED,
+                CHUNK=chunk, DIM=self._dim, ROWS=rows, BLOCK=block, SMOOTH=smooth,
             )  # fmt: skip
 
     def _floats(self, count: int) -> Float[Tensor, " count"]:
@@ -275,8 +268,6 @@ class TritonRetrieval:
             self._hold(head.slots),
             self._hold(head.hot_score),
             self._hold(head.host),
-            self._hold(head.scale),
-            head.items_per_group,
             bounds,
             1,
             head.fresh,

@@ -77,7 +77,7 @@ def layers(dtype: torch.dtype) -> Iterator[Any]:
         {"kind": "minmax", "dim": 128, "chunk": 32},
         {"kind": "projected", "dim": 128, "codes": 2, "rerank": 64},
         {"kind": "projected", "dim": 80, "codes": 4, "group": 8},
-        {"kind": "projected", "dim": 256, "codes": 8, "rerank": 64, "int8": True, "group": 4},
+        {"kind": "projected", "dim": 256, "codes": 8, "rerank": 64, "group": 4},
     ]
     for setting in settings:
         setting = {"group": 7, "smoothing": True, "dtype": dtype, **setting}
