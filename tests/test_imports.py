@@ -32,6 +32,7 @@ ALLOWED = {
     "report": OFFLINE | {"runtime", "evaluate", "bench", "doctor"},
     "cli": OFFLINE | {"runtime", "evaluate", "bench", "doctor", "report", "testbed", "serve"},
     "serve": SHARED | {"runtime", "samples"},
+    "engines": SELECTION,
     "plugins": SHARED | {"runtime", "samples"},
     "__main__": {"cli"},
 }
