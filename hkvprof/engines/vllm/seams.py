@@ -85,7 +85,9 @@ def problems() -> list[str]:
         *_takes(Attention.get_kv_cache_spec, "vllm_config"),
         *_takes(ops.cpu_attn_reshape_and_cache, "key", "value", "slot_mapping", "isa"),
         *_takes(subclass_attention_backend_with_overrides, "overrides"),
-        *_has(metadata, "rswa_prefix_lens", "block_table_tensor", "seq_lens", "query_start_loc_cpu"),
+        *_has(
+            metadata, "rswa_prefix_lens", "block_table_tensor", "seq_lens", "query_start_loc_cpu"
+        ),
         *_has(FullAttentionSpec, "num_kv_heads", "head_size", "head_size_v", "kv_quant_mode"),
         *_has(FullAttentionSpec, "is_uniform_with_collection", "merge"),
         *_has(VllmConfig, "additional_config", "__post_init__"),
