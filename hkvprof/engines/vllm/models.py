@@ -11,6 +11,7 @@ from typing import Any
 from hkvprof.engines.vllm.seams import ModelRegistry, init_logger
 from hkvprof.engines.vllm.settings import EngineSettings, settings_of
 from hkvprof.engines.vllm.split import split_heads
+from hkvprof.errors import UsageError
 from hkvprof.profile.blocks import BlockPlan, plan_blocks
 from hkvprof.profile.record import load_profile
 
@@ -49,16 +50,22 @@ def _with_split(base: Any) -> Any:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **rest)
         settings = settings_of(vllm_config.additional_config)
         if settings is not None and not prefix:
-            plan = plan_of(settings, vllm_config.cache_config.block_size)
+            plan = plan_of(settings, vllm_config)
             split_heads(self, plan, vllm_config)
             logger.info("%s", described(plan))
 
     return type(base.__name__, (base,), {"__init__": build, "__module__": __name__})
 
 
-def plan_of(settings: EngineSettings, block_size: int) -> BlockPlan:
-    """The plan that the settings ask for. Raises HkvError."""
-    return plan_blocks(load_profile(settings.profile), settings.budget, block_size)
+def plan_of(settings: EngineSettings, vllm_config: Any) -> BlockPlan:
+    """The plan that the settings ask for. Raises HkvError, also for another model's profile."""
+    profile, serves = load_profile(settings.profile), vllm_config.model_config.architectures
+    if profile.fingerprint.architecture not in serves:
+        raise UsageError(
+            f"{settings.profile} is of {profile.fingerprint.architecture}, vLLM serves "
+            f"{', '.join(serves)}: give the profile of this model"
+        )
+    return plan_blocks(profile, settings.budget, vllm_config.cache_config.block_size)
 
 
 def described(plan: BlockPlan) -> str:
