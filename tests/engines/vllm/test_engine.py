@@ -143,9 +143,10 @@ def test_prefix_caching_stays_exact(lab: Lab, usual: Told) -> None:
     assert cached.tokens == usual.tokens * 3
     assert cached.kept == usual.kept
     assert cached.cached[:count] == [0] * count
-    # Of 40 tokens the first 24 could be taken over, which is not a block.
-    hits = cached.cached[count:]
-    assert [hit > 0 for hit in hits] == [length > 40 for length in LENGTHS] * 2, hits
+    # What the group with the largest share gives free bounds what others may take over.
+    plan = plan_blocks(profile(), BUDGET, 32)
+    given = [32 * min(n for n in plan.at(length).dropped if n) for length in LENGTHS[2:]]
+    assert cached.cached[count + 2 : 2 * count] == given
     assert_tidy(cached)
 
 
@@ -173,7 +174,7 @@ def test_aborted_requests_leave_nothing_behind(lab: Lab, usual: Told) -> None:
 
 
 def test_several_replies_and_streams_are_the_same_replies(lab: Lab, usual: Told) -> None:
-    several = lab.run(BUDGET, n=2)
+    several = lab.run(BUDGET, n=2, temperature=0.011)
     assert several.tokens == [[one, one] for (one,) in usual.tokens]
     assert_tidy(several)
     assert_close(lab.run(BUDGET, stream=True), usual)
