@@ -96,7 +96,7 @@ def rest_of(metadata: Any, spec: PlannedHeadSpec, chunks: list[PromptChunk]) -> 
 
 
 def _builder(base: Any) -> Any:
-    class PlannedBuilder(base):  # type: ignore[misc]
+    class PlannedBuilder(base):
         """Builds metadata whose rows past their prompts read what was kept."""
 
         def build(
@@ -129,7 +129,7 @@ def _builder(base: Any) -> Any:
 
 
 def _impl(base: Any) -> Any:
-    class PlannedImpl(base):  # type: ignore[misc]
+    class PlannedImpl(base):
         """Attends as the backend does; then prompts that ended give up what is not kept."""
 
         def forward(

@@ -22,7 +22,7 @@ from hkvprof.profile.blocks import BlockPlan
 KVCacheSpecRegistry._ensure_registered()
 
 
-class PlannedBlocksManager(FullAttentionManager):  # type: ignore[misc]
+class PlannedBlocksManager(FullAttentionManager):
     """Frees a prompt's planned blocks as soon as its last token is computed."""
 
     def remove_skipped_blocks(
@@ -61,18 +61,31 @@ class PlannedBlocksManager(FullAttentionManager):  # type: ignore[misc]
 
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, *args: Any, **rest: Any
+        cls,
+        block_hashes: Sequence[Any],
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        *args: Any,
+        **rest: Any,
     ) -> Any:
-        """Leave the prompt's last rows to be computed: their attention chooses what stays."""
-        spec = rest.get("kv_cache_spec", args[2] if len(args) > 2 else None)
-        if isinstance(spec, PlannedHeadSpec) and not spec.is_whole:
-            max_length = max(0, max_length + 1 - spec.plan.keep.window)
-        return super().find_longest_cache_hit(block_hashes, max_length, *args, **rest)
+        """Leave the prompt's last rows to be computed: their attention chooses what stays.
+
+        The bound comes from the prompt's whole blocks alone, so that groups which are asked one
+        after another, each with what the last one found, do not shorten it again.
+        """
+        if not kv_cache_spec.is_whole:
+            prompt = len(block_hashes) * block_pool.hash_block_size
+            max_length = min(max_length, max(0, prompt - kv_cache_spec.plan.keep.window))
+        return super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **rest
+        )
 
 
 @register_kv_cache_spec(manager_class=PlannedBlocksManager)
 @dataclass(frozen=True, kw_only=True)
-class PlannedHeadSpec(FullAttentionSpec):  # type: ignore[misc]
+class PlannedHeadSpec(FullAttentionSpec):
     """One KV head's cache; heads of one `group` share a block table."""
 
     plan: BlockPlan

@@ -22,7 +22,7 @@ WATCHERS: list[Callable[..., None]] = []
 UNLIMITED = 1 << 30
 
 
-class HeadAttention(Attention):  # type: ignore[misc]
+class HeadAttention(Attention):
     """One KV head with its query heads."""
 
     def __init__(self, plan: BlockPlan, layer: int, head: int, old: Any) -> None:
@@ -82,7 +82,7 @@ def split_heads(model: nn.Module, plan: BlockPlan, vllm_config: Any) -> None:
     """Replace all attention layers of a model's decoder. Raises UsageError for others."""
     found: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules()):
-        old = getattr(module, "attn", None)
+        old: Any = getattr(module, "attn", None)
         if type(old) is not Attention:
             continue
         layer = int(re.findall(r"layers\.(\d+)\.", f"{name}.")[-1])

@@ -36,7 +36,6 @@ def main(job: dict[str, Any]) -> None:
             params = SamplingParams(
                 temperature=job.get("temperature", 0), max_tokens=job.get("max_tokens", 8),
                 ignore_eos=True, logprobs=1, n=job.get("n", 1), detokenize=False, output_kind=kind,
-                seed=7,
             )  # fmt: skip
             engine.add_request(f"{wave}-{number}", {"prompt_token_ids": prompt}, params)
         steps = 0
