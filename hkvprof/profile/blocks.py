@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,11 @@ class Blocks:
     def share(self) -> float:
         """The share of dense bytes that is kept."""
         return self.kept_bytes / max(1, self.dense_bytes)
+
+    @property
+    def frees(self) -> bool:
+        """Whether any group frees a block."""
+        return any(self.dropped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +105,18 @@ class BlockPlan:
         """The strategy of one head."""
         return self.strategies[int(self.strategy[layer, head])]
 
-    def at(self, tokens: int, itemsize: int = 2) -> Blocks:
-        """What a prompt of `tokens` tokens keeps; `itemsize` are bytes per element."""
-        return _blocks(self, tokens, itemsize)
+    def at(self, tokens: int, itemsize: int = 2, share: float | None = None) -> Blocks:
+        """What a prompt of `tokens` tokens keeps; `itemsize` are bytes per element.
+
+        A `share` of its own changes how many blocks the groups keep, not which heads are in them.
+        """
+        plan = self if share is None or share == self.share else _under(self, share)
+        return _blocks(plan, tokens, itemsize)
+
+
+@lru_cache(maxsize=256)
+def _under(plan: BlockPlan, share: float) -> BlockPlan:
+    return replace(plan, share=share)
 
 
 @lru_cache(maxsize=4096)

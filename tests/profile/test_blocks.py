@@ -60,6 +60,20 @@ def test_what_is_kept_is_what_the_heads_of_the_groups_hold() -> None:
     assert made.dense_bytes == 3000 * grid.token_bytes(2)
 
 
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 99), share=st.floats(0.03, 1.0), tokens=st.integers(1, 5000))
+def test_a_share_of_its_own_is_kept_within_by_the_same_groups(
+    seed: int, share: float, tokens: int
+) -> None:
+    plan = plan_blocks(random_profile(HeadGrid(4, 4, 2, 32), seed), 0.2, 32)
+    made = plan.at(tokens, share=share)
+    assert len(made.dropped) == plan.groups
+    assert made.dense_reason or made.kept_bytes <= share * made.dense_bytes + 1
+    assert made.frees == any(made.dropped)
+    assert plan.at(tokens, share=0.2) == plan.at(tokens)
+    assert not plan.at(tokens, share=1.0).frees
+
+
 def test_short_prompts_and_whole_budgets_stay_dense_with_a_reason() -> None:
     profile = random_profile(HeadGrid(2, 4, 2, 32), 1)
     assert "shorter than" in plan_blocks(profile, 0.2, 16).at(MIN_TOKENS - 1).dense_reason

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hkvprof.engines.vllm.compaction import HeadRule, Pages, compact
+from hkvprof.engines.vllm.requests import ROWS
 from hkvprof.engines.vllm.seams import (
     CommonAttentionMetadata,
     subclass_attention_backend_with_overrides,
@@ -39,12 +40,13 @@ class PromptChunk:
 
 
 def prompt_chunks(
-    spec: PlannedHeadSpec, starts: list[int], seen: list[int], prompts: list[int]
+    spec: PlannedHeadSpec, starts: list[int], seen: list[int], prompts: list[int], drops: list[int]
 ) -> list[PromptChunk]:
-    """Of rows with queries from `starts` on, `seen` tokens after the step, and these prompts."""
+    """Of rows with queries from `starts` on, `seen` tokens after the step, and these prompts, which
+    free so many blocks."""
     found = []
-    for row, (tokens, after) in enumerate(zip(prompts, seen, strict=True)):
-        first, dropped = starts[row], spec.dropped(tokens)
+    for row, (tokens, after, dropped) in enumerate(zip(prompts, seen, drops, strict=True)):
+        first = starts[row]
         before = after - (starts[row + 1] - first)
         near = after > tokens - spec.plan.keep.window
         if dropped and before < min(after, tokens) and near:
@@ -107,18 +109,20 @@ def _builder(base: Any) -> Any:
         ) -> Any:
             """See the backend's own builder."""
             common, spec = common_attn_metadata, self.kv_cache_spec
-            if common.rswa_prefix_lens is None or spec.is_whole:
+            told = common.rswa_prefix_lens
+            prompts = [] if told is None else told[: common.num_reqs].tolist()
+            own = ROWS.get(id(self.vllm_config), {})
+            drops = [spec.dropped(tokens, own.get(row)) for row, tokens in enumerate(prompts)]
+            if not any(drops):
                 whole = common.replace(rswa_prefix_lens=None)
                 made = super().build(common_prefix_len, whole, fast_build)
                 made.hkvprof_chunks, made.hkvprof_rest = [], None
                 return made
-            prompts = common.rswa_prefix_lens[: common.num_reqs].tolist()
-            drops = torch.tensor([spec.dropped(tokens) for tokens in prompts])
             done = common.compute_num_computed_tokens() >= torch.tensor(prompts)
-            moved = shifted(common, torch.where(done, drops, 0), spec.block_size)
+            moved = shifted(common, torch.where(done, torch.tensor(drops), 0), spec.block_size)
             made = super().build(0, moved, fast_build)
             starts = common.query_start_loc_cpu.tolist()
-            chunks = prompt_chunks(spec, starts, common.seq_lens.tolist(), prompts)
+            chunks = prompt_chunks(spec, starts, common.seq_lens.tolist(), prompts, drops)
             rest = rest_of(common, spec, chunks)
             made.hkvprof_chunks, made.hkvprof_rest = chunks, None
             if rest is not None:

@@ -16,9 +16,10 @@ from hkvprof.lazy import require_extra
 require_extra("vllm", "vllm")
 
 import vllm
-from vllm import ModelRegistry
+from vllm import LLM, ModelRegistry, SamplingParams
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
@@ -26,17 +27,27 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     subclass_attention_backend_with_overrides,
 )
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 __all__ = [
+    "LLM",
+    "AsyncScheduler",
     "Attention",
     "CommonAttentionMetadata",
     "FullAttentionManager",
     "FullAttentionSpec",
     "KVCacheSpecRegistry",
+    "LogitsProcessor",
     "ModelRegistry",
+    "SamplingParams",
+    "Scheduler",
+    "VLLMValidationError",
     "VllmConfig",
     "current_platform",
     "get_current_vllm_config",
@@ -44,6 +55,7 @@ __all__ = [
     "init_logger",
     "ops",
     "problems",
+    "process_dict_updates",
     "register_kv_cache_spec",
     "subclass_attention_backend_with_overrides",
     "untested",
@@ -90,6 +102,10 @@ def problems() -> list[str]:
         ),
         *_has(FullAttentionSpec, "num_kv_heads", "head_size", "head_size_v", "kv_quant_mode"),
         *_has(FullAttentionSpec, "is_uniform_with_collection", "merge"),
+        *_takes(Scheduler.add_request, "request"),
+        *_takes(Scheduler._free_request, "request", "delay_free_blocks"),
+        *_takes(process_dict_updates, "req_entries", "batch_update", "new_state"),
+        *_takes(LogitsProcessor.validate_params, "sampling_params"),
         *_has(VllmConfig, "additional_config", "__post_init__"),
     ]
 

@@ -23,7 +23,18 @@ KVCacheSpecRegistry._ensure_registered()
 
 
 class PlannedBlocksManager(FullAttentionManager):
-    """Frees a prompt's planned blocks as soon as its last token is computed."""
+    """Frees a prompt's planned blocks as soon as its last token is computed.
+
+    `shares` holds the budgets of requests that have their own.
+    """
+
+    def __init__(self, *args: Any, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.shares: dict[str, float] = {}
+
+    def dropped(self, request_id: str, tokens: int) -> int:
+        """Blocks that this request's prompt frees at its end."""
+        return self.kv_cache_spec.dropped(tokens, self.shares.get(request_id))
 
     def remove_skipped_blocks(
         self,
@@ -34,7 +45,7 @@ class PlannedBlocksManager(FullAttentionManager):
         """Free the planned blocks once the whole prompt has been processed."""
         if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
             return
-        dropped = self.kv_cache_spec.dropped(num_prompt_tokens)
+        dropped = self.dropped(request_id, num_prompt_tokens)
         self._remove_blocks_in_range(request_id, 0, dropped)
 
     def cache_blocks(
@@ -50,11 +61,13 @@ class PlannedBlocksManager(FullAttentionManager):
         A request that is computed again after preemption reads no cache: a hit beyond its prompt's
         last rows would leave nothing to choose its tokens by.
         """
-        if not self.kv_cache_spec.is_whole:
+        if self.kv_cache_spec.plan.at(
+            request.num_prompt_tokens, share=self.shares.get(request.request_id)
+        ).frees:
             request.skip_reading_prefix_cache = True
-            dropped = self.kv_cache_spec.dropped(request.num_prompt_tokens)
-            if dropped:
-                num_tokens = min(num_tokens, dropped * self.block_size)
+        dropped = self.dropped(request.request_id, request.num_prompt_tokens)
+        if dropped:
+            num_tokens = min(num_tokens, dropped * self.block_size)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
@@ -75,9 +88,8 @@ class PlannedBlocksManager(FullAttentionManager):
         The bound comes from the prompt's whole blocks alone, so that groups which are asked one
         after another, each with what the last one found, do not shorten it again.
         """
-        if not kv_cache_spec.is_whole:
-            prompt = len(block_hashes) * block_pool.hash_block_size
-            max_length = min(max_length, max(0, prompt - kv_cache_spec.plan.keep.window))
+        prompt = len(block_hashes) * block_pool.hash_block_size
+        max_length = min(max_length, max(0, prompt - kv_cache_spec.plan.keep.window))
         return super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **rest
         )
@@ -91,14 +103,10 @@ class PlannedHeadSpec(FullAttentionSpec):
     plan: BlockPlan
     group: int
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the budget is the whole cache, so that nothing is ever freed."""
-        return self.plan.share >= 1
-
-    def dropped(self, tokens: int) -> int:
-        """Blocks that a prompt of so many tokens frees at its end."""
-        return self.plan.at(tokens).dropped[self.group]
+    def dropped(self, tokens: int, share: float | None = None) -> int:
+        """Blocks that a prompt of so many tokens frees at its end, with a budget of its own where
+        there is a `share`."""
+        return self.plan.at(tokens, share=share).dropped[self.group]
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
         """Whether all heads belong to this one's group."""

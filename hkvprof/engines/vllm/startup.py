@@ -9,6 +9,9 @@ from hkvprof.engines.vllm.seams import VERSION, VllmConfig, current_platform, pr
 from hkvprof.engines.vllm.settings import EngineSettings, settings_of
 from hkvprof.errors import UsageError
 
+SCHEDULERS = "hkvprof.engines.vllm.scheduler"
+PROCESSOR = "hkvprof.engines.vllm.requests:RowBudgets"
+
 
 def watch_configurations() -> None:
     """Check every configuration that vLLM makes from here on, where it asks for hkvprof.
@@ -25,6 +28,7 @@ def watch_configurations() -> None:
         settings = settings_of(self.additional_config)
         if settings is not None:
             check_configuration(self, settings)
+            tell_of_requests(self)
 
     check_after.hkvprof = True  # type: ignore[attr-defined]
     VllmConfig.__post_init__ = check_after
@@ -49,6 +53,19 @@ def check_configuration(config: Any, settings: EngineSettings) -> None:
         )
 
 
+def tell_of_requests(config: Any) -> None:
+    """Have vLLM use the scheduler and the logits processor that know requests' own budgets."""
+    scheduler, model = config.scheduler_config, config.model_config
+    kind = "PlannedAsyncScheduler" if scheduler.async_scheduling else "PlannedScheduler"
+    scheduler.scheduler_cls = f"{SCHEDULERS}.{kind}"
+    if PROCESSOR not in (model.logits_processors or []):
+        model.logits_processors = [*(model.logits_processors or []), PROCESSOR]
+
+
+def _is_own(scheduler: object) -> bool:
+    return scheduler is None or str(scheduler).startswith(SCHEDULERS)
+
+
 def _refused(config: Any) -> list[tuple[str, bool]]:
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     architectures = list(model.architectures) if model is not None else []
@@ -70,6 +87,7 @@ def _refused(config: Any) -> list[tuple[str, bool]]:
         ),
         ("KV connectors", config.kv_transfer_config is not None),
         (f"kv_cache_dtype {cache.cache_dtype}", cache.cache_dtype not in ("auto", "bfloat16")),
+        ("a scheduler class of its own", not _is_own(config.scheduler_config.scheduler_cls)),
         ("LoRA", config.lora_config is not None),
         (
             "the hybrid KV cache manager disabled",

@@ -30,18 +30,21 @@ def main(job: dict[str, Any]) -> None:
     logprobs: dict[str, list[list[float]]] = {}
     preempted: dict[str, int] = {}
     cached: dict[str, int] = {}
+    receipts: dict[str, Any] = {}
     most = 0
     for wave in range(job.get("waves", 1)):
         for number, prompt in enumerate(job["prompts"]):
             params = SamplingParams(
                 temperature=job.get("temperature", 0), max_tokens=job.get("max_tokens", 8),
                 ignore_eos=True, logprobs=1, n=job.get("n", 1), detokenize=False, output_kind=kind,
+                extra_args=job["extra_args"][number] if "extra_args" in job else None,
             )  # fmt: skip
             engine.add_request(f"{wave}-{number}", {"prompt_token_ids": prompt}, params)
         steps = 0
         while engine.has_unfinished_requests():
             for made in engine.step():
                 cached[made.request_id] = made.num_cached_tokens or 0
+                receipts[made.request_id] = (made.kv_transfer_params or {}).get("hkvprof")
                 for one in made.outputs:
                     given = tokens.setdefault(made.request_id, [[] for _ in range(job.get("n", 1))])
                     given[one.index] += list(one.token_ids)
@@ -66,6 +69,7 @@ def main(job: dict[str, Any]) -> None:
         "free": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
         "blocks": scheduler.kv_cache_config.num_blocks,
         "most_running": most,
+        "receipts": [receipts.get(name) for name in names],
     }
     sys.stdout.write(f"TOLD {json.dumps(told)}\n")
 

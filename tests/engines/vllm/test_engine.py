@@ -180,6 +180,34 @@ def test_several_replies_and_streams_are_the_same_replies(lab: Lab, usual: Told)
     assert_close(lab.run(BUDGET, stream=True), usual)
 
 
+def test_a_request_has_its_own_budget_and_gets_a_receipt(lab: Lab, usual: Told) -> None:
+    """Rows of different budgets in one batch; 1.0 opts out, and rows move as short ones end."""
+    own: list[Any] = [None, None, {"hkvprof_budget": 1.0}, {"hkvprof_budget": "60%"}, None]
+    told = lab.run(BUDGET, extra_args=own, engine={"max_num_batched_tokens": 512})
+    plan = plan_blocks(profile(), BUDGET, 32)
+    for number in (0, 1, 4):
+        assert told.tokens[number] == usual.tokens[number]
+    assert told.tokens[2] == lab.run(None, prompts=prompts(LENGTHS)[2:3]).tokens[0]
+    assert "417" not in told.kept
+    wanted = plan.at(700, share=0.6)
+    sizes = {len(tokens) for tokens in told.kept["700"].values()}
+    assert sizes == set(wanted.kept_tokens)
+    for length, args, found in zip(LENGTHS, own, told.receipts, strict=True):
+        share = None if args is None else {1.0: 1.0, "60%": 0.6}[args["hkvprof_budget"]]
+        planned = plan.at(length, share=share)
+        assert found["blocks_freed"] == sum(planned.dropped)
+        assert found["blocks_held"] == plan.groups * -(-(length + 7) // 32) - sum(planned.dropped)
+        assert found["budget"] == (BUDGET if share is None else share)
+        assert found["dense_reason"] == planned.dense_reason
+    assert_tidy(told)
+
+
+def test_a_budget_that_is_not_understood_is_refused_with_the_request(lab: Lab) -> None:
+    extra = [{"hkvprof_budget": 4096}]
+    error = lab.start(BUDGET, prompts=prompts((300,)), extra_args=extra).error
+    assert "hkvprof_budget must be a share" in error
+
+
 def test_more_requests_run_at_once_in_the_same_memory(lab: Lab) -> None:
     asked = {"prompts": prompts((512,) * 12, 5), "max_tokens": 32}
     # Blocks of plain vLLM span all six heads, those of groups a part: equal bytes.

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Told:
     free: int
     blocks: int
     most_running: int
+    receipts: list[Any] = field(default_factory=list)
     error: str = ""
 
 
