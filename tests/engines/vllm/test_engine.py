@@ -191,7 +191,7 @@ def test_a_request_has_its_own_budget_and_gets_a_receipt(lab: Lab, usual: Told) 
     assert "417" not in told.kept
     wanted = plan.at(700, share=0.6)
     sizes = {len(tokens) for tokens in told.kept["700"].values()}
-    assert sizes == set(wanted.kept_tokens)
+    assert sizes == set(wanted.kept_tokens) - {700}  # a group that keeps all moves nothing
     for length, args, found in zip(LENGTHS, own, told.receipts, strict=True):
         share = None if args is None else {1.0: 1.0, "60%": 0.6}[args["hkvprof_budget"]]
         planned = plan.at(length, share=share)
