@@ -40,6 +40,12 @@ class EngineSetup:
     rounds: int = 4
     dtype: str = "float32"
 
+    @property
+    def kv_gib(self) -> int:
+        """Memory that vLLM is to have for the pool, in whole GiB."""
+        each = load_profile(self.profile).grid.token_bytes(4 if self.dtype == "float32" else 2)
+        return 1 + self.pool * (self.context + self.new_tokens + 2 * BLOCK) * each // 2**30
+
     def options(self, budget: str | None) -> dict[str, Any]:
         """Of vLLM, for an engine with this budget, or without hkvprof."""
         each = -(-(self.context + self.new_tokens) // BLOCK)
@@ -88,7 +94,7 @@ def contestant(setup: EngineSetup, budget: str | None) -> Iterator[Contestant]:
     """Start an engine, and end it."""
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": str(setup.kv_gib),
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
     }  # fmt: skip
     process = subprocess.Popen(
