@@ -69,6 +69,7 @@ def main(job: dict[str, Any]) -> None:
         "free": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
         "blocks": scheduler.kv_cache_config.num_blocks,
         "most_running": most,
+        "scheduler": type(scheduler).__name__,
         "receipts": [receipts.get(name) for name in names],
     }
     sys.stdout.write(f"TOLD {json.dumps(told)}\n")

@@ -208,6 +208,47 @@ def test_a_budget_that_is_not_understood_is_refused_with_the_request(lab: Lab) -
     assert "hkvprof_budget must be a share" in error
 
 
+def test_scheduling_ahead_or_not_changes_nothing(lab: Lab, usual: Told) -> None:
+    for ahead, name in ((False, "PlannedScheduler"), (True, "PlannedAsyncScheduler")):
+        engine = {"async_scheduling": ahead, "max_num_batched_tokens": 300, "max_num_seqs": 3}
+        told = lab.run(BUDGET, engine=engine)
+        assert told.scheduler == name
+        assert_close(told, usual)
+        assert_tidy(told)
+
+
+def test_torch_compile_changes_nothing(lab: Lab, usual: Told) -> None:
+    compiled = lab.run(BUDGET, engine={"enforce_eager": False})
+    assert compiled.kept == usual.kept
+    assert_close(compiled, usual)
+
+
+def test_a_soak_leaves_nothing_behind(lab: Lab) -> None:
+    """Random lengths and budgets, aborts and preemptions, prefix hits of earlier waves."""
+    draw = np.random.default_rng(7)
+    asked = {
+        "prompts": prompts(tuple(draw.integers(20, 460, size=60).tolist()), 9),
+        "extra_args": [
+            None if budget is None else {"hkvprof_budget": budget}
+            for budget in draw.choice([None, None, 0.5, 1.0], size=60)
+        ],
+        "max_tokens": 40,
+    }
+    aborted = draw.choice(60, size=12, replace=False).tolist()
+    groups = plan_blocks(profile(), BUDGET, 32).groups
+    engine = {"enable_prefix_caching": True, "num_gpu_blocks_override": 50 * groups,
+              "max_model_len": 512, "max_num_batched_tokens": 512}  # fmt: skip
+    tight = lab.run(BUDGET, **asked, abort=aborted, abort_at=25, waves=2, engine=engine)
+    roomy = lab.run(BUDGET, **asked)
+    assert tight.preemptions > 0
+    assert roomy.preemptions == 0
+    for wave in (tight.tokens[:60], tight.tokens[60:]):
+        for number, (found, wanted) in enumerate(zip(wave, roomy.tokens, strict=True)):
+            if number not in aborted:
+                assert found == wanted, number
+    assert_tidy(tight)
+
+
 def test_more_requests_run_at_once_in_the_same_memory(lab: Lab) -> None:
     asked = {"prompts": prompts((512,) * 12, 5), "max_tokens": 32}
     # Blocks of plain vLLM span all six heads, those of groups a part: equal bytes.

@@ -59,6 +59,7 @@ class Told:
     free: int
     blocks: int
     most_running: int
+    scheduler: str
     receipts: list[Any] = field(default_factory=list)
     error: str = ""
 
@@ -76,5 +77,5 @@ def run_engine(job: dict[str, Any], timeout: int = 300) -> Told:
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOLD ")]
     if not lines:
-        return Told([], [], {}, 0, [], 0, 0, 0, error=done.stderr[-6000:] or done.stdout)
+        return Told([], [], {}, 0, [], 0, 0, 0, "", error=done.stderr[-6000:] or done.stdout)
     return Told(**json.loads(lines[-1].removeprefix("TOLD ")))
