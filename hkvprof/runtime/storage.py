@@ -22,6 +22,7 @@ from hkvprof.errors import CompressionError
 from hkvprof.heads import EXACT_BITS
 from hkvprof.profile.budgets import ANY
 from hkvprof.profile.costs import DynamicLayout, candidates, read_bytes
+from hkvprof.runtime.devices import SLABS, mark
 from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, device_integers
 from hkvprof.selection.index import KeyIndex
 from hkvprof.selection.residents import Residents
@@ -192,12 +193,14 @@ class HostChunks:
     ) -> HostChunks:
         """Copy to the host. Raises CompressionError when host memory cannot be had."""
         items, chunk, dim = key.shape
-        pinned, coder = key.device.type == "cuda", None
+        pinned, coder = _pins(key), None
         shape: tuple[int, ...] = (items, 2, chunk, dim)
         kind = key.dtype
         if host_dtype == "int8":
             coder = Residents.around(key.flatten(0, 1), value.flatten(0, 1), ROW_BITS).on(_HOST)
             shape, kind = (items, chunk, coder.format.row_bytes), torch.uint8
+        if pinned:  # growing copies all items, and pins as much again
+            shape = (_with_room(items), *shape[1:])
         made = cls(_allocate(shape, kind, pinned), coder, items, key.dtype, pinned)
         made._write(0, key, value)
         return made
@@ -221,7 +224,7 @@ class HostChunks:
     def nbytes(self) -> int:
         """Host bytes, room for later items included."""
         mean = 0 if self.coder is None else self.coder.mean.untyped_storage().nbytes()
-        return self.data.untyped_storage().nbytes() + mean
+        return self.data.nbytes + mean
 
     def append(
         self, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
@@ -230,7 +233,7 @@ class HostChunks:
         self._settle()
         target, total = self, self.items + len(key)
         if self.shared or total > len(self.data):
-            capacity = total + (0 if self.shared else int(GROWTH * total))
+            capacity = total if self.shared else _with_room(total)
             data = _allocate((capacity, *self.data.shape[1:]), self.data.dtype, self.pinned)
             data[: self.items] = self.data[: self.items]
             target = replace(self, data=data, shared=False)
@@ -278,8 +281,17 @@ class HostChunks:
         """One transfer, without waiting for it."""
         room.copy_(data, non_blocking=True)
         if data.is_cuda:
-            self.written = torch.cuda.Event()
-            self.written.record()
+            self.written = mark(data.device)
+
+
+def _pins(tensor: Tensor) -> bool:
+    """Whether copies of it on the host are pinned."""
+    return tensor.is_cuda
+
+
+def _with_room(items: int) -> int:
+    """For so many items, and more to come."""
+    return items + int(GROWTH * items)
 
 
 def allocate(
@@ -287,7 +299,7 @@ def allocate(
 ) -> Tensor:
     """Host memory. Raises CompressionError, naming purpose and size, when it cannot be had."""
     try:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        return SLABS.new(shape, dtype) if pinned else torch.empty(shape, dtype=dtype)
     except (RuntimeError, MemoryError) as error:
         size = torch.Size(shape).numel() * dtype.itemsize / 2**20
         raise CompressionError(

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hkvprof.runtime.devices import at
 from hkvprof.runtime.kernels import triton_attend
 from hkvprof.runtime.kernels.interface import (
     DynamicSegment,
@@ -59,15 +60,10 @@ class TritonKernels:
             return self.torch.attend(key, value, extents, query, scaling)
         require(query.shape[2] == key.shape[1], "queries as wide as keys")
         require(len(query) == len(extents.device_starts), "a start and an end per segment")
-        return triton_attend.attend(
-            key,
-            value,
-            extents.device_starts,
-            extents.device_ends,
-            extents.longest,
-            query.to(self.dtype).contiguous(),
-            scaling,
-        )
+        own = query.to(self.dtype).contiguous()
+        starts, ends = extents.device_starts, extents.device_ends
+        with at(key.device):
+            return triton_attend.attend(key, value, starts, ends, extents.longest, own, scaling)
 
     def bind(
         self,

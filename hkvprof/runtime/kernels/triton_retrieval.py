@@ -10,6 +10,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hkvprof.runtime.devices import at
 from hkvprof.runtime.kernels import triton_scores as scores_of
 from hkvprof.runtime.kernels import triton_select as selection
 from hkvprof.runtime.kernels.interface import DynamicSegment, device_integers
@@ -83,19 +84,22 @@ class TritonRetrieval:
         """Expected attention of every item, per dynamic head."""
         if not self.heads:
             return []
-        return list(self._score(query).split([head.items for head in self.heads]))
+        with at(self.key.device):
+            return list(self._score(query).split([head.items for head in self.heads]))
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
         """Select items by these scores and fetch them."""
         sizes = [head.items for head in self.heads]
         require([len(score) for score in scores] == sizes, "a score per item of every head")
         if self.heads:
-            self._load(torch.cat([score.float() for score in scores]))
+            with at(self.key.device):
+                self._load(torch.cat([score.float() for score in scores]))
 
     def step(self, query: Float[Tensor, "segments group dim"]) -> None:
         """Score all items, then load the best."""
         if self.heads:
-            self._load(self._score(query))
+            with at(self.key.device):
+                self._load(self._score(query))
 
     def step_some(
         self, query: Float[Tensor, "segments group dim"], chosen: Bool[Tensor, " heads"]
@@ -105,7 +109,7 @@ class TritonRetrieval:
             return
         active = self._table[:, ACTIVE.value]
         active.copy_(chosen)
-        self._load(self._score(query))
+        self.step(query)
         active.fill_(1)
 
     def _score(self, query: Float[Tensor, "segments group dim"]) -> Float[Tensor, " all_items"]:
