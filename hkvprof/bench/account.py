@@ -25,7 +25,7 @@ from hkvprof.bench.compiled import MachineCode, compile_launch, inspect_code
 from hkvprof.bench.contestant import BenchModel, FilledContestant
 from hkvprof.bench.filled import KEEP, Keys, filled_profiles
 from hkvprof.bench.methods import COMPRESSING, Kind, Method
-from hkvprof.bench.traffic import DEVICE, SCANS, HeadStep
+from hkvprof.bench.traffic import BITS, BLOCKS, DEVICE, LISTING, HeadStep
 from hkvprof.bench.watch import TritonLaunch, Watched, watched
 from hkvprof.errors import HkvError, UsageError
 from hkvprof.lazy import no_triton
@@ -154,7 +154,7 @@ def _head_step(head: Any, shape: Shape, hits: float) -> HeadStep:
         items=seen.items,
         hot=seen.hot,
         picked=seen.picked,
-        missed=round((1 - hits) * seen.hot),
+        missed=min(round((1 - hits) * seen.hot), (seen.picked or seen.items) - seen.hot),
         group=shape.query_heads // shape.kv_heads,
         dim=shape.head_dim,
         itemsize=2,
@@ -169,7 +169,7 @@ def _head_step(head: Any, shape: Shape, hits: float) -> HeadStep:
 @dataclass(frozen=True)
 class Bound:
     """Milliseconds per token of all layers: `memory` at full bandwidth, weights included, `link`
-    over the host's, `alone` of kernels with one program per head at perfect issue."""
+    over the host's, `alone` of kernels that select, at perfect issue."""
 
     dense: float
     memory: float
@@ -197,7 +197,7 @@ def bound(account: Account, card: Card, code: dict[str, MachineCode]) -> Bound:
     alone = sum(
         _alone(account, launch, code[launch.name], card)
         for launch in account.watched.triton
-        if launch.name in SCANS and launch.name in code
+        if launch.name in LISTING and launch.name in code
     )
     return Bound(
         dense=1e3 * (weights + shape.layers * dense) / card.memory,
@@ -208,10 +208,12 @@ def bound(account: Account, card: Card, code: dict[str, MachineCode]) -> Bound:
 
 
 def _alone(account: Account, launch: TritonLaunch, code: MachineCode, card: Card) -> float:
-    """Seconds of one program that goes over a head's entries: its listing once per round."""
-    rounds = max(SCANS[launch.name](one) / launch.kwargs["BLOCK"] for one in account.heads)
-    waves = -(-len(account.heads) * account.plan.batch // card.multiprocessors)
-    return waves * rounds * code.instructions * code.warps / SCHEDULERS / card.clock
+    """Seconds of a launch whose programs issue much, one program per multiprocessor."""
+    name, heads = launch.name, account.heads
+    issued = max(map(LISTING[name], heads)) * code.instructions + BITS.get(name, 0) * code.loop
+    programs = account.plan.batch * sum(BLOCKS.get(name, lambda _: 1)(one) for one in heads)
+    waves = -(-programs // card.multiprocessors)
+    return waves * issued * code.warps / SCHEDULERS / card.clock
 
 
 def code_of(account: Account, capability: int) -> dict[str, MachineCode]:

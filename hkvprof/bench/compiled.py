@@ -35,13 +35,15 @@ TARGETS = (80, 89, 90)
 @dataclass(frozen=True)
 class MachineCode:
     """One kernel for one compute capability. `registers` per thread, `stack` and `shared` in bytes;
-    `instructions` of the listing, each once however often it runs."""
+    `instructions` of the listing, each once however often it runs; `loop` those of its longest loop
+    that holds no other."""
 
     registers: int
     stack: int
     shared: int
     instructions: int
     warps: int
+    loop: int
 
 
 def compile_launch(launch: TritonLaunch, capability: int) -> Any:
@@ -84,7 +86,19 @@ def inspect_code(made: Any) -> MachineCode:
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     count = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP)", listing, re.MULTILINE))
     meta = made.metadata
-    return MachineCode(numbers["REG"], numbers["STACK"], meta.shared, count, meta.num_warps)
+    made_of = (numbers["REG"], numbers["STACK"], meta.shared, count, meta.num_warps)
+    return MachineCode(*made_of, _longest_loop(listing))
+
+
+def _longest_loop(listing: str) -> int:
+    """By branches that go back; an instruction has 16 bytes."""
+    jumps = re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*BRA[^;]*?0x([0-9a-f]+)", listing)
+    spans = [(int(to, 16), int(at, 16)) for at, to in jumps if int(to, 16) < int(at, 16)]
+    inner = [
+        (start, end) for start, end in spans
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in spans)
+    ]  # fmt: skip
+    return max(((end - start) // 16 + 1 for start, end in inner), default=0)
 
 
 def _ask(tool: Path, option: str, path: str) -> str:

@@ -40,6 +40,16 @@ class HeadStep:
         return max(0, self.picked - self.hot)
 
     @property
+    def blocks(self) -> int:
+        """Programs that list the best items."""
+        return -(-self.items // 2048)
+
+    @property
+    def far(self) -> int:
+        """Blocks of candidates on the host, each of which lists all of them."""
+        return -(-self.cold // 64)
+
+    @property
     def host_bytes(self) -> int:
         """Over the host link: keys of cold candidates, keys and values of what is fetched."""
         return self.cold * self.key_bytes + 2 * self.missed * self.key_bytes
@@ -77,9 +87,22 @@ DEVICE: dict[str, Callable[[HeadStep], int]] = {
     "gather_kernel": lambda s: s.missed * (2 * s.key_bytes + 12),
 }
 """Device bytes of a head in the launches of a kernel in one step."""
-SCANS: dict[str, Callable[[HeadStep], float]] = {
-    "pick_kernel": lambda s: s.items,
-    "select_kernel": lambda s: s.items / 3,
+DEVICE |= {
+    "best_kernel": lambda s: s.items * (s.group * 4 + 1) + s.blocks * s.cold * 8,
+    "candidate_kernel": lambda s: (
+        s.hot * s.key_bytes + s.far * s.blocks * s.cold * 8 + s.picked * s.group * 4
+    ),
+    "choose_kernel": lambda s: s.picked * (s.group + 1) * 4 + s.missed * 8,
 }
-"""Kernels with one program per head: how many entries pass through its whole listing. Two thirds of
-that of select_kernel run only where a step may not fetch all that it wants."""
+LISTING: dict[str, Callable[[HeadStep], float]] = {
+    "pick_kernel": lambda s: s.items / 4096,
+    "select_kernel": lambda s: s.items / 4096 / 3,
+    "best_kernel": lambda _: 1,
+    "choose_kernel": lambda _: 1,
+}
+"""Kernels whose programs issue much: how often a program passes through its listing. Two thirds of
+select_kernel's run only where a step may not fetch all that it wants."""
+BITS = {"best_kernel": 61, "choose_kernel": 61}
+"""How often their longest loops run."""
+BLOCKS: dict[str, Callable[[HeadStep], int]] = {"best_kernel": lambda s: s.blocks}
+"""Programs per head; elsewhere one."""

@@ -23,7 +23,8 @@ from hkvprof.heads import EXACT_BITS
 from hkvprof.profile.budgets import ANY
 from hkvprof.profile.costs import DynamicLayout, candidates, read_bytes
 from hkvprof.runtime.devices import SLABS, mark
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, device_integers
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Kernels, device_integers
+from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.selection.index import KeyIndex
 from hkvprof.selection.residents import Residents
 
@@ -36,6 +37,7 @@ AT_ONCE = 8192
 GROWTH = 1 / 8
 """Room for later items, as a share of those stored, when a store has to grow."""
 _HOST = torch.device("cpu")
+_TORCH = TorchKernels()
 
 
 class RaggedStorage:
@@ -93,6 +95,7 @@ class RaggedStorage:
         key: Float[Tensor, "segments tokens dim"],
         value: Float[Tensor, "segments tokens dim"],
         spare: int,
+        kernels: Kernels = _TORCH,
     ) -> None:
         """Write the same number of new tokens to the end of every segment.
 
@@ -102,7 +105,7 @@ class RaggedStorage:
         if count > self.room:
             slack = max(MIN_SLACK, int(SLACK_SHARE * sum(self.lengths) / self.segments))
             self._grow(count + max(0, min(slack - 1, spare)))
-        append_rows(self.key, self.value, self.ends, key, value)
+        kernels.append(self.key, self.value, self.ends, key, value)
         self.advance(count)
 
     def advance(self, count: int) -> None:
@@ -147,21 +150,6 @@ class RaggedStorage:
             target = slice(self.offsets[segment], self.offsets[segment] + length)
             self.key[target] = old[0][source]
             self.value[target] = old[1][source]
-
-
-def append_rows(
-    key: Float[Tensor, "capacity dim"],
-    value: Float[Tensor, "capacity dim"],
-    ends: Int[Tensor, " segments"],
-    new_key: Float[Tensor, "segments tokens dim"],
-    new_value: Float[Tensor, "segments tokens dim"],
-) -> None:
-    """Write tokens behind the end of every segment and advance the ends, all on the device."""
-    count = new_key.shape[1]
-    where = (ends[:, None] + torch.arange(count, device=ends.device)).reshape(-1)
-    key.index_copy_(0, where, new_key.reshape(-1, new_key.shape[-1]))
-    value.index_copy_(0, where, new_value.reshape(-1, new_value.shape[-1]))
-    ends += count
 
 
 @dataclass

@@ -65,6 +65,22 @@ class TritonKernels:
         with at(key.device):
             return triton_attend.attend(key, value, starts, ends, extents.longest, own, scaling)
 
+    def append(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        ends: Int[Tensor, " segments"],
+        new_key: Float[Tensor, "segments tokens dim"],
+        new_value: Float[Tensor, "segments tokens dim"],
+    ) -> None:
+        """One token in one launch; several, or of another shape or type, in torch."""
+        plain = key.dtype == new_key.dtype == new_value.dtype
+        if new_key.shape[1] != 1 or not plain or self._unfit_shape(key, value, 1):
+            self.torch.append(key, value, ends, new_key, new_value)
+            return
+        with at(key.device):
+            triton_attend.append(key, value, ends, new_key, new_value)
+
     def bind(
         self,
         storage_key: Float[Tensor, "capacity dim"],
