@@ -54,7 +54,16 @@ def test_every_launch_is_made_on_its_tensors_device(monkeypatch: pytest.MonkeyPa
         bound.load(bound.score(layer.query))
         bound.step_some(layer.query, torch.tensor([True]))
         kernels.attend(layer.key, layer.value, Extents.of([0], [12]), layer.query, 0.1)
-    assert {"_split_kernel", "select_kernel", "gather_kernel", "exact_kernel"} <= set(launched)
+        end, one = torch.tensor([3], dtype=torch.int32), layer.key[:1, None]
+        kernels.append(layer.key, layer.value, end, one, one)
+    assert {
+        "_split_kernel",
+        "append_kernel",
+        "choose_kernel",
+        "select_kernel",
+        "gather_kernel",
+        "exact_kernel",
+    } <= set(launched)
 
 
 def test_the_guard_makes_a_device_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

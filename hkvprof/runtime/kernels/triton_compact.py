@@ -5,7 +5,7 @@ the order of their score (float32), then whether they are hot, then the lower nu
 wanted integer is found bit by bit. Only items with an exact score can be wanted, since as many as
 are hot have one, and at equal scores hot ones win: all others need not be looked at.
 
-Candidate c of a head is what slot c holds where c < HOT, else number c - HOT of the others (`cold`).
+Candidate c of a head is what slot c holds where c < HOT, else number c - HOT of the others, `cold`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def item_of(key: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def least_of_best(key: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """The `count`-th largest of integers, where those below 0 do not count; 0 if there are fewer."""
+    """The `count`-th largest of integers, of which those below 0 do not count; 0 for fewer."""
     last = tl.zeros([1], tl.int64)
     bit = tl.full([1], 2**60, tl.int64)
     for _ in range(BITS):

@@ -141,9 +141,8 @@ def table_kernel(
     head = tl.load(which + n)
     if idle(heads, head):
         return
-    if MARK:
-        if code == 0:
-            mark_hot(heads, head, held, MARK)
+    if MARK > 0 and code == 0:
+        mark_hot(heads, head, held, MARK)
     q = queries(query, heads, head, group, DIM, GROUP, WIDTH).to(tl.float32)
     channels = small(heads, head, CHANNELS)
     bounds = address(heads, head, BOUNDS, tl.int64) + 2 * code
