@@ -239,6 +239,17 @@ class Kernels(Protocol):
         """
         ...
 
+    def append(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        ends: Int[Tensor, " segments"],
+        new_key: Float[Tensor, "segments tokens dim"],
+        new_value: Float[Tensor, "segments tokens dim"],
+    ) -> None:
+        """Write tokens behind the end of every segment and advance `ends`, all on the device."""
+        ...
+
     def bind(
         self,
         storage_key: Float[Tensor, "capacity dim"],

@@ -148,6 +148,17 @@ class NativeKernels:
             len(held.segments),
         )
 
+    def append(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        ends: Int[Tensor, " segments"],
+        new_key: Float[Tensor, "segments tokens dim"],
+        new_value: Float[Tensor, "segments tokens dim"],
+    ) -> None:
+        """In plain torch: a few rows."""
+        self.torch.append(key, value, ends, new_key, new_value)
+
     def bind(
         self,
         storage_key: Float[Tensor, "capacity dim"],

@@ -48,6 +48,21 @@ class TorchKernels:
                 out[segment] = _attend(query[segment], key[own], value[own], scaling)
         return out
 
+    def append(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        ends: Int[Tensor, " segments"],
+        new_key: Float[Tensor, "segments tokens dim"],
+        new_value: Float[Tensor, "segments tokens dim"],
+    ) -> None:
+        """Where segments end is not asked."""
+        count = new_key.shape[1]
+        where = (ends[:, None] + torch.arange(count, device=ends.device)).reshape(-1)
+        key.index_copy_(0, where, new_key.reshape(-1, new_key.shape[-1]))
+        value.index_copy_(0, where, new_value.reshape(-1, new_value.shape[-1]))
+        ends += count
+
     def bind(
         self,
         storage_key: Float[Tensor, "capacity dim"],
