@@ -16,7 +16,18 @@ Model = Annotated[
     str,
     typer.Option("--model", help="Alias (`hkvprof models`), hub id, folder or GGUF file."),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+
+
+def full_dtype(text: str | None) -> str | None:
+    """`bfloat16` for `bf16`, and so on; any other text as it is."""
+    return text if text is None else _SHORT.get(text.lower(), text)
+
+
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", callback=full_dtype, help="auto, float32, bfloat16 (bf16) or float16."),
+]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present.")
 ]

@@ -72,7 +72,7 @@ def apply(
     if parsed.tokens is not None and parsed.tokens < floor:
         raise BudgetError(
             f"a budget of {parsed.tokens} tokens is too small: sinks, recent tokens and the floor "
-            f"need {floor}; raise the budget"
+            f"need {floor}; raise the budget, or did you mean '{parsed.tokens}%'?"
         )
     return Handle(model, view, Planner(profile, parsed, options, origin, Fetch.parse(fetch)))
 
