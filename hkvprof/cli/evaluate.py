@@ -151,7 +151,8 @@ def evaluate(
     own_part = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
     refused: dict[MethodAtBudget, str] = {}
     profiled = ProfiledModel(network, processor, loaded, fetch)
-    compare(profiled, own_part, comparison, journal, track, refused)
+    with journal.kept():
+        compare(profiled, own_part, comparison, journal, track, refused)
     for entry, reason in refused.items():
         say(f"{entry.method} at {entry.budget} has no answer to some prompts: {reason}")
     answers = comparison.select(journal.answers, task_set)

@@ -32,6 +32,9 @@ Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present.")
 ]
 
+RECIPE, EXPERTS = "The recipe", "For experts"
+"""Headings of options in a verb's help (cli.grouped)."""
+
 Budgets = Annotated[
     str, typer.Option("--budget", help="Shares, tokens or bytes, separated by commas.")
 ]
@@ -98,20 +101,44 @@ def open_model(
 
 
 Budget = Annotated[
-    str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
+    str,
+    typer.Option(
+        "--budget",
+        help="Default share of dense K/V bytes to keep, all-in.",
+        rich_help_panel=RECIPE,
+    ),
 ]
 Theta = Annotated[
-    float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
+    float,
+    typer.Option(
+        "--theta",
+        help="Sparsity from which a head is static (paper).",
+        rich_help_panel=EXPERTS,
+    ),
 ]
 Kappa = Annotated[
-    float, typer.Option("--kappa", help="Share of keys whose attention is sparsity (paper).")
+    float,
+    typer.Option(
+        "--kappa",
+        help="Share of keys whose attention is sparsity (paper).",
+        rich_help_panel=EXPERTS,
+    ),
 ]
 Coefficient = Annotated[
     float,
-    typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
+    typer.Option(
+        "--coefficient",
+        help="Static heads' mean share over dynamic ones' (paper).",
+        rich_help_panel=EXPERTS,
+    ),
 ]
 Even = Annotated[
-    float, typer.Option("--even", help="Part of every budget dealt evenly, 0 to 1 (measured).")
+    float,
+    typer.Option(
+        "--even",
+        help="Part of every budget dealt evenly, 0 to 1 (measured).",
+        rich_help_panel=EXPERTS,
+    ),
 ]
 DEFAULT_BUDGET = f"{Recipe.budget:.2f}"
 
