@@ -25,6 +25,7 @@ from hkvprof.cli import (
     serve,
 )
 from hkvprof.cli.demo import run_command
+from hkvprof.cli.grouped import GroupedCommand
 
 __all__ = ["app", "main", "run"]
 
@@ -57,8 +58,8 @@ def _global(
 
 
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
-app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate)
-app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
+app.command("calibrate", cls=GroupedCommand, epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("merge", cls=GroupedCommand, epilog=merge.EXAMPLES)(merge.merge)
 app.command("inspect", epilog=profiles.INSPECT_EXAMPLES)(profiles.inspect)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("diff", epilog=profiles.DIFF_EXAMPLES)(profiles.diff)

@@ -24,6 +24,10 @@ DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "fp32": torch.float32,
 }
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub's answer before only local files are tried."""
@@ -40,9 +44,9 @@ def load_model(
     """Load a model in eval mode and its processor.
 
     `name_or_path` is an alias (`hkvprof models`), a hub id, a folder or a GGUF file (converted
-    once); `dtype` a torch dtype or its name; `device` defaults to CUDA where present. `fsdp`
-    spreads the weights over that many processes, each of which calls this, in a process group
-    (transformers' DistributedConfig).
+    once); `dtype` a torch dtype or its name (`bf16` and the like, too); `device` defaults to CUDA
+    where present. `fsdp` spreads the weights over that many processes, each of which calls this, in
+    a process group (transformers' DistributedConfig).
     Raises ModelError when the weights cannot be had, UsageError on a wrong dtype or device.
     """
     if device is not None and device_map is not None:

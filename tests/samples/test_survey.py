@@ -43,7 +43,7 @@ def test_a_model_that_takes_pictures_gets_none() -> None:
     assert doubt.startswith("no sample has a picture, and the model takes pictures")
     assert blind.doubts(takes_pictures=False) == []
     mixed = Survey.of([sample("a", "one"), sample("b", RED, "two")])
-    assert mixed.doubts(takes_pictures=True) == ["1 samples have no picture"]
+    assert mixed.doubts(takes_pictures=True) == ["1 sample without a picture"]
 
 
 def test_marks_that_nobody_replaced() -> None:
