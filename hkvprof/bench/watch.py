@@ -31,12 +31,12 @@ class TritonLaunch:
 
     @property
     def name(self) -> str:
-        """Of the kernel's function."""
+        """What the kernel's function is called."""
         return str(self.kernel.fn.__name__)
 
     @property
     def programs(self) -> int:
-        """Of the grid."""
+        """How many programs the grid has."""
         count = 1
         for side in self.grid:
             count *= side

@@ -174,7 +174,7 @@ def _announce(tasks: TaskSet, claim: Claim) -> None:
     count = len(tasks.samples)
     typer.echo(f"Would test: {claim_text(claim.alpha, claim.delta, claim.loss)}.")
     typer.echo(
-        f"{counted(count, 'sample')} of {tasks.name} (at least {claim.needed} are needed): a budget "
+        f"{counted(count, 'sample')} of {tasks.name} (at least {claim.needed} needed): a budget "
         f"is accepted with at most {claim.most_losses(count)} degraded."
     )
     typer.echo(

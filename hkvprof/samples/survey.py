@@ -88,7 +88,7 @@ class Survey:
         if self.equal:
             one, other = self.equal[0]
             found.append(
-                f"{counted(len(self.equal), 'sample')} like another but for the id, such as {other!r} "
+                f"{counted(len(self.equal), 'sample')} like another but for its id, as {other!r} "
                 f"and {one!r}: what they say counts twice"
             )
         return found

@@ -62,7 +62,7 @@ class EngineSetup:
         }  # fmt: skip
 
 
-class Contestant:
+class ServedEngine:
     """An engine in its process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -90,7 +90,7 @@ class Contestant:
 
 
 @contextmanager
-def contestant(setup: EngineSetup, budget: str | None) -> Iterator[Contestant]:
+def contestant(setup: EngineSetup, budget: str | None) -> Iterator[ServedEngine]:
     """Start an engine, and end it."""
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
@@ -101,7 +101,7 @@ def contestant(setup: EngineSetup, budget: str | None) -> Iterator[Contestant]:
         [sys.executable, "-m", "hkvprof.engines.vllm.contestant"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
-    made = Contestant(process)
+    made = ServedEngine(process)
     made._say(setup.options(budget))
     try:
         yield made
@@ -122,7 +122,7 @@ def measure(setup: EngineSetup, say: Any) -> dict[str, Any]:
     return {"setup": asdict(setup), "rows": rows, "overhead": overhead(setup)}
 
 
-def _row(engine: Contestant, setup: EngineSetup) -> dict[str, Any]:
+def _row(engine: ServedEngine, setup: EngineSetup) -> dict[str, Any]:
     crowd = Crowd(setup.requests, setup.context, setup.new_tokens)
     alone = engine.serve(replace(crowd, requests=1, new_tokens=1, seed=1))
     alone = engine.serve(replace(crowd, requests=2, new_tokens=1, seed=2))

@@ -24,7 +24,7 @@ class Crowd:
     seed: int = 0
 
     def prompts(self, vocabulary: int) -> list[list[int]]:
-        """Random token numbers."""
+        """Random token numbers, the shared ones first."""
         draw = random.Random(self.seed)
         numbers = [draw.randrange(vocabulary) for _ in range(self.shared)]
         own = self.tokens - self.shared

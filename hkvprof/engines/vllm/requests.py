@@ -50,7 +50,7 @@ class RowBudgets(LogitsProcessor):
         self.shares.clear()
 
     def apply(self, logits: Tensor) -> Tensor:
-        """The same logits."""
+        """The same logits, unchanged."""
         return logits
 
     def is_argmax_invariant(self) -> bool:

@@ -70,7 +70,7 @@ class Compact:
     def of(cls, heads: Sequence[DynamicSegment], block: int) -> Compact | None:
         """None where a head decides by its index alone, or has too many candidates."""
         coded = all(isinstance(head.index, ProjectedIndex) for head in heads)
-        if not coded or any(not picked_of(head) or head.scale is not None for head in heads):
+        if not coded or any(not picked_of(head) for head in heads):
             return None
         room = max(picked_of(head) - head.hot for head in heads)
         count = blocks(max(head.items for head in heads), BEST_ITEMS)
@@ -111,7 +111,7 @@ class Scratch:
 
     @classmethod
     def of(cls, owner: TritonRetrieval, compact: Compact, group: int, tables: int) -> Scratch:
-        """Not initialised."""
+        """Tensors of these sizes, not initialised."""
         items, parts, heads = owner.all_items, owner.all_parts * group, len(owner.heads)
         float32, int32 = torch.float32, torch.int32
         sizes = {
