@@ -31,7 +31,7 @@ class HeadStep:
 
     @property
     def key_bytes(self) -> int:
-        """Of one token."""
+        """Bytes of one token's key."""
         return self.dim * self.itemsize
 
     @property

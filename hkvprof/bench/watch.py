@@ -36,7 +36,7 @@ class TritonLaunch:
 
     @property
     def programs(self) -> int:
-        """Of the grid."""
+        """How many programs the grid has."""
         count = 1
         for side in self.grid:
             count *= side

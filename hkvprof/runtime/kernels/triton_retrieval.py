@@ -111,7 +111,7 @@ class Scratch:
 
     @classmethod
     def of(cls, owner: TritonRetrieval, compact: Compact, group: int, tables: int) -> Scratch:
-        """Not initialised."""
+        """Memory that nothing has been written to yet."""
         items, parts, heads = owner.all_items, owner.all_parts * group, len(owner.heads)
         float32, int32 = torch.float32, torch.int32
         sizes = {
