@@ -23,13 +23,14 @@ SEAM := tests/models tests/runtime tests/doctor tests/cli
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 bench-gpu test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel test-vllm style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 bench-gpu gpu-report test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel test-vllm style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
 	@echo "make demo           calibrate, inspect and evaluate the embedded model (no download)"
 	@echo "make demo-smollm2   the same with SmolLM2-135M on long text"
 	@echo "make bench-gpu      the benchmark on a GPU; needs torch, triton, transformers, no setup"
+	@echo "make gpu-report     tests, pinning, figures and account on a GPU in ten minutes; no setup"
 	@echo "make test           style, types, test-pinned, test-oldest, test-newest: what CI runs"
 	@echo "make test-pinned    all tests, on the transformers of constraints.txt"
 	@echo "make test-oldest    $(SEAM): on the oldest supported one (constraints-oldest.txt)"
@@ -85,6 +86,9 @@ demo-smollm2: $(SMOLLM2_STAMP)
 # No setup: on a machine with a GPU there is torch, and often nothing can be installed.
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) -m hkvprof.bench --json $(GPU_JSON)
+
+gpu-report:
+	PYTHONPATH=. $(PYTHON) -m hkvprof.bench.gpu_report
 
 test: style types test-pinned test-oldest test-newest
 

@@ -97,7 +97,8 @@ def main() -> None:
             bound.step(layer.query)
             bound.load(bound.score(layer.query))  # where the step selects among candidates
             ends = torch.tensor([500, 560], dtype=torch.int32)
-            kernels.append(layer.key, layer.value, ends, layer.key[:2, None], layer.key[:2, None])
+            new = layer.key[:2, None]
+            kernels.append(layer.key, layer.value, ends, new, new)
             extents = Extents.of([0, 500], [500, 60])
             kernels.attend(layer.key, layer.value, extents, layer.query, 0.1)
         assert not kernels.notes
