@@ -35,7 +35,7 @@ class EngineSetup:
     budgets: tuple[str, ...]
     context: int = 2048
     new_tokens: int = 64
-    requests: int = 36
+    requests: int = 120
     pool: int = 12
     rounds: int = 4
     dtype: str = "float32"
@@ -124,11 +124,11 @@ def measure(setup: EngineSetup, say: Any) -> dict[str, Any]:
 
 def _row(engine: ServedEngine, setup: EngineSetup) -> dict[str, Any]:
     crowd = Crowd(setup.requests, setup.context, setup.new_tokens)
-    alone = engine.serve(replace(crowd, requests=1, new_tokens=1, seed=1))
+    engine.serve(replace(crowd, requests=1, new_tokens=1, seed=5))
     alone = engine.serve(replace(crowd, requests=2, new_tokens=1, seed=2))
     shared = int(SHARED * setup.context) // BLOCK * BLOCK
     same = replace(crowd, requests=4, new_tokens=1, shared=shared, seed=3)
-    engine.serve(replace(same, requests=1))
+    engine.serve(replace(same, requests=1, seed=4))
     return {
         "compaction_share": alone.compaction_seconds / alone.cpu_seconds,
         "prefix_hits": engine.serve(same).cached / (same.requests * same.tokens),
@@ -139,12 +139,12 @@ def _row(engine: ServedEngine, setup: EngineSetup) -> dict[str, Any]:
 def overhead(setup: EngineSetup) -> float:
     """CPU time per request and step at budget 1.0 over plain vLLM's: the least of some turns, taken
     one after the other of both, of short prompts that decode together."""
-    crowd = Crowd(requests=8, tokens=256, new_tokens=setup.new_tokens)
+    crowd = Crowd(requests=8, tokens=240, new_tokens=setup.new_tokens)
     taken: dict[str | None, list[float]] = {None: [], "1.0": []}
     with contestant(setup, None) as plain, contestant(setup, "1.0") as split:
         for turn in range(setup.rounds + 1):
             for name, engine in ((None, plain), ("1.0", split)):
-                made = engine.serve(replace(crowd, seed=turn))
+                made = engine.serve(replace(crowd, seed=6 + turn))
                 if turn:
                     taken[name].append(made.cpu_seconds)
     return min(taken["1.0"]) / min(taken[None])
