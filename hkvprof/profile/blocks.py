@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError
-from hkvprof.heads import EXACT_BITS, HeadGrid, HeadType, KeepRule, Strategy
+from hkvprof.heads import EXACT_BITS, WINDOW, HeadGrid, HeadType, KeepRule, Strategy
 from hkvprof.profile.budgets import INFEASIBLE, Budget
 from hkvprof.profile.costs import Menu
 from hkvprof.profile.dealing import allocate, losses_of
@@ -188,7 +188,8 @@ def _loss(plan: BlockPlan, tokens: int, ratio: NDArray[np.float64]) -> float:
 def plan_blocks(profile: Profile, budget: float | int | str | Budget, block_size: int) -> BlockPlan:
     """Group the heads of a profile for blocks of `block_size` tokens under a budget in shares.
 
-    Heads are static with residents in 16 bits and without a text prior, whatever else the menu has.
+    Heads are static, scored by the window, with residents in 16 bits and without a text prior,
+    whatever else the menu has.
     Groups are cut from heads in the order of what they would get by themselves; there are as few of
     them as lose no more than SLACK. Raises BudgetError.
     """
@@ -216,16 +217,18 @@ def _sizes(heads: int, share: float) -> list[int]:
     return [heads // n for n in range(1, min(heads, MOST_GROUPS) + 1) if heads % n == 0]
 
 
+def _is_able(one: Strategy) -> bool:
+    exact = one.resident_bits == EXACT_BITS and one.score == WINDOW
+    return one.head_type is HeadType.STATIC and exact and not one.text_prior
+
+
 def _static_losses(profile: Profile) -> NDArray[np.float32]:
     """Curves [A, S, L, Hkv, R], infeasible where the engine cannot do what the strategy says."""
-    able = [
-        one.head_type is HeadType.STATIC and one.resident_bits == EXACT_BITS and not one.text_prior
-        for one in profile.strategies
-    ]
+    able = [_is_able(one) for one in profile.strategies]
     if not any(able) or profile.recipe == "paper":
         raise BudgetError(
             f"an engine with blocks needs measured curves of static strategies with residents in "
-            f"{EXACT_BITS} bits, found the recipe {profile.recipe!r} with "
+            f"{EXACT_BITS} bits, scored by the window, found the recipe {profile.recipe!r} with "
             f"{', '.join(one.name for one in profile.strategies)}: calibrate with --recipe measured"
         )
     return np.where(np.array(able)[:, None, None, None], profile.loss, INFEASIBLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hkvprof.errors import BudgetError
-from hkvprof.heads import EXACT_BITS, HeadGrid, HeadType
+from hkvprof.heads import EXACT_BITS, HeadGrid, HeadType, Strategy
 from hkvprof.profile.blocks import MIN_TOKENS, MOST_GROUPS, SLACK, BlockPlan, plan_blocks
+from hkvprof.profile.record import Profile
 from tests.engines.curves import random_profile
 
 GRIDS = st.builds(
@@ -72,6 +74,26 @@ def test_a_share_of_its_own_is_kept_within_by_the_same_groups(
     assert made.frees == any(made.dropped)
     assert plan.at(tokens, share=0.2) == plan.at(tokens)
     assert not plan.at(tokens, share=1.0).frees
+
+
+def with_menu(profile: Profile, *first: Strategy) -> Profile:
+    """With other first strategies, though it lacks the tensors that these may need."""
+    made = copy(profile)
+    object.__setattr__(made, "strategies", (*first, *profile.strategies[len(first) :]))
+    return made
+
+
+def test_strategies_that_the_engine_cannot_follow_are_never_chosen() -> None:
+    profile = random_profile(HeadGrid(4, 4, 2, 32), 2)
+    for other in ({"score": "calibrated"}, {"text_prior": 0.5}, {"resident_bits": 8}):
+        strategies = (profile.strategies[0], replace(profile.strategies[1], **other))
+        menu = with_menu(profile, *strategies)
+        plan = plan_blocks(menu, 0.2, 32)
+        assert (plan.strategy == 0).all()
+        none = with_menu(profile, strategies[1], strategies[1])
+        with pytest.raises(BudgetError, match="scored by the window"):
+            plan_blocks(none, 0.2, 32)
+    assert (plan_blocks(profile, 0.2, 32).strategy == 1).any()
 
 
 def test_short_prompts_and_whole_budgets_stay_dense_with_a_reason() -> None:
