@@ -208,15 +208,6 @@ def test_a_budget_that_is_not_understood_is_refused_with_the_request(lab: Lab) -
     assert "hkvprof_budget must be a share" in error
 
 
-def test_scheduling_ahead_or_not_changes_nothing(lab: Lab, usual: Told) -> None:
-    for ahead, name in ((False, "PlannedScheduler"), (True, "PlannedAsyncScheduler")):
-        engine = {"async_scheduling": ahead, "max_num_batched_tokens": 300, "max_num_seqs": 3}
-        told = lab.run(BUDGET, engine=engine)
-        assert told.scheduler == name
-        assert_close(told, usual)
-        assert_tidy(told)
-
-
 def test_torch_compile_changes_nothing(lab: Lab, usual: Told) -> None:
     compiled = lab.run(BUDGET, engine={"enforce_eager": False})
     assert compiled.kept == usual.kept
