@@ -102,7 +102,7 @@ def test_the_users_lines(
     assert run([*line, *more, "--force"]) == 0, capsys.readouterr().err
     model, processor = load_model(NAME, dtype="float32", device="cpu")
     assert hub.asked == [], "offline asks nobody"
-    with hkvprof.runtime.apply(model, "profile.safetensors", min_tokens=1) as handle:
+    with hkvprof.runtime.apply(model, "profile.safetensors") as handle:
         inputs = processor.encode([[user(picture(112, 112, 9), "how many disc")]])
         model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=4)
         assert handle.receipt().profile == "profile.safetensors"
