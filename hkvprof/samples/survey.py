@@ -88,13 +88,8 @@ class Survey:
         if self.equal:
             one, other = self.equal[0]
             found.append(
-<<<<<<< HEAD
                 f"{counted(len(self.equal), 'sample')} like another but for its id, as {other!r} "
                 f"and {one!r}: what they say counts twice"
-=======
-                f"{counted(len(self.equal), 'sample')} like another but for the id, such as "
-                f"{other!r} and {one!r}: what they say counts twice"
->>>>>>> 14dd28a (Models of 2026 are covered; a user's own lines against a hub on loopback; gated and missing models in one sentence)
             )
         return found
 
