@@ -39,8 +39,13 @@ def _table(regime: str, summaries: Sequence[MethodSummary]) -> str:
 
 def _row(one: MethodSummary) -> str:
     score = "-" if one.score is None else f"{one.score:.1%}"
-    figures = (f"{one.share:.1%}", f"{one.read_share:.2%}", score, _span(one.difference, 100, ".1f"),
-               _span(one.kl, 1, ".2g"))  # fmt: skip
+    figures = (
+        f"{one.share:.1%}",
+        f"{one.read_share:.2%}",
+        score,
+        _span(one.difference, 100, ".1f"),
+        _span(one.kl, 1, ".2g"),
+    )
     cells = "".join(f"<td class='number'>{cell}</td>" for cell in figures)
     name = f"<b>{OURS}</b>" if one.method == OURS else escape(one.method)
     return f"<tr><td>{name}</td><td>{escape(one.budget or '-')}</td>{cells}</tr>"

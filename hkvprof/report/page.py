@@ -151,7 +151,10 @@ def _document(title: str, body: str, drawn: Mapping[str, Any]) -> str:
         for name in ("page.css", "page.js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
     plain = json.dumps(drawn, separators=(",", ":"), allow_nan=False)
     plain = plain.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     return (

@@ -17,7 +17,6 @@ from hkvprof.report.figures import figures
 from tests.profiles import (
     GOLDEN,
     GOLDEN_V1,
-    GOLDEN_V1_INDEX,
     GOLDEN_V2,
     GOLDEN_V3,
     make_profile,
@@ -50,7 +49,7 @@ def drawn(text: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("path", [GOLDEN, GOLDEN_V3, GOLDEN_V2, GOLDEN_V1_INDEX, GOLDEN_V1])
+@pytest.mark.parametrize("path", [GOLDEN, GOLDEN_V3, GOLDEN_V2, GOLDEN_V1])
 def test_every_schema_version_has_a_report(path: Path) -> None:
     profile = load_profile(path)
     found = drawn(pages.page(profile, path.name))
