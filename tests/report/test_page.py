@@ -85,7 +85,7 @@ def test_the_grid_of_plans_is_what_planning_says() -> None:
 
 
 def test_what_strangers_wrote_is_no_markup() -> None:
-    profile = make_profile()
+    profile = replace(make_profile(), provenance={})
     evil: Profile = replace(
         profile,
         fingerprint=replace(profile.fingerprint, hub_id=EVIL, commit=EVIL),
