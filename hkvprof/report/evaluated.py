@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hkvprof.evaluate.journal import read_answers
 from hkvprof.evaluate.records import OURS, REGIMES, Answer
+from hkvprof.evaluate.shown import ShownSample, read_shown
 from hkvprof.evaluate.statistics import BootstrapInterval, MethodSummary, summarise
 from hkvprof.report.comparison import order
 from hkvprof.report.page import escape
@@ -19,11 +20,12 @@ _HEADINGS = ("method", "budget", "bytes kept", "reads", "score", "score less ful
 
 def evaluated(folder: Path) -> str:
     """The section of what `hkvprof eval -o` wrote into a folder. Raises UsageError."""
-    answers = read_answers(folder)
+    answers, samples = read_answers(folder), read_shown(folder)
     summaries = summarise(answers)
     regimes = dict.fromkeys(one.regime for one in summaries)
     tables = [_table(regime, [s for s in summaries if s.regime == regime]) for regime in regimes]
-    shown = [_question(group) for group in _examples(answers)]
+    known = [one for one in answers if one.sample in samples] or answers
+    shown = [_question(group, samples.get(group[0].sample)) for group in _examples(known)]
     return (
         "<h2>Evaluation</h2><p class='dim'>Square brackets are 95% bootstrap intervals over "
         f"samples.</p>{''.join(tables)}<h2>Answers side by side</h2>{''.join(shown)}"
@@ -72,8 +74,14 @@ def _examples(answers: Sequence[Answer]) -> list[list[Answer]]:
     return [group for _, group in sorted(ranked, key=lambda entry: entry[0])[:MOST_QUESTIONS]]
 
 
-def _question(group: Sequence[Answer]) -> str:
+def _question(group: Sequence[Answer], sample: ShownSample | None) -> str:
     first = group[0]
+    asked, pictures = "", ""
+    if sample is not None:
+        pictures = "".join(
+            f"<img alt='' src='data:image/jpeg;base64,{one}'>" for one in sample.pictures
+        )
+        asked = escape("".join(sample.questions[first.turn : first.turn + 1]))
     rows = "".join(
         f"<tr><td>{escape(one.method)}</td><td>{escape(one.budget or '-')}</td>"
         f"<td>{escape(one.text)}</td>"
@@ -82,7 +90,8 @@ def _question(group: Sequence[Answer]) -> str:
     )
     return (
         f"<div class='question'><b>{escape(first.task)}</b>, {escape(first.sample)}, "
-        f"{escape(first.regime)}; expected: {escape(first.expected or '-')}<div class='scroll'>"
+        f"{escape(first.regime)}; expected: {escape(first.expected or '-')}"
+        f"<p>{asked}</p><div class='pictures'>{pictures}</div><div class='scroll'>"
         "<table><tr><th>method</th><th>budget</th><th>answer</th><th>score</th></tr>"
         f"{rows}</table></div></div>"
     )
