@@ -22,6 +22,7 @@ from hkvprof.cli import (
     models,
     plan,
     profiles,
+    report,
     serve,
 )
 from hkvprof.cli.demo import run_command
@@ -62,6 +63,7 @@ app.command("calibrate", cls=GroupedCommand, epilog=calibrate.EXAMPLES)(calibrat
 app.command("merge", cls=GroupedCommand, epilog=merge.EXAMPLES)(merge.merge)
 app.command("inspect", epilog=profiles.INSPECT_EXAMPLES)(profiles.inspect)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("diff", epilog=profiles.DIFF_EXAMPLES)(profiles.diff)
 app.command("validate", epilog=profiles.VALIDATE_EXAMPLES)(profiles.validate)
 app.command("push", epilog=hub.PUSH_EXAMPLES)(hub.push)

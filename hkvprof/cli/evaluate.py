@@ -113,6 +113,7 @@ def evaluate(
     from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
     from hkvprof.evaluate.counting import SERVED_ITEMSIZE
     from hkvprof.evaluate.journal import Journal, check_conditions
+    from hkvprof.evaluate.shown import keep_shown
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
     from hkvprof.models.adapter import view_model
@@ -163,6 +164,7 @@ def evaluate(
         comparison.public,
     )
     if output is not None:
+        keep_shown(output, task_set.samples)
         _write(output, summary, model, plot)
     _print(summary, model, profile, as_json)
 

@@ -94,6 +94,14 @@ def check_conditions(folder: Path | None, known: Mapping[str, Any]) -> None:
         _agree(folder, known, only=known.keys())
 
 
+def read_answers(folder: Path) -> list[Answer]:
+    """All complete answers in a folder, of every shard. Raises UsageError where there are none."""
+    found = [one for path in sorted(folder.glob("answers*.jsonl")) for one in _read(path)[0]]
+    if not found:
+        raise UsageError(f"no answers in {folder}: expected a folder that `hkvprof eval -o` wrote")
+    return found
+
+
 def forget(folder: Path) -> None:
     """Remove what a Journal writes, and the folder if nothing else is in it."""
     for file in [*folder.glob("answers*.jsonl"), folder / CONDITIONS]:
