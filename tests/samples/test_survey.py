@@ -57,7 +57,7 @@ def test_equal_samples() -> None:
         [sample("a", RED, "x"), sample("b", RED, "x"), sample("c", RED, "x", reply="no")]
     )
     assert twice.equal == (("a", "b"),)
-    assert "such as 'b' and 'a'" in twice.doubts(takes_pictures=True)[0]
+    assert "as 'b' and 'a'" in twice.doubts(takes_pictures=True)[0]
 
 
 @given(st.lists(st.sampled_from(["x", "y", "z"]), min_size=1, max_size=12))
