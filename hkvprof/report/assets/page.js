@@ -49,8 +49,8 @@ function tell(node, text) {
 // Heat maps: layers run across, heads down.
 function heat(parent, title, rows, look, click) {
   const box = figure(parent, title), layers = rows.length, heads = rows[0].length;
-  const side = Math.max(6, Math.min(26, 560 / layers)), high = Math.max(6, Math.min(side, 16));
-  const svg = canvas(box, 44 + layers * side, heads * high + 34, title);
+  const side = 356 / layers, high = Math.max(7, Math.min(20, 160 / heads));
+  const svg = canvas(box, 400, heads * high + 34, title);
   draw(svg, "text", { x: 0, y: heads * high / 2 + 4 }, "head");
   draw(svg, "text", { x: 44, y: heads * high + 30 }, "layer");
   const step = Math.ceil(26 / side);
@@ -79,7 +79,7 @@ const kinds = { s: "static", d: "dynamic", w: "whole" };
 
 // Lines on axes; x is logarithmic. Lines: {name, colour, dash, points: [x, y], chosen}.
 function lines(parent, title, xLabel, yLabel, all, logY) {
-  const box = figure(parent, title), W = 560, H = 340, L = 62, B = 46, R = 14, T = 10;
+  const box = figure(parent, title), W = 560, H = 320, L = 62, B = 46, R = 26, T = 10;
   const svg = canvas(box, W, H, title), points = all.flatMap((line) => line.points);
   if (!points.length) { box.append("Nothing was measured here."); return box; }
   const xs = points.map((p) => p[0]), low = Math.min(...xs), high = Math.max(...xs);
@@ -123,7 +123,7 @@ function lines(parent, title, xLabel, yLabel, all, logY) {
   box.append(legend);
   return box;
 }
-const palette = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6d31",
+const palette = ["#2a8fd0", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6d31",
   "#777777", "#7b4fa3"];
 const dashes = ["", "7 3", "2 3"];
 const styled = (i) => ({ colour: palette[i % 9], dash: dashes[Math.floor(i / 9) % 3] });
@@ -148,7 +148,7 @@ function heads() {
   heat(place, "Types (blue static, orange dynamic)", data.types,
     (type, l, h) => [`var(--${type})`, about(l, h)], click);
   const most = Math.max(...data.budget.flat());
-  heat(place, `Budgets (darkest: ${percent(most)} kept)`, data.budget,
+  heat(place, `Budgets (strongest: ${percent(most)} kept)`, data.budget,
     (v, l, h) => [shaded(v, 0, most), about(l, h)], click);
   if (data.curves) openHead(0, 0);
   for (const map of data.query_maps) {
@@ -182,7 +182,7 @@ function showPlan() {
     const most = Math.max(...plan.ratios);
     heat(place, "Types of this plan", rows,
       (i, l, h) => [`var(--${kinds[plan.kinds[i]]})`, about(i, l, h)], null);
-    heat(place, `Shares of this plan (darkest: ${percent(most)})`, rows,
+    heat(place, `Shares of this plan (strongest: ${percent(most)})`, rows,
       (i, l, h) => [shaded(plan.ratios[i], 0, most), about(i, l, h)], null);
   }
   const pareto = byId("pareto");
