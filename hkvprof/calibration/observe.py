@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ class ObservedCache(DynamicCache):
         replaced = dict(zip(view.layer_ids, self.covered, strict=True))
         count = max(len(self.layers), max(view.layer_ids) + 1)
         self.layers = [replaced.get(i) or self.layers[i] for i in range(count)]
+        for layer in self.layers:
+            for update in ("update_conv_state", "update_recurrent_state"):
+                if hasattr(layer, update):
+                    setattr(layer, update, partial(_anew, layer, getattr(layer, update)))
+
+
+def _anew(layer: Any, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Update a linear layer's states in new tensors: gradients need those that a pass began with."""
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name)
+        if isinstance(states, Tensor):
+            setattr(layer, name, states.clone())
+        elif states is not None:
+            setattr(layer, name, {i: s if s is None else s.clone() for i, s in states.items()})
+    return update(*args, **kwargs)
 
 
 @dataclass

@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hkvprof.errors import HkvWarning, ModelError
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.calls import cache_keyword
 from hkvprof.models.decoder_input import mixed
+from hkvprof.models.weights import gathered
 from hkvprof.models.wrappers import unwrap
 from hkvprof.selection.rotary import Positions, RotatingKeys, Turning
 
@@ -107,11 +109,14 @@ def turning(model: Any, view: ModelView) -> Turning | None:
     if rotary is None or kind in CHANGING:
         _leave_out(f"its rotary embeddings ({kind}) have no frequencies that always hold")
         return None
-    device = next(view.attention[0].parameters()).device
     try:
+        device = _device(view.attention[0])
         frequency, axis, _ = _turning(rotary, view, device)
         found = Turning(frequency.numpy(), axis.to(torch.uint8).numpy())
-        off = max(_untrue(rotary, view, layer, found) for layer in range(len(view.attention)))
+        off = 0.0
+        for layer, attention in enumerate(view.attention):
+            with gathered(model, attention):
+                off = max(off, _untrue(rotary, view, layer, found))
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         _leave_out(f"its rotary embeddings cannot be tried out ({error})")
         return None
@@ -119,6 +124,11 @@ def turning(model: Any, view: ModelView) -> Turning | None:
         _leave_out(f"its keys miss the expected rotation by {off:.0%}")
         return None
     return found
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module computes; packed weights are buffers."""
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def _leave_out(reason: str) -> None:

@@ -287,7 +287,9 @@ def allocate(
 ) -> Tensor:
     """Host memory. Raises CompressionError, naming purpose and size, when it cannot be had."""
     try:
-        return SLABS.new(shape, dtype) if pinned else torch.empty(shape, dtype=dtype)
+        if pinned:
+            return SLABS.new(shape, dtype)
+        return torch.empty(shape, dtype=dtype, pin_memory=False)
     except (RuntimeError, MemoryError) as error:
         size = torch.Size(shape).numel() * dtype.itemsize / 2**20
         raise CompressionError(

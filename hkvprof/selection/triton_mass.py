@@ -181,7 +181,7 @@ def _of_head(
     }
     grid = (group, -(-count // ROWS), spans)
     last = (scaling * LOG2_E, count, len(key))
-    with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
+    with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
         peak_kernel[grid](query, key, rows, tops, sums, *last, **sizes)
         mass_kernel[grid](
             query, key, rows, tops, sums, numbers, masses, *last,

@@ -19,6 +19,7 @@ FAILS = {
     "calibrate": "calibrate --model NONE --data DATA -o OUT",
     "merge": "merge NONE -o OUT",
     "inspect": "inspect NONE",
+    "report": "report NONE -o OUT",
     "plan": "plan NONE",
     "diff": "diff NONE NONE",
     "validate": "validate NONE",
