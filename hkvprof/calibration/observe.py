@@ -66,7 +66,7 @@ class ObservedCache(DynamicCache):
 
 
 def _anew(layer: Any, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Update a linear layer's states in new tensors: gradients need those that a pass began with."""
+    """Update a linear layer's states in new tensors: gradients need those before the pass."""
     for name in ("conv_states", "recurrent_states"):
         states = getattr(layer, name)
         if isinstance(states, Tensor):

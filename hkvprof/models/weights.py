@@ -59,7 +59,7 @@ def whole_weight(module: nn.Module, name: str = "weight") -> Tensor:
 def gathered(model: nn.Module, part: nn.Module) -> Iterator[None]:
     """While within, a part of a model can be called by itself, also where FSDP has sharded it: all
     processes must come here."""
-    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+    sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     around = [module for module in sharded if any(child is part for child in module.modules())]
     for module in around[-1:]:  # the innermost
         module.unshard()

@@ -69,7 +69,10 @@ def subject(name: str) -> Subject:
         for i, message in enumerate(asked(name))
     ]
     with warnings.catch_warnings():
-        for what in ("static heads of this model are scored by the prompt's last", "the index takes"):
+        for what in (
+            "static heads of this model are scored by the prompt's last",
+            "the index takes",
+        ):
             warnings.filterwarnings("ignore", what, HkvWarning)  # tests/models/test_rotary.py
         profile = hkvprof.calibrate(model, processor, samples, hkvprof.Recipe(budget=BUDGET))
     encoded = processor.encode([[message] for message in asked(name)])

@@ -163,7 +163,8 @@ def test_reranked_scores(
         spoiled[:] = torch.nan
     elif bad == "keys":
         spoiled[::3, 0, ..., 1] = torch.nan
-        spoiled[1::5, 0, ..., 2] = torch.inf
+        if bits[0] == 16:  # rows of 8 bits hold a large number in its place
+            spoiled[1::5, 0, ..., 2] = torch.inf
     fill_hot(layer)
     told = [without_hot(head) for head in layer.heads]
     for kernel in both(dtype):
