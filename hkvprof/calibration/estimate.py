@@ -138,9 +138,7 @@ def fitted_tokens(known: Lengths, samples: Sequence[Sample]) -> int:
 
 def kept_tokens(model: Outline, fitted: int) -> int:
     """Of the tokens that the index will be fitted to, those whose prompts are then kept."""
-    grid = model.grid
-    each = 2 * grid.layers * grid.kv_heads * grid.head_dim * model.itemsize
-    return min(fitted, KEPT_BYTES // each)
+    return min(fitted, KEPT_BYTES // model.grid.token_bytes(model.itemsize))
 
 
 def seconds(timing: Timing, fitted: int, measured: int, again: int) -> float:

@@ -61,13 +61,14 @@ def gathered(model: nn.Module, part: nn.Module) -> Iterator[None]:
     processes must come here."""
     sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     around = [module for module in sharded if any(child is part for child in module.modules())]
-    for module in around[-1:]:  # the innermost
-        module.unshard()
+    if not around:
+        yield
+        return
+    around[-1].unshard()  # the innermost
     try:
         yield
     finally:
-        for module in around[-1:]:
-            module.reshard()
+        around[-1].reshard()
 
 
 def effective_weight(layer: nn.Module) -> Tensor:

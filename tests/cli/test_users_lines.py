@@ -15,7 +15,7 @@ from hkvprof import load_model
 from hkvprof.cli import run
 from hkvprof.models.sources import ALIASES, TINYVL_FOLDER
 from tests.models.conversations import picture, user
-from tests.profile.loopback_hub import LoopbackHub, serving
+from tests.profile.loopback_hub import LoopbackHub, asked_hub
 
 NAME = "qwen2.5-vl-7b"
 HUB_ID = ALIASES[NAME].hub_id
@@ -36,17 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     """An empty hub that is asked for models, and an empty cache."""
-    with serving() as (hub, address):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", address, raising=False)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                            address + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with asked_hub(monkeypatch, tmp_path / "cache") as hub:
         monkeypatch.chdir(tmp_path)
         yield hub
 

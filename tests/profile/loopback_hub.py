@@ -9,8 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 TOKEN = "hf_loopback"
 
@@ -199,3 +203,20 @@ def serving() -> Iterator[tuple[LoopbackHub, str]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def asked_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[LoopbackHub]:
+    """The hub that huggingface_hub asks while within, with a cache of its own and no token."""
+    with serving() as (hub, address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", address, raising=False)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                            address + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield hub
