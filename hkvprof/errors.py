@@ -84,3 +84,8 @@ class HkvWarning(UserWarning):
 
 class CompressionError(HkvError):
     """The runtime could not do what it promised: a covered layer was not compressed."""
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 sample`, `2,048 samples`: the one rule for numbers before nouns."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

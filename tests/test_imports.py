@@ -30,8 +30,10 @@ ALLOWED = {
     "bench": SHARED | {"runtime", "calibration.uniform"},
     "doctor": OFFLINE | {"runtime", "bench"},
     "report": OFFLINE | {"runtime", "evaluate", "bench", "doctor"},
-    "cli": OFFLINE | {"runtime", "evaluate", "bench", "doctor", "report", "testbed", "serve"},
+    "cli": OFFLINE
+    | {"runtime", "evaluate", "bench", "doctor", "report", "testbed", "serve", "engines"},
     "serve": SHARED | {"runtime", "samples"},
+    "engines": SELECTION,
     "plugins": SHARED | {"runtime", "samples"},
     "__main__": {"cli"},
 }

@@ -123,7 +123,7 @@ class CudaMachine(Machine):
 
     def recorder(self, advance: Callable[[int], None] = lambda steps: None) -> Recorder:
         """CUDA graphs: the host's part runs once, while recording."""
-        return CudaGraphs()
+        return CudaGraphs(self.device)
 
 
 class _PlainSteps:

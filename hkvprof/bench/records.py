@@ -223,6 +223,8 @@ class BenchResult:
     links: Links | None = None
     prefill: tuple[PrefillTime, ...] = ()
     wanted: tuple[tuple[int, int], ...] = ()
+    no_prefill: str = ""
+    """Why there are no prefill times."""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -265,6 +267,7 @@ class BenchResult:
                 PrefillTime(**{key: one[key] for key in stored}) for one in data["prefill"]
             ),
             wanted=tuple((int(tokens), int(batch)) for tokens, batch in data["wanted"]),
+            no_prefill=data.get("no_prefill", ""),
         )
 
     def save(self, path: Path) -> None:

@@ -103,6 +103,14 @@ def _here(model: Any) -> dict[str, Any]:
     }
 
 
+def failed(error: RuntimeError) -> str:
+    """What torch raised, as a reason."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory, though it seemed to fit: {line}"
+    return f"failed: {type(error).__name__}: {line}"
+
+
 # -- one context: which caches are alive together, and their turns ------------------------------
 
 
@@ -138,8 +146,8 @@ class ContextRun:
             self.say(f"{self.tokens:,} tokens x {self.batch}: {names}, {number + 1}/{len(groups)}")
             try:
                 self._compete(group)
-            except torch.OutOfMemoryError as error:
-                reason = f"out of memory, though it seemed to fit: {str(error).splitlines()[0]}"
+            except RuntimeError as error:
+                reason = failed(error)
                 self.rows |= {method: method.row(reason) for method in group}
             self.subject.machine.free(1.0)  # gives back what this set held
             self.rows |= {method: replace(self.rows[method], group=number) for method in group}
@@ -147,12 +155,24 @@ class ContextRun:
 
     def _compete(self, group: Sequence[Method]) -> None:
         contestants = list(self.start(group))
-        for number in range(self.setup.rounds if contestants else 0):
-            first = number % len(contestants)  # nobody always follows the same other
+        for number in range(self.setup.rounds):
+            contestants = [one for one in contestants if not self.reasons[one.method]]
+            first = number % max(1, len(contestants))  # nobody always follows the same other
             for contestant in [*contestants[first:], *contestants[:first]]:
-                contestant.decode(self.setup.block)
-        for one in contestants:
-            self.rows[one.method] = one.row_after_steps(self.rows[one.method])
+                with self.named(contestant.method):
+                    contestant.decode(self.setup.block)
+        for one in [one for one in contestants if not self.reasons[one.method]]:
+            with self.named(one.method):
+                self.rows[one.method] = one.row_after_steps(self.rows[one.method])
+
+    @contextmanager
+    def named(self, method: Method) -> Iterator[None]:
+        """What torch raises within becomes the method's reason; others go on."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.reasons[method] = failed(error)
+            self.rows[method] = method.row(self.reasons[method])
 
     def space(self, working: int, share: float, pinned: bool) -> CacheSpace:
         """For caches, beside `working` bytes: a share of what is free."""
@@ -294,8 +314,12 @@ def bench_filled(
     if result is None:
         say("copy bandwidth, and prefill")
         links = measure_links(subject.machine, setup.link_megabytes)
-        prefill = measure_prefill(subject, profiles, setup)
-        result = BenchResult(regime, links=links, prefill=prefill)
+        result = BenchResult(regime, links=links)
+        try:
+            result = replace(result, prefill=measure_prefill(subject, profiles, setup))
+        except RuntimeError as error:
+            result = replace(result, no_prefill=failed(error))
+            say(f"no prefill: {result.no_prefill}")
     result = replace(result, wanted=tuple(dict.fromkeys((*result.wanted, *setup.wanted))))
     result.save(path)
     rows = filled_methods(setup.budgets, profiles)
@@ -407,15 +431,17 @@ class FilledRun(ContextRun):
         for one in filled:
             self.rows[one.method] = one.row_after_prompt()
         for one in filled:
-            one.prepare()
-            one.decode(WARM_STEPS, timed=False)
-        return filled
+            with self._reason(one.method):
+                one.prepare()
+                one.decode(WARM_STEPS, timed=False)
+        return [one for one in filled if not self.reasons[one.method]]
 
     @contextmanager
     def _reason(self, method: Method) -> Iterator[None]:
-        """What is refused within becomes the method's reason."""
+        """What is refused or fails within becomes the method's reason."""
         try:
-            yield
+            with self.named(method):
+                yield
         except HkvError as error:
             self.reasons[method] = str(error)
             self.rows[method] = method.row(str(error))

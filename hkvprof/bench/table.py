@@ -139,6 +139,7 @@ def notes(result: BenchResult) -> list[str]:
         f"dense {one.dense_seconds:.3f} s: compression {one.overhead_share:.2%}"
         for one in result.prefill
     ]
+    lines += [f"no prefill times: {result.no_prefill}"] if result.no_prefill else []
     lines += [LEGEND, *([FILLED_LEGEND] if result.regime.filled else [])]
     if any(row.compression_source == "difference" for row in rows):
         lines.append("compression s: prefill less the dense prefill, one run each")

@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.group import ALONE, Group
 from hkvprof.calibration.index_fit import FIT_SAMPLES, Moments, until_enough
+from hkvprof.calibration.kept import KeptProbes
 from hkvprof.calibration.merge import build_profile
 from hkvprof.calibration.probe import Probe, ProbedModel
 from hkvprof.calibration.query_fit import fitted
@@ -126,6 +128,7 @@ class Run:
         self.conditions = probed.conditions
         self.folder = None if rows is None else RowFolder(Path(rows), self.conditions)
         self.skipped: dict[str, str] = {}
+        self.kept = KeptProbes(())
 
     def measure(
         self, samples: Sequence[Sample], share: Sequence[Sample]
@@ -135,7 +138,9 @@ class Run:
         with hooked_attention(self.probed.model):
             if self.probed.recipe.index_sizes or self.probed.turning is not None:
                 fitted_on = _digest(samples)
-                tables = self.group.index(self.folder, fitted_on, lambda: self.fit(samples))
+                self.kept = KeptProbes(share)
+                fit = partial(self.fit, samples)
+                tables = self.group.index(self.folder, fitted_on, fit, self._wait)
             return tables, self._rows(share, tables)
 
     def fit(self, samples: Sequence[Sample]) -> FittedTables:
@@ -144,11 +149,21 @@ class Run:
         view, queries = self.probed.view, self.probed.new_queries()
         moments = Moments(view.grid, rotating_keys(self.probed.model, view))
         enough = until_enough(samples, moments, self.skipped)
+
+        def look(probe: Probe) -> None:
+            probe.add_moments(moments, queries)
+            self.kept.offer(probe)
+
         for sample in self.track(enough, "fitting the index", min(len(samples), FIT_SAMPLES)):
-            self._probe(sample, lambda probe: probe.add_moments(moments, queries))
+            self._probe(sample, look)
         if not bool(moments.key_rows.all()):
             raise _nothing_usable(self.skipped)
         return fitted(moments, queries, self.probed.recipe.index_sizes)
+
+    def _wait(self, until: Iterator[None]) -> None:
+        """Let another process fit the index."""
+        for _ in self.track(until, "waiting for the index that another process fits", 1):
+            pass
 
     def _rows(self, samples: Sequence[Sample], tables: FittedTables | None) -> list[SampleRow]:
         """Sparsity and loss curves of these samples: measured, or of the folder."""
@@ -166,7 +181,7 @@ class Run:
         if sample.id in self.skipped:
             return None
         try:
-            return work(Probe(self.probed, sample))
+            return work(self.kept.take(sample) or Probe(self.probed, sample))
         except SampleError as error:
             if self.on_error != "skip":
                 raise

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from hkvprof.calibration.index_fit import Moments, is_enough, spread
+from hkvprof.calibration.kept import KEPT_BYTES
 from hkvprof.calibration.probe import MAX_CONTINUATION, Probe, ProbedModel
 from hkvprof.calibration.query_fit import fitted
 from hkvprof.errors import SampleError
@@ -34,9 +35,9 @@ class Memory:
     """Bytes on the model's device while the longest sample is measured.
 
     `cache`: its dense keys and values; `prompt`: activations of one layer over the prompt; `reply`:
-    what the pass over the reply holds for its gradients, among it keys and values repeated for
-    every query head; `statistics`: attention of one KV head's group. `prompt` and `reply` never
-    exist at the same time.
+    what the pass over the reply holds for its gradients, among it one layer's keys and values
+    repeated for every query head; `statistics`: attention of one KV head's group. `prompt` and
+    `reply` never exist at the same time.
     """
 
     weights: int
@@ -54,7 +55,8 @@ class Memory:
 @dataclass(frozen=True)
 class Timing:
     """What one sample of `tokens` tokens took: seconds per token of the pass over samples that the
-    index is fitted to (`look`) and of the one that measures heads, seconds of the fit itself."""
+    index is fitted to (`look`) and of the one that measures heads (in a prompt that is kept, where
+    there is a first pass), seconds of the fit itself."""
 
     tokens: int
     look: float
@@ -83,9 +85,9 @@ def memory(model: Outline, longest: int) -> Memory:
     grid, size, new = model.grid, model.itemsize, MAX_CONTINUATION
     layer_cache = 2 * grid.kv_heads * grid.head_dim * (longest + new) * size
     per_row = 4 * model.intermediate + 6 * model.hidden
-    # All layers' repeated keys and values stay until the gradients have passed; of the layer where
-    # they are, so do the gradients of both, before and after they are summed over the group.
-    held = grid.group * layer_cache * (model.layers + 4)
+    # Of the layer where the gradients are: its keys and values repeated for every query head, and
+    # the gradients of both, before and after they are summed over the group.
+    held = 5 * grid.group * layer_cache
     rows = new * (per_row * model.layers * size + 4 * model.vocabulary * _FLOAT)
     return Memory(
         weights=model.weight_bytes,
@@ -101,10 +103,13 @@ def time_one(probed: ProbedModel, sample: Sample) -> Timing:
     moments, queries = Moments(probed.view.grid), probed.new_queries()
     with hooked_attention(probed.model):
         Probe(probed, sample).add_moments(Moments(probed.view.grid))
-        look, _ = _timed(lambda: Probe(probed, sample).add_moments(moments, queries))
+        probe = Probe(probed, sample)
+        look, _ = _timed(lambda: probe.add_moments(moments, queries))
         sizes = probed.recipe.index_sizes
+        if not sizes or not probe.pause():
+            probe = Probe(probed, sample)
         fit, tables = _timed(lambda: fitted(moments, queries, sizes) if sizes else None)
-        measure, row = _timed(lambda: Probe(probed, sample).measure(tables))
+        measure, row = _timed(lambda: probe.measure(tables))
     return Timing(row.tokens, look / row.tokens, fit, measure / row.tokens)
 
 
@@ -131,7 +136,13 @@ def fitted_tokens(known: Lengths, samples: Sequence[Sample]) -> int:
     return total
 
 
-def seconds(timing: Timing, fitted: int, measured: int) -> float:
-    """Time for so many tokens to fit the index to (0: it is there) and to measure."""
+def kept_tokens(model: Outline, fitted: int) -> int:
+    """Of the tokens that the index will be fitted to, those whose prompts are then kept."""
+    return min(fitted, KEPT_BYTES // model.grid.token_bytes(model.itemsize))
+
+
+def seconds(timing: Timing, fitted: int, measured: int, again: int) -> float:
+    """Time for so many tokens to fit the index to (0: it is there), to measure, and, of the latter,
+    to read once more."""
     fit = timing.fit if fitted else 0.0
-    return timing.look * fitted + fit + timing.measure * measured
+    return timing.look * (fitted + again) + fit + timing.measure * measured

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from hkvprof.errors import HkvError
@@ -52,12 +53,17 @@ class Group:
         return make()
 
     def index(
-        self, folder: RowFolder | None, fitted_on: str, fit: Callable[[], FittedTables]
+        self,
+        folder: RowFolder | None,
+        fitted_on: str,
+        fit: Callable[[], FittedTables],
+        wait: Callable[[Iterator[None]], None],
     ) -> FittedTables:
         """The tables of the folder; where there are none, they are fitted, and kept there.
 
-        Fitted once: by the leading process for all, or by all in step. `fitted_on` as in
-        RowFolder.tables.
+        Fitted once: by the leading process for all, or by all in step; of processes that know of
+        each other by the folder alone, by the first, for which the others `wait`. `fitted_on` as in
+        RowFolder.tables, `wait` as in RowFolder.in_turn.
         """
 
         def known() -> FittedTables | None:
@@ -66,8 +72,12 @@ class Group:
         def kept(tables: FittedTables) -> FittedTables:
             return folder.keep_tables(tables, fitted_on) if folder else tables
 
+        def alone() -> FittedTables:
+            with folder.in_turn(wait) if folder else nullcontext():
+                return known() or kept(fit())
+
         if not self.in_step:
-            return self.from_leader(lambda: known() or kept(fit()))
+            return self.from_leader(lambda: known() or alone())
         tables = self.from_leader(known) or fit()
         return self.from_leader(lambda: kept(tables))
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from hkvprof.models.adapter import ModelView
@@ -33,8 +35,15 @@ class ObservedLayer(MarkedLayer):
         self.watch = watch
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Any]:
-        """The model's own attention, then a look at it."""
-        output, weights = call.dense()
+        """The model's own attention, then a look at it.
+
+        For gradients keys and values stay as the cache has them: what the model makes of these for
+        every query head is made anew when its layer's turn comes.
+        """
+        if torch.is_grad_enabled():
+            output, weights = checkpoint(call.dense, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output, weights = call.dense()
         self.watch(self.number, call, output)
         return output, weights
 
@@ -50,6 +59,21 @@ class ObservedCache(DynamicCache):
         replaced = dict(zip(view.layer_ids, self.covered, strict=True))
         count = max(len(self.layers), max(view.layer_ids) + 1)
         self.layers = [replaced.get(i) or self.layers[i] for i in range(count)]
+        for layer in self.layers:
+            for update in ("update_conv_state", "update_recurrent_state"):
+                if hasattr(layer, update):
+                    setattr(layer, update, partial(_anew, layer, getattr(layer, update)))
+
+
+def _anew(layer: Any, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Update a linear layer's states in new tensors: gradients need those before the pass."""
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name)
+        if isinstance(states, Tensor):
+            setattr(layer, name, states.clone())
+        elif states is not None:
+            setattr(layer, name, {i: s if s is None else s.clone() for i, s in states.items()})
+    return update(*args, **kwargs)
 
 
 @dataclass
@@ -78,7 +102,8 @@ class Observer:
     def __call__(self, layer: int, call: AttentionCall, output: Tensor) -> None:
         """The watch function of ObservedCache."""
         if self._phase == "prefill":
-            self.window_query[layer] = call.query[0, :, -self.window :].detach().float()
+            window = call.query[0, :, -self.window :].detach()
+            self.window_query[layer] = window.to(torch.float32, copy=True)  # not all rows with it
             if self.on_prefill is not None:
                 self.on_prefill(layer, call, output)
         elif self._phase == "trace":

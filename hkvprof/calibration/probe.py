@@ -27,7 +27,7 @@ from hkvprof.calibration.continuation import Continuation, answered, build_conti
 from hkvprof.calibration.fitted import FittedTables
 from hkvprof.calibration.index_fit import Moments, tables_of_layer
 from hkvprof.calibration.losses import DecodeRows, layer_losses
-from hkvprof.calibration.observe import ObservedCache, Observer
+from hkvprof.calibration.observe import ObservedCache, ObservedLayer, Observer, Watch
 from hkvprof.calibration.query_fit import QuerySamples, centres_of_layer
 from hkvprof.calibration.recipe import Recipe
 from hkvprof.calibration.rows import Conditions, SampleRow
@@ -36,7 +36,7 @@ from hkvprof.heads import CALIBRATED, Modality, Strategy
 from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.approval import require_approval
 from hkvprof.models.attention import AttentionCall
-from hkvprof.models.calls import last_row_only, with_cache
+from hkvprof.models.calls import last_row_only, rope_holder, with_cache
 from hkvprof.models.processing import ChatProcessor, Encoded
 from hkvprof.models.rotary import turning, watching_positions
 from hkvprof.models.weights import passing_gradients, require_gradients
@@ -131,6 +131,10 @@ class Probe:
         self.later: Positions | None = None
         """The same of what follows it."""
         self.digest = content_digest(sample, self.encoded)
+        self._shown: dict[int, TextStatistics] = {}
+        self._said: Continuation | None = None
+        self._paused: tuple[list[torch.device], Any] | None = None
+        """Where layers keep their keys, and Qwen-VL's position offset, which is on the model."""
 
     # -- first pass -------------------------------------------------------------------------
 
@@ -142,7 +146,7 @@ class Probe:
         """
         asks_positions = moments.rotating is not None or queries is not None
         with torch.no_grad():
-            self._prefill(None, asks_positions)
+            self._prefill(self._look_at_text(), asks_positions)
             continuation = self._continuation()
             self._continue(continuation, asks_positions)
         for layer, trace in self.observer.traces.items():
@@ -155,24 +159,50 @@ class Probe:
                 assert self.later is not None
                 queries.add(layer, trace.query, self.later, self.sample.id)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(x.nbytes for layer in self.cache.covered for x in (layer.keys, layer.values))
+
+    def pause(self) -> bool:
+        """After the first pass: keep what the prompt left for the second one, keys and values in
+        host memory, and let go of all else. False where layers cannot go back to the prompt."""
+        if not all(isinstance(layer, ObservedLayer) for layer in self.cache.layers):
+            return False
+        self._paused = [layer.keys.device for layer in self.cache.covered], self._rope_deltas
+        self.cache.crop(self.encoded.tokens - self.cache.get_seq_length())
+        self._place_cache([torch.device("cpu")] * len(self.cache.covered))
+        self.observer.traces.clear()
+        self.encoded = replace(self.encoded, inputs={"input_ids": self.encoded.inputs["input_ids"]})
+        self.opened = replace(self.opened, messages=())
+        return True
+
     # -- second pass ------------------------------------------------------------------------
+
+    def _resume(self, paused: tuple[list[torch.device], Any]) -> None:
+        """Be as after the prompt."""
+        devices, deltas = paused
+        self._place_cache(devices)
+        if (holder := rope_holder(self.probed.model)) is not None:
+            holder.rope_deltas = deltas
+
+    def _place_cache(self, devices: list[torch.device]) -> None:
+        for layer, device in zip(self.cache.covered, devices, strict=True):
+            layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+
+    @property
+    def _rope_deltas(self) -> Any:
+        return getattr(rope_holder(self.probed.model), "rope_deltas", None)
 
     def measure(self, tables: FittedTables | None) -> SampleRow:
         """What text rows attend to during prefill; losses and drift over the continuation."""
-        seen: dict[int, TextStatistics] = {}
-        rows = sample_text_rows(self.text)
-        held = self.encoded.modality[0]
-        classes = token_classes(held.to(self.text.device), self.keep)
-
-        def watch(layer: int, call: AttentionCall, output: Tensor) -> None:
-            seen[layer] = text_statistics(
-                call.query[0], call.key[0], rows, call.scaling, self.probed.recipe.kappas, classes,
-                self.keep.recent,
-            )  # fmt: skip
-
-        with torch.no_grad():
-            self._prefill(watch, tables is not None and tables.go_by_positions)
-        shown = [seen[layer] for layer in sorted(seen)]
+        if self._paused is None:
+            with torch.no_grad():
+                asks = tables is not None and tables.go_by_positions
+                self._prefill(self._look_at_text(), asks)
+        else:
+            self._resume(self._paused)
+        held, shown = self.encoded.modality[0], [self._shown[i] for i in sorted(self._shown)]
         losses, drift, pairs = self._after_prompt(tables)
         return SampleRow(
             id=self.sample.id,
@@ -283,7 +313,20 @@ class Probe:
 
     # -- the model --------------------------------------------------------------------------
 
-    def _prefill(self, watch: Any, asks_positions: bool) -> None:
+    def _look_at_text(self) -> Watch:
+        """What keeps statistics of the rows of text."""
+        rows = sample_text_rows(self.text)
+        classes = token_classes(self.encoded.modality[0].to(self.text.device), self.keep)
+
+        def watch(layer: int, call: AttentionCall, output: Tensor) -> None:
+            self._shown[layer] = text_statistics(
+                call.query[0], call.key[0], rows, call.scaling, self.probed.recipe.kappas, classes,
+                self.keep.recent,
+            )  # fmt: skip
+
+        return watch
+
+    def _prefill(self, watch: Watch, asks_positions: bool) -> None:
         """Run the prompt; `asks_positions` where an index goes by them."""
         model = self.probed.model
         self.observer.on_prefill = watch
@@ -306,6 +349,11 @@ class Probe:
 
     def _continuation(self) -> Continuation:
         """What follows the prompt: the given reply, else the model's own."""
+        if self._said is None:
+            self._said = self._say()
+        return self._said
+
+    def _say(self) -> Continuation:
         own = self.probed.recipe.replies == "own"
         if self.opened.reply is None or own:
             said = self.probed.answered.get(self.sample.id)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +26,7 @@ from hkvprof.calibration.recipe import Recipe, RecipeName, Replies
 from hkvprof.errors import ProfileError, UsageError
 from hkvprof.files import strict_json
 from hkvprof.files.atomic import (
+    in_turn,
     is_part,
     read_limited,
     remove_stale,
@@ -269,6 +272,13 @@ class RowFolder:
         kept = self.tables(fitted_on)
         assert kept is not None
         return kept
+
+    def in_turn(self, wait: Callable[[Iterator[None]], None]) -> AbstractContextManager[None]:
+        """Within: no other process fits an index for this folder. `wait` as files.atomic.in_turn
+        has it. Raises as `add` does.
+        """
+        self._begin()
+        return in_turn(self.path / CONDITIONS, wait)
 
     def _begin(self) -> None:
         """Write the conditions, unless another process did; they must be the same."""

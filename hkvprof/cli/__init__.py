@@ -22,9 +22,11 @@ from hkvprof.cli import (
     models,
     plan,
     profiles,
+    report,
     serve,
 )
 from hkvprof.cli.demo import run_command
+from hkvprof.cli.grouped import GroupedCommand
 
 __all__ = ["app", "main", "run"]
 
@@ -57,10 +59,11 @@ def _global(
 
 
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
-app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate)
-app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
+app.command("calibrate", cls=GroupedCommand, epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command("merge", cls=GroupedCommand, epilog=merge.EXAMPLES)(merge.merge)
 app.command("inspect", epilog=profiles.INSPECT_EXAMPLES)(profiles.inspect)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("diff", epilog=profiles.DIFF_EXAMPLES)(profiles.diff)
 app.command("validate", epilog=profiles.VALIDATE_EXAMPLES)(profiles.validate)
 app.command("push", epilog=hub.PUSH_EXAMPLES)(hub.push)

@@ -44,6 +44,10 @@ def bench(
         str | None,
         typer.Option("--model", help="Alias (`hkvprof models`), hub id, folder or GGUF file."),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="vllm: requests at once inside it, beside plain vLLM."),
+    ] = None,
     shape: Annotated[
         str | None,
         typer.Option("--shape", help="Instead of --model: random weights, such as qwen2.5-vl-7b."),
@@ -105,6 +109,9 @@ def bench(
     from hkvprof.bench.table import render
     from hkvprof.profile.record import load_profile
 
+    if engine is not None:
+        _bench_engine(engine, model, profile, context, budget, new_tokens, rounds, json_path)
+        return
     _check_sources(model, shape, profile, context, only, crossover)
     if shape is not None and not crossover and str(device or "").startswith("cuda"):
         _refuse_on_gpu({"--methods": only, "--plot": plot, "--threads": threads,
@@ -134,6 +141,40 @@ def bench(
     _write(result, json_file, plot)
     text = render(result) if json_path != "-" else json.dumps(result.to_json(), indent=1) + "\n"
     typer.echo(text, nl=False)
+
+
+def _bench_engine(
+    engine: str,
+    model: str | None,
+    profile: Path | None,
+    context: str | None,
+    budget: str,
+    new_tokens: int | None,
+    rounds: int | None,
+    json_path: str | None,
+) -> None:
+    """`--engine vllm`: it runs in the environment that vLLM is installed in. Raises UsageError."""
+    if engine != "vllm":
+        raise UsageError(f"--engine {engine}: expected vllm")
+    if model is None or profile is None:
+        raise UsageError("--engine vllm needs --model (a folder or hub id) and --profile")
+    if not (context or _DEFAULT_CONTEXT).isdecimal():
+        raise UsageError(f"--context {context}: --engine takes one prompt length such as 2048")
+    from hkvprof.cli.output import say
+    from hkvprof.engines.vllm.bench import EngineSetup, measure, render
+    from hkvprof.files.atomic import write_atomically
+
+    target = None if json_path in (None, "-") else Path(str(json_path))
+    _check_target(target, "--json")
+    setup = EngineSetup(
+        model, str(profile), tuple(options.listed(budget)), int(context or _DEFAULT_CONTEXT),
+        new_tokens or _NEW_TOKENS, rounds=rounds or _ROUNDS,
+    )  # fmt: skip
+    figures = measure(setup, say)
+    text = json.dumps(figures, indent=1) + "\n"
+    if target is not None:
+        write_atomically(target, text.encode())
+    typer.echo(text if json_path == "-" else render(figures), nl=False)
 
 
 def _check_sources(

@@ -12,6 +12,7 @@ from hkvprof.calibration.recipe import Recipe, RecipeName, Replies
 from hkvprof.cli import data as source
 from hkvprof.cli import options
 from hkvprof.cli.runs import Loading, Place, check_kind, kept, processes
+from hkvprof.errors import counted
 
 if TYPE_CHECKING:
     from hkvprof.calibration.group import Group
@@ -32,6 +33,7 @@ Examples:
   torchrun --nproc-per-node 4 -m hkvprof calibrate --model ./large --data my-samples --fsdp"""
 
 _MOST_REASONS = 20
+RECIPE, SEVERAL, EXPERTS = options.RECIPE, "Several devices or machines", options.EXPERTS
 
 
 def calibrate(
@@ -42,61 +44,101 @@ def calibrate(
     data_format: source.Format = None,
     image_folder: source.ImageFolder = None,
     question: source.Question = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    device_map: Annotated[
-        str | None, typer.Option("--device-map", help="Spread the model, for example `auto`.")
-    ] = None,
     max_samples: Annotated[
         int | None, typer.Option("--max-samples", min=1, help="Use a subset balanced over tasks.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the subset and of sampling.")] = 0,
-    name: Annotated[
-        RecipeName, typer.Option("--recipe", help="Types by sparsity (paper) or by measured loss.")
-    ] = Recipe.name,
-    theta: options.Theta = Recipe.theta,
-    kappa: options.Kappa = Recipe.kappa,
-    coefficient: options.Coefficient = Recipe.coefficient,
-    chunk: Annotated[
-        int, typer.Option("--chunk", help="Tokens that dynamic heads fetch at once (paper).")
-    ] = Recipe.chunk,
-    text_prior: Annotated[
-        float,
-        typer.Option("--text-prior", help="Share of static heads that text may claim (paper)."),
-    ] = Recipe.text_prior,
-    budget: options.Budget = options.DEFAULT_BUDGET,
-    replies: Annotated[
-        Replies, typer.Option("--replies", help="Judge the given replies, or the model's own.")
-    ] = Recipe.replies,
-    on_error: Annotated[
-        Literal["raise", "skip"],
-        typer.Option("--on-error", help="Stop at a bad sample, or skip and count it."),
-    ] = "raise",
-    rows: Annotated[
-        Path | None,
-        typer.Option("--rows", help="Folder of measured samples; default OUTPUT.rows until done."),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--no-resume", help="Go on from measured samples, or drop them."),
-    ] = True,
-    shard: Annotated[
-        str, typer.Option("--shard", help="Measure part I of N into --rows; then `hkvprof merge`.")
-    ] = "1/1",
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="Spread one model over the processes of torchrun.")
-    ] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print samples, tokens, memory and time; write nothing."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Profile; default ./<model>.profile.safetensors."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-) -> None:
+    name: Annotated[
+        RecipeName,
+        typer.Option(
+            "--recipe", help="Types by sparsity (paper) or by measured loss.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = Recipe.name,
+    budget: options.Budget = options.DEFAULT_BUDGET,
+    replies: Annotated[
+        Replies,
+        typer.Option(
+            "--replies", help="Judge the given replies, or the model's own.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = Recipe.replies,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", help="Seed of the subset and of sampling.", rich_help_panel=RECIPE),
+    ] = 0,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map", help="Spread the model, for example `auto`.", rich_help_panel=SEVERAL
+        ),
+    ] = None,
+    fsdp: Annotated[
+        bool,
+        typer.Option(
+            "--fsdp", help="Spread one model over the processes of torchrun.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = False,
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard", help="Measure part I of N into --rows; then `hkvprof merge`.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = "1/1",
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows", help="Folder of measured samples; default OUTPUT.rows until done.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Go on from measured samples, or drop them.",
+            rich_help_panel=EXPERTS,
+        ),
+    ] = True,
+    on_error: Annotated[
+        Literal["raise", "skip"],
+        typer.Option(
+            "--on-error", help="Stop at a bad sample, or skip and count it.",
+            rich_help_panel=EXPERTS,
+        ),
+    ] = "raise",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print JSON.", rich_help_panel=EXPERTS)
+    ] = False,
+    theta: options.Theta = Recipe.theta,
+    kappa: options.Kappa = Recipe.kappa,
+    coefficient: options.Coefficient = Recipe.coefficient,
+    chunk: Annotated[
+        int,
+        typer.Option(
+            "--chunk", help="Tokens that dynamic heads fetch at once (paper).",
+            rich_help_panel=EXPERTS,
+        ),
+    ] = Recipe.chunk,
+    text_prior: Annotated[
+        float,
+        typer.Option(
+            "--text-prior", help="Share of static heads that text may claim (paper).",
+            rich_help_panel=EXPERTS,
+        ),
+    ] = Recipe.text_prior,
+) -> None:  # fmt: skip
     """Observe a model on samples and write its profile. A run that was stopped goes on."""
     from hkvprof.cli.dryrun import foretell
     from hkvprof.cli.output import default_profile_path
@@ -104,7 +146,8 @@ def calibrate(
     with processes(in_step=fsdp) as group:
         recipe = Recipe(
             name, options.parse_share(budget), replies, theta=theta, kappa=kappa,
-            coefficient=coefficient, chunk=chunk, text_prior=text_prior, seed=seed,
+            coefficient=coefficient, chunk=chunk, text_prior=text_prior,
+            seed=seed,
         )  # fmt: skip
         loading = Loading(model, dtype, device, device_map, fsdp)
         place = Place(output or default_profile_path(model), rows, options.parse_shard(shard))
@@ -126,7 +169,7 @@ def calibrate(
                 return
             profile = _calibrated(network, processor, samples, recipe, place, on_error, group)
             if group.leads:
-                _finish(profile, data, samples, place, force)
+                _finish(profile, model, data, samples, place, force)
 
 
 def _require_tested_seam() -> None:
@@ -137,7 +180,9 @@ def _require_tested_seam() -> None:
     require_tested_seam(apply)
 
 
-def _finish(profile: Profile, data: str, samples: LoadedSamples, place: Place, force: bool) -> None:
+def _finish(
+    profile: Profile, model: str, data: str, samples: LoadedSamples, place: Place, force: bool
+) -> None:
     """Write the profile, and say what was made."""
     from hkvprof.cli.output import check_output, say
 
@@ -148,7 +193,7 @@ def _finish(profile: Profile, data: str, samples: LoadedSamples, place: Place, f
     profile.save(place.output)
     place.clear()
     say("")
-    announce(profile, place.output)
+    announce(profile, place.output, model)
 
 
 def _calibrated(
@@ -185,7 +230,8 @@ def _measure(
         model, processor, samples.samples, place.folder, recipe, shard=place.part,
         on_error=on_error, track=track,
     )  # fmt: skip
-    typer.echo(f"{count} samples of shard {part} of {parts} measured into {place.folder}")
+    done = counted(count, "sample")
+    typer.echo(f"{done} of shard {part} of {parts} measured into {place.folder}")
     typer.echo(f"Next, when all shards are done: hkvprof merge {place.folder} -o PROFILE")
 
 
@@ -201,9 +247,9 @@ def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
     return dataclasses.replace(profile, provenance=origin)
 
 
-def announce(profile: Profile, path: Path) -> None:
-    """Say what was made and what to do with it."""
-    from hkvprof.report.certainty import doubts
+def announce(profile: Profile, path: Path, model: str = "MODEL") -> None:
+    """Say what was made, whether the samples were enough, and what to do with it."""
+    from hkvprof.report.certainty import doubts, verdict
     from hkvprof.report.summary import human, sentence, unserved
 
     typer.echo(f"{sentence(profile, 32768)}.")
@@ -211,6 +257,10 @@ def announce(profile: Profile, path: Path) -> None:
         typer.echo(f"{doubted}.")
     if short := unserved(profile):
         typer.echo(f"Note: {short}.")
+    typer.echo(f"{verdict(profile)}.")
     typer.echo(f"Profile: {path} ({human(path.stat().st_size)})")
-    typer.echo(f"Next:    hkvprof inspect {path}")
-    typer.echo(f'         in Python: hkvprof.runtime.apply(model, "{path}")')
+    typer.echo(f"""Next:    hkvprof inspect {path}
+         hkvprof doctor {model} {path}
+         hkvprof eval --model {model} --profile {path} --tasks HELD_OUT
+         hkvprof certify {path} --model {model} --data HELD_OUT
+         in Python: hkvprof.runtime.apply(model, "{path}")""")

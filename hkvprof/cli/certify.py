@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hkvprof.cli import options
-from hkvprof.errors import UsageError
+from hkvprof.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from hkvprof.evaluate.certify import Claim
@@ -115,7 +115,7 @@ def certify(
         return
     _check_answers(empty, processor, loaded, known, claim, folder)
     network, processor = options.open_model(model, dtype, device)
-    say(f"{len(known.samples)} samples of {source}; at most "
+    say(f"{counted(len(known.samples), 'sample')} of {source}; at most "
         f"{claim.most_losses(len(known.samples))} may degrade")  # fmt: skip
     certificate = _certified(ProfiledModel(network, processor, loaded), known, claim, folder)
     _write(loaded, certificate, path)
@@ -154,8 +154,8 @@ def _samples(
     kept = judged(whole, claim)
     without = len(whole.samples) - len(kept.samples)
     if without:
-        say(f"{without} samples have nothing that {claim.loss} in {', '.join(claim.regimes)} could "
-            "be judged by: left out")  # fmt: skip
+        say(f"left out: {counted(without, 'sample')} with nothing that {claim.loss} in "
+            f"{', '.join(claim.regimes)} could be judged by")  # fmt: skip
     return kept
 
 
@@ -174,8 +174,8 @@ def _announce(tasks: TaskSet, claim: Claim) -> None:
     count = len(tasks.samples)
     typer.echo(f"Would test: {claim_text(claim.alpha, claim.delta, claim.loss)}.")
     typer.echo(
-        f"{count} samples of {tasks.name} (at least {claim.needed} are needed): a budget is "
-        f"accepted with at most {claim.most_losses(count)} degraded."
+        f"{counted(count, 'sample')} of {tasks.name} (at least {claim.needed} needed): a budget "
+        f"is accepted with at most {claim.most_losses(count)} degraded."
     )
     typer.echo(
         f"Budgets, in this order, until one fails: {', '.join(f'{b:g}' for b in claim.budgets)}."
@@ -204,7 +204,8 @@ def _certified(profiled: ProfiledModel, tasks: TaskSet, claim: Claim, folder: Pa
     from hkvprof.evaluate.journal import Journal
 
     journal = Journal(folder, conditions(profiled.model, profiled.profile, tasks, claim))
-    return certify(profiled, tasks, claim, journal, track)
+    with journal.kept():
+        return certify(profiled, tasks, claim, journal, track)
 
 
 def _write(profile: Profile, certificate: Certificate, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hkvprof.cli import options
-from hkvprof.errors import SampleError
+from hkvprof.errors import SampleError, counted
 
 if TYPE_CHECKING:
     from hkvprof.samples.read import LoadedSamples, OnError, Reading
@@ -46,7 +46,8 @@ def load(data: str, limit: int | None, seed: int, on_error: OnError, how: Readin
     loaded = load_samples(data, max_samples=limit, seed=seed, on_error=on_error, reading=how)
     for line in loaded.recognised.lines():
         say(line)
-    say(f"{len(loaded.samples)} samples of {len(loaded.tasks)} tasks from {data}")
+    samples, tasks = counted(len(loaded.samples), "sample"), counted(len(loaded.tasks), "task")
+    say(f"{samples} of {tasks} from {data}")
     for reason in loaded.skipped[:_MOST_REASONS]:
         say(f"skipped: {reason}")
     if len(loaded.skipped) > _MOST_REASONS:

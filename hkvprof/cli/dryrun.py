@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hkvprof.calibration.estimate import Lengths, Timing
     from hkvprof.calibration.recipe import Recipe
     from hkvprof.cli.runs import Loading, Place
+    from hkvprof.models.outline import Outline
     from hkvprof.samples.read import OnError, Sample
 
 
@@ -47,7 +48,7 @@ def foretell(
         tokens=list(lengths.tokens.values()),
         memory=estimate.memory(sizes, max(lengths.tokens.values())),
         timing=timing,
-        seconds=_seconds(timing, lengths, samples, place, recipe) if timing else None,
+        seconds=_seconds(timing, lengths, samples, place, recipe, sizes) if timing else None,
         untimed=untimed,
     )
     if as_json:
@@ -70,11 +71,19 @@ def _timing(loading: Loading, sample: Sample, recipe: Recipe) -> tuple[Timing | 
 
 
 def _seconds(
-    timing: Timing, lengths: Lengths, samples: Sequence[Sample], place: Place, recipe: Recipe
+    timing: Timing,
+    lengths: Lengths,
+    samples: Sequence[Sample],
+    place: Place,
+    recipe: Recipe,
+    sizes: Outline,
 ) -> float:
     """Time for the samples of this shard that have no row yet, and for the index."""
     from hkvprof.calibration import estimate
 
     left = sum(lengths.tokens.get(sample.id, 0) for sample in place.left(samples))
-    fits = recipe.index_sizes and not place.has_index
-    return estimate.seconds(timing, estimate.fitted_tokens(lengths, samples) if fits else 0, left)
+    if not recipe.index_sizes:
+        return estimate.seconds(timing, 0, left, 0)
+    fitted = 0 if place.has_index else estimate.fitted_tokens(lengths, samples)
+    kept = min(left, estimate.kept_tokens(sizes, fitted))
+    return estimate.seconds(timing, fitted, left, left - kept)

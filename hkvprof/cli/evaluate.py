@@ -30,8 +30,6 @@ LADDERS = {
     "tenths": ("0.20", "0.10", "0.05", "0.03", "0.02"),
 }
 """Names for budgets that tables go by."""
-_WIDE = 190
-"""Columns that the whole table needs; narrower terminals get a compact one."""
 _REGIMES_HELP = "inside, after, later (default: all that fit); several, after_steps, later_steps."
 _SHARD_HELP = "Part I of N of the samples, as I/N: several processes may fill one folder."
 
@@ -115,6 +113,7 @@ def evaluate(
     from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
     from hkvprof.evaluate.counting import SERVED_ITEMSIZE
     from hkvprof.evaluate.journal import Journal, check_conditions
+    from hkvprof.evaluate.shown import keep_shown
     from hkvprof.evaluate.statistics import duels, summarise
     from hkvprof.evaluate.tasks import default_tasks, load_tasks
     from hkvprof.models.adapter import view_model
@@ -153,7 +152,8 @@ def evaluate(
     own_part = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
     refused: dict[MethodAtBudget, str] = {}
     profiled = ProfiledModel(network, processor, loaded, fetch)
-    compare(profiled, own_part, comparison, journal, track, refused)
+    with journal.kept():
+        compare(profiled, own_part, comparison, journal, track, refused)
     for entry, reason in refused.items():
         say(f"{entry.method} at {entry.budget} has no answer to some prompts: {reason}")
     answers = comparison.select(journal.answers, task_set)
@@ -164,6 +164,7 @@ def evaluate(
         comparison.public,
     )
     if output is not None:
+        keep_shown(output, task_set.samples)
         _write(output, summary, model, plot)
     _print(summary, model, profile, as_json)
 
@@ -230,7 +231,7 @@ def _print(summary: EvaluationSummary, model: str, profile: Path, as_json: bool)
         typer.echo(summary.to_json(), nl=False)
         return
     console = stdout()
-    console.print(comparison_table(summary.summaries, compact=console.width < _WIDE))
+    console.print(comparison_table(summary.summaries))
     console.print(task_table(summary.summaries))
     for line in [*duel_lines(summary.duels), *next_steps(model, str(profile))]:
         typer.echo(line)

@@ -16,10 +16,24 @@ Model = Annotated[
     str,
     typer.Option("--model", help="Alias (`hkvprof models`), hub id, folder or GGUF file."),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+
+
+def full_dtype(text: str | None) -> str | None:
+    """`bfloat16` for `bf16`, and so on; any other text as it is."""
+    return text if text is None else _SHORT.get(text.lower(), text)
+
+
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", callback=full_dtype, help="auto, float32, bfloat16 (bf16) or float16."),
+]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: CUDA if present.")
 ]
+
+RECIPE, EXPERTS = "The recipe", "For experts"
+"""Headings of options in a verb's help (cli.grouped)."""
 
 Budgets = Annotated[
     str, typer.Option("--budget", help="Shares, tokens or bytes, separated by commas.")
@@ -87,17 +101,36 @@ def open_model(
 
 
 Budget = Annotated[
-    str, typer.Option("--budget", help="Default share of dense K/V bytes to keep, all-in.")
+    str,
+    typer.Option(
+        "--budget",
+        help="Default share of dense K/V bytes to keep, all-in.",
+        rich_help_panel=RECIPE,
+    ),
 ]
 Theta = Annotated[
-    float, typer.Option("--theta", help="Sparsity from which a head is static (paper).")
+    float,
+    typer.Option(
+        "--theta",
+        help="Sparsity from which a head is static (paper).",
+        rich_help_panel=EXPERTS,
+    ),
 ]
 Kappa = Annotated[
-    float, typer.Option("--kappa", help="Share of keys whose attention is sparsity (paper).")
+    float,
+    typer.Option(
+        "--kappa",
+        help="Share of keys whose attention is sparsity (paper).",
+        rich_help_panel=EXPERTS,
+    ),
 ]
 Coefficient = Annotated[
     float,
-    typer.Option("--coefficient", help="Static heads' mean share over dynamic ones' (paper)."),
+    typer.Option(
+        "--coefficient",
+        help="Static heads' mean share over dynamic ones' (paper).",
+        rich_help_panel=EXPERTS,
+    ),
 ]
 DEFAULT_BUDGET = f"{Recipe.budget:.2f}"
 

@@ -63,7 +63,12 @@ def plan(
     ] = None,
     fetch: options.Fetch = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of keys and values: bfloat16, float16 or float32.")
+        str,
+        typer.Option(
+            "--dtype",
+            callback=options.full_dtype,
+            help="Of keys and values: bfloat16, float16 or float32.",
+        ),
     ] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ascii_only: Annotated[bool, typer.Option("--ascii", help="Draw with ASCII alone.")] = False,

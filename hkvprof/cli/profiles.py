@@ -54,9 +54,9 @@ DIFF_EXAMPLES = """\b
 Examples:
   hkvprof diff old.safetensors new.safetensors
   hkvprof diff old.safetensors new.safetensors --json | jq .flips
-Exit code: 0 the same, 1 different (or a file that cannot be read), 2 not comparable."""
+Exit code: 0 the same, 3 different, 1 a file that cannot be read or is of another model."""
 
-DIFFERENT = 1
+DIFFERENT = 3
 
 
 def diff(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from hkvprof.errors import HkvError, UsageError
+from hkvprof.errors import HkvError, UsageError, counted
 from hkvprof.evaluate.records import Answer
 from hkvprof.files import strict_json
 from hkvprof.files.atomic import read_limited, write_atomically
@@ -54,6 +55,17 @@ class Journal:
         """The units whose answers are on disk: they need not be asked again."""
         return {_unit(answer) for answer in self.answers}
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever stops what is within, but for wrong usage: its message says what is kept."""
+        try:
+            yield
+        except BaseException as error:
+            if self._path is not None and self.answers and not isinstance(error, UsageError):
+                count = counted(len(self.answers), "answer")
+                error.add_note(f"{count} kept in {self._path.parent}: run again to go on")
+            raise
+
     def add(self, answers: Iterable[Answer]) -> None:
         """Keep all answers of a unit: on disk before this returns. Raises HkvError."""
         new = list(answers)
@@ -80,6 +92,14 @@ def check_conditions(folder: Path | None, known: Mapping[str, Any]) -> None:
     """Raise UsageError where the folder holds answers of other conditions, as far as `known`."""
     if folder is not None:
         _agree(folder, known, only=known.keys())
+
+
+def read_answers(folder: Path) -> list[Answer]:
+    """All complete answers in a folder, of every shard. Raises UsageError where there are none."""
+    found = [one for path in sorted(folder.glob("answers*.jsonl")) for one in _read(path)[0]]
+    if not found:
+        raise UsageError(f"no answers in {folder}: expected a folder that `hkvprof eval -o` wrote")
+    return found
 
 
 def forget(folder: Path) -> None:

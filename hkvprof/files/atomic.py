@@ -5,14 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from hkvprof.errors import HkvError, UsageError
 
 _SUFFIX = ".hkvprof-part"
 """Ending of files that are being written; who writes one holds a lock on it (flock)."""
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def user_cache() -> Path:
@@ -75,6 +78,41 @@ def write_once(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
     return True
+
+
+@contextmanager
+def in_turn(path: Path, wait: Callable[[Iterator[None]], None]) -> Iterator[None]:
+    """Within: of all processes that come here with the file `path`, this one alone.
+
+    While another is within, `wait` gets an iterator that ends when it is not any more; so it is
+    when it was killed. On a file system without locks nobody waits. Raises HkvError where the file
+    cannot be opened.
+    """
+    try:
+        stream = path.open("r+b")
+    except OSError as error:
+        raise HkvError(f"cannot open {path}: {error.strerror or error}") from error
+    with stream:
+        if not _takes_lock(stream):
+            wait(_until_lock(stream))
+        yield
+
+
+def _takes_lock(stream: BinaryIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True
+
+
+def _until_lock(stream: BinaryIO) -> Iterator[None]:
+    """Once, when the lock is had."""
+    while not _takes_lock(stream):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    yield
 
 
 def is_part(path: Path) -> bool:

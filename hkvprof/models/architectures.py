@@ -158,7 +158,18 @@ def _uses_attention_interface(model: Any, text_config: Any) -> bool:
 class TextDecoder(Adapter):
     """Decoders of text alone."""
 
-    model_types = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma3_text")
+    model_types = (
+        "llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma3_text", "qwen3_moe",
+        "mixtral", "smollm3", "olmo2", "olmo3", "ministral3", "exaone4", "seed_oss", "cohere2",
+        "glm4", "glm4_moe", "gemma4_text",
+    )  # fmt: skip
+
+
+class HybridDecoder(Adapter):
+    """Every few layers attend to all tokens and are compressed; the linear ones between them keep
+    one state, which is left alone."""
+
+    model_types = ("qwen3_next", "qwen3_5_text", "qwen3_5", "qwen3_5_moe")
 
 
 class ImageTextDecoder(Adapter):
@@ -177,6 +188,10 @@ class ImageTextDecoder(Adapter):
         "smolvlm",
         "gemma3",
         "mistral3",
+        "gemma4",
+        "glm4v",
+        "glm4v_moe",
+        "glm46v",
     )
 
 
@@ -212,6 +227,7 @@ class PaliGemma(Adapter):
 
 FAMILIES: tuple[Adapter, ...] = (
     TextDecoder(),
+    HybridDecoder(),
     ImageTextDecoder(),
     QwenVL(),
     Qwen3VL(),

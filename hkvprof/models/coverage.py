@@ -25,6 +25,11 @@ class Covered:
     note: str = ""
 
 
+_SLIDING = "sliding layers stay as they are"
+_LINEAR = "linear layers stay as they are"
+_SHARED = "layers that share keys and values (E2B, E4B) are refused"
+_TEXT = "tested with text alone"
+
 COVERAGE: dict[str, Covered] = {
     "qwen2-vl": Covered(
         "Qwen2-VL", "Qwen2VLForConditionalGeneration", "qwen2_vl", "Pillow",
@@ -79,6 +84,46 @@ COVERAGE: dict[str, Covered] = {
         "Gemma 3, text", "Gemma3ForCausalLM", "gemma3_text", "no", "full attention",
         "sliding layers stay as they are",
     ),
+    "qwen3-moe": Covered("Qwen3 MoE", "Qwen3MoeForCausalLM", "qwen3_moe"),
+    "qwen3-next": Covered(
+        "Qwen3-Next", "Qwen3NextForCausalLM", "qwen3_next", "no", "full attention", _LINEAR
+    ),
+    "qwen3.5-text": Covered(
+        "Qwen3.5, text", "Qwen3_5ForCausalLM", "qwen3_5_text", "no", "full attention", _LINEAR
+    ),
+    "qwen3.5": Covered(
+        "Qwen3.5", "Qwen3_5ForConditionalGeneration", "qwen3_5", "no", "full attention",
+        f"{_LINEAR}; {_TEXT}",
+    ),
+    "qwen3.5-moe": Covered(
+        "Qwen3.5 MoE", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", "no", "full attention",
+        f"{_LINEAR}; {_TEXT}",
+    ),
+    "gemma4-text": Covered(
+        "Gemma 4, text", "Gemma4ForCausalLM", "gemma4_text", "no", "full attention",
+        f"{_SLIDING}; {_SHARED}",
+    ),
+    "gemma4": Covered(
+        "Gemma 4", "Gemma4ForConditionalGeneration", "gemma4", "no", "full attention",
+        f"{_SLIDING}; {_SHARED}; {_TEXT}",
+    ),
+    "glm4": Covered("GLM-4", "Glm4ForCausalLM", "glm4"),
+    "glm4-moe": Covered("GLM-4.5, 4.6", "Glm4MoeForCausalLM", "glm4_moe"),
+    "glm4v": Covered("GLM-4.1V", "Glm4vForConditionalGeneration", "glm4v", note=_TEXT),
+    "glm4v-moe": Covered("GLM-4.5V", "Glm4vMoeForConditionalGeneration", "glm4v_moe", note=_TEXT),
+    "glm46v": Covered("GLM-4.6V", "Glm46VForConditionalGeneration", "glm46v", note=_TEXT),
+    "mixtral": Covered("Mixtral", "MixtralForCausalLM", "mixtral", note="without a sliding window"),
+    "ministral3": Covered("Ministral 3, text", "Ministral3ForCausalLM", "ministral3"),
+    "smollm3": Covered("SmolLM3", "SmolLM3ForCausalLM", "smollm3"),
+    "olmo2": Covered("OLMo 2", "Olmo2ForCausalLM", "olmo2"),
+    "olmo3": Covered("OLMo 3", "Olmo3ForCausalLM", "olmo3", "no", "full attention", _SLIDING),
+    "exaone4": Covered(
+        "EXAONE 4", "Exaone4ForCausalLM", "exaone4", "no", "full attention", _SLIDING
+    ),
+    "cohere2": Covered(
+        "Command R7B, A", "Cohere2ForCausalLM", "cohere2", "no", "full attention", _SLIDING
+    ),
+    "seed-oss": Covered("Seed-OSS", "SeedOssForCausalLM", "seed_oss"),
     "gpt-neox": Covered("GPT-NeoX", "GPTNeoXForCausalLM", "gpt_neox"),
 }  # fmt: skip
 

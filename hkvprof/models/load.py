@@ -24,6 +24,10 @@ DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "fp32": torch.float32,
 }
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub's answer before only local files are tried."""
@@ -40,9 +44,9 @@ def load_model(
     """Load a model in eval mode and its processor.
 
     `name_or_path` is an alias (`hkvprof models`), a hub id, a folder or a GGUF file (converted
-    once); `dtype` a torch dtype or its name; `device` defaults to CUDA where present. `fsdp`
-    spreads the weights over that many processes, each of which calls this, in a process group
-    (transformers' DistributedConfig).
+    once); `dtype` a torch dtype or its name (`bf16` and the like, too); `device` defaults to CUDA
+    where present. `fsdp` spreads the weights over that many processes, each of which calls this, in
+    a process group (transformers' DistributedConfig).
     Raises ModelError when the weights cannot be had, UsageError on a wrong dtype or device.
     """
     if device is not None and device_map is not None:
@@ -215,6 +219,8 @@ def _unavailable(name: str, source: str, error: Exception) -> ModelError:
         expected = "a checkpoint written by save_pretrained, with its processor or tokenizer"
         found = "there is no config.json" if missing else reason
         return ModelError(f"cannot load a model from {source} ({found}): expected {expected}")
+    if refused := _refused_by_hub(source, error):
+        return ModelError(f"cannot load {name!r}: {refused}")
     if not isinstance(error, OSError):
         return ModelError(f"cannot load {name!r} ({source}): {reason}")
     return ModelError(
@@ -223,3 +229,22 @@ def _unavailable(name: str, source: str, error: Exception) -> ModelError:
         f"{source}` on a connected machine, then copy HF_HOME here; (3) a network connection "
         "(and HF_TOKEN for gated models)"
     )
+
+
+def _refused_by_hub(source: str, error: BaseException | None) -> str:
+    """Why the hub did not give a model, in a sentence; empty where it was something else."""
+    from huggingface_hub import errors
+
+    while error is not None:
+        if isinstance(error, errors.GatedRepoError):
+            return (
+                f"{source} is gated: accept its terms on the model's page of the hub, then log in "
+                "with `hf auth login` or set HF_TOKEN"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return (
+                f"the hub has no model {source}, or HF_TOKEN may not see it: check the name "
+                "(`hkvprof models` lists aliases), or give a folder"
+            )
+        error = error.__cause__ or error.__context__
+    return ""

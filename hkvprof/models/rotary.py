@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hkvprof.errors import HkvWarning, ModelError
 from hkvprof.models.adapter import ModelView
 from hkvprof.models.calls import cache_keyword
 from hkvprof.models.decoder_input import mixed
+from hkvprof.models.weights import gathered
 from hkvprof.models.wrappers import unwrap
 from hkvprof.selection.rotary import Positions, RotatingKeys, Turning
 
@@ -88,7 +90,7 @@ def rotating_keys(model: Any, view: ModelView) -> RotatingKeys | None:
     turning = 2 * len(frequency)
     bias[..., turning:] = 0
     keys = RotatingKeys((bias * scale).numpy(), frequency.numpy(), axis.to(torch.uint8).numpy())
-    off = max(_missed(rotary, view, layer, keys) for layer in range(len(held)))
+    off = max(_missed(model, view, layer, keys) for layer in range(len(held)))
     if off > TOLERANCE:
         _warn(f"its keys miss the rotated bias by {off:.0%}")
         return None
@@ -107,11 +109,11 @@ def turning(model: Any, view: ModelView) -> Turning | None:
     if rotary is None or kind in CHANGING:
         _leave_out(f"its rotary embeddings ({kind}) have no frequencies that always hold")
         return None
-    device = next(view.attention[0].parameters()).device
     try:
+        device = _device(view.attention[0])
         frequency, axis, _ = _turning(rotary, view, device)
         found = Turning(frequency.numpy(), axis.to(torch.uint8).numpy())
-        off = max(_untrue(rotary, view, layer, found) for layer in range(len(view.attention)))
+        off = max(_untrue(model, view, layer, found) for layer in range(len(view.attention)))
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         _leave_out(f"its rotary embeddings cannot be tried out ({error})")
         return None
@@ -119,6 +121,11 @@ def turning(model: Any, view: ModelView) -> Turning | None:
         _leave_out(f"its keys miss the expected rotation by {off:.0%}")
         return None
     return found
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module computes; packed weights are buffers."""
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def _leave_out(reason: str) -> None:
@@ -188,13 +195,13 @@ def _angles(rotary: nn.Module, view: ModelView, positions: Tensor) -> tuple[Tens
     return cosine.float().cpu(), sine.float().cpu()
 
 
-def _missed(rotary: nn.Module, view: ModelView, layer: int, keys: RotatingKeys) -> float:
+def _missed(model: Any, view: ModelView, layer: int, keys: RotatingKeys) -> float:
     """How far the keys that attention makes of zeros are from the rotated bias, as a share."""
     told = _probes(view)
     attention: Any = view.attention[layer]
     bias = view.adapter.key_bias(attention)  # also where weights are packed and no parameters
     assert bias is not None
-    made = _keys_of(rotary, view, layer, bias.new_zeros(view.text_config.hidden_size), told)
+    made = _keys_of(model, view, layer, bias.new_zeros(view.text_config.hidden_size), told)
     worst = 0.0
     for head, own in enumerate(keys.heads(layer, torch.device("cpu"))):
         left = own.removed(made[head], Positions(0, told.shape[1], told.int()))
@@ -204,12 +211,12 @@ def _missed(rotary: nn.Module, view: ModelView, layer: int, keys: RotatingKeys) 
     return worst
 
 
-def _untrue(rotary: nn.Module, view: ModelView, layer: int, found: Turning) -> float:
+def _untrue(model: Any, view: ModelView, layer: int, found: Turning) -> float:
     """How far keys that attention makes of the same state are from the turned first, as a share."""
     told = torch.cat([torch.zeros(_axes(view), 1, dtype=torch.int64), _probes(view)], dim=1)
     weight = view.output_projection(layer)
     state = torch.randn(view.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
-    made = _keys_of(rotary, view, layer, state.to(weight.device, weight.dtype), told)
+    made = _keys_of(model, view, layer, state.to(weight.device, weight.dtype), told)
     back = found.undone(made, Positions(0, told.shape[1], told.int()))
     off, size = (back - made[:, :1]).norm(dim=-1), made[:, :1].norm(dim=-1)
     return float((off / size.clamp(min=1e-6)).max())
@@ -223,9 +230,7 @@ def _probes(view: ModelView) -> Tensor:
     )
 
 
-def _keys_of(
-    rotary: nn.Module, view: ModelView, layer: int, state: Tensor, positions: Tensor
-) -> Tensor:
+def _keys_of(model: Any, view: ModelView, layer: int, state: Tensor, positions: Tensor) -> Tensor:
     """[kv_heads, tokens, dim] on the host: what a layer's attention stores of tokens that all have
     this hidden state."""
     from transformers.cache_utils import DynamicCache
@@ -233,11 +238,14 @@ def _keys_of(
     attention: Any = view.attention[layer]
     ids = positions.to(state.device)[:, None]
     states = state.expand(1, positions.shape[1], -1).clone()
+    rotary = rotary_module(model, view)
+    assert rotary is not None
     pair = _rotation(rotary, view, states, ids if len(ids) > 1 else ids[0])
     cache = DynamicCache(config=view.text_config)
     names = {"layer_past"} & inspect.signature(attention.forward).parameters.keys()
     kept = dict.fromkeys(names or {cache_keyword(attention.forward)}, cache)
-    attention(hidden_states=states, position_embeddings=pair, attention_mask=None, **kept)
+    with gathered(model, attention):
+        attention(hidden_states=states, position_embeddings=pair, attention_mask=None, **kept)
     keys = cache.layers[attention.layer_idx].keys
     if keys is None:
         raise ValueError("a layer's attention stores no keys where it is called by itself")

@@ -76,29 +76,34 @@ def build_shape(
 
     `dtype` "auto" is bfloat16. The vision tower is a stub. Raises UsageError.
     """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
     if name not in SHAPES:
         raise UsageError(f"unknown shape {name!r}: expected {' or '.join(SHAPES)}")
     if layers < 1:
         raise UsageError(f"a model of {layers} layers: expected at least 1")
-    shape = SHAPES[name]
     kind = torch.bfloat16 if dtype == "auto" else _dtype(dtype)
-    target = _device(device)
+    return make_shape(SHAPES[name], layers, kind, _device(device), vocabulary)
+
+
+def make_shape(
+    shape: Shape, layers: int, dtype: torch.dtype, device: torch.device, vocabulary: int
+) -> Any:
+    """The same of any shape."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     config = Qwen2_5_VLConfig(
         text_config=_text(shape, layers, vocabulary), vision_config=_stub(shape.hidden)
     )
     before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(kind)
-        with target, torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
+        torch.set_default_dtype(dtype)
+        with device, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             model = Qwen2_5_VLForConditionalGeneration._from_config(
                 config, attn_implementation="sdpa"
             )
     finally:
         torch.set_default_dtype(before)
-    return model.to(target).eval()
+    return model.to(device).eval()
 
 
 def _text(shape: Shape, layers: int, vocabulary: int) -> dict[str, Any]:

@@ -55,6 +55,22 @@ def whole_weight(module: nn.Module, name: str = "weight") -> Tensor:
         return getattr(module, name).detach().clone()
 
 
+@contextmanager
+def gathered(model: nn.Module, part: nn.Module) -> Iterator[None]:
+    """While within, a part of a model can be called by itself, also where FSDP has sharded it: all
+    processes must come here."""
+    sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+    around = [module for module in sharded if any(child is part for child in module.modules())]
+    if not around:
+        yield
+        return
+    around[-1].unshard()  # the innermost
+    try:
+        yield
+    finally:
+        around[-1].reshard()
+
+
 def effective_weight(layer: nn.Module) -> Tensor:
     """What a linear layer multiplies by, [out, in]: dequantised, with the adapters that run.
 

@@ -38,6 +38,14 @@ def parse_size(text: str, option: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
+LEAST_TOKENS = 100
+"""Below it a number as text is no number of tokens per head: a percentage was meant."""
+_KINDS = (
+    "expected a share in (0, 1] such as 0.10 or '10%', a number of tokens (100 or more as text) "
+    "such as 4096, or bytes such as '2GiB'"
+)
+
+
 INFEASIBLE = np.float32(1e30)
 """Loss of a strategy whose fixed bytes alone exceed the ratio."""
 
@@ -86,7 +94,7 @@ class Budget:
     def parse(cls, value: float | int | str | Budget) -> Budget:
         """Read `0.10` (share), `4096` (tokens, an int above 1), `"2GiB"`, `"10%"` or `"0.1"`.
 
-        Raises BudgetError on anything else.
+        Raises BudgetError on anything else, and on a text such as `"5"`, which is rather 5%.
         """
         if isinstance(value, Budget):
             return value
@@ -115,6 +123,10 @@ class Budget:
             return cls(bytes=size)
         if unit:
             raise BudgetError(_expected(text))
+        if 1 < float(number) < LEAST_TOKENS:
+            raise BudgetError(
+                f"budget {text!r} is not understood: did you mean {text.strip()}%? {_KINDS}"
+            )
         return cls.parse(int(number) if number.isdigit() else float(number))
 
     def resolve(self, tokens: int, dense_bytes: int) -> float:
@@ -135,10 +147,7 @@ class Budget:
 
 
 def _expected(value: object) -> str:
-    return (
-        f"budget {value!r} is not understood: expected a share in (0, 1] such as 0.10 or '10%', "
-        "a number of tokens such as 4096, or bytes such as '2GiB'"
-    )
+    return f"budget {value!r} is not understood: {_KINDS}"
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ def card(profile: Profile, repository: str, licence: str, pictured: bool) -> str
         *([f"![loss over budget, and the share of every head]({PICTURE})"] if pictured else []),
         f"## Certificate\n\n{_certificate(profile)}",
         f"## How to use it\n\n{_usage(profile, repository)}",
-        f"## How it was made\n\n{_table(_making(profile))}",
-        f"## The model\n\n{_table(_model(profile))}",
+        f"## How it was made\n\n{_table(making(profile))}",
+        f"## The model\n\n{_table(model_facts(profile))}",
         f"## Licence\n\n{_licence(licence)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -106,7 +106,8 @@ def _usage(profile: Profile, repository: str) -> str:
     )
 
 
-def _making(profile: Profile) -> Iterator[tuple[str, Any]]:
+def making(profile: Profile) -> Iterator[tuple[str, Any]]:
+    """How a profile was made, as names and values."""
     told = profile.provenance
     yield "recipe", profile.recipe
     yield "default budget", f"{profile.default_budget:.3g}"
@@ -120,7 +121,8 @@ def _making(profile: Profile) -> Iterator[tuple[str, Any]]:
     yield "digest of the content", profile.content_digest
 
 
-def _model(profile: Profile) -> Iterator[tuple[str, Any]]:
+def model_facts(profile: Profile) -> Iterator[tuple[str, Any]]:
+    """Which model a profile is of, as names and values."""
     found, grid = profile.fingerprint, profile.grid
     yield "architecture", found.architecture
     yield (

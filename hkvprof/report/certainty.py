@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hkvprof.errors import ProfileError
+from hkvprof.errors import ProfileError, counted
 from hkvprof.heads import HeadType
 from hkvprof.profile.certificate import Certificate, Level
 from hkvprof.profile.certificate import recorded as recorded_certificate
@@ -14,6 +14,8 @@ from hkvprof.profile.record import Profile
 
 MOST_HEADS = 6
 """Least sure heads that are named; --layer and --json have all."""
+ENOUGH = 0.9
+"""Share of heads on whose type profiles of two halves of the samples agree, where they suffice."""
 FEW = 0.1
 """Share of heads of one type up to which kappa depends on a handful of them."""
 
@@ -99,6 +101,21 @@ def _least_sure(record: Confidence) -> list[str]:
 def _share(record: Confidence, layer: int, head: int) -> str:
     low, high = record.low[layer][head], record.high[layer][head]
     return _interval(Interval(record.agree[layer][head], low, high))
+
+
+def verdict(profile: Profile) -> str:
+    """Whether a calibration had samples enough, and what to do where it had not."""
+    record = None if profile.recipe == "uniform" else confidence(profile)
+    if record is None:
+        return "Nothing says whether the samples were enough: the profile records no confidence"
+    more = f"give more than these {counted(record.samples, 'sample')}, at best two to four times"
+    if record.reason or record.halves.reason:
+        return f"Too few samples to tell how sure the types are: {more}"
+    agreed = record.halves.figures["types"].value
+    halves = f"profiles of two halves of them agree on the type of {_whole(agreed)} of heads"
+    if agreed < ENOUGH:
+        return f"Too few samples: {halves}, {_whole(ENOUGH)} would do; {more}"
+    return f"Enough samples ({record.samples:,}): {halves}"
 
 
 def doubts(profile: Profile) -> str:

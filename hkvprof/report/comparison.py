@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from hkvprof.evaluate.records import FULL, OURS, REGIMES
 from hkvprof.evaluate.statistics import BootstrapInterval, Duel, MethodSummary
 from hkvprof.profile.budgets import Budget
+from hkvprof.report.folding import FoldingTable
 
 NOTES = (
     "share: resident K/V bytes over dense, indexes included; s: seconds to compress",
@@ -27,16 +27,15 @@ NOTES = (
 
 @dataclass(frozen=True)
 class _Column:
-    """A heading, and how a row's figure is written; `wide` ones are left out of the short form."""
+    """A heading, and how a row's figure is written."""
 
     heading: str
     write: Callable[[MethodSummary], str]
-    wide: bool = False
 
 
-def comparison_table(summaries: Sequence[MethodSummary], compact: bool = False) -> Group:
-    """One table per regime, then what the columns mean; `compact` fits 100 columns."""
-    return Group(*(_regime(rows, compact) for rows in _by_regime(summaries)), *NOTES)
+def comparison_table(summaries: Sequence[MethodSummary]) -> Group:
+    """One table per regime, then what the columns mean."""
+    return Group(*(_regime(rows) for rows in _by_regime(summaries)), *NOTES)
 
 
 def task_table(summaries: Sequence[MethodSummary]) -> Group:
@@ -75,37 +74,28 @@ def _title(regime: str) -> str:
     return f"{regime}: {REGIMES[regime]}" if regime in REGIMES else regime
 
 
-def _regime(rows: Sequence[MethodSummary], compact: bool) -> Group:
+def _regime(rows: Sequence[MethodSummary]) -> Group:
     questions = next(row.answers for row in rows if row.method == FULL)
     samples = next(row.kl.samples for row in rows if row.method == FULL)
     title = f"{_title(rows[0].regime)} ({questions} questions, {samples} samples)"
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", overflow="fold")
-    columns = [column for column in _COLUMNS if not (compact and column.wide)]
-    for column in columns:
-        left = column.heading in ("budget", "worst task")
-        table.add_column(
-            column.heading,
-            justify="left" if left else "right",
-            no_wrap=column.heading != "worst task",
-            overflow="fold",
-        )
+    headings = [column.heading for column in _COLUMNS]
+    table = FoldingTable(
+        "method", *headings, keys=2, right=set(headings) - {"budget", "worst task"}, gap=" "
+    )
     previous = rows[0].budget
     for row in rows:
         if row.budget != previous:
             table.add_row()
         previous = row.budget
         name = row.method if row.answers == questions else f"{row.method} (n={row.answers})"
-        table.add_row(_cell(name), *(_cell(column.write(row)) for column in columns))
+        table.add_row(_cell(name), *(_cell(column.write(row)) for column in _COLUMNS))
     return Group(_cell(title), table, "")
 
 
 def _tasks(rows: Sequence[MethodSummary], mixed: bool) -> Group:
     shown = [row for row in rows if row.method == FULL] + [r for r in rows if r.method == OURS]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", overflow="fold")
-    for row in shown:
-        table.add_column("full cache" if row.method == FULL else row.budget, justify="right")
+    headings = ["full cache" if row.method == FULL else row.budget for row in shown]
+    table = FoldingTable("", *headings, right=headings)
     for name, task in shown[0].tasks.items():
         named = "".join(f"{metric}, " for metric in task.metrics if mixed)
         cells = [row.tasks.get(name) for row in shown]
@@ -193,22 +183,22 @@ def _hits(row: MethodSummary) -> str:
 _COLUMNS = (
     _Column("budget", lambda row: row.budget or "-"),
     _Column("share", lambda row: _percent(row.share)),
-    _Column("by tensors", lambda row: _percent(row.storage_share), wide=True),
-    _Column("host MiB", lambda row: f"{row.host_bytes / 2**20:,.1f}", wide=True),
+    _Column("by tensors", lambda row: _percent(row.storage_share)),
+    _Column("host MiB", lambda row: f"{row.host_bytes / 2**20:,.1f}"),
     _Column("reads", _beside_full(lambda row: f"{row.read_share:.2%}")),
-    _Column("at most", _beside_full(lambda row: f"{row.limit_share:.2%}"), wide=True),
+    _Column("at most", _beside_full(lambda row: f"{row.limit_share:.2%}")),
     _Column("score", lambda row: _percent(row.score)),
     _Column("d score", _beside_full(lambda row: _points(row.difference))),
-    _Column("all kept", _beside_full(lambda row: _percent(row.all_kept)), wide=True),
+    _Column("all kept", _beside_full(lambda row: _percent(row.all_kept))),
     _Column("worst task", _beside_full(_worst)),
     _Column("KL", lambda row: _nats(row.kl.value)),
     _Column("true KL", _beside_full(_true_kl)),
-    _Column("KL, 95%", _beside_full(_kl_interval), wide=True),
+    _Column("KL, 95%", _beside_full(_kl_interval)),
     _Column("d NLL", _beside_full(_nll)),
-    _Column("true d NLL", _beside_full(_true_nll), wide=True),
+    _Column("true d NLL", _beside_full(_true_nll)),
     _Column("agree", _beside_full(lambda row: _percent(row.agreement))),
-    _Column("s", lambda row: f"{row.compress_seconds:.2f}", wide=True),
-    _Column("hit rate", _hits, wide=True),
+    _Column("s", lambda row: f"{row.compress_seconds:.2f}"),
+    _Column("hit rate", _hits),
 )
 
 

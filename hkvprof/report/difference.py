@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hkvprof.calibration.confidence import cohen_kappa, same_share, spearman
-from hkvprof.errors import UsageError
+from hkvprof.errors import ProfileError
 from hkvprof.heads import HeadType
 from hkvprof.profile.record import Profile
 from hkvprof.report.summary import percent
@@ -60,9 +60,9 @@ class Difference:
 
 
 def difference(first: Profile, second: Profile) -> Difference:
-    """Compare two profiles. Raises UsageError where they are of different models."""
+    """Compare two profiles. Raises ProfileError where they are of different models."""
     if mismatches := first.fingerprint.mismatches(second.fingerprint):
-        raise UsageError(
+        raise ProfileError(
             "the profiles are of different models ("
             + "; ".join(mismatches[:4])
             + "): expected two "

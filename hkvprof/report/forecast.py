@@ -7,20 +7,18 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hkvprof.calibration.estimate import Memory, Timing
 from hkvprof.profile.capacity import Fit
 from hkvprof.profile.forecast import WHOLE, Forecast
+from hkvprof.report.folding import FoldingTable, Grid
 from hkvprof.report.summary import human, percent
 from hkvprof.report.terminal import (
     BOUNDS,
     Glyphs,
     glyphs,
     heads_picture,
-    plain_table,
-    rows_picture,
     shade,
     shares_picture,
 )
@@ -179,9 +177,9 @@ def _loss(plan: Forecast) -> str:
     return f"{bound}{plan.expected_loss:.3g}{relative}"
 
 
-def _table(outlook: Outlook) -> Table:
+def _table(outlook: Outlook) -> FoldingTable:
     fits = [] if outlook.fit is None else ["fits"]
-    table = plain_table(
+    table = FoldingTable(
         "budget",
         "resident",
         "share",
@@ -235,7 +233,7 @@ def _ratios(plan: Forecast) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.array([[head.ratio for head in layer.heads] for layer in plan.layers])
 
 
-def _types(plan: Forecast, marks: Glyphs) -> Text:
+def _types(plan: Forecast, marks: Glyphs) -> Grid:
     drawn = {
         "static": (marks.static, marks.static_style),
         "dynamic": (marks.dynamic, marks.dynamic_style),
@@ -255,7 +253,7 @@ def _types(plan: Forecast, marks: Glyphs) -> Text:
     )
 
 
-def _layers(plan: Forecast, marks: Glyphs) -> Text:
+def _layers(plan: Forecast, marks: Glyphs) -> Grid:
     """Bytes and losses per layer, relative to the mean layer."""
     resident = np.array([layer.resident_bytes for layer in plan.layers], dtype=np.float64)
     rows = {"resident": resident}
@@ -265,7 +263,7 @@ def _layers(plan: Forecast, marks: Glyphs) -> Text:
     ranges = [f"< {BOUNDS[0]:g}", *(f">= {bound:g}" for bound in BOUNDS)]
     legend = Text("Layers, times the mean: ")
     legend.append("  ".join(f"{s} {r}" for s, r in zip(marks.shades, ranges, strict=True)))
-    return rows_picture(
+    return Grid(
         len(plan.layers),
         list(rows),
         legend,

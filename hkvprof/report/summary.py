@@ -69,6 +69,18 @@ def sentence(profile: Profile, tokens: int) -> str:
     )
 
 
+def usage(profile: Profile, file: str) -> list[str]:
+    """Lines of code that apply a profile in `file`."""
+    return [
+        "import hkvprof",
+        "",
+        f"model, processor = hkvprof.load_model({profile.fingerprint.hub_id or 'MODEL'!r})",
+        f"with hkvprof.apply(model, {file!r}, budget={profile.default_budget:.3g}) as handle:",
+        "    model.generate(...)",
+        "    print(handle.receipt())",
+    ]
+
+
 def percent(share: float) -> str:
     """A share as `10%` or `12.5%`."""
     return f"{100 * share:.3g}%"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from hkvprof.heads import HeadType
@@ -25,6 +23,7 @@ from hkvprof.report.certainty import (
     section,
     type_agreements,
 )
+from hkvprof.report.folding import Cell, FoldingTable, Grid
 from hkvprof.report.summary import (
     borderline,
     kappa_index,
@@ -72,7 +71,7 @@ def _certificate(profile: Profile) -> list[Text]:
     return [*lines, Text()] if lines else []
 
 
-def types_picture(profile: Profile, marks: Glyphs) -> Text:
+def types_picture(profile: Profile, marks: Glyphs) -> Grid:
     """Rows are KV heads, columns layers; the legend above."""
     types = profile.head_types
     layers, heads = types.shape
@@ -88,7 +87,7 @@ def types_picture(profile: Profile, marks: Glyphs) -> Text:
     return heads_picture(layers, heads, legend, cell)
 
 
-def budget_picture(profile: Profile, marks: Glyphs) -> Text:
+def budget_picture(profile: Profile, marks: Glyphs) -> Grid:
     """The share that every head keeps, relative to the default budget."""
     return shares_picture(profile.budget, profile.default_budget, marks)
 
@@ -142,7 +141,7 @@ def _origin(profile: Profile) -> list[Text]:
     for key, value in sorted(profile.provenance.items(), key=lambda item: str(item[0])):
         if key in (KEY, CERTIFICATE, SAMPLES_KEY):  # shown above; or digests, for `certify`
             continue
-        lines.append(Text(f"  {plain(key)}: {plain(value)}", overflow="ellipsis", no_wrap=True))
+        lines.append(Text(f"  {plain(key)}: {plain(value)}", overflow="fold"))
     return lines
 
 
@@ -162,14 +161,14 @@ def layer_page(profile: Profile, layer: int, ascii_only: bool) -> RenderableType
     )
 
 
-def _decisions(profile: Profile, layer: int, marks: Glyphs) -> Table:
+def _decisions(profile: Profile, layer: int, marks: Glyphs) -> FoldingTable:
     kappa = kappa_index(profile)
     label = "" if kappa is None else f" (top {percent(profile.kappas[kappa])})"
     columns = ["head", "type", "strategy", "kept", "loss"]
     sure = type_agreements(profile, layer)
     if sure:
         columns.append("samples that agree on the type")
-    table = plain_table(*columns, f"sparsity per query head{label}")
+    table = FoldingTable(*columns, f"sparsity per query head{label}")
     for head in range(profile.grid.kv_heads):
         number = int(profile.strategy[layer, head])
         strategy = profile.strategies[number]
@@ -198,8 +197,9 @@ def _sparsity(profile: Profile, kappa: int, layer: int, head: int) -> str:
     )
 
 
-def _losses(profile: Profile, layer: int) -> Table:
-    table = plain_table("head", "strategy", *(percent(float(ratio)) for ratio in profile.ratios))
+def _losses(profile: Profile, layer: int) -> FoldingTable:
+    ratios = (percent(float(ratio)) for ratio in profile.ratios)
+    table = FoldingTable("head", "strategy", *ratios, keys=2)
     loss = profile.loss_at(profile.usual_tokens)
     for head in range(profile.grid.kv_heads):
         for number, strategy in enumerate(profile.strategies):
@@ -211,14 +211,6 @@ def _losses(profile: Profile, layer: int) -> Table:
 
 def _loss(value: float) -> str:
     return "-" if value >= INFEASIBLE else f"{value:.3g}"
-
-
-def plain_table(*columns: str) -> Table:
-    """A rich table without lines between its cells."""
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, no_wrap=True)
-    return table
 
 
 # -- grids: one character per head or layer; columns are layers, rows what is asked of them --------
@@ -247,35 +239,16 @@ UNICODE = Glyphs(
 )
 
 
-LAYERS_PER_BLOCK = 60
 BOUNDS = (0.5, 0.8, 1.25, 2.0)
 """Where the five shades of a value begin, relative to the mean."""
 
-Cell = Callable[[int, int], tuple[str, str]]
-"""Glyph and style of (layer, row)."""
 
-
-def heads_picture(layers: int, heads: int, legend: Text, cell: Cell) -> Text:
+def heads_picture(layers: int, heads: int, legend: Text, cell: Cell) -> Grid:
     """One row per KV head, under the legend."""
-    return rows_picture(layers, [f"head {head:>3}" for head in range(heads)], legend, cell)
+    return Grid(layers, [f"head {head:>3}" for head in range(heads)], legend, cell)
 
 
-def rows_picture(layers: int, labels: Sequence[str], legend: Text, cell: Cell) -> Text:
-    """The legend and the grid, wrapped after LAYERS_PER_BLOCK layers."""
-    text = Text(no_wrap=True).append_text(legend)
-    for start in range(0, layers, LAYERS_PER_BLOCK):
-        block = range(start, min(layers, start + LAYERS_PER_BLOCK))
-        text.append("\n" + _ruler(block) + "\n", "dim")
-        for row, label in enumerate(labels):
-            text.append(f"{label:<9}", "dim")
-            for layer in block:
-                text.append(*cell(layer, row))
-            if row + 1 < len(labels):
-                text.append("\n")
-    return text
-
-
-def shares_picture(shares: NDArray[np.floating], mean: float, marks: Glyphs) -> Text:
+def shares_picture(shares: NDArray[np.floating], mean: float, marks: Glyphs) -> Grid:
     """The share that every head keeps [layers, heads], shaded relative to `mean`."""
     layers, heads = shares.shape
 
@@ -292,12 +265,3 @@ def shares_picture(shares: NDArray[np.floating], mean: float, marks: Glyphs) -> 
 def shade(relative: float, marks: Glyphs) -> str:
     """The shade of a value that is `relative` times the mean."""
     return marks.shades[sum(relative >= bound for bound in BOUNDS)]
-
-
-def _ruler(block: range) -> str:
-    """Layer numbers over every tenth column, a label before them."""
-    line = ""
-    for layer in block:
-        if layer % 10 == 0:
-            line = line.ljust(layer - block.start) + str(layer)
-    return f"layer    {line}"

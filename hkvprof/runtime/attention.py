@@ -22,6 +22,7 @@ from hkvprof.errors import ModelError
 from hkvprof.heads import EXACT_BITS
 from hkvprof.runtime.accounts import LayerAccount
 from hkvprof.runtime.copies import NeverCopied
+from hkvprof.runtime.devices import mark
 from hkvprof.runtime.kernels.interface import QuantisedRows
 from hkvprof.runtime.retrieval import Retriever
 from hkvprof.runtime.storage import DynamicHead, RaggedStorage
@@ -162,8 +163,7 @@ class Places(NeverCopied):
             return
         self._kept = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
         self._kept.copy_(kept, non_blocking=True)
-        self._written = torch.cuda.Event()
-        self._written.record()
+        self._written = mark(kept.device)
 
     def read(self) -> NDArray[np.int32]:
         """The positions, in the order in which the segment tells its tokens."""

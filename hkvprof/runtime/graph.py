@@ -19,6 +19,7 @@ from hkvprof.errors import CompressionError, UsageError
 from hkvprof.models.calls import with_cache
 from hkvprof.runtime.accounts import LayerState
 from hkvprof.runtime.cache import CompressedCache
+from hkvprof.runtime.devices import at
 
 AHEAD = 96
 """Steps per graph at most: what `compress_every` leaves of 128 where windows are of 16."""
@@ -38,16 +39,30 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records steps by torch.cuda.CUDAGraph."""
+    """Records steps by torch.cuda.CUDAGraph, on a stream of its own.
+
+    `torch.cuda.graph` also collects garbage and gives all cached memory back, pinned memory too,
+    which takes long to get again; other threads may go on using the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Capture the step in a graph; the result replays it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = step()
+        with at(self._device):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+            torch.cuda.synchronize(self._device)
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    out = step()
+                finally:
+                    graph.capture_end()
 
         def replay() -> Tensor:
-            graph.replay()
+            with at(self._device):
+                graph.replay()
             return out
 
         return replay
@@ -86,7 +101,7 @@ class GraphDecoder:
         self.replays = 0
         """Steps replayed so far."""
         self._model, self._cache, self._ahead = model, cache, max(1, ahead)
-        self._recorder: Recorder = CudaGraphs() if recorder is None else recorder
+        self._recorder: Recorder = CudaGraphs(model.device) if recorder is None else recorder
         self._check()
         rows = len(cache.conversation.starts)
         self._ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)

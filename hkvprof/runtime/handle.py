@@ -24,6 +24,7 @@ from hkvprof.runtime.plan import Planner
 from hkvprof.runtime.receipt import Receipt
 from hkvprof.runtime.retrieval import queues_for
 from hkvprof.runtime.selfcheck import require_tested_seam
+from hkvprof.runtime.shown import html_table
 
 
 def apply(
@@ -72,7 +73,7 @@ def apply(
     if parsed.tokens is not None and parsed.tokens < floor:
         raise BudgetError(
             f"a budget of {parsed.tokens} tokens is too small: sinks, recent tokens and the floor "
-            f"need {floor}; raise the budget"
+            f"need {floor}; raise the budget, or did you mean '{parsed.tokens}%'?"
         )
     return Handle(model, view, Planner(profile, parsed, options, origin, Fetch.parse(fetch)))
 
@@ -100,6 +101,7 @@ class Handle:
         self.model = model
         self.profile = planner.profile
         self.strict = planner.options.strict
+        self._planner = planner
         self._binding = Binding(self, view, planner)
 
     def new_cache(self, prompt_tokens: int | None = None) -> CompressedCache:
@@ -132,6 +134,25 @@ class Handle:
         Caches made under this handle can be used no more. Raises UsageError within a pass.
         """
         self._binding.release()
+
+    def _facts(self) -> dict[str, str]:
+        grid, planner = self.profile.grid, self._planner
+        applied = vars(self.model).get(HANDLE) is self
+        return {
+            "model": self.profile.fingerprint.architecture,
+            "compressed": f"{grid.layers} layers of {grid.kv_heads} KV heads",
+            "budget": str(planner.budget),
+            "reads": str(planner.fetch),
+            "profile": planner.origin or "made in this process",
+            "state": "applied" if applied else "detached",
+        }
+
+    def __repr__(self) -> str:
+        return f"<Handle: {', '.join(f'{name} {value}' for name, value in self._facts().items())}>"
+
+    def _repr_html_(self) -> str:
+        """A table in a notebook."""
+        return html_table("Handle", self._facts())
 
     def __enter__(self) -> Handle:
         return self

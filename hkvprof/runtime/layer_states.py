@@ -239,4 +239,4 @@ class ParkedPrompt:
     @property
     def nbytes(self) -> int:
         """Host bytes, room for later chunks included."""
-        return self.data.untyped_storage().nbytes()
+        return self.data.nbytes

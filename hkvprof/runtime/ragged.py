@@ -286,7 +286,8 @@ class RaggedLayer(LiveState):
         if key.shape[2] > self.storage.room:
             self.retriever.unbind()  # it is bound to tensors that will be replaced
         self.seen += key.shape[2]
-        self.storage.append(key.detach().flatten(0, 1), value.detach().flatten(0, 1), self.spare)
+        rows = (key.detach().flatten(0, 1), value.detach().flatten(0, 1))
+        self.storage.append(*rows, self.spare, self.kernels)
         self._count(key.shape[2])
         if self.storage.key is not before:
             self.measure()

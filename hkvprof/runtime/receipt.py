@@ -8,12 +8,13 @@ from typing import Any
 
 from hkvprof.profile.domain import DomainCheck
 from hkvprof.runtime.accounts import HeadAccount, LayerAccount, LayerState
+from hkvprof.runtime.shown import html_table, mib
 
 ONE_MEMORY = ("", "cpu", "mps")
 """Kinds of devices whose memory is the host's; "" before anything was seen."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Receipt:
     """A request's account. `dense_bytes` is what an uncompressed cache of the covered layers holds.
 
@@ -143,19 +144,19 @@ class Receipt:
 
     def __str__(self) -> str:
         text = (
-            f"{_mib(self.resident_bytes)} resident of {_mib(self.dense_bytes)} dense "
-            f"({self.resident_share:.1%}), {_mib(self.host_bytes)} on the host"
+            f"{mib(self.resident_bytes)} resident of {mib(self.dense_bytes)} dense "
+            f"({self.resident_share:.1%}), {mib(self.host_bytes)} on the host"
         )
         if self.same_memory:
-            together = _mib(self.total_bytes)
+            together = mib(self.total_bytes)
             text += f" (device and host are the same memory here: {together} together)"
         if self.over_bytes:
             text += (
-                f", {_mib(self.over_bytes)} ({self.over_tokens:.1f} tokens a head) over the budget"
+                f", {mib(self.over_bytes)} ({self.over_tokens:.1f} tokens a head) over the budget"
             )
             text += f" because {self.excess}" if self.excess else ""
         if self.query_bytes:
-            text += f", {_mib(self.query_bytes)} of queries for the next compression"
+            text += f", {mib(self.query_bytes)} of queries for the next compression"
         if self.limit_bytes:
             text += (
                 f", a step reads {self.read_share:.2%} of dense bytes from there and at most "
@@ -164,8 +165,27 @@ class Receipt:
         text += f", {self.compressed_layers} of {len(self.layers)} layers compressed"
         reasons = sorted({layer.reason for layer in self.layers if layer.reason})
         text += f"; dense because {'; '.join(reasons)}" if reasons else ""
-        tables = f"; tables, once per model: {_mib(self.shared_bytes)}"
+        tables = f"; tables, once per model: {mib(self.shared_bytes)}"
         return text + (tables if self.shared_bytes else "")
+
+    def __repr__(self) -> str:
+        return f"<Receipt: {self}>"
+
+    def _repr_html_(self) -> str:
+        """A table in a notebook."""
+        rows = {
+            "resident": f"{mib(self.resident_bytes)} ({self.resident_share:.1%} of dense)",
+            "budget": mib(self.budget_bytes),
+            "dense": mib(self.dense_bytes),
+            "on the host": mib(self.host_bytes),
+            "a step reads": f"{self.read_share:.2%} of dense bytes, at most {self.limit_share:.2%}",
+            "steps": self.steps,
+            "layers compressed": f"{self.compressed_layers} of {len(self.layers)}",
+            "tables": f"{mib(self.shared_bytes)}, once per model",
+            "kernels": self.kernels,
+            "profile": self.profile or "made in this process",
+        }
+        return html_table("Receipt", rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON, what is derived included."""
@@ -196,7 +216,3 @@ class Receipt:
     @staticmethod
     def _head(head: HeadAccount) -> dict[str, Any]:
         return {**asdict(head), "hit_rate": head.hit_rate}
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"

@@ -22,7 +22,9 @@ from hkvprof.errors import CompressionError
 from hkvprof.heads import EXACT_BITS
 from hkvprof.profile.budgets import ANY
 from hkvprof.profile.costs import DynamicLayout, candidates, read_bytes
-from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, device_integers
+from hkvprof.runtime.devices import SLABS, mark
+from hkvprof.runtime.kernels.interface import DynamicSegment, Extents, Kernels, device_integers
+from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.selection.index import KeyIndex
 from hkvprof.selection.residents import Residents
 
@@ -35,6 +37,7 @@ AT_ONCE = 8192
 GROWTH = 1 / 8
 """Room for later items, as a share of those stored, when a store has to grow."""
 _HOST = torch.device("cpu")
+_TORCH = TorchKernels()
 
 
 class RaggedStorage:
@@ -92,6 +95,7 @@ class RaggedStorage:
         key: Float[Tensor, "segments tokens dim"],
         value: Float[Tensor, "segments tokens dim"],
         spare: int,
+        kernels: Kernels = _TORCH,
     ) -> None:
         """Write the same number of new tokens to the end of every segment.
 
@@ -101,7 +105,7 @@ class RaggedStorage:
         if count > self.room:
             slack = max(MIN_SLACK, int(SLACK_SHARE * sum(self.lengths) / self.segments))
             self._grow(count + max(0, min(slack - 1, spare)))
-        append_rows(self.key, self.value, self.ends, key, value)
+        kernels.append(self.key, self.value, self.ends, key, value)
         self.advance(count)
 
     def advance(self, count: int) -> None:
@@ -148,21 +152,6 @@ class RaggedStorage:
             self.value[target] = old[1][source]
 
 
-def append_rows(
-    key: Float[Tensor, "capacity dim"],
-    value: Float[Tensor, "capacity dim"],
-    ends: Int[Tensor, " segments"],
-    new_key: Float[Tensor, "segments tokens dim"],
-    new_value: Float[Tensor, "segments tokens dim"],
-) -> None:
-    """Write tokens behind the end of every segment and advance the ends, all on the device."""
-    count = new_key.shape[1]
-    where = (ends[:, None] + torch.arange(count, device=ends.device)).reshape(-1)
-    key.index_copy_(0, where, new_key.reshape(-1, new_key.shape[-1]))
-    value.index_copy_(0, where, new_value.reshape(-1, new_value.shape[-1]))
-    ends += count
-
-
 @dataclass
 class HostChunks:
     """Keys and values of a head's host items, K and V of an item adjacent.
@@ -192,12 +181,14 @@ class HostChunks:
     ) -> HostChunks:
         """Copy to the host. Raises CompressionError when host memory cannot be had."""
         items, chunk, dim = key.shape
-        pinned, coder = key.device.type == "cuda", None
+        pinned, coder = _pins(key), None
         shape: tuple[int, ...] = (items, 2, chunk, dim)
         kind = key.dtype
         if host_dtype == "int8":
             coder = Residents.around(key.flatten(0, 1), value.flatten(0, 1), ROW_BITS).on(_HOST)
             shape, kind = (items, chunk, coder.format.row_bytes), torch.uint8
+        if pinned:  # growing copies all items, and pins as much again
+            shape = (_with_room(items), *shape[1:])
         made = cls(_allocate(shape, kind, pinned), coder, items, key.dtype, pinned)
         made._write(0, key, value)
         return made
@@ -221,7 +212,7 @@ class HostChunks:
     def nbytes(self) -> int:
         """Host bytes, room for later items included."""
         mean = 0 if self.coder is None else self.coder.mean.untyped_storage().nbytes()
-        return self.data.untyped_storage().nbytes() + mean
+        return self.data.nbytes + mean
 
     def append(
         self, key: Float[Tensor, "items chunk dim"], value: Float[Tensor, "items chunk dim"]
@@ -230,7 +221,7 @@ class HostChunks:
         self._settle()
         target, total = self, self.items + len(key)
         if self.shared or total > len(self.data):
-            capacity = total + (0 if self.shared else int(GROWTH * total))
+            capacity = total if self.shared else _with_room(total)
             data = _allocate((capacity, *self.data.shape[1:]), self.data.dtype, self.pinned)
             data[: self.items] = self.data[: self.items]
             target = replace(self, data=data, shared=False)
@@ -278,8 +269,17 @@ class HostChunks:
         """One transfer, without waiting for it."""
         room.copy_(data, non_blocking=True)
         if data.is_cuda:
-            self.written = torch.cuda.Event()
-            self.written.record()
+            self.written = mark(data.device)
+
+
+def _pins(tensor: Tensor) -> bool:
+    """Whether copies of it on the host are pinned."""
+    return tensor.is_cuda
+
+
+def _with_room(items: int) -> int:
+    """For so many items, and more to come."""
+    return items + int(GROWTH * items)
 
 
 def allocate(
@@ -287,7 +287,9 @@ def allocate(
 ) -> Tensor:
     """Host memory. Raises CompressionError, naming purpose and size, when it cannot be had."""
     try:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        if pinned:
+            return SLABS.new(shape, dtype)
+        return torch.empty(shape, dtype=dtype, pin_memory=False)
     except (RuntimeError, MemoryError) as error:
         size = torch.Size(shape).numel() * dtype.itemsize / 2**20
         raise CompressionError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from hkvprof.errors import counted
 from hkvprof.samples.digest import samples_digest
 from hkvprof.samples.record import Message, Sample
 
@@ -78,17 +79,17 @@ class Survey:
                 "by text alone"
             )
         elif takes_pictures and self.seen < len(self.pictures):
-            found.append(f"{len(self.pictures) - self.seen} samples have no picture")
+            found.append(f"{counted(len(self.pictures) - self.seen, 'sample')} without a picture")
         if self.bare:
             found.append(
-                f"{len(self.bare)} samples have <image> or the like in their text, where a picture "
-                f"should be, such as {self.bare[0]!r}: the model would read it as text"
+                f"{counted(len(self.bare), 'sample')} with <image> or the like as text, where a "
+                f"picture should be, such as {self.bare[0]!r}: the model would read it as text"
             )
         if self.equal:
             one, other = self.equal[0]
             found.append(
-                f"{len(self.equal)} samples repeat others but for their ids, such as {other!r} and "
-                f"{one!r}: what they say counts twice"
+                f"{counted(len(self.equal), 'sample')} like another but for its id, as {other!r} "
+                f"and {one!r}: what they say counts twice"
             )
         return found
 

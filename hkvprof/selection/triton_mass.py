@@ -9,6 +9,8 @@ quarter of that, and only by as much as the one bin weighs. Importing this impor
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -179,11 +181,12 @@ def _of_head(
     }
     grid = (group, -(-count // ROWS), spans)
     last = (scaling * LOG2_E, count, len(key))
-    peak_kernel[grid](query, key, rows, tops, sums, *last, **sizes)
-    mass_kernel[grid](
-        query, key, rows, tops, sums, numbers, masses, *last,
-        SPANS=1 << (spans - 1).bit_length(), BINS=BINS, OCTAVES=OCTAVES, **sizes,
-    )  # fmt: skip
+    with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
+        peak_kernel[grid](query, key, rows, tops, sums, *last, **sizes)
+        mass_kernel[grid](
+            query, key, rows, tops, sums, numbers, masses, *last,
+            SPANS=1 << (spans - 1).bit_length(), BINS=BINS, OCTAVES=OCTAVES, **sizes,
+        )  # fmt: skip
     upto, mass = numbers.cumsum(-1), masses.cumsum(-1)
     picked = []
     for wanted in counts:

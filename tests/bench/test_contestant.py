@@ -21,7 +21,7 @@ def receipt(layers: int = 2, reason: str = "") -> SimpleNamespace:
 
 def test_a_sound_row_passes() -> None:
     verify(METHOD, 512, Sizes(resident=104, storage=104, host=0, dense=1000), receipt())
-    verify(Method(Kind.PROFILE, "52"), 512, Sizes(100, 100, 0, 1000), receipt())
+    verify(Method(Kind.PROFILE, "152"), 512, Sizes(100, 100, 0, 1000), receipt())
     verify(Method(Kind.PROFILE, "100 B"), 512, Sizes(100, 100, 900, 1000), receipt())
 
 

@@ -27,8 +27,9 @@ from hkvprof.calibration.probe import Probe, ProbedModel
 from hkvprof.calibration.query_fit import QuerySamples, fitted
 from hkvprof.calibration.recipe import MEASURED
 from hkvprof.errors import SampleError, UsageError
+from hkvprof.heads import HeadGrid
 from hkvprof.models.attention import hooked_attention
-from hkvprof.models.outline import outline
+from hkvprof.models.outline import Outline, outline
 from hkvprof.models.processing import TextProcessor
 from hkvprof.report.forecast import duration
 from hkvprof.samples.read import Sample
@@ -101,6 +102,18 @@ def test_the_peak_of_memory_is_foretold(
     assert most <= found.peak - found.weights <= 2 * most
 
 
+def test_a_long_prompt_of_a_large_model_fits_one_device() -> None:
+    """32k tokens at the shape of Qwen2.5-VL-7B (its decoder), in bfloat16."""
+    grid = HeadGrid(layers=28, kv_heads=4, query_heads=28, head_dim=128)
+    decoder = Outline(
+        grid, weight_bytes=15_231_233_024, itemsize=2, layers=28, hidden=3584,
+        intermediate=18944, vocabulary=152_064,
+    )  # fmt: skip
+    found = memory(decoder, 32_768)
+    assert found.peak <= 24 * 2**30
+    assert found.reply <= found.prompt
+
+
 def test_a_dtype_changes_weights_and_cache() -> None:
     model = random_llama()
     full, half = outline(model, "float32"), outline(model, "bfloat16")
@@ -155,6 +168,6 @@ def test_the_index_is_fitted_on_as_many_samples_as_foretold(
 
 def test_seconds_add_up() -> None:
     timing = Timing(tokens=100, look=0.01, fit=5.0, measure=0.03)
-    assert seconds(timing, 1000, 2000) == pytest.approx(10 + 5 + 60)
-    assert seconds(timing, 0, 2000) == pytest.approx(60)
+    assert seconds(timing, 1000, 2000, 1000) == pytest.approx(20 + 5 + 60)
+    assert seconds(timing, 0, 2000, 0) == pytest.approx(60)
     assert [duration(s) for s in (0.2, 75, 600, 12_000)] == ["1 s", "75 s", "10 min", "3 h 20 min"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 import hkvprof
-from hkvprof.calibration.calibrate import calibrate, measure
+from hkvprof.calibration.calibrate import Run, calibrate, measure
 from hkvprof.calibration.merge import measured_by, merge
 from hkvprof.calibration.probe import Probe
 from hkvprof.calibration.recipe import Recipe
@@ -143,6 +145,50 @@ def test_shards_make_the_same_profile(
     assert merge(apart[::-1], recipe).to_bytes() == whole
     with pytest.raises(UsageError, match="both hold samples"):
         merge([shared, *apart], recipe)
+
+
+def test_a_shard_waits_for_the_index_that_another_fits(
+    tiny: tuple[Any, Any], samples: list[Sample], folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It is told so, fits nothing itself, and its rows are those of one process, to the byte."""
+    shared, told, waits = tmp_path / "shared", list[str](), threading.Event()
+    conditions = read_conditions(folder)
+
+    def track(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+        told.append(description)
+        if description.startswith("waiting"):
+            waits.set()
+        return iterable
+
+    def second_shard() -> int:
+        return measure(*tiny, samples, shared, Recipe(keep=KEEP), shard=(2, 2), track=track)
+
+    monkeypatch.setattr(Run, "fit", lambda *_: pytest.fail("fitted again"))
+    with ThreadPoolExecutor(1) as other:
+        first = RowFolder(shared, conditions)
+        with first.in_turn(lambda _: pytest.fail("nobody is there yet")):
+            second = other.submit(second_shard)
+            assert waits.wait(60)
+            first.keep_tables(*read_tables(folder, conditions))
+        assert second.result() == 2
+    assert told == ["waiting for the index that another process fits", "measuring heads"]
+    rows = list(shared.glob("row-*.safetensors"))
+    assert len(rows) == 2
+    assert all(row.read_bytes() == (folder / row.name).read_bytes() for row in rows)
+
+
+def test_an_index_is_fitted_again_where_who_fitted_it_failed(
+    tiny: tuple[Any, Any], samples: list[Sample], folder: Path, tmp_path: Path
+) -> None:
+    shared = RowFolder(tmp_path / "shared", read_conditions(folder))
+    with (
+        pytest.raises(UsageError, match="fails"),
+        shared.in_turn(lambda _: pytest.fail("nobody is there yet")),
+    ):
+        raise UsageError("fails")
+    assert measure(*tiny, samples, shared.path, Recipe(keep=KEEP), shard=(1, 4)) == 1
+    assert (shared.path / INDEX).read_bytes() == (folder / INDEX).read_bytes()
 
 
 def test_the_default_budget_and_theta_are_decided_when_merging(folder: Path) -> None:

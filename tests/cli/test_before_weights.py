@@ -160,6 +160,7 @@ def cases() -> Iterator[tuple[str, str]]:
     yield "plan: budget", "plan PROFILE --budget much"
     yield "plan: profile", "plan DAMAGED"
     yield "inspect: profile", "inspect DAMAGED"
+    yield "report: profile", "report DAMAGED -o OUT"
     yield "diff: profile", "diff PROFILE DAMAGED"
     yield "validate: profile", "validate DAMAGED MODEL"
     yield "validate: another's", "validate OTHER MODEL"

@@ -76,7 +76,7 @@ def test_what_is_refused_before_a_model_is_loaded(
         out, err = capsys.readouterr()
         assert out == ""
         *notes, error = err.splitlines()
-        assert all(note.endswith("left out") for note in notes), err
+        assert all("left out" in note for note in notes), err
         assert re.search(said, error), err
     assert profile.read_bytes() == before
 
@@ -102,7 +102,7 @@ def test_a_dry_run_says_what_would_be_tested(
     assert call(profile, "--data", heldout, *claim) == 0
     out = capsys.readouterr().out
     assert "with 80% confidence, at most 50% of samples like these get another answer" in out
-    assert f"4 samples of {heldout} (at least 3 are needed)" in out
+    assert f"4 samples of {heldout} (at least 3 needed)" in out
     assert "at most 0 degraded" in out
     assert "0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05." in out
 

@@ -48,9 +48,9 @@ def test_what_is_recognised_is_said(here: Path, capsys: pytest.CaptureFixture[st
     assert calibrate("--data", str(path), "--image-folder", "pictures") == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "recognised: conversations of LLaVA or ShareGPT (--data-format llava)"
-    assert f"2 samples of 1 tasks from {path}" in lines
+    assert f"2 samples of 1 task from {path}" in lines
     assert any(line.startswith("check: pictures in 2 of 2 samples, 1 a sample") for line in lines)
-    assert any(line.startswith("note:  1 samples repeat others") for line in lines)
+    assert any(line.startswith("note:  1 sample like another") for line in lines)
     assert "WeightsError" in lines[-1], "samples are checked before weights"
 
 

@@ -33,7 +33,44 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "text"), [(0, ""), (3.14, "3.1/s"), (0.25, "4.0 s each"), (-1, "")]
+    ("each", "text"), [(0, ""), (1 / 3.14, "3.1/s"), (4.0, "4.0 s each"), (-1, "")]
 )
-def test_rates(speed: float, text: str) -> None:
-    assert progress.rate(speed) == text
+def test_rates(each: float, text: str) -> None:
+    assert progress.rate(each) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (125, "2:05"), (11_220, "3 h 07 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
+
+
+class Clock:
+    """Stands for `time`: every look at it is told how late it is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_what_was_done_before_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """60 of 100 samples have rows: the first line after real work speaks of that work."""
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    said = []
+    for number in progress.track(range(100), "measuring", 100):
+        clock.now += 0.001 if number < 60 else 20.0
+        said += capsys.readouterr().err.splitlines()
+    assert said[0].startswith("measuring: 1/100 (1000.0/s, 0:00 left)")
+    assert said[1] == "measuring: 61/100 (20.0 s each, 13:00 left)"
+    assert all("-" not in line for line in said)
+
+
+def test_more_items_than_foretold_leave_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    list(progress.track(range(4), "x", 2))
+    assert "-" not in capsys.readouterr().err

@@ -107,8 +107,8 @@ def test_a_dry_run_says_what_it_would_take(bed: Bed, rows: Path, tmp_path: Path)
     assert memory["cache"] == 2 * 3 * 2 * 16 * 4 * (43 + 192)  # layers, heads, width, float32
     assert weights + memory["cache"] < memory["peak"] < weights + 16 * 2**20
     assert found["timing"]["tokens"] == 42
-    # One sample is left, the index is there: its tokens times the time per token.
-    measure = found["timing"]["measure"]
+    # One sample is left, the index is there: its prompt is read, and measured.
+    measure = found["timing"]["look"] + found["timing"]["measure"]
     assert any(found["seconds"] == round(measure * tokens, 1) for tokens in range(40, 44))
     assert len(rows_of(tmp_path / "rows")) == 3
     ended = bed.warm.command(*options)

@@ -25,7 +25,7 @@ from hkvprof.testbed.generator import make_sample
 
 METHODS = ((OURS, "0.1"), (OURS, "0.3"), ("quest", "0.2"), ("snapkv", "0.1"), ("hybridkv", "0.2"),
            ("all_dynamic", "0.1"), ("snapkv_int4", "0.1"), ("rdkv", "0.1"), ("kivi_int4", "0.5"),
-           (OURS, "40"), (OURS, "200KiB"))  # fmt: skip
+           (OURS, "100"), (OURS, "200KiB"))  # fmt: skip
 
 
 def held(dtype: str, profile: Profile, itemsize: int | None) -> dict[Any, Any]:

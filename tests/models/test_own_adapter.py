@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 import hkvprof
-from hkvprof.errors import ModelError, UsageError
+from hkvprof.errors import HkvWarning, ModelError, UsageError
 from hkvprof.heads import HeadGrid
 from hkvprof.models import Adapter, architectures, register_adapter
 from hkvprof.models.adapter import view_model
@@ -60,7 +60,8 @@ def test_the_example_works_from_calibrate_to_generate(gpt2: Any) -> None:
     processor, _ = processor_of("gpt2", gpt2)
     messages = [user(words(90, i)) for i in range(2)]
     samples = [Sample(str(i), "t", (m,), reply=words(5, i)) for i, m in enumerate(messages)]
-    profile = hkvprof.calibrate(gpt2, processor, samples, hkvprof.Recipe(budget=0.2))
+    with pytest.warns(HkvWarning, match="scored by the prompt's last rows alone"):
+        profile = hkvprof.calibrate(gpt2, processor, samples, hkvprof.Recipe(budget=0.2))
     inputs = processor.encode([messages[:1]]).to(gpt2.device, gpt2.dtype)
     options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
     options |= {"return_dict_in_generate": True, "min_new_tokens": 4}
@@ -88,8 +89,8 @@ def test_the_examples_projection_is_the_modules(gpt2: Any) -> None:
 
 def test_an_architecture_without_adapter_is_generic() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    model = hf.Olmo2ForCausalLM(
-        hf.Olmo2Config(
+    model = hf.GraniteForCausalLM(
+        hf.GraniteConfig(
             **sizes, num_attention_heads=4, vocab_size=128, pad_token_id=0, eos_token_id=2
         )
     )

@@ -59,6 +59,53 @@ CROPS = [[28, 56], [56, 28], [56, 56]]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
+LINEAR = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 2,
+}
+SHARED_EXPERT = {**EXPERTS, "shared_expert_intermediate_size": 32}
+ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+WHOLE_MROPE = {**MROPE, "partial_rotary_factor": 1.0}
+GEMMA4 = {
+    **TEXT,
+    **SLIDING,
+    "global_head_dim": 16,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 128,
+}
+GEMMA4_VISION = {
+    **VISION,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "position_embedding_size": 64,
+}
+GLM_VISION = {**QWEN_VISION, "image_size": 28, "patch_size": 14}
+
+
+def _hybrid(text: dict[str, Any]) -> dict[str, Any]:
+    vision = {"num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    return _qwen({**LINEAR, "rope_parameters": WHOLE_MROPE, **text}, vision)
+
+
+def _glm(text: dict[str, Any]) -> dict[str, Any]:
+    made = _qwen({"rope_parameters": WHOLE_MROPE, **text}, {})
+    return {**made, "vision_config": GLM_VISION}
+
+
 def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
     return {
         "image_token_id": 5,
@@ -176,6 +223,67 @@ COVERED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", TEXT),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", TEXT),
     "gemma3-text": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**TEXT, **SLIDING}),
+    "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**TEXT, **EXPERTS}),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**TEXT, **LINEAR, **SHARED_EXPERT},
+    ),
+    "qwen3.5-text": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**TEXT, **LINEAR}),
+    "qwen3.5": ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", _hybrid({})),
+    "qwen3.5-moe": (
+        "Qwen3_5MoeConfig",
+        "Qwen3_5MoeForConditionalGeneration",
+        _hybrid(SHARED_EXPERT),
+    ),
+    "gemma4-text": ("Gemma4TextConfig", "Gemma4ForCausalLM", GEMMA4),
+    "gemma4": (
+        "Gemma4Config",
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": GEMMA4,
+            "vision_config": GEMMA4_VISION,
+            "audio_config": None,
+            "image_token_id": 5,
+            "video_token_id": 6,
+        },
+    ),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", TEXT),
+    "glm4-moe": ("Glm4MoeConfig", "Glm4MoeForCausalLM", {**TEXT, **ROUTED}),
+    "glm4v": ("Glm4vConfig", "Glm4vForConditionalGeneration", _glm({})),
+    "glm4v-moe": ("Glm4vMoeConfig", "Glm4vMoeForConditionalGeneration", _glm(ROUTED)),
+    "glm46v": (
+        "Glm46VConfig",
+        "Glm46VForConditionalGeneration",
+        {
+            **_glm({"model_type": "glm4v_text"}),
+            "vision_config": {**GLM_VISION, "model_type": "glm4v_vision"},
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**TEXT, "num_local_experts": 4, "sliding_window": None},
+    ),
+    "ministral3": (
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {
+            **TEXT,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 1024,
+            },
+        },
+    ),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", TEXT),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", TEXT),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {**TEXT, **SLIDING}),
+    "exaone4": ("Exaone4Config", "Exaone4ForCausalLM", {**TEXT, **SLIDING}),
+    "cohere2": ("Cohere2Config", "Cohere2ForCausalLM", {**TEXT, **SLIDING}),
+    "seed-oss": ("SeedOssConfig", "SeedOssForCausalLM", TEXT),
     "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**TEXT, "num_key_value_heads": 4}),
 }
 """Models that are covered: config class, model class, arguments of the config."""
@@ -186,6 +294,12 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "GptOssForCausalLM",
         {**TEXT, "num_local_experts": 2, "num_experts_per_tok": 1},
         "gpt_oss is not supported: it uses learned attention sinks",
+    ),
+    "gemma4, shared layers": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {**GEMMA4, "num_kv_shared_layers": 2},
+        "gemma4_text is not supported: it uses layers that share one layer's keys and values",
     ),
     "gemma2": (
         "Gemma2Config",

@@ -9,8 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 TOKEN = "hf_loopback"
 
@@ -19,7 +23,8 @@ class LoopbackHub:
     """Repositories as lists of commits, each a whole tree; the last one is `main`.
 
     `asked` are the requests so far. Names in `private` are known to the token alone, like any
-    change. `cards` are those that the hub was asked to check.
+    change. `cards` are those that the hub was asked to check. Names in `gated` are refused to all;
+    of the file `broken` the first half is sent and no rest.
     """
 
     def __init__(self) -> None:
@@ -28,6 +33,8 @@ class LoopbackHub:
         self.asked: list[str] = []
         self.cards: list[str] = []
         self.names_commits = True
+        self.gated: set[str] = set()
+        self.broken = ""
 
     def create(self, name: str, private: bool = False) -> bool:
         """Make a repository; False where there is one."""
@@ -104,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self, body: bool) -> None:
         path = self._note()
         if path[0] == "api":
-            return self._answer(404, {"error": "nothing here"}, body)
+            return self._listing(path, body)
         repository, verb, revision, file = f"{path[0]}/{path[1]}", path[2], path[3], path[4]
         assert verb == "resolve", path
         hidden = repository in self.hub.private and not self._knows_token()
@@ -113,12 +120,46 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.hub.tree(repository, revision)
         if found is None:
             return self._answer(404, {}, body, {"X-Error-Code": "RevisionNotFound"})
+        if repository in self.hub.gated:
+            return self._answer(403, {}, body, {"X-Error-Code": "GatedRepo"})
         commit, tree = found
+        file = "/".join(path[4:])
         headers = {"X-Repo-Commit": commit} if self.hub.names_commits else {}
         if file not in tree:
             return self._answer(404, {}, body, {**headers, "X-Error-Code": "EntryNotFound"})
         headers["ETag"] = f'"{hashlib.sha1(tree[file]).hexdigest()}"'
-        return self._answer(200, tree[file], body, headers)
+        return self._file(file, tree[file], body, headers)
+
+    def _file(self, name: str, data: bytes, body: bool, headers: dict[str, str]) -> None:
+        """A file, or its rest from the byte that is asked for."""
+        asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        start, status = int(asked[0]), 200
+        headers["Accept-Ranges"] = "bytes"
+        if start and body:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            status = 206
+        if not (body and name == self.hub.broken):
+            return self._answer(status, data[start:], body, headers)
+        self._answer(status, data[start:], False, headers)
+        self.wfile.write(b"" if start else data[: len(data) // 2])
+        self.close_connection = True
+        return None
+
+    def _listing(self, path: list[str], body: bool) -> None:
+        """`api/models/owner/name/revision/main` and `.../tree/main`: a repository's files."""
+        name, verb, revision = "/".join(path[2:4]), *(path[4:6] or ("revision", "main"))
+        if name not in self.hub.repositories or name in self.hub.private or path[6:]:
+            return self._answer(404, {"error": "nothing here"}, body)
+        found = self.hub.tree(name, revision)
+        assert found is not None, path
+        commit, tree = found
+        files = [
+            {"type": "file", "path": file, "rfilename": file, "size": len(data),
+             "oid": hashlib.sha1(data).hexdigest()}
+            for file, data in tree.items()
+        ]  # fmt: skip
+        info = {"id": name, "sha": commit, "siblings": files, "private": False}
+        return self._answer(200, files if verb == "tree" else info, body)
 
     def _note(self) -> list[str]:
         path = unquote(urlsplit(self.path).path)
@@ -162,3 +203,20 @@ def serving() -> Iterator[tuple[LoopbackHub, str]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def asked_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[LoopbackHub]:
+    """The hub that huggingface_hub asks while within, with a cache of its own and no token."""
+    with serving() as (hub, address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", address, raising=False)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                            address + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield hub

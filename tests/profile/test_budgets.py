@@ -55,9 +55,16 @@ def test_what_is_understood(text: object, expected: Budget) -> None:
     ids=lambda value: repr(value)[:20],
 )  # fmt: skip
 def test_what_is_not_understood_says_what_would_be(value: object) -> None:
-    with pytest.raises(BudgetError, match="not understood: expected a share"):
+    with pytest.raises(BudgetError, match=r"not understood: .*expected a share"):
         Budget.parse(value)
     assert issubclass(BudgetError, UsageError)
+
+
+@pytest.mark.parametrize("text", ["5", " 20", "1.5", "99"])
+def test_a_percentage_without_its_sign_is_asked_about(text: str) -> None:
+    with pytest.raises(BudgetError, match=f"did you mean {text.strip()}%?"):
+        Budget.parse(text)
+    assert Budget.parse("100") == Budget(tokens=100)
 
 
 @given(st.one_of(st.text(max_size=12), st.floats(), st.integers(), st.none()))

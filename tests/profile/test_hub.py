@@ -14,7 +14,7 @@ from hkvprof.profile import hub
 from hkvprof.profile.hub import FILE, HubAddress, fetch, on_hub, publish
 from hkvprof.profile.record import load_profile
 from tests.models_for_tests import apply, random_llama, token_ids
-from tests.profile.loopback_hub import TOKEN, LoopbackHub, serving
+from tests.profile.loopback_hub import TOKEN, LoopbackHub, asked_hub
 from tests.profiles import make_profile
 
 TINYVL = Path("profiles/tinyvl.hkv.safetensors")
@@ -23,17 +23,8 @@ TINYVL = Path("profiles/tinyvl.hkv.safetensors")
 @pytest.fixture
 def loopback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     """A hub that is asked, with an empty cache and a token."""
-    with serving() as (hub, address):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", address, raising=False)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                            address + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    with asked_hub(monkeypatch, tmp_path / "cache") as hub:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield hub
 
 

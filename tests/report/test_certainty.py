@@ -9,7 +9,7 @@ import pytest
 
 from hkvprof.profile.record import Profile
 from hkvprof.report import summary, terminal
-from hkvprof.report.certainty import certainty, recorded, type_agreements
+from hkvprof.report.certainty import certainty, recorded, type_agreements, verdict
 from tests.profiles import make_profile, with_confidence
 from tests.report.test_terminal import text
 
@@ -98,3 +98,16 @@ def test_sure_profiles_name_no_heads() -> None:
     ones = [[1.0, 1.0]] * 3
     sure = having({**record, "heads": {**record["heads"], "agree": ones}})
     assert certainty(sure)[-1].endswith("none; all samples agree on every type")
+
+
+def test_the_verdict_says_whether_samples_were_enough() -> None:
+    profile = with_confidence(make_profile())
+    record: Any = profile.provenance["confidence"]
+    for value, words in ((0.9, "Enough samples ("), (0.89, "Too few samples: ")):
+        halves = {**record["halves"], "types": [value, 0.5, 1.0]}
+        told = verdict(having({**record, "halves": halves}))
+        assert told.startswith(words)
+        assert f"agree on the type of {value:.0%} of heads" in told
+    few = having({"samples": 2, "reason": "too few samples: 2, expected at least 4"})
+    assert verdict(few).endswith("give more than these 2 samples, at best two to four times")
+    assert verdict(make_profile("uniform")).startswith("Nothing says")

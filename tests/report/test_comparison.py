@@ -65,7 +65,8 @@ def test_every_figure_of_a_row() -> None:
     assert notes == list(NOTES)
 
 
-def test_the_short_form_leaves_columns_out_and_fits_100() -> None:
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_narrow_terminals_lose_no_column_and_no_figure(width: int) -> None:
     rows = [full()]
     for budget in ("0.20", "4096", "2GiB"):
         rows.append(summary(OURS, budget, difference=BootstrapInterval(-0.999, -1.0, -0.987, 4)))
@@ -73,14 +74,11 @@ def test_the_short_form_leaves_columns_out_and_fits_100() -> None:
             summary("a_public_baseline_with_a_long_name", budget, worst_task="some_very_long_task",
                     answers=7, nll_difference=-1.23e-5, kl=BootstrapInterval(1.23e-5, 0.0, 1.0, 4))
         )  # fmt: skip
-    page = text(comparison_table(rows, compact=True), width=100)
-    assert max(map(len, page)) <= 100
-    assert "by tensors" not in page[1]
-    assert "hit rate" not in page[1]
-    joined = "".join("".join(page).split())
-    assert joined.count("-99.9[-100.0,-98.7]") == 3
-    assert joined.count("-1.2e-05") == 3
-    assert "some_very" in joined
+    page, whole = (text(comparison_table(rows), width=wide) for wide in (width, 400))
+    assert max(map(len, page)) <= width
+    assert set(" ".join(page).split()) == set(" ".join(whole).split())
+    assert sum(line.startswith("method") for line in page) > 1
+    assert sum(line.startswith("method") for line in whole) == 1
 
 
 def test_budgets_descend_then_ours_then_by_score() -> None:
@@ -114,9 +112,8 @@ def test_what_is_missing_is_a_dash() -> None:
         score=None, difference=None, worst_ratio=None, worst_task="", nll_difference=None,
         true_kl=None,
     )  # fmt: skip
-    row = next(line for line in text(comparison_table([full(), bare], True)) if OURS in line)
-    assert row.split() == [OURS, "0.10", "9.8%", "0.42%", "-", "-", "-", "0.012", "-", "-",
-                           "87.5%"]  # fmt: skip
+    row = next(line for line in text(comparison_table([full(), bare])) if OURS in line)
+    assert row.split().count("-") == 6
 
 
 def answers() -> list[Answer]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hkvprof.errors import UsageError
+from hkvprof.errors import ProfileError
 from hkvprof.heads import KeepRule
 from hkvprof.report.difference import difference, lines
 from tests.profiles import make_profile
@@ -57,7 +57,7 @@ def test_every_change_is_told() -> None:
 def test_profiles_of_different_models_are_not_compared() -> None:
     first = make_profile()
     other = replace(first, fingerprint=replace(first.fingerprint, architecture="Other"))
-    with pytest.raises(UsageError, match=r"different models .architecture"):
+    with pytest.raises(ProfileError, match=r"different models .architecture"):
         difference(first, other)
 
 

@@ -50,7 +50,8 @@ def test_generate_says_what_the_cpu_says(types: str, host_dtype: str) -> None:
     got, gpu = generate("cuda", types, **options)
     assert torch.equal(got, expected)
     assert gpu.kernels.startswith("CUDA: triton")
-    assert (gpu.resident_bytes, gpu.host_bytes) == (cpu.resident_bytes, cpu.host_bytes)
+    assert gpu.resident_bytes == cpu.resident_bytes
+    assert cpu.host_bytes <= gpu.host_bytes <= 1.13 * cpu.host_bytes  # room for what comes
 
 
 @pytest.mark.parametrize("types", TYPES)

@@ -43,7 +43,7 @@ def test_a_model_that_takes_pictures_gets_none() -> None:
     assert doubt.startswith("no sample has a picture, and the model takes pictures")
     assert blind.doubts(takes_pictures=False) == []
     mixed = Survey.of([sample("a", "one"), sample("b", RED, "two")])
-    assert mixed.doubts(takes_pictures=True) == ["1 samples have no picture"]
+    assert mixed.doubts(takes_pictures=True) == ["1 sample without a picture"]
 
 
 def test_marks_that_nobody_replaced() -> None:
@@ -57,7 +57,7 @@ def test_equal_samples() -> None:
         [sample("a", RED, "x"), sample("b", RED, "x"), sample("c", RED, "x", reply="no")]
     )
     assert twice.equal == (("a", "b"),)
-    assert "such as 'b' and 'a'" in twice.doubts(takes_pictures=True)[0]
+    assert "as 'b' and 'a'" in twice.doubts(takes_pictures=True)[0]
 
 
 @given(st.lists(st.sampled_from(["x", "y", "z"]), min_size=1, max_size=12))

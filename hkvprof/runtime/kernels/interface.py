@@ -125,9 +125,9 @@ class DynamicSegment:
 
     Its storage segment is number `segment`; slot j of its hot region holds the `chunk` tokens of
     item `slots[j]` in rows `hot_start + j * chunk` of the flat storage. `host` [items, 2, chunk,
-    dim] has K then V of an item, in the storage's dtype, or int8 with value = int8 *
-    scale[item // items_per_group]. `hot_score` [hot] is needed where smoothing is used;
-    `rerank` above 0 needs chunks of one token. At most `fresh` items become hot in a step.
+    dim] has K then V of an item, in the storage's dtype. `hot_score` [hot] is needed where
+    smoothing is used; `rerank` above 0 needs chunks of one token. At most `fresh` items become hot
+    in a step.
 
     With `held` hot slots are in fewer bits: slot j is its rows from `j * chunk` on, and nothing of
     it in the flat storage. With `coder` the host holds rows, uint8 [items, chunk, row_bytes], by
@@ -142,8 +142,6 @@ class DynamicSegment:
     chunk: int
     items: int
     hot_score: Float[Tensor, " hot"] | None = None
-    scale: Float[Tensor, "groups 2 dim"] | None = None
-    items_per_group: int = 1
     rerank: int = 0
     held: Residents | None = None
     coder: Residents | None = None
@@ -239,6 +237,17 @@ class Kernels(Protocol):
         One softmax over the segment's tokens in storage and its `quantised` ones, as
         `Residents.decode` gives them back.
         """
+        ...
+
+    def append(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        ends: Int[Tensor, " segments"],
+        new_key: Float[Tensor, "segments tokens dim"],
+        new_value: Float[Tensor, "segments tokens dim"],
+    ) -> None:
+        """Write tokens behind the end of every segment and advance `ends`, all on the device."""
         ...
 
     def bind(

@@ -68,10 +68,13 @@ def check_head(head: DynamicSegment, key: Tensor, smoothing: float) -> None:
     require(head.segment >= 0 and head.chunk >= 1, "a segment and a chunk length")
     require(head.fresh >= 1, "at least one item that may become hot")
     require(head.rerank == 0 or (head.rerank > 0 and head.chunk == 1), "chunks of 1 to rerank")
-    require(host.shape == (len(host), 2, head.chunk, dim), "host items [items, 2, chunk, dim]")
     require(0 < head.hot <= head.items <= len(host), "hot items among those of the host")
-    end = len(key) - head.hot * head.chunk
-    require(0 <= head.hot_start <= end, "hot slots within the storage")
+    if head.coder is None:
+        require(host.shape == (len(host), 2, head.chunk, dim), "host items [items, 2, chunk, dim]")
+    if head.held is None:
+        end = len(key) - head.hot * head.chunk
+        require(0 <= head.hot_start <= end, "hot slots within the storage")
+    _check_rows(head, dim)
     require(slots.dtype == torch.int32 and slots.dim() == 1, "slots as int32")
     require(slots.is_contiguous(), "slots without gaps")
     _check_floats(head, dim, smoothing)
@@ -84,17 +87,29 @@ def check_slots(head: DynamicSegment) -> None:
     require(0 <= int(low) <= int(high) < head.items, "slots that hold items of the host")
 
 
+def _check_rows(head: DynamicSegment, dim: int) -> None:
+    """Hot slots and host items that are rows of bytes."""
+    held, coder, host = head.held, head.coder, head.host
+    for one in (held, coder):
+        if one is not None:
+            require(one.format.bits in (8, 4) and one.format.dim == dim, "rows of 8 or 4 bits")
+            require(one.mean.shape == (2, dim), "a mean [2, dim]")
+    if held is not None:
+        shape = (head.hot * head.chunk, held.format.row_bytes)
+        require(held.rows.shape == shape, "a row per token of the hot slots")
+        require(held.rows.dtype == torch.uint8 and held.rows.is_contiguous(), "rows without gaps")
+    if coder is not None:
+        require(host.shape[1:] == (head.chunk, coder.format.row_bytes), "a row per host token")
+        require(host.dtype == torch.uint8, "host rows as bytes")
+        require(held is None or held.format == coder.format, "rows of one format")
+
+
 def _check_floats(head: DynamicSegment, dim: int, smoothing: float) -> None:
-    score, scale = head.hot_score, head.scale
+    score = head.hot_score
     require(smoothing == 0 or score is not None, "a score per hot slot to smooth with")
     if score is not None:
         plain = score.dtype == torch.float32 and score.is_contiguous()
         require(plain and score.shape == (head.hot,), "a float32 score per hot slot")
-    if scale is not None:
-        require(head.items_per_group >= 1, "groups of at least one item")
-        groups = -(-head.items // head.items_per_group)
-        fits = scale.dim() == 3 and scale.shape[1:] == (2, dim) and len(scale) >= groups
-        require(fits and scale.dtype == torch.float32, "float32 scales [groups, 2, dim]")
 
 
 def _check_index(index: KeyIndex, items: int, dim: int) -> None:
@@ -177,10 +192,11 @@ class Head(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("kind", "segment", "items", "hot", "chunk", "hot_start")),
-        *((name, c_int64) for name in ("codes", "channels", "items_per_group", "rerank", "fresh")),
+        *((name, c_int64) for name in ("codes", "channels", "rerank", "fresh", "bits")),
         *((name, c_void_p) for name in ("first", "second", "projection", "codebook")),
-        *((name, c_void_p) for name in ("subspaces", "slots", "hot_score", "host", "scale")),
-        ("score", c_void_p),
+        *((name, c_void_p) for name in ("subspaces", "slots", "hot_score", "host", "held")),
+        ("host_rows", c_int64),
+        *((name, c_void_p) for name in ("mean", "score")),
         ("bias", Bias),
     )
 

@@ -148,6 +148,17 @@ class NativeKernels:
             len(held.segments),
         )
 
+    def append(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        ends: Int[Tensor, " segments"],
+        new_key: Float[Tensor, "segments tokens dim"],
+        new_value: Float[Tensor, "segments tokens dim"],
+    ) -> None:
+        """In plain torch: a few rows."""
+        self.torch.append(key, value, ends, new_key, new_value)
+
     def bind(
         self,
         storage_key: Float[Tensor, "capacity dim"],
@@ -200,11 +211,12 @@ class NativeKernels:
     def _unfit(self, head: DynamicSegment) -> str:
         """Why csrc cannot work on this head, or an empty string."""
         host = head.host
-        if head.held is not None or head.coder is not None:
-            return "items in fewer bits"
+        rows = [one for one in (head.held, head.coder) if one is not None]
+        if not all(self._plain(one.mean) for one in rows):
+            return "items in fewer bits with means of another type"
         if not host.is_contiguous() or host.device.type != "cpu":
             return "host chunks that are not contiguous in CPU memory"
-        if host.dtype != (self.dtype if head.scale is None else torch.int8):
+        if host.dtype != (self.dtype if head.coder is None else torch.uint8):
             return f"host chunks of {host.dtype}"
         if isinstance(head.index, MeanIndex | MinMaxIndex):
             return "" if self._plain(*head.index.tensors()) else "digests of another type"
@@ -313,14 +325,17 @@ class NativeRetrieval:
             hot=head.hot,
             chunk=head.chunk,
             hot_start=head.hot_start,
-            items_per_group=head.items_per_group,
             rerank=head.rerank,
             fresh=head.fresh,
             slots=head.slots.data_ptr(),
             host=head.host.data_ptr(),
             hot_score=_pointer(head.hot_score),
-            scale=self._hold(head.scale),
         )
+        rows = head.held or head.coder
+        if rows is not None:
+            native.bits, native.mean = rows.format.bits, self._hold(rows.mean)
+            native.held = _pointer(None if head.held is None else head.held.rows)
+            native.host_rows = int(head.coder is not None)
         index: Any = head.index
         if isinstance(index, MeanIndex):
             native.kind, native.first = MEAN, self._hold(index.mean)

@@ -48,6 +48,21 @@ class TorchKernels:
                 out[segment] = _attend(query[segment], key[own], value[own], scaling)
         return out
 
+    def append(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        ends: Int[Tensor, " segments"],
+        new_key: Float[Tensor, "segments tokens dim"],
+        new_value: Float[Tensor, "segments tokens dim"],
+    ) -> None:
+        """Where segments end is not asked."""
+        count = new_key.shape[1]
+        where = (ends[:, None] + torch.arange(count, device=ends.device)).reshape(-1)
+        key.index_copy_(0, where, new_key.reshape(-1, new_key.shape[-1]))
+        value.index_copy_(0, where, new_value.reshape(-1, new_value.shape[-1]))
+        ends += count
+
     def bind(
         self,
         storage_key: Float[Tensor, "capacity dim"],
@@ -271,13 +286,7 @@ class TorchRetrieval:
     def _items(self, head: DynamicSegment, items: Tensor) -> Float[Tensor, "items 2 chunk dim"]:
         """Host items on the device, in the storage's dtype."""
         data = self._stored(head, items)
-        if head.coder is not None:
-            return head.coder.decode_items(data)
-        if head.scale is None:
-            return data
-        groups = (items // head.items_per_group).to(head.scale.device)
-        scale = head.scale[groups].to(self.key.device)
-        return (data.float() * scale[:, :, None]).to(self.key.dtype)
+        return data if head.coder is None else head.coder.decode_items(data)
 
     def _fetch(self, head: DynamicSegment, items: Tensor, slots: Tensor) -> None:
         """Copy host items into hot slots; those in fewer bits as rows."""

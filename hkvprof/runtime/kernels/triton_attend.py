@@ -137,6 +137,44 @@ def _merge_kernel(
     tl.store(result + where, narrow(out, result.dtype.element_ty, UPCAST), mask=inside)
 
 
+@triton.jit
+def append_kernel(
+    key: tl.tensor,
+    value: tl.tensor,
+    ends: tl.tensor,
+    new_key: tl.tensor,
+    new_value: tl.tensor,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """One token to the end of a segment, which goes on by one."""
+    segment = tl.program_id(0)
+    channels = tl.arange(0, WIDTH)
+    inside = channels < DIM
+    end = tl.load(ends + segment)
+    to = end.to(tl.int64) * DIM + channels
+    own = segment * DIM + channels
+    tl.store(key + to, tl.load(new_key + own, mask=inside, other=0.0), mask=inside)
+    tl.store(value + to, tl.load(new_value + own, mask=inside, other=0.0), mask=inside)
+    tl.debug_barrier()  # all threads have read the end
+    tl.store(ends + segment, end + 1)
+
+
+def append(
+    key: Float[Tensor, "capacity dim"],
+    value: Float[Tensor, "capacity dim"],
+    ends: Int[Tensor, " segments"],
+    new_key: Float[Tensor, "segments 1 dim"],
+    new_value: Float[Tensor, "segments 1 dim"],
+) -> None:
+    """Write one token behind the end of every segment, and advance the ends."""
+    dim = key.shape[1]
+    append_kernel[(len(ends),)](
+        key, value, ends, new_key.contiguous(), new_value.contiguous(),
+        DIM=dim, WIDTH=padded(dim), num_warps=1,
+    )  # fmt: skip
+
+
 def attend(
     key: Float[Tensor, "capacity dim"],
     value: Float[Tensor, "capacity dim"],
@@ -155,9 +193,9 @@ def attend(
     width = padded(dim)
     block = min(128, max(16, TILE_BYTES // (width * key.element_size())))
     splits = min(MAX_SPLITS, blocks(longest, block), blocks(programs, segments))
-    parts = (segments, splits, group)
-    part_out = torch.empty((*parts, dim), dtype=torch.float32, device=key.device)
-    part_top, part_sum = torch.empty((2, *parts), dtype=torch.float32, device=key.device)
+    count = segments * splits * group
+    scratch = torch.empty(count * (dim + 2), dtype=torch.float32, device=key.device)
+    part_out, part_top, part_sum = scratch.split([count * dim, count, count])
     out = torch.empty_like(query)
     _split_kernel[(segments, splits)](
         key,

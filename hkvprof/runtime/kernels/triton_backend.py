@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hkvprof.runtime.devices import at
 from hkvprof.runtime.kernels import triton_attend
 from hkvprof.runtime.kernels.interface import (
     DynamicSegment,
@@ -59,15 +60,26 @@ class TritonKernels:
             return self.torch.attend(key, value, extents, query, scaling)
         require(query.shape[2] == key.shape[1], "queries as wide as keys")
         require(len(query) == len(extents.device_starts), "a start and an end per segment")
-        return triton_attend.attend(
-            key,
-            value,
-            extents.device_starts,
-            extents.device_ends,
-            extents.longest,
-            query.to(self.dtype).contiguous(),
-            scaling,
-        )
+        own = query.to(self.dtype).contiguous()
+        starts, ends = extents.device_starts, extents.device_ends
+        with at(key.device):
+            return triton_attend.attend(key, value, starts, ends, extents.longest, own, scaling)
+
+    def append(
+        self,
+        key: Float[Tensor, "capacity dim"],
+        value: Float[Tensor, "capacity dim"],
+        ends: Int[Tensor, " segments"],
+        new_key: Float[Tensor, "segments tokens dim"],
+        new_value: Float[Tensor, "segments tokens dim"],
+    ) -> None:
+        """One token in one launch; several, or of another shape or type, in torch."""
+        plain = key.dtype == new_key.dtype == new_value.dtype
+        if new_key.shape[1] != 1 or not plain or self._unfit_shape(key, value, 1):
+            self.torch.append(key, value, ends, new_key, new_value)
+            return
+        with at(key.device):
+            triton_attend.append(key, value, ends, new_key, new_value)
 
     def bind(
         self,
@@ -113,12 +125,11 @@ class TritonKernels:
         on_cuda = head.slots.is_cuda
         if head.held is not None or head.coder is not None:
             return "items in fewer bits"
-        for tensor in (host, head.scale):
-            if tensor is not None and not tensor.is_contiguous():
-                return "host chunks that are not contiguous"
-            if tensor is not None and on_cuda and not (tensor.is_cuda or tensor.is_pinned()):
-                return "host chunks that are not in pinned memory"
-        if host.dtype != (self.dtype if head.scale is None else torch.int8):
+        if not host.is_contiguous():
+            return "host chunks that are not contiguous"
+        if on_cuda and not (host.is_cuda or host.is_pinned()):
+            return "host chunks that are not in pinned memory"
+        if host.dtype != self.dtype:
             return f"host chunks of {host.dtype}"
         if isinstance(index, MeanIndex | MinMaxIndex):
             same = all(t.dtype == self.dtype and t.is_contiguous() for t in index.tensors())

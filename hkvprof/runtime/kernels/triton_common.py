@@ -44,7 +44,7 @@ def narrow(x: tl.tensor, DTYPE: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor
     return x.to(DTYPE)
 
 
-FIELDS = tl.constexpr(21)
+FIELDS = tl.constexpr(19)
 """Columns of a descriptor: what the kernels know about a dynamic head, as int64, addresses too."""
 SEGMENT = tl.constexpr(0)
 ITEMS = tl.constexpr(1)
@@ -68,13 +68,11 @@ CHANNELS = tl.constexpr(12)
 SLOTS = tl.constexpr(13)
 HOT_SCORE = tl.constexpr(14)
 HOST = tl.constexpr(15)
-SCALE = tl.constexpr(16)
-PER_GROUP = tl.constexpr(17)
-BOUNDS = tl.constexpr(18)
+BOUNDS = tl.constexpr(16)
 """Address of pairs of int64: the first channel of every code, and one past its last."""
-ACTIVE = tl.constexpr(19)
+ACTIVE = tl.constexpr(17)
 """0: this launch leaves the head as it is. Written on the device (Retrieval.step_some)."""
-FRESH = tl.constexpr(20)
+FRESH = tl.constexpr(18)
 """Most items that become hot in a step."""
 
 

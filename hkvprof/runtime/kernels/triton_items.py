@@ -16,15 +16,12 @@ from hkvprof.runtime.kernels.triton_common import (
     HOT_SCORE,
     HOT_START,
     ITEMS,
-    PER_GROUP,
     PICKED,
-    SCALE,
     SLOTS,
     address,
     dot,
     field,
     idle,
-    narrow,
     small,
 )
 from hkvprof.runtime.kernels.triton_scores import put, queries
@@ -44,9 +41,7 @@ def gather_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    INT8: tl.constexpr,
     SMOOTH: tl.constexpr,
-    UPCAST: tl.constexpr,
 ) -> None:
     """Copy missing[i] to slot free[i], ROWS items a program, and say so in the slot map."""
     head = tl.load(which + tl.program_id(0))
@@ -67,16 +62,8 @@ def gather_kernel(
         element = start + tl.arange(0, BLOCK)
         mask = inside[:, None] & (element[None, :] < 2 * half)
         where = source[:, None] + element[None, :]
-        if INT8:
-            data = tl.load(address(heads, head, HOST, tl.int8) + where, mask=mask, other=0)
-            owner = item // field(heads, head, PER_GROUP)
-            channel = element // half * DIM + element % DIM
-            unit = address(heads, head, SCALE, tl.float32) + owner[:, None] * (2 * DIM)
-            rows = data.to(tl.float32) * tl.load(unit + channel[None, :], mask=mask, other=0.0)
-            rows = narrow(rows, key.dtype.element_ty, UPCAST)
-        else:
-            host = address(heads, head, HOST, key.dtype.element_ty)
-            rows = tl.load(host + where, mask=mask, other=0.0)
+        host = address(heads, head, HOST, key.dtype.element_ty)
+        rows = tl.load(host + where, mask=mask, other=0.0)
         to = target[:, None] + (element % half)[None, :]
         tl.store(key + to, rows, mask=mask & (element < half)[None, :])
         tl.store(value + to, rows, mask=mask & (element >= half)[None, :])
@@ -105,7 +92,6 @@ def exact_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     RESET: tl.constexpr,
-    INT8: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """Logits of the picked items by their keys, in their slots where they are hot, others in host
@@ -134,15 +120,8 @@ def exact_kernel(
     row = (field(heads, head, HOT_START) + slot.to(tl.int64)) * DIM
     hot = inside & (slot >= 0)[:, None]
     cold = inside & (slot < 0)[:, None]
-    if INT8:
-        data = tl.load(address(heads, head, HOST, tl.int8) + where, mask=cold, other=0)
-        owner = item // field(heads, head, PER_GROUP)
-        unit = address(heads, head, SCALE, tl.float32) + owner[:, None] * (2 * DIM) + d[None, :]
-        k = data.to(tl.float32) * tl.load(unit, mask=cold, other=0.0)
-        k = narrow(k, query.dtype.element_ty, UPCAST)
-    else:
-        host = address(heads, head, HOST, query.dtype.element_ty)
-        k = tl.load(host + where, mask=cold, other=0.0)
+    host = address(heads, head, HOST, query.dtype.element_ty)
+    k = tl.load(host + where, mask=cold, other=0.0)
     k = tl.where(hot, tl.load(key + row[:, None] + d[None, :], mask=hot, other=0.0), k)
     total = dot(q, tl.trans(k), UPCAST) * scale
     total = tl.where(tl.abs(total) < float("inf"), total, -float("inf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hkvprof.runtime.devices import at
+from hkvprof.runtime.kernels import triton_compact as compacted
 from hkvprof.runtime.kernels import triton_scores as scores_of
 from hkvprof.runtime.kernels import triton_select as selection
 from hkvprof.runtime.kernels.interface import DynamicSegment, device_integers
@@ -38,9 +41,99 @@ RESET_BLOCKS = 16
 """Blocks of picked items in which a program resets scores."""
 SELECT_ITEMS = 4096
 """Items per round of the one program that selects for a head."""
+BEST_ITEMS = 2048
+"""Items of which a program lists the best."""
+MARK_ITEMS = 4096
+"""Items that a program marks at a time."""
+MOST_CANDIDATES = 16384
+"""Of a head; more do not fit into the registers of one program."""
 GATHER_ELEMENTS = 2048
 """Numbers that a program copies at a time."""
 WORDS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Sizes of a step that selects among candidates alone (triton_compact).
+
+    `blocks` of BEST_ITEMS items, `room` candidates beside the hot ones, `entries` that they are
+    chosen from, `candidates`, `parts` of them that have partial sums.
+    """
+
+    blocks: int
+    room: int
+    entries: int
+    candidates: int
+    parts: int
+
+    @classmethod
+    def of(cls, heads: Sequence[DynamicSegment], block: int) -> Compact | None:
+        """None where a head decides by its index alone, or has too many candidates."""
+        coded = all(isinstance(head.index, ProjectedIndex) for head in heads)
+        if not coded or any(not picked_of(head) for head in heads):
+            return None
+        room = max(picked_of(head) - head.hot for head in heads)
+        count = blocks(max(head.items for head in heads), BEST_ITEMS)
+        most = max(map(picked_of, heads))
+        made = cls(count, room, padded(count * room), padded(most), max(map(_parts(block), heads)))
+        return made if max(made.entries, made.candidates) <= MOST_CANDIDATES else None
+
+    @property
+    def warps(self) -> int:
+        """Of the program that chooses: 16 candidates per thread."""
+        return min(32, max(4, self.candidates // 512))
+
+
+def _parts(block: int) -> Callable[[DynamicSegment], int]:
+    """How many partial sums the candidates of a head have, by blocks of so many."""
+
+    def count(head: DynamicSegment) -> int:
+        return -(-head.hot // block) + -(-(picked_of(head) - head.hot) // block)
+
+    return count
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the launches of one step hand on, in one piece of device memory."""
+
+    logits: Tensor
+    tops: Tensor
+    sums: Tensor
+    tables: Tensor
+    due: Tensor
+    best: Tensor
+    cold: Tensor
+    missing: Tensor
+    free: Tensor
+    counts: Tensor
+    held: Tensor
+
+    @classmethod
+    def of(cls, owner: TritonRetrieval, compact: Compact, group: int, tables: int) -> Scratch:
+        """Tensors of these sizes, not initialised."""
+        items, parts, heads = owner.all_items, owner.all_parts * group, len(owner.heads)
+        float32, int32 = torch.float32, torch.int32
+        sizes = {
+            "logits": (items * group, float32),
+            "tops": (parts, float32),
+            "sums": (parts, float32),
+            "tables": (tables, float32),
+            "due": (items, float32),
+            "best": (heads * compact.blocks * compact.room, torch.int64),
+            "cold": (heads * compact.room, int32),
+            "missing": (items, int32),
+            "free": (items, int32),
+            "counts": (heads, int32),
+            "held": (items, torch.int8),
+        }
+        ends, end = {}, 0
+        for name, (count, dtype) in sizes.items():
+            begin, end = end, end + -(-count * dtype.itemsize // 16) * 16
+            ends[name] = (begin, count * dtype.itemsize, dtype)
+        whole = torch.empty(end, dtype=torch.uint8, device=owner.key.device)
+        views = {name: whole[b : b + n].view(dtype) for name, (b, n, dtype) in ends.items()}
+        return cls(**views)
 
 
 class TritonRetrieval:
@@ -71,31 +164,37 @@ class TritonRetrieval:
         reranked = [n for n in everyone if picked_of(self.heads[n])]
         cold = [picked_of(head) and picked_of(head) - head.hot for head in heads]
         self._cold = device_integers(cold, key.device)
+        self._last = max(head.segment for head in self.heads)
+        self._compact = Compact.of(self.heads, self._block)
         self._everyone = self._launch(None, everyone)
         self._reranked = self._launch(None, reranked) if reranked else None
         self._indexes = list(self._launches(everyone, lambda head: kind_of(head.index)))
-        self._exact = list(self._launches(reranked, lambda head: head.scale is not None))
-        self._gathers = list(
-            self._launches(everyone, lambda head: (head.scale is not None, head.chunk))
-        )
+        self._gathers = list(self._launches(everyone, lambda head: head.chunk))
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Expected attention of every item, per dynamic head."""
         if not self.heads:
             return []
-        return list(self._score(query).split([head.items for head in self.heads]))
+        with at(self.key.device):
+            return list(self._score(query).split([head.items for head in self.heads]))
 
     def load(self, scores: Sequence[Float[Tensor, " items"]]) -> None:
         """Select items by these scores and fetch them."""
         sizes = [head.items for head in self.heads]
         require([len(score) for score in scores] == sizes, "a score per item of every head")
         if self.heads:
-            self._load(torch.cat([score.float() for score in scores]))
+            with at(self.key.device):
+                self._load(torch.cat([score.float() for score in scores]))
 
     def step(self, query: Float[Tensor, "segments group dim"]) -> None:
         """Score all items, then load the best."""
-        if self.heads:
-            self._load(self._score(query))
+        if not self.heads:
+            return
+        with at(self.key.device):
+            if self._compact is not None:
+                self._step_among(self._compact, query)
+            else:
+                self._load(self._score(query))
 
     def step_some(
         self, query: Float[Tensor, "segments group dim"], chosen: Bool[Tensor, " heads"]
@@ -105,22 +204,61 @@ class TritonRetrieval:
             return
         active = self._table[:, ACTIVE.value]
         active.copy_(chosen)
-        self._load(self._score(query))
+        self.step(query)
         active.fill_(1)
+
+    def _fitting(self, query: Float[Tensor, "segments group dim"]) -> Tensor:
+        """Queries as the kernels read them."""
+        segments, _, dim = query.shape
+        require(dim == self._dim, "queries as wide as keys")
+        require(segments > self._last, "a query for every dynamic head's segment")
+        return query.to(self.key.dtype).contiguous()
+
+    def _step_among(self, compact: Compact, query: Float[Tensor, "segments group dim"]) -> None:
+        """Score all items, compare candidates, fetch: six launches, one allocation."""
+        query, group = self._fitting(query), query.shape[1]
+        tables = sum(len(one.heads) * one.kind for one in self._indexes) * group * 256
+        scratch = Scratch.of(self, compact, group, tables)
+        partial = (scratch.logits, scratch.tops, scratch.sums)
+        sizes = {"GROUP": padded(group), "DIM": self._dim, "WIDTH": self._width}
+        given = scratch.tables
+        for launch in self._indexes:
+            self._estimate(launch, query, partial, sizes, given, scratch.held)
+            given = given[len(launch.heads) * launch.kind * group * 256 :]
+        count, chosen = len(self.heads), (scratch.best, scratch.cold)
+        compacted.best_kernel[(count, compact.blocks)](
+            self._table, *partial, scratch.held, scratch.best, group, compact.blocks,
+            BLOCK=BEST_ITEMS, PART_TILE=64, ROOM=compact.room, num_warps=8,
+        )  # fmt: skip
+        compacted.candidate_kernel[(count, compact.parts)](
+            self._table, query, self.key, *chosen, *partial, self._scale, group, compact.blocks,
+            **sizes, BLOCK=self._block, ROOM=compact.room, ENTRIES=compact.entries,
+            UPCAST=INTERPRETED,
+        )  # fmt: skip
+        smooth = self._smoothing > 0
+        compacted.choose_kernel[(count,)](
+            self._table, *partial, scratch.cold, scratch.due, scratch.missing, scratch.free,
+            scratch.counts, self.fetched, self.reads, self.most, group, float(self._smoothing),
+            BLOCK=compact.candidates, PART_TILE=64, EXACT_ITEMS=self._block, ROOM=compact.room,
+            SMOOTH=smooth, num_warps=compact.warps,
+        )  # fmt: skip
+        self._gather(scratch.due, scratch.missing, scratch.free, scratch.counts, compact.room)
 
     def _score(self, query: Float[Tensor, "segments group dim"]) -> Float[Tensor, " all_items"]:
         """Scores of all items of all heads, one head after the other."""
-        segments, group, dim = query.shape
-        require(dim == self._dim, "queries as wide as keys")
-        most = max(head.segment for head in self.heads)
-        require(segments > most, "a query for every dynamic head's segment")
-        query = query.to(self.key.dtype).contiguous()
-        scores, logits = self._floats(self._items), self._floats(self._items * group)
-        partial = (logits, self._floats(self._parts * group), self._floats(self._parts * group))
+        query, group = self._fitting(query), query.shape[1]
+        scores, logits = self._floats(self.all_items), self._floats(self.all_items * group)
+        partial = (
+            logits,
+            self._floats(self.all_parts * group),
+            self._floats(self.all_parts * group),
+        )
         sizes = {"GROUP": padded(group), "DIM": self._dim, "WIDTH": self._width}
         for launch in self._indexes:
-            self._estimate(launch, query, partial, sizes)
-        picked = torch.empty(self._items, dtype=torch.int32, device=self.key.device)
+            codes = launch.kind if isinstance(launch.kind, int) else 0
+            tables = self._floats(len(launch.heads) * group * codes * 256)
+            self._estimate(launch, query, partial, sizes, tables)
+        picked = torch.empty(self.all_items, dtype=torch.int32, device=self.key.device)
         shared = (*partial, picked, scores, group)
         share = {"GROUP": padded(group, 1), "BLOCK": SHARE_ITEMS, "EXACT_ITEMS": self._block}
         everyone = self._everyone
@@ -138,14 +276,11 @@ class TritonRetrieval:
             self._table, which, scores, picked, BLOCK=self._round(), num_warps=8
         )
         reset = RESET_BLOCKS * self._block
-        for launch in self._exact:
-            picks, resets = launch.grid(picked_of, self._block), launch.grid(items_of, reset)
-            grid = max(picks, resets)
-            exact_kernel[grid](
-                self._table, launch.which, query, self.key, picked, places, scores, *partial,
-                self._scale, group, **sizes, BLOCK=self._block, RESET=reset, INT8=launch.kind,
-                UPCAST=INTERPRETED,
-            )  # fmt: skip
+        picks = self._reranked.grid(picked_of, self._block)
+        exact_kernel[max(picks, self._reranked.grid(items_of, reset))](
+            self._table, which, query, self.key, picked, places, scores, *partial, self._scale,
+            group, **sizes, BLOCK=self._block, RESET=reset, UPCAST=INTERPRETED,
+        )  # fmt: skip
         grid = self._reranked.grid(picked_of, SHARE_ITEMS)
         scores_of.share_kernel[grid](self._table, which, *shared, EXACT=True, **share)
         return scores
@@ -156,8 +291,10 @@ class TritonRetrieval:
         query: Tensor,
         partial: tuple[Tensor, Tensor, Tensor],
         sizes: dict[str, int],
+        tables: Tensor,
+        held: Tensor | None = None,
     ) -> None:
-        """Logits of one kind of index."""
+        """Logits of one kind of index; with `held`, what is hot is marked there."""
         group = query.shape[1]
         if not isinstance(launch.kind, int):
             scores_of.digest_kernel[launch.grid(items_of, self._block)](
@@ -166,11 +303,12 @@ class TritonRetrieval:
             )  # fmt: skip
             return
         codes, count = launch.kind, len(launch.heads)
-        tables = self._floats(count * group * codes * 256)
+        mark = 0 if held is None else MARK_ITEMS
         narrow = {**sizes, "GROUP": padded(group, 1)}
         scores_of.table_kernel[(count, codes)](
-            self._table, launch.which, query, tables, group, **narrow, CODES=codes
-        )
+            self._table, launch.which, query, tables, tables if held is None else held, group,
+            **narrow, CODES=codes, MARK=mark,
+        )  # fmt: skip
         scores_of.coded_kernel[launch.grid(items_of, CODED_ITEMS)](
             self._table, launch.which, tables, *partial, self._scale, group,
             GROUP=padded(group, 1), CODES=codes, WORD=WORDS[codes], BLOCK=CODED_ITEMS,
@@ -179,9 +317,9 @@ class TritonRetrieval:
     def _load(self, scores: Float[Tensor, " all_items"]) -> None:
         """Select by all heads' scores and fetch."""
         device, count = self.key.device, len(self.heads)
-        due = self._floats(self._items)
-        held = torch.empty(self._items, dtype=torch.int8, device=device)
-        missing, free = torch.empty((2, self._items), dtype=torch.int32, device=device)
+        due = self._floats(self.all_items)
+        held = torch.empty(self.all_items, dtype=torch.int8, device=device)
+        missing, free = torch.empty((2, self.all_items), dtype=torch.int32, device=device)
         counts = torch.empty(count, dtype=torch.int32, device=device)
         smooth = self._smoothing > 0
         everyone = self._everyone
@@ -195,14 +333,20 @@ class TritonRetrieval:
             self._table, due, held, missing, free, counts, self.fetched, self.most,
             BLOCK=self._round(), SMOOTH=smooth, num_warps=8,
         )  # fmt: skip
+        self._gather(due, missing, free, counts, max(head.hot for head in self.heads))
+
+    def _gather(
+        self, due: Tensor, missing: Tensor, free: Tensor, counts: Tensor, most: int
+    ) -> None:
+        """Fetch what is missing, at most `most` items of a head."""
+        smooth = self._smoothing > 0
         for launch in self._gathers:
-            int8, chunk = launch.kind
+            chunk = launch.kind
             block = min(GATHER_ELEMENTS, padded(2 * chunk * self._dim))
             rows = GATHER_ELEMENTS // block
-            gather_kernel[launch.grid(lambda head: min(head.hot, head.fresh), rows)](
+            gather_kernel[launch.grid(lambda head: min(head.hot, head.fresh, most), rows)](
                 self._table, launch.which, self.key, self.value, due, missing, free, counts,
-                CHUNK=chunk, DIM=self._dim, ROWS=rows, BLOCK=block, INT8=int8, SMOOTH=smooth,
-                UPCAST=INTERPRETED,
+                CHUNK=chunk, DIM=self._dim, ROWS=rows, BLOCK=block, SMOOTH=smooth,
             )  # fmt: skip
 
     def _floats(self, count: int) -> Float[Tensor, " count"]:
@@ -233,14 +377,15 @@ class TritonRetrieval:
             if isinstance(head.index, ProjectedIndex):
                 bounds += [list(pair) for pair in head.index.tables.subspaces]
         where = self._hold(device_integers(bounds, self.key.device)) if bounds else 0
-        self._items = self._parts = 0
+        self.all_items = self.all_parts = 0
         rows = []
         for head in self.heads:
             coded = isinstance(head.index, ProjectedIndex)
             block = CODED_ITEMS if coded else self._block
             rows.append(self._describe(head, block, where))
-            self._items += head.items
-            self._parts += max(blocks(head.items, block), blocks(picked_of(head), self._block))
+            self.all_items += head.items
+            candidates = _parts(self._block)(head) if picked_of(head) else 1
+            self.all_parts += max(blocks(head.items, block), candidates)
             if isinstance(head.index, ProjectedIndex):
                 where += 16 * len(head.index.tables.subspaces)
         self._table = device_integers(rows, self.key.device)
@@ -268,15 +413,13 @@ class TritonRetrieval:
             head.hot,
             head.hot_start,
             picked_of(head),
-            self._items,
-            self._parts,
+            self.all_items,
+            self.all_parts,
             block,
             *rest,
             self._hold(head.slots),
             self._hold(head.hot_score),
             self._hold(head.host),
-            self._hold(head.scale),
-            head.items_per_group,
             bounds,
             1,
             head.fresh,

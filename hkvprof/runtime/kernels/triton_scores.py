@@ -19,12 +19,14 @@ from hkvprof.runtime.kernels.triton_common import (
     CHANNELS,
     CODEBOOK,
     FIRST,
+    HOT,
     ITEMS,
     PARTS,
     PICKED,
     PROJECTION,
     SECOND,
     SEGMENT,
+    SLOTS,
     address,
     dot,
     field,
@@ -82,23 +84,65 @@ def put(
 
 
 @triton.jit
+def softmax_parts(
+    tops: tl.tensor, sums: tl.tensor, parts: tl.tensor, stride: tl.tensor, TILE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The maximum and the sum of a softmax from those of its parts, which lie `stride` apart."""
+    top = tl.full([1], -float("inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    for first in range(0, parts, TILE):
+        part = first + tl.arange(0, TILE)
+        some = tl.load(tops + part * stride, mask=part < parts, other=-float("inf"))
+        higher = tl.maximum(top, tl.max(some, 0))
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        weight = tl.exp2(some - base)
+        weight *= tl.load(sums + part * stride, mask=part < parts, other=0.0)
+        total = total * tl.exp2(top - base) + tl.sum(weight, 0)
+        top = higher
+    return tl.where(top == -float("inf"), 0.0, top), total
+
+
+@triton.jit
+def mark_hot(heads: tl.tensor, head: tl.tensor, held: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """By one program: 1 for every item that is hot, 0 for all others."""
+    base = field(heads, head, BASE)
+    items = small(heads, head, ITEMS)
+    for start in range(0, items, BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        tl.store(held + base + item, tl.zeros([BLOCK], tl.int8), mask=item < items)
+    tl.debug_barrier()  # other threads of this program mark what these cleared
+    hot = small(heads, head, HOT)
+    for start in range(0, hot, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        item = tl.load(address(heads, head, SLOTS, tl.int32) + slot, mask=slot < hot, other=0)
+        tl.store(held + base + item, tl.full([BLOCK], 1, tl.int8), mask=slot < hot)
+
+
+@triton.jit
 def table_kernel(
     heads: tl.tensor,
     which: tl.tensor,
     query: tl.tensor,
     tables: tl.tensor,
+    held: tl.tensor,
     group: tl.tensor,
     DIM: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     CODES: tl.constexpr,
+    MARK: tl.constexpr,
 ) -> None:
-    """What every centroid of a code adds to a logit: `tables` [n, group, codes, 256]."""
+    """What every centroid of a code adds to a logit: `tables` [n, group, codes, 256].
+
+    With MARK one program per head also marks what is hot in `held`.
+    """
     n = tl.program_id(0)
     code = tl.program_id(1)
     head = tl.load(which + n)
     if idle(heads, head):
         return
+    if MARK > 0 and code == 0:
+        mark_hot(heads, head, held, MARK)
     q = queries(query, heads, head, group, DIM, GROUP, WIDTH).to(tl.float32)
     channels = small(heads, head, CHANNELS)
     bounds = address(heads, head, BOUNDS, tl.int64) + 2 * code

@@ -105,14 +105,26 @@ def encode(channels: int, subspaces: list[tuple[int, int]], width: int = 6) -> A
     )
 
 
-def scaled(groups: int, per_group: int = 3) -> Callable[[Kernels], object]:
-    """Bind an int8 head with scales of so many groups."""
+def hot(**values: Any) -> Callable[[Kernels], object]:
+    """Bind a head whose hot slots and host items are rows of 8 bits, of which the former have these
+    fields."""
 
     def act(kernels: Kernels) -> object:
-        made = layer(int8=True)
-        scale = torch.ones(groups, 2, DIM)
-        head = replace(made.heads[0], scale=scale, items_per_group=per_group)
-        return kernels.bind(made.key, made.value, [head], 0.2)
+        made = layer(bits=(8, 8))
+        head = made.heads[0]
+        assert head.held is not None
+        own = replace(head, held=replace(head.held, **values))
+        return kernels.bind(made.key, made.value, [own], 0.2)
+
+    return act
+
+
+def hosted(host: torch.Tensor) -> Callable[[Kernels], object]:
+    """Bind a head whose host items in 8 bits are these."""
+
+    def act(kernels: Kernels) -> object:
+        made = layer(bits=(16, 8))
+        return kernels.bind(made.key, made.value, [replace(made.heads[0], host=host)], 0.2)
 
     return act
 
@@ -152,8 +164,24 @@ QUANTISED: dict[str, Callable[[Kernels], object]] = {
     "rows of another type": held(rows=torch.ones(4 * ROW, dtype=torch.int8)),
     "rows with gaps": held(rows=torch.ones(8 * ROW, dtype=torch.uint8)[::2]),
 }
+ITEMS_IN_FEWER_BITS: dict[str, Callable[[Kernels], object]] = {
+    "rows of too few hot slots": hot(rows=torch.ones(HOT - 1, ROW, dtype=torch.uint8)),
+    "hot rows that are too short": hot(rows=torch.ones(HOT, ROW - 1, dtype=torch.uint8)),
+    "hot rows of another type": hot(rows=torch.ones(HOT, ROW, dtype=torch.int8)),
+    "hot rows with gaps": hot(rows=torch.ones(HOT, 2 * ROW, dtype=torch.uint8)[:, ::2]),
+    "hot rows of another width": hot(format=RowFormat(8, DIM - 8)),
+    "hot rows of 2 bits": hot(format=RowFormat(2, DIM)),
+    "hot rows of other bits than the host's": hot(
+        format=RowFormat(4, DIM), rows=torch.ones(HOT, RowFormat(4, DIM).row_bytes).byte()
+    ),
+    "a mean that is too narrow": hot(mean=torch.ones(2, DIM - 8)),
+    "host rows that are too short": hosted(torch.ones(ITEMS, 1, ROW - 1, dtype=torch.uint8)),
+    "host rows of too few items": hosted(torch.ones(ITEMS - 1, 1, ROW, dtype=torch.uint8)),
+    "host rows of longer chunks": hosted(torch.ones(ITEMS, 2, ROW, dtype=torch.uint8)),
+}
 BAD: dict[str, Callable[[Kernels], object]] = {
     **QUANTISED,
+    **ITEMS_IN_FEWER_BITS,
     "a segment that ends past the storage": attend([0, 12], [5, 9], 2),
     "a segment that begins before it": attend([-4, 0], [4, 4], 2),
     "a negative length": attend([4], [-4], 1),
@@ -186,8 +214,6 @@ BAD: dict[str, Callable[[Kernels], object]] = {
     "fewer subspaces than codes": tables(subspaces=((0, 3),)),
     "subspaces past the channels": tables(subspaces=((0, 3), (3, 5), (5, 7), (7, 10))),
     "subspaces before the channels": tables(subspaces=((-1, 3), (3, 5), (5, 7), (7, 9))),
-    "scales of too few groups": scaled(13),
-    "groups of no item": scaled(14, per_group=0),
     "smoothing without scores": smoothed,
     "too few counters": counted,
     "a query of too few segments": bound(lambda found: found.step(torch.ones(0, 2, DIM))),

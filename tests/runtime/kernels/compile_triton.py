@@ -75,13 +75,15 @@ def layers(dtype: torch.dtype) -> Iterator[Any]:
     settings: list[dict[str, Any]] = [
         {"kind": "mean", "dim": 64, "chunk": 16, "group": 1},
         {"kind": "minmax", "dim": 128, "chunk": 32},
-        {"kind": "projected", "dim": 128, "codes": 2, "rerank": 64},
+        {"kind": "projected", "dim": 128, "codes": 2, "rerank": 64, "hot": [500, 60]},
         {"kind": "projected", "dim": 80, "codes": 4, "group": 8},
-        {"kind": "projected", "dim": 256, "codes": 8, "rerank": 64, "int8": True, "group": 4},
+        {"kind": "projected", "dim": 256, "codes": 8, "rerank": 64, "group": 4},
     ]
     for setting in settings:
         setting = {"group": 7, "smoothing": True, "dtype": dtype, **setting}
-        yield make_layer(0, setting.pop("kind"), [5000, 70], [500, 70], **setting)
+        yield make_layer(
+            0, setting.pop("kind"), [5000, 70], setting.pop("hot", [500, 70]), **setting
+        )
 
 
 def main() -> None:
@@ -91,7 +93,12 @@ def main() -> None:
     for dtype in (getattr(torch, name) for name in sys.argv[2:]):
         kernels = TritonKernels(dtype)
         for layer in layers(dtype):
-            kernels.bind(layer.key, layer.value, layer.heads, 0.1, 0.5).step(layer.query)
+            bound = kernels.bind(layer.key, layer.value, layer.heads, 0.1, 0.5)
+            bound.step(layer.query)
+            bound.load(bound.score(layer.query))  # where the step selects among candidates
+            ends = torch.tensor([500, 560], dtype=torch.int32)
+            new = layer.key[:2, None]
+            kernels.append(layer.key, layer.value, ends, new, new)
             extents = Extents.of([0, 500], [500, 60])
             kernels.attend(layer.key, layer.value, extents, layer.query, 0.1)
         assert not kernels.notes

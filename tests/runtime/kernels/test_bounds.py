@@ -12,7 +12,12 @@ import torch
 from hkvprof.errors import CompressionError
 from hkvprof.runtime import kernels
 from hkvprof.runtime.kernels import Kernels
-from tests.runtime.kernels.bad_inputs import BAD, DTYPE, QUANTISED
+from tests.runtime.kernels.bad_inputs import (
+    BAD,
+    DTYPE,
+    ITEMS_IN_FEWER_BITS,
+    QUANTISED,
+)
 from tests.runtime.kernels.cases import compiler
 
 CPU = torch.device("cpu")
@@ -40,6 +45,7 @@ ELSEWHERE = {
     "a subspace that ends before it begins",
     "no subspace",
     *QUANTISED,
+    *ITEMS_IN_FEWER_BITS,  # in torch too
 }
 
 

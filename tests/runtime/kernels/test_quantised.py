@@ -14,7 +14,7 @@ from torch import Tensor
 from hkvprof.runtime import kernels
 from hkvprof.runtime.kernels import Extents, QuantisedRows
 from hkvprof.selection.residents import Residents
-from tests.runtime.kernels.cases import DTYPES, PRECISION, compiler
+from tests.runtime.kernels.cases import DTYPES, PRECISION, compiler, rows_exactly
 
 CPU = torch.device("cpu")
 LENGTHS = st.one_of(st.sampled_from([0, 0, 1, 2, 63, 64, 65, 321]), st.integers(0, 400))
@@ -63,15 +63,6 @@ def make_layer(
     return Layer(key, value, Extents.of(starts, exact), held, query)
 
 
-def turned_exactly(part: Tensor) -> Tensor:
-    """Rows times the Hadamard matrix in float64, by the definition: signs are parities of bits."""
-    dim = part.shape[1]
-    block = next(2**n for n in range(10, -1, -1) if dim % 2**n == 0)
-    signs = [[1 - 2 * ((i & j).bit_count() % 2) for i in range(block)] for j in range(block)]
-    matrix = torch.tensor(signs).double() / block**0.5
-    return (part.double().unflatten(1, (-1, block)) @ matrix).flatten(1)
-
-
 def attend_exactly(layer: Layer, scaling: float) -> Tensor:
     """One softmax over all tokens of a segment, in float64."""
     outs = []
@@ -82,9 +73,8 @@ def attend_exactly(layer: Layer, scaling: float) -> Tensor:
         keys, values = layer.key[own].double(), layer.value[own].double()
         if number in layer.held:
             held = layer.held[number]
-            more = [turned_exactly(part) for part in held.format.decode(held.rows)]
-            keys = torch.cat([keys, more[0] + held.mean[0].double()])
-            values = torch.cat([values, more[1] + held.mean[1].double()])
+            more = rows_exactly(held, held.rows)
+            keys, values = torch.cat([keys, more[0]]), torch.cat([values, more[1]])
         weights = (layer.query[number].double() @ keys.T * scaling).softmax(-1)
         outs.append(weights @ values if len(keys) else torch.zeros_like(layer.query[0]).double())
     return torch.stack(outs)

@@ -27,6 +27,10 @@ KERNELS = {
     "hold_kernel",
     "select_kernel",
     "gather_kernel",
+    "append_kernel",
+    "best_kernel",
+    "candidate_kernel",
+    "choose_kernel",
     "peak_kernel",
     "mass_kernel",
 }

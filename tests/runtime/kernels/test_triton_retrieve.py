@@ -93,7 +93,6 @@ def scores_exactly(layer: Layer, number: int) -> torch.Tensor:
     ),
     chunk=st.sampled_from([1, 3, 32]),
     dtype=st.sampled_from(DTYPES),
-    int8=st.booleans(),
     smoothing=st.sampled_from([0.0, 0.5, 1.0]),
     levels=st.sampled_from([2, 5, 10**6]),
     shift=st.sampled_from([0.0, -0.5]),
@@ -106,7 +105,6 @@ def test_load(
     shape: list[tuple[int, int]],
     chunk: int,
     dtype: torch.dtype,
-    int8: bool,
     smoothing: float,
     levels: int,
     shift: float,
@@ -116,7 +114,7 @@ def test_load(
     """Few levels make ties; NaN scores count as -1, and scores may be negative."""
     items, hot = zip(*shape, strict=True)
     layer = make_layer(
-        seed, "mean", items, hot, group=1, chunk=chunk, dtype=dtype, int8=int8,
+        seed, "mean", items, hot, group=1, chunk=chunk, dtype=dtype,
         smoothing=smoothing > 0, fresh=fresh,
     )  # fmt: skip
     random = torch.Generator().manual_seed(seed)
@@ -140,7 +138,6 @@ def test_load(
     items=st.lists(st.integers(1, 700), min_size=1, max_size=3),
     share=st.sampled_from([0.01, 0.4, 1.0]),
     rerank=st.sampled_from([1, 30, 600]),
-    int8=st.booleans(),
     group=GROUPS,
     bad=st.sampled_from(["", "keys", "head", "query"]),
 )
@@ -153,7 +150,6 @@ def test_reranked_scores(
     items: list[int],
     share: float,
     rerank: int,
-    int8: bool,
     group: int,
     bad: str,
 ) -> None:
@@ -162,10 +158,8 @@ def test_reranked_scores(
     Keys that are hot are not read from the host, where they are something else here.
     """
     hot = [max(1, int(share * n)) for n in items]
-    layer = make_layer(
-        seed, kind, items, hot, group=group, dim=dim, dtype=dtype, int8=int8, rerank=rerank
-    )
-    spoiled = layer.heads[0].host if layer.heads[0].scale is None else layer.heads[0].scale
+    layer = make_layer(seed, kind, items, hot, group=group, dim=dim, dtype=dtype, rerank=rerank)
+    spoiled = layer.heads[0].host
     if bad == "query":
         layer.query[0, group // 2, 1] = torch.nan
     elif bad == "head":
@@ -188,7 +182,7 @@ def test_reranked_scores(
             continue
         picked = (score != -1).nonzero()[:, 0]
         assert len(picked) == min(head.hot + rerank, head.items)
-        exact = shares_exactly(head, query, 0.3, picked.tolist())
+        exact = shares_exactly(layer, head, query, 0.3, picked)
         torch.testing.assert_close(
             score[picked].double(), exact, rtol=1e-3, atol=1e-7, equal_nan=True
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hkvprof.runtime.kernels.reference import TorchKernels
-from tests.runtime.kernels.cases import Layer, check_loaded, host_item, make_layer
+from tests.runtime.kernels.cases import Layer, check_loaded, make_layer
 from tests.runtime.kernels.test_triton_retrieve import assert_close
 from tests.runtime.kernels.triton_cases import DEVICES, QUIET, moved, triton_kernels
 
@@ -14,24 +14,24 @@ pytestmark = [QUIET, pytest.mark.parametrize("device", DEVICES)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "rerank", "chunk", "int8"),
+    ("kind", "rerank", "chunk"),
     [
-        ("mean", 0, 4, False),
-        ("minmax", 0, 16, True),
-        ("projected", 0, 1, True),
-        ("projected", 64, 1, False),
+        ("mean", 0, 4),
+        ("minmax", 0, 16),
+        ("projected", 0, 1),
+        ("projected", 64, 1),
     ],
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.7])
 def test_walks_follow_the_definition(
-    device: str, kind: str, rerank: int, chunk: int, int8: bool, smoothing: float
+    device: str, kind: str, rerank: int, chunk: int, smoothing: float
 ) -> None:
     """Step by step: the scores are close, and the same scores lead to the same state.
 
     A step is score and load, also in a queue of steps.
     """
     layer = make_layer(
-        3, kind, [500, 40, 170], [60, 40, 7], rerank=rerank, chunk=chunk, int8=int8,
+        3, kind, [500, 40, 170], [60, 40, 7], rerank=rerank, chunk=chunk,
         smoothing=smoothing > 0,
     )  # fmt: skip
     defined = TorchKernels().bind(layer.key, layer.value, layer.heads, 0.3, smoothing)
@@ -63,7 +63,7 @@ def test_walks_follow_the_definition(
             assert set(state) == set(other.slots.tolist())
             for slot, item in enumerate(other.slots.tolist()):
                 start = mine.hot_start + state[item] * chunk
-                held = host_item(other, item, torch.bfloat16)
+                held = other.host[item]
                 assert torch.equal(parts_layer.key[start : start + chunk].cpu(), held[0])
                 assert torch.equal(parts_layer.value[start : start + chunk].cpu(), held[1])
                 if smoothing:
@@ -83,12 +83,12 @@ def test_nan_queries_fetch_nothing(device: str, rerank: int) -> None:
 
 
 def test_heads_of_all_kinds_in_one_layer(device: str) -> None:
-    """Heads that differ in index, chunk and type of host items share launches where they can."""
-    kinds = [("mean", 4, False), ("projected", 1, True), ("minmax", 2, False), ("mean", 1, True)]
+    """Heads that differ in index and chunk share launches where they can."""
+    kinds = [("mean", 4), ("projected", 1), ("minmax", 2), ("mean", 1)]
     heads, keys, values, queries = [], [], [], []
     rows = 0
-    for number, (kind, chunk, int8) in enumerate(kinds):
-        one = make_layer(number, kind, [90 + number], [11], chunk=chunk, int8=int8, group=3)
+    for number, (kind, chunk) in enumerate(kinds):
+        one = make_layer(number, kind, [90 + number], [11], chunk=chunk, group=3)
         head = one.heads[0]
         heads.append(type(head)(**{**vars(head), "segment": number, "hot_start": rows + 3}))
         rows += len(one.key)

@@ -74,9 +74,7 @@ def _moved(head: DynamicSegment, device: str) -> DynamicSegment:
         }
         index = replace(index, codes=index.codes.to(device), tables=replace(tables, **projections))
 
-    def hosted(tensor: Tensor | None) -> Any:
-        if tensor is None:
-            return None
+    def hosted(tensor: Tensor) -> Tensor:
         return tensor.cpu() if device == "cpu" else tensor.pin_memory()
 
     return replace(
@@ -84,6 +82,5 @@ def _moved(head: DynamicSegment, device: str) -> DynamicSegment:
         index=index,
         slots=head.slots.to(device),
         host=hosted(head.host),
-        scale=hosted(head.scale),
         hot_score=None if head.hot_score is None else head.hot_score.to(device),
     )

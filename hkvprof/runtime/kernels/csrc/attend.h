@@ -47,7 +47,8 @@ struct Attention {
     for (int64_t i = 0; i < a.quantised; i++) {
       rows.push_back({a.rows + a.row_starts[i], a.row_counts[i],
                       static_cast<const T*>(a.mean) + i * 2 * dim, a.row_segments[i],
-                      int32_t(a.row_bits[i]), dim});
+                      int32_t(a.row_bits[i]), dim, 0});
+      rows.back().stride = 2 * rows.back().half_bytes();
       total += a.row_counts[i];
     }
     const int64_t goal = std::max<int64_t>(256, (total + a.threads * 4 - 1) / (a.threads * 4));
@@ -98,9 +99,7 @@ struct Attention {
     const Rows& r = rows[part.which];
     run(part, acc,
         [&](int64_t row, int64_t count, float* logits) {
-          const Block keys = read_block(r, row, count, 0, scratch);
-          if (r.nibbles()) nibble_logits(r, turned[part.which], keys, count, logits);
-          else quantised_logits<WHOLE>(r, turned[part.which], keys, count, logits);
+          key_logits(r, turned[part.which], row, count, scratch, logits);
         },
         [&](int64_t row, int64_t count, const float* weights, float* sums) {
           const Block values = read_block(r, row, count, 1, scratch);

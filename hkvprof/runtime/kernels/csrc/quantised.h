@@ -6,7 +6,7 @@
 // where it has 32. Channels that share a scale are a run, padded to whole chunks of 2 W.
 #pragma once
 
-#include "products.h"
+#include "rows.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -61,28 +61,6 @@ INLINE vs widen_codes(FewCodes a, FewCodes b) {
 #endif
 }
 INLINE vf floats(vi v) { return __builtin_convertvector(v, vf); }
-constexpr float SHIFTER = 12582912.f;
-template <class V> INLINE V whole_floats(V x, V& left) {  // to the nearest; what is left over
-  const V shifted = x + SHIFTER;
-  left = x - (shifted - SHIFTER);
-  return shifted;  // its low 16 bits are the integer
-}
-
-struct Rows {  // one segment's quantised tokens
-  const uint8_t* first;
-  int64_t count;
-  const T* mean;  // [2][dim]
-  int64_t segment;
-  int32_t bits, dim;
-
-  int group() const { return bits == 8 ? dim : std::min(32, dim & -dim); }
-  int runs() const { return dim / group(); }
-  int run_chunks() const { return (group() + 2 * W - 1) / (2 * W); }
-  bool nibbles() const { return bits == 4 && group() == 32; }
-  int code_bytes() const { return dim * bits / 8; }
-  int half_bytes() const { return code_bytes() + 2 * runs(); }
-  const uint8_t* row(int64_t n) const { return first + n * 2 * half_bytes(); }
-};
 // A query in the rotated space: q . key = unit * (integers . codes) * scale + bias, per query head.
 struct Turned {
   int16_t* limbs;     // [LIMBS][run][chunk][G][2 W], or for nibble_logits [LIMBS][run][16][G][2]
@@ -92,36 +70,7 @@ struct Turned {
 inline size_t limb_shorts(const Rows& r) {
   return size_t(r.runs()) * r.run_chunks() * G * 2 * W;
 }
-inline int padded(int dim) { return chunks_of(dim) * 2 * W; }
 
-// ---- the Hadamard matrix of blocks as long as the largest power of two that divides `dim`
-
-template <int D, int... I>
-INLINE vf butterfly(vf v, std::integer_sequence<int, I...> lanes) {
-  return exchange<D>(v, lanes) + v * vf{((I & D) ? -1.f : 1.f)...};
-}
-template <int D = 1>
-void turn_lanes(float* x, int dim, int block) {
-  if constexpr (D < W)
-    if (D < block) {
-      for (int i = 0; i < dim; i += W)
-        store(x + i, butterfly<D>(load(x + i), std::make_integer_sequence<int, W>{}));
-      turn_lanes<2 * D>(x, dim, block);
-    }
-}
-void turn(float* x, int dim) {  // padded(dim) floats in place; its own inverse
-  const int block = dim & -dim;
-  turn_lanes(x, dim, block);
-  for (int d = W; d < block; d *= 2)
-    for (int i = 0; i < dim; i += 2 * d)
-      for (int j = i; j < i + d; j += W) {
-        const vf a = load(x + j), b = load(x + j + d);
-        store(x + j, a + b);
-        store(x + j + d, a - b);
-      }
-  const float root = 1 / std::sqrt(float(block));
-  for (int i = 0; i < dim; i += W) store(x + i, load(x + i) * root);
-}
 // Integers in the order of nibble_logits: channels 0 and 2, 16 and 18, 1 and 3, 17 and 19, 4 and 6 ...
 void pair_up(const Rows& r, const Turned& q) {
   const int chunks = 16 / W > 0 ? 16 / W : 1;
@@ -191,7 +140,7 @@ void read_scales(const Rows& r, int64_t begin, int64_t rows, int which, float* o
   uint32_t* to = halves;
   const int runs = r.runs();
   const uint8_t* from = r.row(begin) + which * r.half_bytes() + r.code_bytes();
-  for (int64_t n = 0; n < rows; n++, from += 2 * r.half_bytes(), to += runs) {
+  for (int64_t n = 0; n < rows; n++, from += r.stride, to += runs) {
     int i = 0;
     for (; i + 4 <= runs; i += 4) {
       Short few;
@@ -230,11 +179,11 @@ struct Block {  // codes and scales of keys or values of up to BLOCK rows
   int64_t stride;
   const float* scales;  // [row][run]
   const uint8_t* later;  // what follows BLOCK rows after the first
-  int64_t half_bytes;
+  int64_t apart, half_bytes;  // of rows, as they are in memory
   INLINE void prefetch(int64_t row, int64_t rows) const {
     for (int64_t n = row; n < row + rows; n++)
       for (int64_t i = 0; i < half_bytes; i += 64)
-        __builtin_prefetch(later + n * 2 * half_bytes + i);
+        __builtin_prefetch(later + n * apart + i);
   }
 };
 struct Scratch {
@@ -245,12 +194,12 @@ struct Scratch {
 Block read_block(const Rows& r, int64_t begin, int64_t rows, int which, Scratch& s) {
   read_scales(r, begin, rows, which, s.scales);
   const int64_t bytes = r.half_bytes();
-  const uint8_t *first = r.row(begin) + which * bytes, *later = first + BLOCK * 2 * bytes;
+  const uint8_t *first = r.row(begin) + which * bytes, *later = first + BLOCK * r.stride;
   if (r.bits == 8)
-    return {first, reinterpret_cast<const int8_t*>(first), 2 * bytes, s.scales, later, bytes};
+    return {first, reinterpret_cast<const int8_t*>(first), r.stride, s.scales, later, r.stride, bytes};
   for (int64_t n = 0; n < rows && (which || !r.nibbles()); n++)
-    spread(first + n * 2 * r.half_bytes(), r.dim, r.group(), s.codes + n * r.dim);
-  return {first, s.codes, r.dim, s.scales, later, bytes};
+    spread(first + n * r.stride, r.dim, r.group(), s.codes + n * r.dim);
+  return {first, s.codes, r.dim, s.scales, later, r.stride, bytes};
 }
 template <bool WHOLE, class V> INLINE V read_codes(const int8_t* from, int channels) {
   V v = {};
@@ -341,7 +290,7 @@ SEPARATE void nibble_logits(const Rows& r, const Turned& q, const Block& b, int6
   for (int64_t row = 0; row < rows; row += W) {
     const uint8_t* from[W];
     for (int lane = 0; lane < W; lane++)
-      from[lane] = b.first + std::min(row + lane, rows - 1) * 2 * b.half_bytes;
+      from[lane] = b.first + std::min(row + lane, rows - 1) * b.apart;
     b.prefetch(row, W);
     vf sums[G] = {};
     for (int run = 0; run < runs; run++) {
@@ -373,6 +322,15 @@ SEPARATE void nibble_logits(const Rows& r, const Turned& q, const Block& b, int6
     for (int g = G; g < P; g++)
       for (int lane = 0; lane < W; lane++) out[(row + lane) * P + g] = 0;
   }
+}
+
+// Logits [row][P] of keys.
+void key_logits(const Rows& r, const Turned& q, int64_t begin, int64_t rows, Scratch& scratch,
+                float* out) {
+  const Block keys = read_block(r, begin, rows, 0, scratch);
+  if (r.nibbles()) nibble_logits(r, q, keys, rows, out);
+  else if (r.group() % (2 * W)) quantised_logits<false>(r, q, keys, rows, out);
+  else quantised_logits<true>(r, q, keys, rows, out);
 }
 
 // Sums over rows of weights, as pairs [row / 2][P] of integers, times W codes; for STEP query heads.

@@ -26,42 +26,76 @@ void pick(const RetrieveArgs& a, const Head& h, Work& w) {
   for (int64_t j = 0; j < h.hot; j++) w.score[h.slots[j]] = float(-2 - j);  // exact to 2^24
   for (int64_t n = 0; n < picked; n++) w.slot[n] = int32_t(-2 - w.score[w.picked[n]]);
   for (int64_t j = 0; j < h.hot; j++) w.score[h.slots[j]] = -1.f;
-  for (int64_t n = 0; n < picked; n++) w.read += h.scale || w.slot[n] < 0;
+  for (int64_t n = 0; n < picked; n++) w.read += w.slot[n] < 0;
   pack_query(query_of(a, h), a.dim, -INFINITY, INFINITY, w.table);
+  if (h.bits) turn_query(rows_of(a, h), query_of(a, h), a.scaling * LOG2E, w.turned);
+}
+// Up to a span of picked items whose keys are alike: all rows of bytes, or none.
+struct Alike {
+  const int32_t *picked, *slot;  // of the whole span
+  int32_t place[SPAN];           // of these within it
+  int64_t count = 0;
+  float* out;  // logits of the whole span
+  // `logits_of` fills those of up to BLOCK items.
+  template <class Logits>
+  void by_blocks(Logits logits_of) const {
+    alignas(64) float logits[BLOCK * P + W];
+    for (int64_t at = 0; at < count; at += BLOCK) {
+      const int64_t rows = std::min(BLOCK, count - at);
+      logits_of(at, rows, logits);
+      for (int64_t n = 0; n < rows; n++)
+        std::memcpy(out + place[at + n] * P, logits + n * P, P * sizeof(float));
+    }
+  }
+};
+void weigh_exact(const RetrieveArgs& a, const Head& h, const Work& w, const Alike& some) {
+  const T *host = static_cast<const T*>(h.host), *keys = static_cast<const T*>(a.key);
+  auto key = [&](int64_t n) {
+    const int64_t place = some.place[std::min(n, some.count - 1)], slot = some.slot[place];
+    return slot < 0 ? host + 2 * a.dim * int64_t(some.picked[place])
+                    : keys + (h.hot_start + slot) * a.dim;
+  };
+  some.by_blocks([&](int64_t at, int64_t rows, float* logits) {
+    auto coming = [&](int64_t row) {
+      for (int64_t n = at + row + SOON, end = n + TOKENS; n < end; n++) prefetch(key(n), a.dim);
+    };
+    auto own = [&](int64_t row) { return key(at + row); };
+    dot_any_rows<false>(own, coming, rows, a.dim, w.table, a.scaling * LOG2E, logits);
+  });
+}
+// Keys are brought together first.
+void weigh_rows(const RetrieveArgs& a, const Head& h, const Work& w, const Alike& some) {
+  Rows r = rows_of(a, h);
+  const int64_t bytes = r.half_bytes(), whole = 2 * bytes;
+  const uint8_t* host = static_cast<const uint8_t*>(h.host);
+  auto key = [&](int64_t n) {
+    const int64_t place = some.place[std::min(n, some.count - 1)], slot = some.slot[place];
+    return slot < 0 ? host + whole * int64_t(some.picked[place]) : h.held + whole * slot;
+  };
+  alignas(64) uint8_t together[BLOCK * (MAX_DIM + 2)];
+  Scratch scratch;
+  r.first = together, r.stride = bytes;
+  some.by_blocks([&](int64_t at, int64_t rows, float* logits) {
+    for (int64_t n = 0; n < rows; n++) {
+      const uint8_t* later = key(at + n + SOON);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(later + i);
+      std::memcpy(together + n * bytes, key(at + n), bytes);
+    }
+    key_logits(r, w.turned, 0, rows, scratch, logits);
+  });
 }
 // Weights of a span of picked items; a logit that is not finite counts as -infinity.
 void weigh_picked(const RetrieveArgs& a, const Head& h, Work& w, int64_t span) {
-  const int64_t count = picked_of(h), begin = span * SPAN, rows = std::min(SPAN, count - begin);
-  const int32_t* picked = w.picked + begin;
+  const int64_t begin = span * SPAN, rows = std::min(SPAN, picked_of(h) - begin);
   float* out = w.weights + begin * P;
-  const float factor = a.scaling * LOG2E;
-  if (h.scale) {
-    constexpr int64_t BLOCK_ROWS = 16;
-    alignas(64) T keys[BLOCK_ROWS * MAX_DIM];
-    const int8_t* host = static_cast<const int8_t*>(h.host);
-    for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
-      const int64_t end = std::min(rows, row + BLOCK_ROWS);
-      for (int64_t n = row; n < end; n++) {
-        const int64_t later = w.picked[std::min(begin + n + SOON, count - 1)];
-        for (int i = 0; i < a.dim; i += 64) __builtin_prefetch(host + 2 * a.dim * later + i);
-        const float* scale = h.scale + picked[n] / h.items_per_group * 2 * a.dim;
-        restore(host + 2 * a.dim * int64_t(picked[n]), scale, a.dim, keys + (n - row) * a.dim);
-      }
-      dot_rows<false>(keys, end - row, a.dim, w.table, factor, out + row * P);
-    }
-  } else {
-    const T* host = static_cast<const T*>(h.host);
-    const T* hot = static_cast<const T*>(a.key) + h.hot_start * a.dim;
-    const int32_t* slot = w.slot + begin;
-    auto key = [&](int64_t row) {
-      return slot[row] < 0 ? host + 2 * a.dim * int64_t(picked[row]) : hot + a.dim * slot[row];
-    };
-    auto coming = [&](int64_t row) {
-      for (int64_t n = begin + row + SOON, end = n + TOKENS; n < end; n++)
-        prefetch(key(std::min(n, count - 1) - begin), a.dim);
-    };
-    dot_any_rows<false>(key, coming, rows, a.dim, w.table, factor, out);
+  Alike exact{w.picked + begin, w.slot + begin}, few{w.picked + begin, w.slot + begin};
+  exact.out = few.out = out;
+  for (int64_t n = 0; n < rows; n++) {
+    Alike& own = (w.slot[begin + n] < 0 ? h.host_rows != 0 : h.held != nullptr) ? few : exact;
+    own.place[own.count++] = int32_t(n);
   }
+  weigh_exact(a, h, w, exact);
+  if (few.count) weigh_rows(a, h, w, few);
   for (int64_t i = 0; i < rows * P; i++) out[i] = std::isfinite(out[i]) ? out[i] : -INFINITY;
   weigh(w, out, rows, span);
 }

@@ -13,31 +13,43 @@ inline int64_t batch_of(const Head& h) { return std::max<int64_t>(1, 64 / h.chun
 inline int64_t batches_of(const Head& h, const Work& w) {
   return (w.fetched + batch_of(h) - 1) / batch_of(h);
 }
+// Ask for what is copied soon.
+INLINE void come(const char* from, int64_t bytes, int write) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    write ? __builtin_prefetch(from + i, 1) : __builtin_prefetch(from + i);
+}
+// An item, as the host holds it, into a hot slot.
+void fetch(const RetrieveArgs& a, const Head& h, const Rows& r, const char* item, int64_t slot) {
+  const int64_t half = h.chunk * a.dim, first = h.hot_start * a.dim + slot * half;
+  const T* from[2] = {reinterpret_cast<const T*>(item), reinterpret_cast<const T*>(item) + half};
+  T* to[2] = {static_cast<T*>(a.key) + first, static_cast<T*>(a.value) + first};
+  uint8_t* rows = h.held + slot * h.chunk * r.stride;
+  if (h.held && h.host_rows) std::memcpy(rows, item, h.chunk * r.stride);
+  for (int64_t at = 0; h.held && !h.host_rows && at < half; at += a.dim, rows += r.stride)
+    encode_row(r, from[0] + at, from[1] + at, rows);
+  if (h.held) return;
+  const uint8_t* row = reinterpret_cast<const uint8_t*>(item);
+  for (int64_t at = 0; h.host_rows && at < half; at += a.dim, row += r.stride)
+    decode_row(r, row, to[0] + at, to[1] + at);
+  for (int which = 0; which < 2 && !h.host_rows; which++)
+    std::memcpy(to[which], from[which], half * sizeof(T));
+}
 void fetch_batch(const RetrieveArgs& a, const Head& h, const Work& w, int64_t batch) {
-  const int64_t end = std::min(w.fetched, (batch + 1) * batch_of(h)), half = h.chunk * a.dim;
-  const int64_t size = h.scale ? 1 : int64_t(sizeof(T)), bytes = 2 * half * size;
+  const Rows r = rows_of(a, h);
+  const int64_t end = std::min(w.fetched, (batch + 1) * batch_of(h));
+  const int64_t exact = h.chunk * a.dim * int64_t(sizeof(T)), few = h.chunk * r.stride;
+  const int64_t bytes = h.host_rows ? few : 2 * exact;
   const char* host = static_cast<const char*>(h.host);
-  T* targets[2] = {static_cast<T*>(a.key), static_cast<T*>(a.value)};
   for (int64_t n = batch * batch_of(h); n < end; n++) {
-    const int64_t item = w.missing[n], next = n + NEXT;
-    const char* source = host + item * bytes;
+    const int64_t next = n + NEXT;
     if (next < w.fetched && bytes <= 4096) {
-      const char* later = host + w.missing[next] * bytes;
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(later + i);
-      for (T* target : targets)
-        for (int64_t i = 0; i < half; i += 64 / int64_t(sizeof(T)))
-          __builtin_prefetch(target + (h.hot_start + w.freed[next] * h.chunk) * a.dim + i, 1);
+      const int64_t slot = w.freed[next];
+      come(host + w.missing[next] * bytes, bytes, 0);
+      if (h.held) come(reinterpret_cast<const char*>(h.held) + slot * few, few, 1);
+      else for (void* target : {a.key, a.value})
+        come(static_cast<const char*>(target) + h.hot_start * a.dim * sizeof(T) + slot * exact, exact, 1);
     }
-    for (int which = 0; which < 2; which++) {
-      T* to = targets[which] + (h.hot_start + w.freed[n] * h.chunk) * a.dim;
-      if (!h.scale) {
-        std::memcpy(to, source + which * half * size, half * size);
-        continue;
-      }
-      const int8_t* from = reinterpret_cast<const int8_t*>(source) + which * half;
-      const float* scale = h.scale + (item / h.items_per_group * 2 + which) * a.dim;
-      for (int64_t at = 0; at < half; at += a.dim) restore(from + at, scale, a.dim, to + at);
-    }
+    fetch(a, h, r, host + w.missing[n] * bytes, w.freed[n]);
   }
 }
 
@@ -72,6 +84,12 @@ void retrieve(const RetrieveArgs& a, int what) {
       take(w.nominees, rows);
       take(w.candidates, h.items + 1);
       take(w.is_hot, h.items);
+      const Rows r = rows_of(a, h);
+      const bool turns = h.bits && picked;
+      take(w.turned.limbs, turns ? LIMBS * limb_shorts(r) : 0);
+      take(w.turned.offsets, turns ? size_t(LIMBS * r.runs() * G) : 0);
+      take(w.turned.unit, turns ? P : 0);
+      take(w.turned.bias, turns ? P : 0);
     }
   };
   plan(false);

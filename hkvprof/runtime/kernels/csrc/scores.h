@@ -1,23 +1,27 @@
 // Retrieval: what it is told about dynamic heads, and the scores of their items.
 #pragma once
 
+#include "quantised.h"
 #include "waves.h"
 
 namespace {
 
 enum Kind { MEAN = 0, MINMAX = 1, PROJECTED = 2 };
 struct Head {
-  int64_t kind, segment, items, hot, chunk, hot_start, codes, channels, items_per_group, rerank;
+  int64_t kind, segment, items, hot, chunk, hot_start, codes, channels, rerank;
   int64_t fresh;  // most items that become hot in a step
+  int64_t bits;   // of rows of bytes, where hot slots or host items are such
   const void *first, *second;          // means; or low and high; or codes
   const float *projection, *codebook;  // [dim][channels], [256][channels]
   const int32_t* subspaces;            // [codes][2]
   int32_t* slots;
   float* hot_score;
   const void* host;
-  const float* scale;  // null unless the host holds int8
-  float* score;        // what hkv_retrieve gives without LOAD and takes without SCORE
-  Bias bias;           // of a projected head's keys; no pairs without
+  uint8_t* held;      // rows of hot slots; null: they are in storage
+  int64_t host_rows;  // whether host items are rows
+  const void* mean;   // of all rows
+  float* score;       // what hkv_retrieve gives without LOAD and takes without SCORE
+  Bias bias;          // of a projected head's keys; no pairs without
 };
 struct RetrieveArgs {
   void *key, *value;
@@ -35,8 +39,14 @@ struct Work {  // scratch of one head
   int32_t *missing, *freed, *nominees, *picked, *slot;  // slot of a picked item, -1: not hot
   uint64_t* candidates;
   uint8_t* is_hot;
+  Turned turned;  // the query for rows
   int64_t fetched, read;
 };
+inline Rows rows_of(const RetrieveArgs& a, const Head& h) {
+  Rows r{h.held, h.hot * h.chunk, static_cast<const T*>(h.mean), h.segment, int32_t(h.bits), a.dim, 0};
+  r.stride = 2 * r.half_bytes();
+  return r;
+}
 inline int64_t spans_of(int64_t items) { return (items + SPAN - 1) / SPAN; }
 inline int64_t bundles_of(int64_t items) { return (spans_of(items) + SPANS - 1) / SPANS; }
 inline const T* query_of(const RetrieveArgs& a, const Head& h) {

@@ -198,9 +198,6 @@ INLINE vf read_tail(const T* p, int channels) {
 INLINE void prefetch(const T* p, int count) {
   for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(p + i);
 }
-INLINE void restore(const int8_t* from, const float* scale, int dim, T* to) {
-  for (int d = 0; d < dim; d++) narrow(float(from[d]) * scale[d], to[d]);
-}
 inline int chunks_of(int dim) { return (dim + 2 * W - 1) / (2 * W); }
 
 }  // namespace

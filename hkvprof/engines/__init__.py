@@ -1,0 +1,1 @@
+"""Engines that serve: hkvprof inside them, one folder each."""

@@ -1,0 +1,274 @@
+"""In the running engine, on a tiny model: exact at budget 1.0, right and tidy below.
+
+Needs vLLM for CPUs (`make test-vllm`); every test starts an engine in a process of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hkvprof.profile.blocks import plan_blocks
+from hkvprof.profile.budgets import Allocation
+from hkvprof.profile.record import Profile
+from tests.engines.vllm.tiny import GRID, Told, profile, prompts, run_engine, save_model
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed: make test-vllm"),
+]
+LENGTHS = (40, 300, 417, 700, 1000)
+BUDGET = 0.3
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The model and profile on disk."""
+
+    model: Path
+    profile: Path
+
+    def run(self, budget: float | None, **job: Any) -> Told:
+        """An engine with this budget (None: plain vLLM); fails the test where it does not start."""
+        told = self.start(budget, **job)
+        assert not told.error, told.error
+        return told
+
+    def start(self, budget: float | None, **job: Any) -> Told:
+        """The same; what does not start tells its error."""
+        engine = {"enable_prefix_caching": False, **job.pop("engine", {})}
+        if budget is not None:
+            engine["additional_config"] = {
+                "hkvprof": {"profile": str(self.profile), "budget": budget}
+            }
+        job.setdefault("prompts", prompts(LENGTHS))
+        return run_engine({"model": str(self.model), "engine": engine, **job})
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp("engine")
+    return Lab(save_model(folder / "model"), profile().save(folder / "p.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def usual(lab: Lab) -> Told:
+    """Whole prompts in one chunk, one after another in the batch, budget BUDGET."""
+    return lab.run(BUDGET, engine={"max_num_batched_tokens": 4096})
+
+
+def assert_tidy(told: Told) -> None:
+    """All blocks came back (one is vLLM's own null block)."""
+    assert told.free == told.blocks - 1
+
+
+def assert_close(one: Told, other: Told) -> None:
+    """The same tokens, and log-probabilities up to the order of float32 sums."""
+    assert one.tokens == other.tokens
+    for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_the_whole_budget_is_plain_vllm_to_the_bit(lab: Lab) -> None:
+    plain, split = lab.run(None), lab.run(1.0)
+    assert split.tokens == plain.tokens
+    assert split.logprobs == plain.logprobs
+    assert_tidy(split)
+
+
+def test_heads_keep_what_the_transformers_runtime_keeps(
+    lab: Lab, usual: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt in prompts(LENGTHS):
+        wanted = kept_by_transformers(lab, prompt, monkeypatch)
+        found = usual.kept.get(str(len(prompt)), {})
+        assert bool(found) == (len(prompt) >= 256)
+        for name, tokens in found.items():
+            assert tokens == wanted[name], name
+    assert len({len(tokens) for tokens in usual.kept["1000"].values()}) > 1
+
+
+def kept_by_transformers(
+    lab: Lab, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[int]]:
+    """By vLLM's name of each head, what `apply` keeps where it is given the engine's plan."""
+    from transformers import LlamaForCausalLM
+
+    import hkvprof
+    from hkvprof.runtime import ragged
+
+    plan = plan_blocks(profile(), BUDGET, 32)
+    ratio = np.array(plan.at(len(prompt)).kept_tokens)[plan.group] / len(prompt)
+    above = np.nextafter(ratio.astype(np.float32), np.float32(2))
+    given = Allocation(plan.strategy.astype(np.uint8), above, 0.0)
+    kept: list[list[int]] = []
+    pack = ragged.pack
+
+    def told(*args: Any) -> Any:
+        packed = pack(*args)
+        kept.append(packed.kept.tolist())
+        return packed
+
+    model = LlamaForCausalLM.from_pretrained(lab.model, dtype=torch.float32)
+    theirs = replace(profile(), fingerprint=hkvprof.uniform_profile(model).fingerprint)
+    with hkvprof.apply(model, theirs, budget=BUDGET), monkeypatch.context() as patch:
+        patch.setattr(Profile, "allocation", lambda *args, **rest: given)
+        patch.setattr(ragged, "pack", told)
+        model.generate(torch.tensor([prompt]), max_new_tokens=1, do_sample=False)
+    names = [
+        f"model.layers.{layer}.self_attn.attn.head{head}"
+        for layer in range(GRID.layers)
+        for head in range(GRID.kv_heads)
+    ]
+    return dict(zip(names, kept, strict=False)) if kept else {}
+
+
+def test_chunks_of_a_prompt_change_nothing(lab: Lab, usual: Told) -> None:
+    """Of 41 tokens: most prompts end in a chunk shorter than the window of 16 rows."""
+    chunked = lab.run(BUDGET, engine={"max_num_batched_tokens": 41, "max_num_seqs": 8})
+    assert chunked.kept == usual.kept
+    assert_close(chunked, usual)
+    assert_tidy(chunked)
+
+
+def test_prefix_caching_stays_exact(lab: Lab, usual: Told) -> None:
+    cached = lab.run(BUDGET, engine={"enable_prefix_caching": True}, waves=3)
+    count = len(LENGTHS)
+    assert cached.tokens == usual.tokens * 3
+    assert cached.kept == usual.kept
+    assert cached.cached[:count] == [0] * count
+    # What the group with the largest share gives free bounds what others may take over.
+    plan = plan_blocks(profile(), BUDGET, 32)
+    given = [32 * min(n for n in plan.at(length).dropped if n) for length in LENGTHS[2:]]
+    assert cached.cached[count + 2 : 2 * count] == given
+    assert_tidy(cached)
+
+
+def test_preempted_requests_answer_the_same(lab: Lab) -> None:
+    """A pool for little more than one prompt; replies long enough that blocks run out."""
+    asked = {"prompts": prompts((300, 310, 320, 330), 3), "max_tokens": 150}
+    roomy = lab.run(BUDGET, **asked)
+    for caching in (False, True):
+        engine = {"num_gpu_blocks_override": 100, "enable_prefix_caching": caching,
+                  "max_model_len": 480}  # fmt: skip
+        tight = lab.run(BUDGET, **asked, engine=engine)
+        assert tight.preemptions > 0
+        assert roomy.preemptions == 0
+        assert_close(tight, roomy)
+        assert_tidy(tight)
+
+
+def test_aborted_requests_leave_nothing_behind(lab: Lab, usual: Told) -> None:
+    for step in (1, 3, 9):
+        engine = {"max_num_batched_tokens": 300, "max_num_seqs": 8}
+        told = lab.run(BUDGET, abort=[1, 3], abort_at=step, engine=engine)
+        for number in (0, 2, 4):
+            assert told.tokens[number] == usual.tokens[number]
+        assert_tidy(told)
+
+
+def test_several_replies_and_streams_are_the_same_replies(lab: Lab, usual: Told) -> None:
+    several = lab.run(BUDGET, n=2, temperature=0.011)
+    assert several.tokens == [[one, one] for (one,) in usual.tokens]
+    assert_tidy(several)
+    assert_close(lab.run(BUDGET, stream=True), usual)
+
+
+def test_a_request_has_its_own_budget_and_gets_a_receipt(lab: Lab, usual: Told) -> None:
+    """Rows of different budgets in one batch; 1.0 opts out, and rows move as short ones end."""
+    own: list[Any] = [None, None, {"hkvprof_budget": 1.0}, {"hkvprof_budget": "60%"}, None]
+    told = lab.run(BUDGET, extra_args=own, engine={"max_num_batched_tokens": 512})
+    plan = plan_blocks(profile(), BUDGET, 32)
+    for number in (0, 1, 4):
+        assert told.tokens[number] == usual.tokens[number]
+    assert told.tokens[2] == lab.run(None, prompts=prompts(LENGTHS)[2:3]).tokens[0]
+    assert "417" not in told.kept
+    wanted = plan.at(700, share=0.6)
+    sizes = {len(tokens) for tokens in told.kept["700"].values()}
+    assert sizes == set(wanted.kept_tokens) - {700}  # a group that keeps all moves nothing
+    for length, args, found in zip(LENGTHS, own, told.receipts, strict=True):
+        share = None if args is None else {1.0: 1.0, "60%": 0.6}[args["hkvprof_budget"]]
+        planned = plan.at(length, share=share)
+        assert found["blocks_freed"] == sum(planned.dropped)
+        assert found["blocks_held"] == plan.groups * -(-(length + 7) // 32) - sum(planned.dropped)
+        assert found["budget"] == (BUDGET if share is None else share)
+        assert found["dense_reason"] == planned.dense_reason
+    assert_tidy(told)
+
+
+def test_a_budget_that_is_not_understood_is_refused_with_the_request(lab: Lab) -> None:
+    extra = [{"hkvprof_budget": 4096}]
+    error = lab.start(BUDGET, prompts=prompts((300,)), extra_args=extra).error
+    assert "hkvprof_budget must be a share" in error
+
+
+def test_torch_compile_changes_nothing(lab: Lab, usual: Told) -> None:
+    compiled = lab.run(BUDGET, engine={"enforce_eager": False})
+    assert compiled.kept == usual.kept
+    assert_close(compiled, usual)
+
+
+def test_a_soak_leaves_nothing_behind(lab: Lab) -> None:
+    """Random lengths and budgets, aborts and preemptions, prefix hits of earlier waves."""
+    draw = np.random.default_rng(7)
+    asked = {
+        "prompts": prompts(tuple(draw.integers(20, 460, size=60).tolist()), 9),
+        "extra_args": [
+            None if budget is None else {"hkvprof_budget": budget}
+            for budget in draw.choice([None, None, 0.5, 1.0], size=60)
+        ],
+        "max_tokens": 40,
+    }
+    aborted = draw.choice(60, size=12, replace=False).tolist()
+    groups = plan_blocks(profile(), BUDGET, 32).groups
+    engine = {"enable_prefix_caching": True, "num_gpu_blocks_override": 50 * groups,
+              "max_model_len": 512, "max_num_batched_tokens": 512}  # fmt: skip
+    tight = lab.run(BUDGET, **asked, abort=aborted, abort_at=25, waves=2, engine=engine)
+    roomy = lab.run(BUDGET, **asked)
+    assert tight.preemptions > 0
+    assert roomy.preemptions == 0
+    for wave in (tight.tokens[:60], tight.tokens[60:]):
+        for number, (found, wanted) in enumerate(zip(wave, roomy.tokens, strict=True)):
+            if number not in aborted:
+                assert found == wanted, number
+    assert_tidy(tight)
+
+
+def test_more_requests_run_at_once_in_the_same_memory(lab: Lab) -> None:
+    asked = {"prompts": prompts((512,) * 12, 5), "max_tokens": 32}
+    # Blocks of plain vLLM span all six heads, those of groups a part: equal bytes.
+    groups = plan_blocks(profile(), 0.2, 32).groups
+    runs = {}
+    for budget, blocks in {None: 40, 0.2: 40 * groups}.items():
+        engine = {"num_gpu_blocks_override": blocks, "max_model_len": 1024}
+        runs[budget] = lab.run(budget, **asked, engine=engine)
+    assert runs[0.2].most_running >= 2 * runs[None].most_running
+
+
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
+                                 "prompt_lookup_max": 2}}, "speculative decoding"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8"),
+        ({"enable_lora": True}, "LoRA"),
+        ({"hf_overrides": {"architectures": ["GPTNeoXForCausalLM"]}}, "the model GPTNeoX"),
+        ({"disable_hybrid_kv_cache_manager": True}, "hybrid KV cache manager disabled"),
+    ],
+)  # fmt: skip
+def test_what_is_not_proven_is_refused_by_name(lab: Lab, engine: dict[str, Any], told: str) -> None:
+    assert told in lab.start(BUDGET, engine=engine).error
+
+
+def test_a_profile_of_another_model_is_refused(lab: Lab, tmp_path: Path) -> None:
+    from tests.profiles import make_profile
+
+    other = make_profile().save(tmp_path / "other.safetensors")
+    error = replace(lab, profile=other).start(BUDGET).error
+    assert "give the profile of this model" in error
