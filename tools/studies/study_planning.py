@@ -111,7 +111,7 @@ def _distances(
     prompt.restore(model)
     ends, first = end_tokens(model, processor), prompt.logits[0]
     full = refer(model, prompt.dense_cache(), first, Lead(), ends, STEPS, 1)
-    found = []
+    found: list[list[float]] = []
     for profile in profiles:
         found.append([])
         for budget in budgets:
