@@ -29,6 +29,7 @@ def same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
+@pytest.mark.slow
 def test_steps_lower_the_loss() -> None:
     trainer = Trainer(Settings(seed=0, steps=1000, tokens=400))
     losses = [trainer.step() for _ in range(20)]
