@@ -60,8 +60,8 @@ class _Extent:
     answering: int
 
 
-_WHOLE = _Extent(calibration=16, heldout=15, steps=16, calibrating=70, answering=60)
-_QUICK = _Extent(calibration=8, heldout=4, steps=4, calibrating=40, answering=20)
+_WHOLE = _Extent(calibration=12, heldout=12, steps=16, calibrating=70, answering=50)
+_QUICK = _Extent(calibration=6, heldout=4, steps=4, calibrating=40, answering=20)
 _LONG_TEXT_MINUTES = 8
 _TINYVL = """About {minutes:.1f} minutes on two idle cores; nothing is downloaded.
 tinyvl is a toy made for seeing: 3.9 million parameters, trained to answer questions about up to 16
@@ -173,7 +173,7 @@ def heldout_samples(count: int) -> tuple[Sample, ...]:
     from hkvprof.testbed.generator import TASKS, SampleShape, draw_sample
 
     judged = [task for task in TASKS if task not in TINYVL_UNJUDGED]
-    shape = SampleShape(16, 6, 6, followups=1)
+    shape = SampleShape(16, 6, 6)
     return tuple(
         draw_sample(judged[place % len(judged)], place // len(judged), "heldout", shape)
         for place in range(count)
@@ -197,7 +197,7 @@ def _show(folder: Path, samples: Sequence[Sample], seconds: float | None) -> Non
         typer.echo(f"The first {len(examples)} samples that the full cache answers{where}:\n")
     for number, example in enumerate(examples, start=1):
         console.print(demonstration.example_page(example, number, pictures))
-    console.print(demonstration.demonstration_table(summarise(answers)), "")
+    console.print(demonstration.demonstration_table(summarise(answers)))
     for line in demonstration.verdict(answers, seconds):
         console.print(line)
     typer.echo()

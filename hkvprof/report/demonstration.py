@@ -87,21 +87,20 @@ def example_page(example: Example, number: int, pictures: bool) -> RenderableTyp
     return Group(beside, Text(label, "dim"), Text())
 
 
-def demonstration_table(summaries: Sequence[MethodSummary]) -> FoldingTable:
-    """Every method in every regime: bytes, reads, score, and distance to the full cache."""
-    figures = ("bytes kept", "reads", "score", "KL to full")
+def demonstration_table(summaries: Sequence[MethodSummary]) -> Group:
+    """Per regime: every method's bytes, reads, score, and distance to the full cache."""
+    regimes = dict.fromkeys(one.regime for one in summaries)
+    return Group(*(_regime([s for s in summaries if s.regime == regime]) for regime in regimes))
+
+
+def _regime(summaries: Sequence[MethodSummary]) -> Group:
+    rows = sorted(order(summaries), key=lambda one: one.method != FULL)
+    questions, samples = counted(rows[0].answers, "question"), counted(rows[0].kl.samples, "sample")
+    figures = ("bytes kept", "reads a step", "score", "KL to full")
     table = FoldingTable("", *figures, right=figures)
-    for regime in dict.fromkeys(one.regime for one in summaries):
-        rows = order([one for one in summaries if one.regime == regime])
-        rows.sort(key=lambda one: one.method != FULL)
-        questions = f"{rows[0].scored} questions, {rows[0].kl.samples} samples"
-        if table.rows:
-            table.add_row()
-        table.add_row(REGIMES[regime], *[""] * 4)
-        table.add_row(f"({questions})", *[""] * 4)
-        for one in rows:
-            table.add_row(f"  {_name(one.method, one.budget)}", *_figures(one))
-    return table
+    for one in rows:
+        table.add_row(_name(one.method, one.budget), *_figures(one))
+    return Group(Text(f"{REGIMES[rows[0].regime]} ({questions}, {samples})", "bold"), table, Text())
 
 
 def verdict(answers: Sequence[Answer], seconds: float | None = None) -> list[str]:
