@@ -25,7 +25,7 @@ from hkvprof.report.summary import human, percent
 from hkvprof.samples.record import Sample
 
 MOST_EXAMPLES = 3
-PICTURE_COLUMNS = 30
+PICTURE_COLUMNS = 36
 _MOST_TEXT = 200
 """Characters of a question's end that are shown."""
 _LABEL = re.compile(r"#\d+")

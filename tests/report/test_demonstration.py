@@ -103,7 +103,7 @@ def test_a_page_says_who_is_right(width: int) -> None:
         example_page(example, 1, pictures=True), width=80, force_terminal=True,
         color_system="truecolor",
     )  # fmt: skip
-    assert drawn.count(UPPER_HALF) == 30 * 15
+    assert drawn.count(UPPER_HALF) == 36 * 18
     assert "picture #2 of 2" in drawn
 
 
