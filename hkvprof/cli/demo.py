@@ -159,7 +159,7 @@ def _demonstrate_long_text(steps: _Steps, profile: Path) -> None:
     answers, report = steps.folder / ANSWERS, steps.folder / REPORT
     steps.run(
         "eval", "--model", "smollm2", "--profile", profile, "--tasks", "longtext", "--tokens",
-        2000, "--per-task", 1, "--dtype", "bfloat16", *_EVALUATED, "--steps", 32, "-o", answers,
+        2000, "--per-task", 1, "--dtype", "float32", *_EVALUATED, "--steps", 32, "-o", answers,
     )  # fmt: skip
     _show(steps.folder, (), None)
     steps.run("report", profile, "--eval", answers, "-o", report)
