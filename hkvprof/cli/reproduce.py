@@ -218,7 +218,8 @@ def _run(work: _Work, model: str, path: Path, dtype: str, device: str | None) ->
             say(f"{name}: {entry.method} at {entry.budget} has no answer to some prompts: {reason}")
     if work.judge is not None:
         run.judge_all(asked, comparison, work.place, work.judge, track)
-    return run.scores(asked, comparison, work.place, work.judge and work.judge.name)
+    judge = work.judge.name if work.judge else None
+    return run.scores(asked, comparison, work.place, judge)
 
 
 def _check_videos(work: _Work, asked: Asked, processor: Any) -> None:

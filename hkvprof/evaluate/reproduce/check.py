@@ -13,8 +13,8 @@ from hkvprof.evaluate.datasets.source import ListedQuestion, Source
 from hkvprof.evaluate.records import TaskSet
 from hkvprof.evaluate.reproduce.benchmarks import Benchmark
 
-MOST_SHOWN = 20
-"""Missing files of one benchmark that an error names."""
+MOST_SHOWN = 5
+"""Missing files that an error names."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +72,14 @@ def load(benchmark: Benchmark, data: Path, choice: Choice) -> TaskSet:
 
 def require_whole(found: Sequence[Found]) -> None:
     """Raise UsageError unless every benchmark can be asked, naming the first of what is missing."""
-    lines = [
-        f"{one.benchmark}: {line}"
-        for one in found
-        for line in (*one.missing[:MOST_SHOWN], *_more(one))
-    ]
+    lines = [f"{one.benchmark}: {line}" for one in found for line in one.missing]
     if lines:
-        listing = "\n".join(f"  {line}" for line in lines)
+        left = len(lines) - MOST_SHOWN
+        more = [f"and {left} more"] if left > 0 else []
         raise UsageError(
-            f"files are missing:\n{listing}\nhkvprof reproduce ... --check lists all of them; "
-            "--only names the benchmarks to go on with"
+            f"files are missing: {'; '.join([*lines[:MOST_SHOWN], *more])}. The same command with "
+            "--check lists all of them; --only names benchmarks to go on with"
         )
-
-
-def _more(found: Found) -> list[str]:
-    left = len(found.missing) - MOST_SHOWN
-    return [f"and {left} more"] if left > 0 else []
 
 
 def _entries(benchmark: Benchmark, folder: Path, choice: Choice) -> list[ListedQuestion]:
