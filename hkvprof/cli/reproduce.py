@@ -18,8 +18,8 @@ from hkvprof.errors import SampleError, UsageError
 if TYPE_CHECKING:
     from hkvprof.evaluate.reproduce.benchmarks import Benchmark
     from hkvprof.evaluate.reproduce.check import Choice, Found
-    from hkvprof.evaluate.reproduce.run import Asked, Place
-    from hkvprof.evaluate.reproduce.scoring import Score
+    from hkvprof.evaluate.reproduce.run import AnswersPlace, Asked
+    from hkvprof.evaluate.reproduce.scoring import BenchmarkScore
     from hkvprof.evaluate.scorers.judge import Judge
 
 EXAMPLES = """\b
@@ -42,7 +42,7 @@ class _Work:
     benchmarks: tuple[Benchmark, ...]
     data: Path
     choice: Choice
-    place: Place
+    place: AnswersPlace
     judge: Judge | None
 
 
@@ -93,7 +93,7 @@ def reproduce(
     from hkvprof.cli.output import check_folder, default_profile_path
     from hkvprof.evaluate.reproduce import benchmarks as known
     from hkvprof.evaluate.reproduce.check import Choice, require_whole
-    from hkvprof.evaluate.reproduce.run import Place
+    from hkvprof.evaluate.reproduce.run import AnswersPlace
 
     if not data.is_dir():
         raise UsageError(f"no folder {data}: expected one with {known.IMAGES}/, VATEX/, NExT-OE/ "
@@ -102,7 +102,7 @@ def reproduce(
     work = _Work(
         tuple(known.chosen(listed, options.listed(only))), data,
         Choice(max_samples, max_frames, as_video=not frames),
-        Place(output, options.parse_shard(shard)), _judge(judge, judge_model, data),
+        AnswersPlace(output, options.parse_shard(shard)), _judge(judge, judge_model, data),
     )  # fmt: skip
     found = _look(work)
     path = profile or default_profile_path(model)
@@ -186,7 +186,9 @@ def _say_missing(work: _Work, found: Sequence[Found], profile: Path, as_json: bo
         raise typer.Exit(FAILURE)
 
 
-def _run(work: _Work, model: str, path: Path, dtype: str, device: str | None) -> list[Score]:
+def _run(
+    work: _Work, model: str, path: Path, dtype: str, device: str | None
+) -> list[BenchmarkScore]:
     """Answer, judge, and score what is there."""
     from hkvprof.cli.output import say
     from hkvprof.cli.progress import track
@@ -235,7 +237,7 @@ def _check_videos(work: _Work, asked: Asked, processor: Any) -> None:
             raise UsageError(f"{error} (--frames does)") from None
 
 
-def _report(work: _Work, scores: Sequence[Score], model: str, as_json: bool) -> None:
+def _report(work: _Work, scores: Sequence[BenchmarkScore], model: str, as_json: bool) -> None:
     from hkvprof.cli.output import say, stdout
     from hkvprof.files.atomic import write_atomically
     from hkvprof.report.reproduction import notes, reproduction_page, reproduction_table

@@ -13,7 +13,7 @@ from hkvprof.evaluate.reproduce.published import (
     SCORES,
     Row,
 )
-from hkvprof.evaluate.reproduce.scoring import Score
+from hkvprof.evaluate.reproduce.scoring import BenchmarkScore
 from hkvprof.report.folding import FoldingTable
 
 COLUMNS = (IMAGES_MEAN, "VATEX", "NExT-OE", "Video-ChatGPT")
@@ -22,10 +22,10 @@ UNITS = {
     "Video-ChatGPT": "judge, 0 to 5",
 }  # fmt: skip
 _SMALL = ("VATEX",)
-Figures = Mapping[tuple[str, str, str], Score]
+Figures = Mapping[tuple[str, str, str], BenchmarkScore]
 
 
-def reproduction_table(scores: Sequence[Score], model: str) -> FoldingTable:
+def reproduction_table(scores: Sequence[BenchmarkScore], model: str) -> FoldingTable:
     """One row per method and budget: here, and published where the model is the paper's."""
     known = _known(scores)
     table = FoldingTable(
@@ -36,7 +36,7 @@ def reproduction_table(scores: Sequence[Score], model: str) -> FoldingTable:
     return table
 
 
-def notes(scores: Sequence[Score], model: str) -> list[str]:
+def notes(scores: Sequence[BenchmarkScore], model: str) -> list[str]:
     """What the columns mean, and what is not complete."""
     units = "; ".join(f"{name}: {unit}" for name, unit in UNITS.items())
     lines = [units, "share: resident K/V bytes over dense, indexes included"]
@@ -50,7 +50,7 @@ def notes(scores: Sequence[Score], model: str) -> list[str]:
     return lines
 
 
-def reproduction_page(scores: Sequence[Score], model: str, judge: str) -> str:
+def reproduction_page(scores: Sequence[BenchmarkScore], model: str, judge: str) -> str:
     """The whole report in Markdown: figures beside the published ones, tasks, what differs."""
     known = _known(scores)
     head = ["method", "budget", *_headings(), "share of bytes", "published GB"]
@@ -78,11 +78,11 @@ def reproduction_page(scores: Sequence[Score], model: str, judge: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _known(scores: Sequence[Score]) -> Figures:
+def _known(scores: Sequence[BenchmarkScore]) -> Figures:
     return {(s.benchmark, s.method, s.budget): s for s in scores}
 
 
-def _rows(scores: Sequence[Score]) -> list[Row]:
+def _rows(scores: Sequence[BenchmarkScore]) -> list[Row]:
     """What was asked and what is published, full cache first, then by falling budget."""
     found = dict.fromkeys([*((s.method, s.budget) for s in scores), *SCORES])
 
@@ -106,7 +106,7 @@ def _cells(row: Row, known: Figures, model: str) -> list[str]:
     return cells
 
 
-def _share(row: Row, scores: Sequence[Score]) -> str:
+def _share(row: Row, scores: Sequence[BenchmarkScore]) -> str:
     shares = [s.share for s in scores if (s.method, s.budget) == row and s.benchmark != IMAGES_MEAN]
     return f"{sum(shares) / len(shares):.1%}" if shares else "-"
 

@@ -44,7 +44,7 @@ class Found:
         return not self.missing
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """All fields as a JSON-ready dict."""
         return asdict(self)
 
 

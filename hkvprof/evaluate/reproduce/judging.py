@@ -10,7 +10,7 @@ from typing import Any
 
 from hkvprof.errors import UsageError
 from hkvprof.evaluate.records import Answer, TaskSet
-from hkvprof.evaluate.scorers.judge import ASPECTS, Judge, Judgement
+from hkvprof.evaluate.scorers.judge import ASPECTS, Judge, JudgeCase
 from hkvprof.files import strict_json
 from hkvprof.files.atomic import read_limited, write_atomically
 
@@ -19,7 +19,7 @@ _MAX_BYTES, _MAX_MARKS = 256 * 2**20, 1_000
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
-def judgements(tasks: TaskSet, answers: Sequence[Answer]) -> list[Judgement]:
+def judgements(tasks: TaskSet, answers: Sequence[Answer]) -> list[JudgeCase]:
     """Everything to be judged of one method's answers, in the order of the aspects.
 
     A question on consistency is judged when both its wordings are answered.
@@ -35,7 +35,7 @@ def judgements(tasks: TaskSet, answers: Sequence[Answer]) -> list[Judgement]:
             found += [_pair(tasks, asked, said, *pair) for pair in pairs if set(pair) <= set(asked)]
         else:
             found += [
-                Judgement(aspect, {"question": question_of(sample),
+                JudgeCase(aspect, {"question": question_of(sample),
                                    "answer": tasks.gold[sample.id].references[0],
                                    "pred": said[sample.id].text})
                 for sample in mine
@@ -49,7 +49,7 @@ def question_of(sample: Any) -> str:
     return "".join(part["text"] for part in parts if part["type"] == "text")
 
 
-def _pair(tasks: TaskSet, asked: Any, said: Any, first: str, second: str) -> Judgement:
+def _pair(tasks: TaskSet, asked: Any, said: Any, first: str, second: str) -> JudgeCase:
     fields = {
         "question1": question_of(asked[first]),
         "question2": question_of(asked[second]),
@@ -57,7 +57,7 @@ def _pair(tasks: TaskSet, asked: Any, said: Any, first: str, second: str) -> Jud
         "pred1": said[first].text,
         "pred2": said[second].text,
     }
-    return Judgement("consistency", fields)
+    return JudgeCase("consistency", fields)
 
 
 class Judgements:
@@ -77,7 +77,7 @@ class Judgements:
         self.judge = judge or "".join(names)
         self.scores = {key: score for name, key, score in rows if name == self.judge}
 
-    def ask(self, judge: Judge, wanted: Sequence[Judgement], track: Track) -> None:
+    def ask(self, judge: Judge, wanted: Sequence[JudgeCase], track: Track) -> None:
         """Have judged what is not: every score is on disk before the next is asked for.
 
         Raises HkvError where the judge does not answer.

@@ -46,7 +46,7 @@ DIFFERENCES = (
     "by the profile's losses in place of OCR hits.",
     "Prompts of VATEX, NExT-OE and Video-ChatGPT, frames per video and splits are not published: "
     "here docs/reproduce.md. Nothing is truncated.",
-    "Video-ChatGPT depends on the judge: the published GPT-3.5 of then is no longer served. Here "
-    "temperature 0, and the published instructions only where their scripts lie beside the data.",
+    "Video-ChatGPT depends on the judge, and which one the paper asked is not public. Here "
+    "temperature 0, and the benchmark's instructions only where its scripts lie beside the data.",
 )
 """Said in every report."""

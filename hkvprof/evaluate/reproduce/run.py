@@ -15,7 +15,7 @@ from hkvprof.evaluate.reproduce.benchmarks import Benchmark
 from hkvprof.evaluate.reproduce.check import Choice
 from hkvprof.evaluate.reproduce.judging import Judgements, judgements
 from hkvprof.evaluate.reproduce.published import BUDGETS, METHODS
-from hkvprof.evaluate.reproduce.scoring import Score, common, images_mean, score
+from hkvprof.evaluate.reproduce.scoring import BenchmarkScore, common, images_mean, score
 from hkvprof.evaluate.scorers.judge import Judge
 
 STEPS = 16
@@ -25,7 +25,7 @@ Asked = Mapping[Benchmark, TaskSet]
 
 
 @dataclass(frozen=True)
-class Place:
+class AnswersPlace:
     """Where answers lie, and which part of the samples this process asks: (part, parts)."""
 
     output: Path
@@ -53,7 +53,7 @@ def conditions(benchmark: Benchmark, choice: Choice, comparison: ComparisonPlan)
     return {"tasks": benchmark.name, **shown, **comparison.conditions()}
 
 
-def check_all(place: Place, known: Mapping[Benchmark, Mapping[str, Any]]) -> None:
+def check_all(place: AnswersPlace, known: Mapping[Benchmark, Mapping[str, Any]]) -> None:
     """Raise UsageError where a folder holds answers of other conditions."""
     for benchmark, told in known.items():
         check_conditions(place.folder(benchmark), told)
@@ -64,7 +64,7 @@ def answer_all(
     asked: Asked,
     known: Mapping[Benchmark, Mapping[str, Any]],
     comparison: ComparisonPlan,
-    place: Place,
+    place: AnswersPlace,
     track: Track,
 ) -> dict[str, dict[MethodAtBudget, str]]:
     """Ask what is not answered yet; per benchmark, what could not meet its budget and why.
@@ -87,7 +87,7 @@ def answer_all(
     return refused
 
 
-def judge_all(asked: Asked, comparison: ComparisonPlan, place: Place, judge: Judge,
+def judge_all(asked: Asked, comparison: ComparisonPlan, place: AnswersPlace, judge: Judge,
               track: Track) -> None:  # fmt: skip
     """Have judged what is answered and not judged. Raises HkvError."""
     for benchmark, tasks in asked.items():
@@ -98,10 +98,10 @@ def judge_all(asked: Asked, comparison: ComparisonPlan, place: Place, judge: Jud
 
 
 def scores(
-    asked: Asked, comparison: ComparisonPlan, place: Place, judge: str | None
-) -> list[Score]:
+    asked: Asked, comparison: ComparisonPlan, place: AnswersPlace, judge: str | None
+) -> list[BenchmarkScore]:
     """Figures of all that is answered so far, by all parts; the images' mean comes first."""
-    found: list[Score] = []
+    found: list[BenchmarkScore] = []
     for benchmark, tasks in asked.items():
         answers = common(comparison.select(_answers(benchmark, place), tasks))
         judged: Mapping[str, int] = {}
@@ -111,7 +111,7 @@ def scores(
     return [*images_mean(found), *found]
 
 
-def _answers(benchmark: Benchmark, place: Place) -> list[Answer]:
+def _answers(benchmark: Benchmark, place: AnswersPlace) -> list[Answer]:
     folder = place.folder(benchmark)
     return read_answers(folder) if any(folder.glob("answers*.jsonl")) else []
 

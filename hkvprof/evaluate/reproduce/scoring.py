@@ -16,7 +16,7 @@ from hkvprof.evaluate.scorers.judge import ASPECTS, mean_score
 
 
 @dataclass(frozen=True)
-class Score:
+class BenchmarkScore:
     """One benchmark under one method: the figure as papers print it (None where nothing is
     judged), over `answered` of `questions`; `share` of dense bytes that were resident."""
 
@@ -29,7 +29,7 @@ class Score:
     share: float
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """All fields as a JSON-ready dict."""
         return asdict(self)
 
 
@@ -38,7 +38,7 @@ def score(
     tasks: TaskSet,
     answers: Iterable[Answer],
     judged: Mapping[str, int],
-) -> list[Score]:
+) -> list[BenchmarkScore]:
     """Every method's figure on one benchmark, in the order of first appearance.
 
     CIDEr counts rare words over what this method answered; `judged` are scores by key.
@@ -47,7 +47,7 @@ def score(
     for answer in answers:
         rows.setdefault((answer.method, answer.budget), []).append(answer)
     return [
-        Score(
+        BenchmarkScore(
             benchmark.name, *row, _figure(benchmark, tasks, given, judged), len(given),
             len(tasks.samples),
             sum(a.resident_bytes for a in given) / sum(a.dense_bytes for a in given),
@@ -56,7 +56,7 @@ def score(
     ]  # fmt: skip
 
 
-def images_mean(scores: Sequence[Score]) -> list[Score]:
+def images_mean(scores: Sequence[BenchmarkScore]) -> list[BenchmarkScore]:
     """The mean over tasks of MileBench of every method that answered all of them in part."""
     images = [one for one in scores if one.benchmark.startswith(f"{IMAGES}/")]
     tasks = {one.benchmark for one in images}
@@ -67,7 +67,7 @@ def images_mean(scores: Sequence[Score]) -> list[Score]:
             counts = sum(one.answered for one in mine), sum(one.questions for one in mine)
             value = fmean(one.value for one in mine if one.value is not None)
             share = fmean(one.share for one in mine)
-            means.append(Score(IMAGES_MEAN, *row, value, *counts, share))
+            means.append(BenchmarkScore(IMAGES_MEAN, *row, value, *counts, share))
     return means
 
 

@@ -47,7 +47,7 @@ Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class JudgeCase:
     """What is to be judged: fields as the published scripts name them (question, answer, pred; of
     consistency question1, question2, answer, pred1, pred2)."""
 
@@ -78,7 +78,7 @@ class Judge:
         """What scores of this judge are kept under: another one's differ."""
         return f"{self.model}, {'published' if self.scripts else 'own'} instructions"
 
-    def score(self, judgement: Judgement) -> int:
+    def score(self, judgement: JudgeCase) -> int:
         """From 0 to 5. Raises HkvError where the judge gives no such number."""
         messages, said = self.messages(judgement), ""
         for _ in range(_ATTEMPTS):
@@ -91,7 +91,7 @@ class Judge:
             "--judge-model; what is judged so far is kept"
         )
 
-    def messages(self, judgement: Judgement) -> Messages:
+    def messages(self, judgement: JudgeCase) -> Messages:
         """What the judge is sent. Raises UsageError where a script is not as published."""
         if self.scripts is None:
             return own_messages(judgement)
@@ -125,7 +125,7 @@ def check_judge(url: str) -> None:
         raise UsageError(f"--judge {url}: expected an address such as http://127.0.0.1:8000/v1")
 
 
-def own_messages(judgement: Judgement) -> Messages:
+def own_messages(judgement: JudgeCase) -> Messages:
     """Instructions in our own words, and what is to be judged."""
     told = "\n".join(f"{name}: {text}" for name, text in judgement.fields.items())
     asked = (

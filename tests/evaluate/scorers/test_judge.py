@@ -12,14 +12,14 @@ from hkvprof.evaluate.reproduce.judging import Judgements
 from hkvprof.evaluate.scorers.judge import (
     ASPECTS,
     Judge,
-    Judgement,
+    JudgeCase,
     check_judge,
     mean_score,
     published_messages,
 )
 from tests.evaluate.reproduce.judges import LoopbackJudge
 
-ASKED = Judgement("correctness", {"question": "Who runs?", "answer": "a man", "pred": "a boy"})
+ASKED = JudgeCase("correctness", {"question": "Who runs?", "answer": "a man", "pred": "a boy"})
 SCRIPT = """
 import openai
 def annotate(prediction_set):
@@ -106,7 +106,7 @@ def test_the_mean_is_over_aspects() -> None:
 
 
 def test_judgements_are_kept_at_once_and_survive_a_cut_line(tmp_path: Path) -> None:
-    others = [Judgement("temporal", {**ASKED.fields, "pred": str(n)}) for n in range(3)]
+    others = [JudgeCase("temporal", {**ASKED.fields, "pred": str(n)}) for n in range(3)]
     with LoopbackJudge(score=2, replies=["{'score': 5}", 401]) as server:
         judge = Judge(server.url, "m", wait=no_wait)
         with pytest.raises(HkvError):
