@@ -108,7 +108,7 @@ def test_all_eleven(
     full = [by[f"MileBench/{task}", "full", ""]["value"] for task in IMAGE_TASKS]
     assert by["images", "full", ""]["value"] == pytest.approx(fmean(full))
     assert by["Video-ChatGPT", "hkvprof", "0.10"]["value"] == 4
-    assert by["Video-ChatGPT", "hkvprof", "0.10"]["share"] < 0.101
+    assert by["Video-ChatGPT", "hkvprof", "0.10"]["share"] < 0.105
     report = (out / "report.md").read_text()
     assert "66.68" not in report, "published figures are of another model"
     assert "| MileBench/ALFRED | hybridkv | 0.20 |" in report
