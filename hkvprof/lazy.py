@@ -32,7 +32,7 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 
 EXTRAS = {
     "datasets": "reading datasets of Hugging Face and Parquet files",
-    "metrics": "scoring by the published metric rouge_l",
+    "metrics": "scoring by published metrics",
     "report": "drawing plots",
     "video": "reading videos, and images of models without a processor of their own here,",
     "gguf": "a model in a GGUF file",

@@ -23,6 +23,7 @@ from hkvprof.cli import (
     plan,
     profiles,
     report,
+    reproduce,
     serve,
 )
 from hkvprof.cli.demo import run_command
@@ -73,6 +74,7 @@ app.command("import", epilog=exchange.IMPORT_EXAMPLES)(exchange.import_)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("models", epilog=models.EXAMPLES)(models.models)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 app.command("certify", epilog=certify.EXAMPLES)(certify.certify)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("serve", epilog=serve.EXAMPLES)(serve.serve)

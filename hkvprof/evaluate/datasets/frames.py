@@ -12,6 +12,8 @@ FOLDERS = ("frames", "videos")
 """Where folders of frames are looked for, besides a layout's own places."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv")
+EXTRACTED_PER_SECOND = 1.0
+"""At which rate frames were extracted (docs/tasks.md): what a video's own clock is told by."""
 MAX_FILES = 1_000_000
 MAX_NAME_BYTES = 240
 """Of a video's name; file systems take 255 with the suffix."""
@@ -20,7 +22,7 @@ MAX_NAME_BYTES = 240
 def frame_parts(
     source: Source, video: str, where: str, folders: tuple[str, ...] = ()
 ) -> list[Part]:
-    """At most `source.max_frames` frames of a video, evenly spread, as image parts.
+    """At most `source.max_frames` frames of a video, evenly spread: image parts, or one video part.
 
     `where` names file, record and field. Raises SampleError where there are no frames; a video file
     alone is refused with what to do.
@@ -35,9 +37,12 @@ def frame_parts(
     if not names:
         raise SampleError(f"{where}: {folder} holds no image: expected {', '.join(IMAGES)} files")
     below = folder.relative_to(source.root).as_posix()
-    return [
-        image_part(source.root, (below,), name, where) for name in spread(names, source.max_frames)
-    ]
+    kept = spread(names, source.max_frames)
+    parts = [image_part(source.root, (below,), name, where) for name in kept]
+    if not source.as_video:
+        return parts
+    rate = EXTRACTED_PER_SECOND * len(kept) / len(names)
+    return [{"type": "video", "frames": [part["path"] for part in parts], "fps": rate}]
 
 
 def spread(names: list[str], count: int) -> list[str]:

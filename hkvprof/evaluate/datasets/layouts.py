@@ -38,17 +38,30 @@ def load_layout(
     if max_frames < 1 or (max_samples is not None and max_samples < 1):
         raise UsageError(f"max_frames {max_frames}, max_samples {max_samples}: expected at least 1")
     layout = LAYOUTS[name]
-    source = Source.at(path, max_frames)
+    entries = listed(layout, Source.at(path, max_frames), max_samples)
+    return task_set(f"{name}:{path}", layout, entries)
+
+
+def listed(layout: Layout, source: Source, max_samples: int | None = None) -> list[ListedQuestion]:
+    """The questions of a dataset, or a subset balanced over sub-tasks; images are not looked at.
+
+    Raises UsageError, SampleError.
+    """
     entries = _unique(layout.entries(source))
     if not entries:
-        raise SampleError(f"{source.file or source.root} holds no question of layout {name}")
+        raise SampleError(f"{source.file or source.root} holds no question of this layout")
     if max_samples is not None:
         chosen = choose([(entry.task, entry.id) for entry in entries], max_samples, seed=0)
         entries = [entries[position] for position in chosen]
-    questions = {entry.id: entry.build() for entry in entries}
-    samples = tuple(_sample(entry, questions[entry.id]) for entry in entries)
-    gold = {id_: question.gold for id_, question in questions.items()}
-    return TaskSet(f"{name}:{path}", samples, EXACT_MATCH, layout.max_new_tokens, gold)
+    return entries
+
+
+def task_set(name: str, layout: Layout, entries: Iterable[ListedQuestion]) -> TaskSet:
+    """These questions, each checked in full. Raises SampleError naming file, record and field."""
+    built = [(entry, entry.build()) for entry in entries]
+    samples = tuple(_sample(entry, question) for entry, question in built)
+    gold = {entry.id: question.gold for entry, question in built}
+    return TaskSet(name, samples, EXACT_MATCH, layout.max_new_tokens, gold)
 
 
 def _sample(entry: ListedQuestion, question: DatasetQuestion) -> Sample:

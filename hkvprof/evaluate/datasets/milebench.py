@@ -11,7 +11,7 @@ is its folder's name. `root` may also be the folder of one task.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,16 +29,21 @@ from hkvprof.evaluate.datasets.source import (
 )
 from hkvprof.evaluate.metrics import LETTERS, ROUGE_L, SUBSTRING, WORDS, fold, multiple_choice
 from hkvprof.evaluate.records import Gold
+from hkvprof.evaluate.scorers import milebench as published
 
 _MARK = re.compile(r"\{(?:image|table)#([0-9]{1,6})\}")
 
 
-def _entries(source: Source) -> Iterator[ListedQuestion]:
+Judge = Callable[[str, Record, Record, tuple[str, ...]], Gold]
+"""Task, its meta data, a row and its options: what is correct, and by which metric."""
+
+
+def _entries(judge: Judge, source: Source) -> Iterator[ListedQuestion]:
     for file in _files(source):
         top = as_record(file, read_json(source.root, file))
         meta, task = top.record("meta_data"), file.stem
         for row in top.records("data"):
-            build = partial(_question, source.root, file.parent, task, meta, row)
+            build = partial(_question, source.root, file.parent, meta, row, partial(judge, task))
             yield ListedQuestion(task, f"{task}-{row.label('sample_id')}", build)
 
 
@@ -55,7 +60,13 @@ def _files(source: Source) -> list[Path]:
     return files
 
 
-def _question(root: Path, folder: Path, task: str, meta: Record, row: Record) -> DatasetQuestion:
+def _question(
+    root: Path,
+    folder: Path,
+    meta: Record,
+    row: Record,
+    judge: Callable[[Record, Record, tuple[str, ...]], Gold],
+) -> DatasetQuestion:
     instructions = meta.texts("task_instruction")
     instruction = instructions[row.integer("task_instruction_id", len(instructions))]
     instance = row.record("task_instance")
@@ -69,7 +80,7 @@ def _question(root: Path, folder: Path, task: str, meta: Record, row: Record) ->
     options = instance.texts("choice_list", 2) if instance.fields.get("choice_list") else ()
     context = instance.text("context") + _listed(options)
     parts = [text_part(f"{instruction}\n"), *_placed(context, images)]
-    return DatasetQuestion(parts, _gold(task, meta, row, options))
+    return DatasetQuestion(parts, judge(meta, row, options))
 
 
 def _placed(context: str, images: list[Part]) -> list[Part]:
@@ -98,24 +109,53 @@ def _listed(options: tuple[str, ...]) -> str:
 
 def _gold(task: str, meta: Record, row: Record, options: tuple[str, ...]) -> Gold:
     """Metric by task name and kind, as evaluate.py picks it."""
-    response = row.label("response") if type(row.get("response")) is int else row.text("response")
-    kind = meta.text("question_type")
+    response = _response(row)
     if "NeedleInAHaystack" in task:
         return Gold((response,), WORDS)
     if "MMCoQA" in task:
         return Gold((response,), SUBSTRING)
-    if kind == "open-ended":
+    if _is_open(meta):
         return Gold((response,), ROUGE_L)
-    if kind != "multi-choice":
+    right = _right(row, options, response)
+    reference = LETTERS[right] if len(options) <= len(LETTERS) else options[right]
+    return Gold((reference,), multiple_choice(options))
+
+
+def _published_gold(task: str, meta: Record, row: Record, options: tuple[str, ...]) -> Gold:
+    """The same with the scores of evaluate.py itself."""
+    response = _response(row)
+    if "NeedleInAHaystack" in task:
+        return Gold((response,), published.NEEDLE)
+    if "MMCoQA" in task:
+        return Gold((response,), published.CONTAINED)
+    if _is_open(meta):
+        return Gold((response,), published.ROUGE)
+    right = _right(row, options, response)
+    return Gold((options[right],), published.choice(options))
+
+
+def _response(row: Record) -> str:
+    return row.label("response") if type(row.get("response")) is int else row.text("response")
+
+
+def _is_open(meta: Record) -> bool:
+    """Whether a task's questions have no options. Raises SampleError for an unknown kind."""
+    kind = meta.text("question_type")
+    if kind not in ("open-ended", "multi-choice"):
         raise meta.wrong("question_type", "'open-ended' or 'multi-choice'")
+    return kind == "open-ended"
+
+
+def _right(row: Record, options: tuple[str, ...], response: str) -> int:
+    """The number of the correct option."""
     if not options:
         row.record("task_instance").get("choice_list")  # says that it is missing
     right = [i for i, option in enumerate(options) if fold(option) == fold(response)]
     if not right:
         raise row.wrong("response", "one of the texts in choice_list")
-    lettered = len(options) <= len(LETTERS)
-    reference = LETTERS[right[0]] if lettered else options[right[0]]
-    return Gold((reference,), multiple_choice(options))
+    return right[0]
 
 
-LAYOUT = Layout(_entries, max_new_tokens=128)
+LAYOUT = Layout(partial(_entries, _gold), max_new_tokens=128)
+PUBLISHED = Layout(partial(_entries, _published_gold), max_new_tokens=128)
+"""As LAYOUT, scored by MileBench's own evaluate.py."""

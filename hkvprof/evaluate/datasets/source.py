@@ -24,23 +24,25 @@ ANNOTATION_FOLDERS = ("annotations", "Benchmarking_QA", "json_files", "MC", "OE"
 class Source:
     """The folder of a dataset, which no path may leave, and the file that was asked for, if any.
 
-    `max_frames` bounds the frames of a video.
+    `max_frames` bounds the frames of a video, which are images or, `as_video`, one video.
     """
 
     root: Path
     file: Path | None
     max_frames: int
+    as_video: bool = False
 
     @classmethod
-    def at(cls, path: str, max_frames: int) -> Source:
+    def at(cls, path: str, max_frames: int, as_video: bool = False) -> Source:
         """The dataset at `path`: its folder, or one annotation file. Raises UsageError."""
         where = _resolved(path) if path else None
         if where is None:
             raise UsageError(f"no dataset at {path!r}: expected LAYOUT:PATH with a folder or file")
         if where.is_dir():
-            return cls(where, None, max_frames)
+            return cls(where, None, max_frames, as_video)
         nested = where.parent.name in ANNOTATION_FOLDERS
-        return cls(where.parent.parent if nested else where.parent, where, max_frames)
+        root = where.parent.parent if nested else where.parent
+        return cls(root, where, max_frames, as_video)
 
     def find(self, *names: str) -> Path:
         """The annotation file: the one asked for, or the first of `names` that is there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from hkvprof.evaluate.datasets.source import (
 )
 from hkvprof.evaluate.metrics import LETTERS, ROUGE_L, multiple_choice
 from hkvprof.evaluate.records import Gold
+from hkvprof.evaluate.scorers.wups import EXACT_TYPES, WUPS, WUPS_EXACT
 
 # NExT-QA: causal, temporal and descriptive questions on videos, multiple choice or open-ended.
 #
@@ -110,6 +112,28 @@ def _more_answers(root: Path, file: Path) -> dict[str, dict[str, str]]:
     return {video: {qid: r.text(qid) for qid in r.fields} for video, r in videos.items()}
 
 
+def _nextoe_entries(source: Source) -> Iterator[ListedQuestion]:
+    """NExT-OE alone, by the type of question, scored by WUPS as its eval_oe.py does it."""
+    for file in _nextqa_files(source):
+        rows = read_csv(source.root, file)
+        more = _more_answers(source.root, file)
+        for row in rows:
+            if "a0" in row.fields:  # multiple choice
+                break
+            kind = row.label("type")
+            if kind[0] not in NEXTQA_GROUPS:
+                raise row.wrong("type", "a type that begins with C, T or D")
+            name = f"oe-{row.label('video')}-{row.label('qid')}"
+            make = partial(_nextqa_question, source, row, partial(_open_by_wups, more))
+            yield ListedQuestion("TN" if kind == "TP" else kind, name, make)
+
+
+def _open_by_wups(more: Mapping[str, Mapping[str, str]], row: Record) -> tuple[str, Gold]:
+    prompt, gold = _open(more, row)
+    return prompt, replace(gold, metric=WUPS_EXACT if row.label("type") in EXACT_TYPES else WUPS)
+
+
+NEXTOE_LAYOUT = Layout(_nextoe_entries, max_new_tokens=32)
 NEXTQA_LAYOUT = Layout(_nextqa_entries, max_new_tokens=32)
 
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hkvprof.errors import SampleError
+from hkvprof.evaluate.datasets import videos
 from hkvprof.evaluate.datasets.frames import spread
-from hkvprof.evaluate.datasets.layouts import load_layout
+from hkvprof.evaluate.datasets.layouts import listed, load_layout
+from hkvprof.evaluate.datasets.source import Source
 from tests.evaluate.datasets.disk import Disk, images_of, vatex
 
 VIDEO = "abc_000001_000011"
@@ -94,3 +96,12 @@ def test_folders_with_too_many_files_are_refused(
     monkeypatch.setattr("hkvprof.evaluate.datasets.frames.MAX_FILES", 2)
     with pytest.raises(SampleError, match="more than 2 files"):
         with_frames("1.png", "2.png", "3.png").load(tmp_path)
+
+
+def test_frames_are_one_video_where_that_is_asked(tmp_path: Path) -> None:
+    root = with_frames(*(f"{n}.png" for n in range(1, 9))).write(tmp_path)
+    (entry,) = listed(videos.VATEX_LAYOUT, Source.at(str(root), max_frames=4, as_video=True))
+    video, question = entry.build().parts
+    assert [Path(name).stem for name in video["frames"]] == ["2", "4", "6", "8"]
+    assert (video["type"], video["fps"]) == ("video", 0.5), "every second of one per second"
+    assert question["type"] == "text"

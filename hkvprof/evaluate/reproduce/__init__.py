@@ -1,0 +1,1 @@
+"""Published experiments, run anew on the benchmarks' own files."""

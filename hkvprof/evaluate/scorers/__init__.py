@@ -1,0 +1,1 @@
+"""The scores that benchmarks publish, each equal to its reference implementation."""
