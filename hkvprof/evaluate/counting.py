@@ -57,7 +57,8 @@ def count_bytes(cache: CompressedCache, saved: int, itemsize: int) -> CountedByt
 
 
 def _elements(cache: CompressedCache, host: bool) -> Iterator[torch.Tensor]:
-    """Tensors whose size goes with the dtype of keys and values: those, and digests of keys."""
+    """Tensors whose size goes with the dtype of keys and values: those, what was taken off those in
+    fewer bits, and digests of keys."""
     for layer in cache.covered:
         ragged = layer.ragged
         if ragged is None:
@@ -70,9 +71,13 @@ def _elements(cache: CompressedCache, host: bool) -> Iterator[torch.Tensor]:
         if host:
             stores = {id(head.host): head.host.data for head in heads}
             yield from (data for data in stores.values() if data.dtype == dtype)
+            coders = {id(head.host): head.host.coder for head in heads}
+            yield from (coder.mean for coder in coders.values() if coder is not None)
             continue
         held = vars(ragged.storage).values()
         yield from (x for x in held if isinstance(x, torch.Tensor) and x.dtype == dtype)
+        if ragged.quantised is not None:
+            yield ragged.quantised.mean
         digests = [tensor for head in heads for tensor in head.index.tensors()]
         yield from (tensor for tensor in digests if tensor.dtype == dtype)
 

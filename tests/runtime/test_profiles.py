@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import hkvprof
+from hkvprof.heads import EXACT_BITS
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
+from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.runtime import apply, measure_storage
 from hkvprof.testbed.generator import make_sample
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
@@ -57,7 +60,10 @@ def test_projected_index_equals_dense_attention_over_what_it_fetched(
     dense = model(**inputs, **with_cache(model, reference)).logits
     deltas = model.model.rope_deltas
     prompt = encoded.tokens
-    with apply(model, FOLDER / "tinyvl.hkv.safetensors", budget=0.2) as handle:
+    profile = hkvprof.load_profile(FOLDER / "tinyvl.hkv.safetensors")
+    loss = profile.loss.copy()
+    loss[:, [s.resident_bits < EXACT_BITS for s in profile.strategies]] = INFEASIBLE
+    with apply(model, replace(profile, loss=loss), budget=0.2) as handle:
         cache = handle.new_cache()
         out = model(**inputs, **with_cache(model, cache)).logits
         assert torch.equal(out, dense)
