@@ -80,7 +80,8 @@ class Asked:
             reply.append(token)
             ids = torch.tensor([[token]], device=self.model.device)
             with torch.no_grad():
-                token = int(self.model(input_ids=ids, **with_cache(self.model, cache)).logits.argmax())
+                output = self.model(input_ids=ids, **with_cache(self.model, cache))
+            token = int(output.logits.argmax())
             held.append(self._held(cache))
         shown = np.mean(held[1:] or held, axis=0)
         return Panel(title, str(self.processor.decode(reply)).strip(), nbytes, shown)
@@ -133,7 +134,9 @@ def draw(sample: Sample, found: Sequence[Panel]) -> Any:
         figure.text(0.99, top, f"{panel.answer} {mark}", size=11, color=colour, ha="right",
                     weight="bold")  # fmt: skip
         _strip(figure, pictures, panel.held, top - 0.205)
-    told = f"A cell is one token; shown in full where {WHOLE:.0%} of KV heads or more hold it on the "
+    told = (
+        f"A cell is one token; shown in full where {WHOLE:.0%} of KV heads or more hold it on the "
+    )
     figure.text(0.01, 0.02, f"{told}device while the answer is decoded, else fainter.", size=9,
                 color="#444444")  # fmt: skip
     return figure

@@ -6,7 +6,7 @@ imported when it calls, so that tests know names and anchors without it.
 
 from __future__ import annotations
 
-import os.path
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ BROUGHT = {
     "CHANGELOG.md": "CHANGELOG.md",
     "profiles/README.md": "profiles.md",
     "LICENSE": "LICENSE",
+    "examples/story.ipynb": "story.md",
 }
 """What lies outside docs/, by its place in the repository, and where the site has it."""
 HELP_MARK = "<!-- verbs -->"
@@ -80,16 +81,45 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     for source, there in BROUGHT.items():
-        files.append(File.generated(config, there, abs_src_path=str(ROOT / source)))
+        files.append(File.generated(config, there, content=brought(source)))
     return files
+
+
+def brought(source: str) -> str:
+    """A file from outside docs/ as the site has it, with its links turned."""
+    text = (ROOT / source).read_text(encoding="utf-8")
+    return turned(shown(json.loads(text)) if source.endswith(".ipynb") else text, source)
+
+
+def shown(notebook: dict[str, Any]) -> str:
+    """A notebook as a page: its text, code, and what the code printed and drew."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [_output(output) for output in cell.get("outputs", ())]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _output(output: dict[str, Any]) -> str:
+    """Text or a picture; what goes to stderr is left out."""
+    if output["output_type"] == "stream":
+        told = "".join(output["text"]).rstrip() if output["name"] == "stdout" else ""
+        return f"```text\n{told}\n```" if told else ""
+    data = output.get("data", {})
+    if "image/png" in data:
+        picture = "".join(data["image/png"]).replace("\n", "")
+        return f'<img alt="what the code above drew" src="data:image/png;base64,{picture}">'
+    return f"```text\n{''.join(data.get('text/plain', ''))}\n```"
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Turn links, and put the help of all verbs where docs/command-line.md wants it."""
-    source = os.path.relpath(page.file.abs_src_path, ROOT).replace(os.sep, "/")
     if HELP_MARK in markdown:
         markdown = markdown.replace(HELP_MARK, verbs())
-    return turned(markdown, source)
+    if page.file.src_uri in BROUGHT.values():
+        return markdown
+    return turned(markdown, f"{DOCS}/{page.file.src_uri}")
 
 
 def verbs() -> str:
