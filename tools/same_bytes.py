@@ -72,7 +72,8 @@ class Asked:
         """Decode greedily from a cache that holds the prompt, and look at it at every step."""
         ends = {self.processor.tokenizer.eos_token_id}
         self.prefill.restore(self.model)
-        token, reply = int(self.prefill.logits[0].argmax()), []
+        token = int(self.prefill.logits[0].argmax())
+        reply: list[int] = []
         held, nbytes = [self._held(cache)], self.prefill.dense_bytes()
         if isinstance(cache, CompressedCache):
             nbytes = cache.receipt().resident_bytes
@@ -92,9 +93,11 @@ class Asked:
             return np.ones(len(self.vision))
         count, heads = np.zeros(self.prefill.tokens), 0
         for layer, call in zip(cache.covered, self.prefill.calls, strict=True):
-            for head in range(layer.ragged.kv_heads):
-                keys, _ = layer.ragged.resident(head)
-                kept = keys[: len(keys) - layer.ragged.tail].float()
+            ragged = layer.ragged
+            assert ragged is not None, "every layer of this prompt is compressed"
+            for head in range(ragged.kv_heads):
+                keys, _ = ragged.resident(head)
+                kept = keys[: len(keys) - ragged.tail].float()
                 near = torch.cdist(kept, call.key[0, head].float()).argmin(dim=1)
                 count[np.unique(near.numpy())] += 1
                 heads += 1

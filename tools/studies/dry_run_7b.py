@@ -3,8 +3,9 @@
     python -m tools.studies.dry_run_7b out/7b
     hkvprof calibrate --model out/7b/model --data out/7b/samples --dtype bfloat16 --dry-run
 
-The config is that of the 7B; tokenizer and image processor are tinyvl's, whose pictures cost a token
-per 28 x 28 pixels, as Qwen2.5-VL's do. Samples are noise: what a dry run counts is their size.
+The config is that of the 7B; tokenizer and image processor are tinyvl's, whose pictures cost a
+token per 28 x 28 pixels, as Qwen2.5-VL's do. Samples are noise: what a dry run counts is their
+size.
 """
 
 from __future__ import annotations
