@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2_STAMP := $(VENV)/.installed-smollm2
+DOCS_STAMP := $(VENV)/.installed-docs
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
 LATEST := $(VENV)-latest
@@ -23,7 +24,7 @@ SEAM := tests/models tests/runtime tests/doctor tests/cli
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 bench-gpu gpu-report test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel test-vllm style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 docs story bench-gpu gpu-report test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel test-vllm style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
@@ -41,6 +42,8 @@ help:
 	@echo "make test-order     TESTS twice in random order, in one and in two processes; prints the seed"
 	@echo "make test-wheel     the built wheel and sdist in an empty environment, outside this folder; by hand"
 	@echo "make test-vllm      the plugin inside vLLM on the CPU, in an environment of its own; by hand"
+	@echo "make docs           the site into out/site, strict: no link leads nowhere"
+	@echo "make story          run examples/story.ipynb, and keep what it prints and draws"
 	@echo "make style          ruff check, ruff format --check"
 	@echo "make types          mypy"
 	@echo "make format         ruff format and ruff check --fix"
@@ -146,6 +149,16 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM)/.installed
 	$(TEST_ENV) $(VLLM)/bin/python -m pytest -s tests/engines tests/profile/test_blocks.py -m 'slow or not slow'
+
+$(DOCS_STAMP): $(STAMP) constraints-docs.txt
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -c constraints-docs.txt -e '.[docs]'
+	touch $@
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+story: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m tools.story
 
 style: $(STAMP)
 	$(BIN)/ruff check .

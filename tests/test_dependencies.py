@@ -41,6 +41,11 @@ UNTRIED = {
     "lm-eval",
     "lmms-eval",
     "vllm",
+    "nbclient",
+    "ipykernel",
+    "mkdocs",
+    "mkdocs-material",
+    "mkdocstrings",
 }
 """Tools, weights, harnesses, quantisers; and torch, whose lower bound is not tried."""
 
@@ -69,7 +74,7 @@ def test_every_lower_bound_is_pinned_as_oldest() -> None:
 
 
 def test_extras_are_those_that_errors_name() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {*lazy.EXTRAS, "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {*lazy.EXTRAS, "dev", "docs"}
 
 
 def _bench(folder: Path) -> None:
