@@ -133,17 +133,11 @@ def static_margin(
     loss = planning_loss(sampled.curves, ratios, scales).astype(np.float64)
     ours, theirs = (_best(loss, kind) for kind in (static, ~static))
     slopes = _slopes(sampled.curves, scales)
-    shape = loss.shape[1:]
-    weight, square, spread = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    for sample in sampled.weights.nonzero()[0].tolist():
-        change = np.zeros_like(loss)
-        for term, (slope, mean) in slopes.items():
-            change += slope * (sampled.losses[sample, term] - mean)
-        fits = sampled.fits[sample, 0]
-        own = np.where(_pick(fits, ours) & _pick(fits, theirs), sampled.weights[sample], 0.0)
-        weight += own
-        square += own**2
-        spread += (own * (_pick(change, ours) - _pick(change, theirs))) ** 2
+    weights = sampled.weights[:, None, None, None]
+    fits = _of_samples(sampled.fits[:, 0], ours) & _of_samples(sampled.fits[:, 0], theirs)
+    own = np.where(fits, weights, 0.0)
+    change = _change(sampled.losses, slopes, ours) - _change(sampled.losses, slopes, theirs)
+    weight, square, spread = own.sum(0), (own**2).sum(0), ((own * change) ** 2).sum(0)
     alone = weight**2 <= square * (1 + 1e-9)
     variance = spread / np.where(alone, 1, weight**2 - square)
     margin = np.where(alone, NO_PROOF, Z95 * np.sqrt(variance))
@@ -151,15 +145,31 @@ def static_margin(
     return np.where(possible, margin, 0).astype(np.float32)
 
 
+def _change(
+    losses: NDArray[np.float32], slopes: Slopes, choice: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """[samples, layers, kv_heads, ratios]: by how much each sample's planning loss of the chosen
+    strategy differs from the mean's, to first order."""
+    return sum(
+        (
+            _pick(slope, choice) * (_of_samples(losses[:, term], choice) - _pick(mean, choice))
+            for term, (slope, mean) in slopes.items()
+        ),
+        start=np.zeros((len(losses), *choice.shape)),
+    )
+
+
 def _best(loss: NDArray[np.float64], among: NDArray[np.bool_]) -> NDArray[np.intp]:
     """[layers, kv_heads, ratios]: the strategy of the least loss."""
     return np.where(among[:, None, None, None], loss, np.inf).argmin(axis=0)
 
 
-def _slopes(
-    curves: Curves, scales: tuple[float, float]
-) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """By term: derivative of the planning loss by the term's mean (0 where that is 0), the mean."""
+Slopes = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""By term: derivative of the planning loss by the term's mean (0 where that is 0), the mean."""
+
+
+def _slopes(curves: Curves, scales: tuple[float, float]) -> Slopes:
+    """Both for the terms that planning minimises."""
     terms = ((curves.square, OUTPUT_WEIGHT), (curves.reply, REPLY_WEIGHT))
     slopes = {}
     for term, ((mean, weight), scale) in enumerate(zip(terms, scales, strict=True), start=1):
@@ -173,3 +183,8 @@ def _slopes(
 def _pick(values: NDArray[T], choice: NDArray[np.intp]) -> NDArray[T]:
     """[layers, kv_heads, ratios] of the chosen strategy."""
     return np.take_along_axis(values, choice[None], axis=0)[0]
+
+
+def _of_samples(values: NDArray[T], choice: NDArray[np.intp]) -> NDArray[T]:
+    """[samples, layers, kv_heads, ratios] of the chosen strategy."""
+    return np.take_along_axis(values, choice[None, None], axis=1)[:, 0]

@@ -249,10 +249,11 @@ def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
 
 def announce(profile: Profile, path: Path, model: str = "MODEL") -> None:
     """Say what was made, whether the samples were enough, and what to do with it."""
+    from hkvprof.profile.sizes import context_for
     from hkvprof.report.certainty import doubts, verdict
     from hkvprof.report.summary import human, sentence, unserved
 
-    typer.echo(f"{sentence(profile, 32768)}.")
+    typer.echo(f"{sentence(profile, context_for(profile.provenance, None))}.")
     if doubted := doubts(profile):
         typer.echo(f"{doubted}.")
     if short := unserved(profile):

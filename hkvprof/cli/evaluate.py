@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -109,6 +108,7 @@ def evaluate(
     """Compare the full cache with a profile, and with other methods, at several budgets."""
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
+    from hkvprof.evaluate.belonging import file_digest, keep_content
     from hkvprof.evaluate.compare import compare
     from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
     from hkvprof.evaluate.counting import SERVED_ITEMSIZE
@@ -135,7 +135,7 @@ def evaluate(
     task_set = load_tasks(task_name, processor, per_task, tokens, max_samples, max_frames)
     comparison = comparison.fitting(task_set, given=regimes is not None)
     conditions = {
-        "profile": hashlib.sha256(profile.read_bytes()).hexdigest(),
+        "profile": file_digest(profile),
         "tasks": task_name,
         "tokens": tokens,
         "max_frames": max_frames,
@@ -165,6 +165,7 @@ def evaluate(
     )
     if output is not None:
         keep_shown(output, task_set.samples)
+        keep_content(output, loaded)
         _write(output, summary, model, plot)
     _print(summary, model, profile, as_json)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,6 +48,20 @@ Fetch = Annotated[
         help="Most that a decoding step reads from host memory, per row: a share of dense bytes, "
         "bytes, 0 or unlimited; default: as little as loses no more than 3%.",
     ),
+]
+
+
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        help="Prompt tokens of every row; default: 32768, or the model's longest context.",
+    ),
+]
+Evaluation = Annotated[
+    Path | None,
+    typer.Option("--eval", metavar="DIR", help="A folder that `hkvprof eval -o DIR` wrote."),
 ]
 
 

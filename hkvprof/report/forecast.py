@@ -13,6 +13,7 @@ from hkvprof.calibration.estimate import Memory, Timing
 from hkvprof.profile.capacity import Fit
 from hkvprof.profile.forecast import WHOLE, Forecast
 from hkvprof.report.folding import FoldingTable, Grid
+from hkvprof.report.measured import MeasuredQuality
 from hkvprof.report.summary import human, percent
 from hkvprof.report.terminal import (
     BOUNDS,
@@ -31,7 +32,8 @@ class Outlook:
     """All that `plan` says: budgets as asked, each with its forecast or why there is none.
 
     `dense` is the forecast of the whole cache, `drawn` the one whose layers are shown (None: there
-    is none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time.
+    is none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time;
+    `quality` is what was measured of answers, spoken of in place of the expected loss.
     """
 
     dtype: str
@@ -40,6 +42,13 @@ class Outlook:
     drawn: Forecast | None
     fit: Fit | None
     min_tokens: int
+    quality: MeasuredQuality | None = None
+
+    def found(self, plan: Forecast) -> str:
+        """The measured quality of a plan in words; empty where none is known."""
+        if self.quality is None:
+            return ""
+        return "dense" if plan.is_dense else self.quality.at(plan.share) or "not measured"
 
 
 def to_json(outlook: Outlook) -> dict[str, Any]:
@@ -55,9 +64,15 @@ def to_json(outlook: Outlook) -> dict[str, Any]:
         "budgets": [
             {"budget": asked, "error": plan}
             if isinstance(plan, str)
-            else {"budget": asked, **plan.to_json(with_layers=False), "fits": _fits(plan, fit)}
+            else {
+                "budget": asked,
+                **plan.to_json(with_layers=False),
+                "fits": _fits(plan, fit),
+                "quality": outlook.found(plan) or None,
+            }
             for asked, plan in outlook.budgets
         ],
+        "quality": outlook.quality and outlook.quality.to_json(),
         "fit": None if fit is None else _fit_json(fit),
         "plan": outlook.drawn and outlook.drawn.to_json(),
     }
@@ -117,7 +132,7 @@ def sentences(outlook: Outlook) -> list[str]:
             f"{first}; with {human(fit.room.weights)} of weights and {human(fit.room.reserve)} in "
             f"reserve that is {human(taken)} of {human(fit.room.gpu)}: it "
             f"{'fits' if fit.dense_fits else 'does not fit'}.",
-            *_fit_sentences(fit),
+            *_fit_sentences(fit, outlook),
         ]
     if dense.tokens < outlook.min_tokens:
         lines.append(
@@ -127,7 +142,7 @@ def sentences(outlook: Outlook) -> list[str]:
     return lines
 
 
-def _fit_sentences(fit: Fit) -> list[str]:
+def _fit_sentences(fit: Fit, outlook: Outlook) -> list[str]:
     room = fit.room
     if room.left <= 0:
         over = human(room.weights + room.reserve)
@@ -141,16 +156,16 @@ def _fit_sentences(fit: Fit) -> list[str]:
             f"{human(fit.smallest.peak_bytes)} at its peak, and {human(room.left)} are left."
         )
     elif fit.best is not None and not fit.dense_fits:
-        lines.append(_best(fit.best))
+        lines.append(_best(fit.best, outlook.found(fit.best)))
     return [*lines, _reach(fit)]
 
 
-def _best(best: Forecast) -> str:
+def _best(best: Forecast, found: str) -> str:
     host = f", {human(best.host_bytes)} in host memory" if best.host_bytes else ""
     return (
         f"The largest budget that fits is {_share(best.share)}: {human(best.resident_bytes)} "
         f"resident, {human(best.table_bytes)} of tables, {human(best.peak_bytes)} at the "
-        f"peak{host}; expected loss {_loss(best)}."
+        f"peak{host}; {f'quality: {found}' if found else f'expected loss {_loss(best)}'}."
     )
 
 
@@ -190,7 +205,7 @@ def _table(outlook: Outlook) -> FoldingTable:
         "reads",
         "at most",
         "static",
-        "expected loss",
+        "expected loss" if outlook.quality is None else "quality",
         *fits,
     )
     for asked, plan in outlook.budgets:
@@ -203,7 +218,8 @@ def _table(outlook: Outlook) -> FoldingTable:
         resident = (human(plan.resident_bytes), percent(plan.resident_share))
         reads = (percent(plan.read_share), percent(plan.most_read_share))
         types = percent(plan.static_share)
-        table.add_row(asked, *resident, *map(human, once), *reads, types, _loss(plan), *last)
+        table.add_row(asked, *resident, *map(human, once), *reads, types,
+                      outlook.found(plan) or _loss(plan), *last)  # fmt: skip
     return table
 
 
@@ -216,6 +232,9 @@ def _notes(outlook: Outlook) -> list[str]:
         "reads: from host memory per decoding step, over dense bytes: in the mean, and at most; "
         "static: heads that never read",
     ]
+    if outlook.quality is not None:
+        lines.append(outlook.quality.basis)
+        return lines + [plan for _, plan in outlook.budgets if isinstance(plan, str)]
     if dense.reference_loss is None:
         lines.append("loss: unknown, this profile measured nothing to compare with")
     else:

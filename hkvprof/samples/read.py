@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.samples import hub as sample_hub
-from hkvprof.samples import images
+from hkvprof.samples import images, videos
 from hkvprof.samples.digest import samples_digest
 from hkvprof.samples.layouts import places
 from hkvprof.samples.layouts import recognise as layouts
@@ -138,6 +138,12 @@ def open_images(sample: Sample) -> tuple[Message, ...]:
 
 
 def _opened(sample_id: str, part: Message) -> Message:
+    if part["type"] == "video" and "path" in part:
+        try:
+            frames, rate = videos.decode_video(part["path"], part["fps"])
+        except SampleError as error:
+            raise SampleError(f"sample {sample_id!r}: {error}") from None
+        return {"type": "video", "frames": frames, "fps": rate}
     if part["type"] == "video":
         frames = [_opened(sample_id, frame)["image"] for frame in frames_of(part)]
         return {**part, "frames": frames}
@@ -240,7 +246,7 @@ def _dataset_rows(
 
 def _lines(path: Path) -> Iterator[_Entry]:
     """Every line that is not blank, each at most MAX_LINE_BYTES long."""
-    find = partial(images.find_image, path.parent)
+    find = _Finder(path.parent)
     try:
         with path.open("rb") as stream:
             for number in range(1, 2**31):
@@ -258,12 +264,25 @@ def _lines(path: Path) -> Iterator[_Entry]:
         raise SampleError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _parse_bytes(line: bytes, number: int, find: Callable[[str], str]) -> Sample:
+@dataclass(frozen=True)
+class _Finder:
+    """Finds what lines name, below the folder of their file."""
+
+    root: Path
+
+    def image(self, written: str) -> str:
+        return images.find_image(self.root, written)
+
+    def video(self, written: str, fps: float) -> Message:
+        return videos.find_video(self.root, written, fps)
+
+
+def _parse_bytes(line: bytes, number: int, find: _Finder) -> Sample:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise SampleError(f"expected UTF-8, found other bytes at byte {error.start + 1}") from None
-    return parse_line(text, find)
+    return parse_line(text, find.image, find.video)
 
 
 def _read(entries: Iterable[_Entry], on_error: OnError) -> tuple[list[Sample], list[str]]:
