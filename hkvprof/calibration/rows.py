@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -225,6 +225,34 @@ class SampleRow:
         return {**figures, **self.statistics.tensors()}
 
 
+def check_foreseen(path: Path, recipe: Recipe, dtype: str, model: ModelFingerprint) -> None:
+    """Raise UsageError where a folder holds rows of other conditions, as far as they are known
+    before weights are loaded; `dtype` may be "auto"."""
+    if not (path / CONDITIONS).exists():
+        return
+    held = read_conditions(path)
+    pairs = {
+        "fingerprint": bool(held.fingerprint.mismatches(model)),
+        "recipe": held.recipe != recipe.name,
+        "strategies": not set(held.strategies) <= set(recipe.strategies),
+        "keep": held.keep != recipe.keep_rule,
+        "kappas": held.kappas != recipe.kappas,
+        "ratios": held.ratios != recipe.ratios,
+        "replies": held.replies != recipe.replies,
+        "dtype": dtype not in ("auto", held.dtype),
+        "versions": dict(held.versions) != dict(current_versions()),
+    }
+    if differing := [name for name, differs in pairs.items() if differs]:
+        raise _of_others(path, differing)
+
+
+def _of_others(path: Path, differing: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"{path} holds rows that were measured under other conditions ({', '.join(differing)}): "
+        "give another folder with --rows, or start anew with --no-resume"
+    )
+
+
 class RowFolder:
     """Rows measured under the same conditions, and the index tables they were measured with."""
 
@@ -242,11 +270,7 @@ class RowFolder:
 
     def _check_conditions(self) -> None:
         if differing := self.conditions.differences(read_conditions(self.path)):
-            raise UsageError(
-                f"{self.path} holds rows that were measured under other conditions "
-                f"({', '.join(differing)}): give another folder with --rows, or start anew with "
-                "--no-resume"
-            )
+            raise _of_others(self.path, differing)
 
     def find(self, sample: str, digest: str) -> SampleRow | None:
         """The row of a sample, if it is there and of the same content."""

@@ -106,6 +106,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare the full cache with a profile, and with other methods, at several budgets."""
+    from hkvprof.cli.data import try_encoding
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
     from hkvprof.evaluate.belonging import file_digest, keep_content
@@ -143,6 +144,7 @@ def evaluate(
         **comparison.conditions(),
     }
     check_conditions(output, conditions)
+    try_encoding(processor, task_set.samples)
     network, processor = options.open_model(model, dtype, device)
     conditions |= {
         "model": view_model(network).fingerprint.weights_digest or model,

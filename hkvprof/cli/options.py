@@ -112,7 +112,21 @@ def open_model(
 
     quiet_transformers()
     say(f"loading {name}")
-    return load_model(name, dtype=dtype, device=device, device_map=device_map, fsdp=fsdp)
+    model, processor = load_model(
+        name, dtype=dtype, device=device, device_map=device_map, fsdp=fsdp
+    )
+    advise(model)
+    return model, processor
+
+
+def advise(model: Any) -> None:
+    """Say so where another dtype would be much faster."""
+    from hkvprof.cli.output import say
+    from hkvprof.models.load import emulates_bfloat16
+
+    if emulates_bfloat16(model):
+        say("note: this CPU has no instructions for bfloat16, which is some ten times slower than "
+            "float32 here: --dtype float32")  # fmt: skip
 
 
 Budget = Annotated[

@@ -92,7 +92,7 @@ def plan(
     asked, reads = _budgets(budget), Fetch.parse(fetch)
     loaded = load_profile(profile)
     tokens = context_for(loaded.provenance, context)
-    quality = _quality(profile, loaded, reads, evaluation)
+    quality = _quality(profile, loaded, evaluation)
 
     def ask(share: float, tokens: int, rows: int) -> Forecast:
         return loaded.plan(share, tokens, itemsize, rows, reads)
@@ -110,6 +110,7 @@ def plan(
         fit=fit,
         min_tokens=MIN_TOKENS,
         quality=quality,
+        fetch=reads,
     )
     if as_json:
         typer.echo(json.dumps(forecast.to_json(outlook), indent=2, sort_keys=True))
@@ -141,17 +142,15 @@ def _drawn(
     return None if isinstance(first, str) else first
 
 
-def _quality(
-    file: Path, profile: Profile, fetch: Fetch, evaluation: Path | None
-) -> MeasuredQuality | None:
-    """What was measured of answers with these reads. Raises UsageError for another's folder."""
+def _quality(file: Path, profile: Profile, evaluation: Path | None) -> MeasuredQuality | None:
+    """What was measured of answers. Raises UsageError for another's folder."""
     from hkvprof.report.measured import measured
 
     if evaluation is not None:
         from hkvprof.evaluate.belonging import check_belongs
 
         check_belongs(evaluation, file, profile)
-    return measured(profile, fetch, evaluation)
+    return measured(profile, evaluation)
 
 
 @dataclass(frozen=True)

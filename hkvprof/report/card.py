@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from hkvprof.errors import BudgetError, UsageError
+from hkvprof.profile.budgets import Fetch
 from hkvprof.profile.hub import FILE
 from hkvprof.profile.record import SCHEMA_VERSION, Profile
 from hkvprof.report import certainty, summary
-from hkvprof.report.measured import measured
+from hkvprof.report.measured import covering
 
 CARD, PICTURE = "README.md", "curves.png"
 _BUDGETS = (0.05, 0.1, 0.2, 0.5)
@@ -68,7 +69,7 @@ def _what(profile: Profile) -> str:
 
 def _budgets(profile: Profile) -> str:
     tokens = profile.usual_tokens
-    known = measured(profile)
+    known = covering(profile, Fetch())
     heading = "expected loss" if known is None else "quality"
     rows = [f"| budget | on the device | in host memory | {heading} |", "|---|---|---|---|"]
     for budget in _BUDGETS:

@@ -17,7 +17,7 @@ from hkvprof.profile.budgets import INFEASIBLE, Fetch
 from hkvprof.profile.forecast import WHOLE, Forecast
 from hkvprof.profile.record import Profile
 from hkvprof.profile.tables import CLASSES, PAIRS
-from hkvprof.report.measured import measured
+from hkvprof.report.measured import covering
 from hkvprof.report.summary import ITEM_BYTES, kappa_index
 
 BUDGETS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)
@@ -100,7 +100,7 @@ def _plans(profile: Profile) -> dict[str, Any]:
 
 def _found(profile: Profile, budget: float, fetch: str) -> str:
     """What the certificate says of answers at a budget with these reads; empty without one."""
-    known = measured(profile, Fetch.parse(None if fetch == KNEE else fetch))
+    known = covering(profile, Fetch.parse(None if fetch == KNEE else fetch))
     return known.at(budget) if known else ""
 
 

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hkvprof.calibration.estimate import Memory, Timing
+from hkvprof.profile.budgets import Fetch
 from hkvprof.profile.capacity import Fit
 from hkvprof.profile.forecast import WHOLE, Forecast
 from hkvprof.report.folding import FoldingTable, Grid
@@ -25,6 +26,8 @@ from hkvprof.report.terminal import (
 )
 
 SCHEMA_VERSION = 1
+KNEE = Fetch()
+"""The reads of a plan that names none."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Outlook:
 
     `dense` is the forecast of the whole cache, `drawn` the one whose layers are shown (None: there
     is none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time;
-    `quality` is what was measured of answers, spoken of in place of the expected loss.
+    `quality` is what was measured of answers, with the reads `fetch`: where it covers them, it is
+    spoken of in place of the expected loss.
     """
 
     dtype: str
@@ -43,10 +47,16 @@ class Outlook:
     fit: Fit | None
     min_tokens: int
     quality: MeasuredQuality | None = None
+    fetch: Fetch = KNEE
+
+    @property
+    def speaks_of_quality(self) -> bool:
+        """Whether answers were judged with these reads."""
+        return self.quality is not None and self.quality.covers(self.fetch)
 
     def found(self, plan: Forecast) -> str:
         """The measured quality of a plan in words; empty where none is known."""
-        if self.quality is None:
+        if self.quality is None or not self.speaks_of_quality:
             return ""
         return "dense" if plan.is_dense else self.quality.at(plan.share) or "not measured"
 
@@ -205,7 +215,7 @@ def _table(outlook: Outlook) -> FoldingTable:
         "reads",
         "at most",
         "static",
-        "expected loss" if outlook.quality is None else "quality",
+        "quality" if outlook.speaks_of_quality else "expected loss",
         *fits,
     )
     for asked, plan in outlook.budgets:
@@ -232,9 +242,9 @@ def _notes(outlook: Outlook) -> list[str]:
         "reads: from host memory per decoding step, over dense bytes: in the mean, and at most; "
         "static: heads that never read",
     ]
-    if outlook.quality is not None:
-        lines.append(outlook.quality.basis)
-        return lines + [plan for _, plan in outlook.budgets if isinstance(plan, str)]
+    failed = [plan for _, plan in outlook.budgets if isinstance(plan, str)]
+    if outlook.quality is not None and outlook.speaks_of_quality:
+        return [*lines, outlook.quality.basis, *failed]
     if dense.reference_loss is None:
         lines.append("loss: unknown, this profile measured nothing to compare with")
     else:
@@ -245,7 +255,12 @@ def _notes(outlook: Outlook) -> list[str]:
     if any(not isinstance(plan, str) and plan.below_measured for _, plan in outlook.budgets):
         least = percent(dense.least_share)
         lines.append(f">=: some heads keep less than {least}, the least share measured")
-    return lines + [plan for _, plan in outlook.budgets if isinstance(plan, str)]
+    if outlook.quality is not None:
+        lines.append(
+            f"quality: measured with other reads than these ({outlook.fetch}): "
+            f"{outlook.quality.fetch}"
+        )
+    return lines + failed
 
 
 def _ratios(plan: Forecast) -> np.ndarray[Any, np.dtype[np.float64]]:

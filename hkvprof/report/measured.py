@@ -41,27 +41,33 @@ class MeasuredQuality:
         found, said = known[-1]
         return said if abs(found - share) <= _NEAR else f"at {100 * found:.4g}%: {said}"
 
+    def covers(self, fetch: Fetch) -> bool:
+        """Whether it was found with these reads: with fewer, answers may be worse."""
+        return self.fetch == str(fetch)
+
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """All of it as a JSON-ready dict."""
         levels = [{"share": share, "found": said} for share, said in self.levels]
         return {"levels": levels, "basis": self.basis, "fetch": self.fetch}
 
 
-def measured(
-    profile: Profile, fetch: Fetch | None = None, evaluation: Path | None = None
-) -> MeasuredQuality | None:
-    """What the folder of an evaluation says or, without one, the profile's own certificate.
+def measured(profile: Profile, evaluation: Path | None = None) -> MeasuredQuality | None:
+    """What the folder of an evaluation says or, without one, the profile's own certificate; None
+    where there is neither.
 
-    None where there is neither, and where it was found with other reads than `fetch` (None: any).
-    Whether the folder is of this profile is to be asked before (`evaluate.belonging`). Raises
+    Whether the folder is of this profile is to be asked before (evaluate.belonging). Raises
     UsageError for a folder that cannot be read.
     """
-    found = None
     if evaluation is not None:
-        found = _evaluated(evaluation)
-    elif (certificate := profile.certificate) is not None:
-        found = _certified(certificate)
-    return found if found is None or fetch is None or found.fetch == str(fetch) else None
+        return _evaluated(evaluation)
+    certificate = profile.certificate
+    return None if certificate is None else _certified(certificate)
+
+
+def covering(profile: Profile, fetch: Fetch) -> MeasuredQuality | None:
+    """As `measured`, by the certificate alone; None where it is of other reads."""
+    found = measured(profile)
+    return found if found is not None and found.covers(fetch) else None
 
 
 def _certified(record: Certificate) -> MeasuredQuality:

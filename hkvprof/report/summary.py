@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
-from hkvprof.profile.budgets import INFEASIBLE
+from hkvprof.profile.budgets import INFEASIBLE, Fetch
 from hkvprof.profile.capacity import Reach, find_reach
 from hkvprof.profile.record import SCHEMA_VERSION, Profile
 from hkvprof.profile.upgrade import tokens_told
 from hkvprof.report import attention
 from hkvprof.report.certainty import certificate_json, recorded, type_agreements
-from hkvprof.report.measured import measured
+from hkvprof.report.measured import covering
 
 CLOSE = 0.10
 """Relative difference in loss below which the two types of a measured head are borderline."""
@@ -72,7 +72,7 @@ def sentence(profile: Profile, tokens: int) -> str:
 
 def _found(profile: Profile) -> str:
     """What the certificate's samples say of answers at the default budget; empty without one."""
-    known = measured(profile)
+    known = covering(profile, Fetch())
     said = "" if known is None else known.at(profile.default_budget)
     return f"; held-out samples, {said}" if said else ""
 

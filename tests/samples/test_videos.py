@@ -148,9 +148,11 @@ def test_what_is_no_video_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write(tmp_path / "list.mp4", f"#EXTM3U\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n")
     (tmp_path / "picture.mp4").write_bytes(encoded("red"))
     (tmp_path / "cut.mp4").write_bytes(other.read_bytes()[:200])
-    for name in ("clip", "list", "picture", "cut"):
+    for name in ("clip", "list", "picture"):
         with pytest.raises(SampleError, match=f"{name}.mp4 is not a readable video file"):
             find_video(tmp_path, f"{name}.mp4", 2.0)
+    with pytest.raises(SampleError, match=r"cut.mp4 holds no pictures: expected a video"):
+        find_video(tmp_path, "cut.mp4", 2.0)
     monkeypatch.setattr(videos, "MAX_FRAMES", 3)
     with pytest.raises(SampleError, match="4 frames at 4 per second: expected at most 3"):
         find_video(tmp_path, "other.mp4", 4.0)
