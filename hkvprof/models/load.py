@@ -241,7 +241,10 @@ def _note_commit(config: Any, source: str) -> None:
 
     if Path(source).is_dir() or getattr(config, "_commit_hash", None):
         return
-    file = cached_file(source, "config.json", local_files_only=True)
+    try:
+        file = cached_file(source, "config.json", local_files_only=True)
+    except OSError:  # it was loaded from elsewhere: nothing tells the commit
+        return
     if found := _SNAPSHOT.search(str(file)):
         config._commit_hash = found[1]
 
