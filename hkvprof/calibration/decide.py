@@ -132,18 +132,13 @@ def static_margin(
     """
     loss = planning_loss(sampled.curves, ratios, scales).astype(np.float64)
     ours, theirs = (_best(loss, kind) for kind in (static, ~static))
-    slopes = _slopes(sampled.curves, scales)
-    shape = loss.shape[1:]
-    weight, square, spread = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    for sample in sampled.weights.nonzero()[0].tolist():
-        change = np.zeros_like(loss)
-        for term, (slope, mean) in slopes.items():
-            change += slope * (sampled.losses[sample, term] - mean)
-        fits = sampled.fits[sample, 0]
-        own = np.where(_pick(fits, ours) & _pick(fits, theirs), sampled.weights[sample], 0.0)
-        weight += own
-        square += own**2
-        spread += (own * (_pick(change, ours) - _pick(change, theirs))) ** 2
+    used = sampled.weights.nonzero()[0][:, None, None, None]
+    fits = _of_samples(sampled.fits[:, 0], used, ours) & _of_samples(
+        sampled.fits[:, 0], used, theirs
+    )
+    own = np.where(fits, sampled.weights[used], 0.0)
+    change = _change(sampled, scales, used, ours) - _change(sampled, scales, used, theirs)
+    weight, square, spread = own.sum(0), (own**2).sum(0), ((own * change) ** 2).sum(0)
     alone = weight**2 <= square * (1 + 1e-9)
     variance = spread / np.where(alone, 1, weight**2 - square)
     margin = np.where(alone, NO_PROOF, Z95 * np.sqrt(variance))
@@ -151,25 +146,46 @@ def static_margin(
     return np.where(possible, margin, 0).astype(np.float32)
 
 
+def _change(
+    sampled: Sampled,
+    scales: tuple[float, float],
+    used: NDArray[np.intp],
+    choice: NDArray[np.intp],
+) -> NDArray[np.float64]:
+    """[used samples, layers, kv_heads, ratios]: by how much each sample's planning loss of the
+    chosen strategy differs from the mean's, to first order."""
+    curves, total = sampled.curves, np.zeros((len(used), *choice.shape))
+    terms = ((curves.square, OUTPUT_WEIGHT), (curves.reply, REPLY_WEIGHT))
+    for term, ((means, weight), scale) in enumerate(zip(terms, scales, strict=True), start=1):
+        own = _of_samples(sampled.losses[:, term], used, choice)
+        slope, mean = _slope(_pick(means, choice), weight, max(scale, 1e-30))
+        total += slope * (own - mean)
+    return total
+
+
+def _slope(
+    mean: NDArray[np.float64], weight: float, unit: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Derivative of the planning loss by a term's mean, and the mean; both 0 where it says nothing.
+
+    `weight` and `unit` are the term's in `planning_loss`.
+    """
+    there = (mean > 0) & (mean < INFEASIBLE)
+    slope = weight * POWER * (np.where(there, mean, unit) / unit) ** (POWER - 1) / unit
+    return np.where(there, slope, 0.0), np.where(there, mean, 0.0)
+
+
 def _best(loss: NDArray[np.float64], among: NDArray[np.bool_]) -> NDArray[np.intp]:
     """[layers, kv_heads, ratios]: the strategy of the least loss."""
     return np.where(among[:, None, None, None], loss, np.inf).argmin(axis=0)
 
 
-def _slopes(
-    curves: Curves, scales: tuple[float, float]
-) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """By term: derivative of the planning loss by the term's mean (0 where that is 0), the mean."""
-    terms = ((curves.square, OUTPUT_WEIGHT), (curves.reply, REPLY_WEIGHT))
-    slopes = {}
-    for term, ((mean, weight), scale) in enumerate(zip(terms, scales, strict=True), start=1):
-        there = (mean > 0) & (mean < INFEASIBLE)
-        unit = max(scale, 1e-30)
-        slope = weight * POWER * (np.where(there, mean, unit) / unit) ** (POWER - 1) / unit
-        slopes[term] = (np.where(there, slope, 0.0), np.where(there, mean, 0.0))
-    return slopes
-
-
 def _pick(values: NDArray[T], choice: NDArray[np.intp]) -> NDArray[T]:
     """[layers, kv_heads, ratios] of the chosen strategy."""
     return np.take_along_axis(values, choice[None], axis=0)[0]
+
+
+def _of_samples(values: NDArray[T], used: NDArray[np.intp], choice: NDArray[np.intp]) -> NDArray[T]:
+    """[used samples, layers, kv_heads, ratios] of the chosen strategy; `used` [n, 1, 1, 1]."""
+    found: NDArray[T] = values[used, choice, *np.indices(choice.shape, sparse=True)]
+    return found

@@ -27,6 +27,7 @@ from hkvprof.profile.confidence import KEY
 from hkvprof.profile.domain import KEY as DOMAIN
 from hkvprof.profile.domain import Domain
 from hkvprof.profile.record import Profile
+from hkvprof.profile.sizes import KEY as SIZES
 from hkvprof.samples.record import SAMPLES_KEY, short_digest
 
 Gathered = tuple[Conditions, list[SampleRow], FittedTables | None]
@@ -134,6 +135,7 @@ def _provenance(
         "replies": conditions.replies,
         "dtype": conditions.dtype,
         "versions": dict(conditions.versions),
+        **({} if conditions.sizes is None else {SIZES: conditions.sizes.to_json()}),
     }
 
 

@@ -37,6 +37,7 @@ from hkvprof.models.adapter import ModelView, view_model
 from hkvprof.models.approval import require_approval
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.calls import last_row_only, rope_holder, with_cache
+from hkvprof.models.outline import sizes_of
 from hkvprof.models.processing import ChatProcessor, Encoded
 from hkvprof.models.rotary import turning, watching_positions
 from hkvprof.models.weights import passing_gradients, require_gradients
@@ -91,7 +92,9 @@ class ProbedModel:
     def conditions(self) -> Conditions:
         """What rows that are measured now depend on."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        conditions = Conditions.of(self.view.fingerprint, dtype, self.recipe)
+        conditions = Conditions.of(
+            self.view.fingerprint, dtype, self.recipe, sizes_of(unwrap(self.model))
+        )
         return replace(conditions, strategies=self.strategies)
 
 

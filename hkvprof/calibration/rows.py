@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +43,8 @@ from hkvprof.profile.bounds import (
     expect_shares,
     require,
 )
+from hkvprof.profile.sizes import KEY as SIZES
+from hkvprof.profile.sizes import ModelSizes, sizes_told
 
 CONDITIONS = "conditions.json"
 INDEX = "index.safetensors"
@@ -63,7 +65,8 @@ class Conditions:
 
     `dtype` is that of the weights and K/V, `replies` "given" or "own" (whatever they are, a `paper`
     row does not depend on them), `versions` those of hkvprof, torch and transformers, `row_schema`
-    that of the rows' files. `ratios` of the loss curves: 1 alone where none are measured.
+    that of the rows' files. `ratios` of the loss curves: 1 alone where none are measured. `sizes`
+    are only told on: rows do not depend on them, and folders of earlier versions have none.
     """
 
     fingerprint: ModelFingerprint
@@ -76,9 +79,16 @@ class Conditions:
     dtype: str
     versions: tuple[tuple[str, str], ...]
     row_schema: int = ROW_SCHEMA
+    sizes: ModelSizes | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, fingerprint: ModelFingerprint, dtype: str, recipe: Recipe) -> Conditions:
+    def of(
+        cls,
+        fingerprint: ModelFingerprint,
+        dtype: str,
+        recipe: Recipe,
+        sizes: ModelSizes | None = None,
+    ) -> Conditions:
         """Those of a measurement that starts now; `dtype` as in DTYPES."""
         return cls(
             fingerprint=fingerprint,
@@ -90,6 +100,7 @@ class Conditions:
             replies=recipe.replies,
             dtype=dtype,
             versions=current_versions(),
+            sizes=sizes,
         )
 
     @property
@@ -117,12 +128,13 @@ class Conditions:
 
     @property
     def digest(self) -> str:
-        """Of everything: rows carry it."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """Of everything that rows depend on: they carry it."""
+        return hashlib.sha256(_canonical(self._plain()).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Canonical JSON; the inverse of `from_json`."""
-        return json.dumps(self._plain(), sort_keys=True, separators=(",", ":"))
+        told = {} if self.sizes is None else {SIZES: self.sizes.to_json()}
+        return _canonical({**self._plain(), **told})
 
     @classmethod
     def from_json(cls, text: str) -> Conditions:
@@ -139,6 +151,7 @@ class Conditions:
             dtype=str(data["dtype"]),
             versions=tuple(sorted((str(k), str(v)) for k, v in data["versions"].items())),
             row_schema=int(data.get("row_schema", 1)),
+            sizes=sizes_told(data),
         )
         check_setting(
             conditions.fingerprint, conditions.recipe, conditions.keep, conditions.strategies,
@@ -167,6 +180,10 @@ class Conditions:
             "versions": dict(self.versions),
             "row_schema": self.row_schema,
         }
+
+
+def _canonical(plain: dict[str, Any]) -> str:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 
 def current_versions() -> tuple[tuple[str, str], ...]:
@@ -208,6 +225,34 @@ class SampleRow:
         return {**figures, **self.statistics.tensors()}
 
 
+def check_foreseen(path: Path, recipe: Recipe, dtype: str, model: ModelFingerprint) -> None:
+    """Raise UsageError where a folder holds rows of other conditions, as far as they are known
+    before weights are loaded; `dtype` may be "auto"."""
+    if not (path / CONDITIONS).exists():
+        return
+    held = read_conditions(path)
+    pairs = {
+        "fingerprint": bool(held.fingerprint.mismatches(model)),
+        "recipe": held.recipe != recipe.name,
+        "strategies": not set(held.strategies) <= set(recipe.strategies),
+        "keep": held.keep != recipe.keep_rule,
+        "kappas": held.kappas != recipe.kappas,
+        "ratios": held.ratios != recipe.ratios,
+        "replies": held.replies != recipe.replies,
+        "dtype": dtype not in ("auto", held.dtype),
+        "versions": dict(held.versions) != dict(current_versions()),
+    }
+    if differing := [name for name, differs in pairs.items() if differs]:
+        raise _of_others(path, differing)
+
+
+def _of_others(path: Path, differing: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"{path} holds rows that were measured under other conditions ({', '.join(differing)}): "
+        "give another folder with --rows, or start anew with --no-resume"
+    )
+
+
 class RowFolder:
     """Rows measured under the same conditions, and the index tables they were measured with."""
 
@@ -225,11 +270,7 @@ class RowFolder:
 
     def _check_conditions(self) -> None:
         if differing := self.conditions.differences(read_conditions(self.path)):
-            raise UsageError(
-                f"{self.path} holds rows that were measured under other conditions "
-                f"({', '.join(differing)}): give another folder with --rows, or start anew with "
-                "--no-resume"
-            )
+            raise _of_others(self.path, differing)
 
     def find(self, sample: str, digest: str) -> SampleRow | None:
         """The row of a sample, if it is there and of the same content."""

@@ -286,6 +286,7 @@ def _shape(
     quiet_transformers()
     say(f"making {layers} layers of {name} with random weights")
     model = build_shape(name, layers, dtype, device)
+    options.advise(model)
     types = uniform_types(view_model(model).grid)
     kinds = [kind for key, kind in COMPRESSING.items() if not wanted or key in wanted]
     profiles = {kind: uniform_profile(model, types[kind]) for kind in kinds}

@@ -162,6 +162,7 @@ def calibrate(
             return
         group.from_leader(lambda: place.prepare(samples.samples, resume))
         _require_tested_seam()
+        _check_model(loading, samples, recipe, place, on_error)
         network, processor = loading.open(group.size)
         with kept(place, samples.samples):
             if place.is_shard:
@@ -178,6 +179,28 @@ def _require_tested_seam() -> None:
     from hkvprof.runtime.selfcheck import require_tested_seam
 
     require_tested_seam(apply)
+
+
+def _check_model(
+    loading: Loading, samples: LoadedSamples, recipe: Recipe, place: Place, on_error: OnError
+) -> None:
+    """Raise what the model's config, its processor and rows that are there already would raise
+    after its weights are loaded."""
+    from hkvprof.calibration.rows import check_foreseen
+    from hkvprof.cli.output import quiet_transformers
+    from hkvprof.models.adapter import view_model
+    from hkvprof.models.approval import require_approval
+    from hkvprof.models.load import check_placing, load_empty
+
+    quiet_transformers()
+    check_placing(loading.dtype, loading.device, loading.device_map)
+    empty, processor = load_empty(loading.name)
+    view = view_model(empty)
+    if not view.fingerprint.quantisation:  # of packed layers an empty model does not tell all
+        require_approval(view)
+    check_foreseen(place.folder, recipe, loading.dtype, view.fingerprint)
+    if on_error == "raise":
+        source.try_encoding(processor, samples.samples)
 
 
 def _finish(
@@ -249,10 +272,11 @@ def with_source(profile: Profile, data: str, samples: LoadedSamples) -> Profile:
 
 def announce(profile: Profile, path: Path, model: str = "MODEL") -> None:
     """Say what was made, whether the samples were enough, and what to do with it."""
+    from hkvprof.profile.sizes import context_for
     from hkvprof.report.certainty import doubts, verdict
     from hkvprof.report.summary import human, sentence, unserved
 
-    typer.echo(f"{sentence(profile, 32768)}.")
+    typer.echo(f"{sentence(profile, context_for(profile.provenance, None))}.")
     if doubted := doubts(profile):
         typer.echo(f"{doubted}.")
     if short := unserved(profile):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +11,9 @@ from hkvprof.cli import options
 from hkvprof.errors import SampleError, counted
 
 if TYPE_CHECKING:
-    from hkvprof.samples.read import LoadedSamples, OnError, Reading
+    from collections.abc import Iterable
+
+    from hkvprof.samples.read import LoadedSamples, OnError, Reading, Sample
 
 Format = Annotated[
     str | None,
@@ -81,3 +83,22 @@ def check(samples: LoadedSamples, model: str, on_error: OnError) -> None:
             f"{unfit} of {len(samples.samples)} samples have {why}: use another model or data set, "
             "or --on-error skip"
         )
+
+
+def try_encoding(processor: Any, samples: Iterable[Sample]) -> None:
+    """Encode the first sample of every kind of content, such as pictures or videos.
+
+    Raises SampleError, or what else the processor refuses it with, before weights are loaded.
+    """
+    from hkvprof.samples.read import open_images
+
+    kinds: dict[frozenset[str], Sample] = {}
+    for sample in samples:
+        parts = (m["content"] for m in sample.messages if not isinstance(m["content"], str))
+        kinds.setdefault(frozenset(part["type"] for own in parts for part in own), sample)
+    for sample in kinds.values():
+        try:
+            processor.encode([open_images(sample)])
+        except SampleError as error:
+            named = str(error).startswith(f"sample {sample.id!r}")
+            raise SampleError(f"{'' if named else f'sample {sample.id!r}: '}{error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,8 +106,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare the full cache with a profile, and with other methods, at several budgets."""
+    from hkvprof.cli.data import try_encoding
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
+    from hkvprof.evaluate.belonging import file_digest, keep_content
     from hkvprof.evaluate.compare import compare
     from hkvprof.evaluate.contest import ComparisonPlan, ProfiledModel
     from hkvprof.evaluate.counting import SERVED_ITEMSIZE
@@ -135,7 +136,7 @@ def evaluate(
     task_set = load_tasks(task_name, processor, per_task, tokens, max_samples, max_frames)
     comparison = comparison.fitting(task_set, given=regimes is not None)
     conditions = {
-        "profile": hashlib.sha256(profile.read_bytes()).hexdigest(),
+        "profile": file_digest(profile),
         "tasks": task_name,
         "tokens": tokens,
         "max_frames": max_frames,
@@ -143,6 +144,7 @@ def evaluate(
         **comparison.conditions(),
     }
     check_conditions(output, conditions)
+    try_encoding(processor, task_set.samples)
     network, processor = options.open_model(model, dtype, device)
     conditions |= {
         "model": view_model(network).fingerprint.weights_digest or model,
@@ -165,6 +167,7 @@ def evaluate(
     )
     if output is not None:
         keep_shown(output, task_set.samples)
+        keep_content(output, loaded)
         _write(output, summary, model, plot)
     _print(summary, model, profile, as_json)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,6 +48,20 @@ Fetch = Annotated[
         help="Most that a decoding step reads from host memory, per row: a share of dense bytes, "
         "bytes, 0 or unlimited; default: as little as loses no more than 3%.",
     ),
+]
+
+
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        help="Prompt tokens of every row; default: 32768, or the model's longest context.",
+    ),
+]
+Evaluation = Annotated[
+    Path | None,
+    typer.Option("--eval", metavar="DIR", help="A folder that `hkvprof eval -o DIR` wrote."),
 ]
 
 
@@ -97,7 +112,21 @@ def open_model(
 
     quiet_transformers()
     say(f"loading {name}")
-    return load_model(name, dtype=dtype, device=device, device_map=device_map, fsdp=fsdp)
+    model, processor = load_model(
+        name, dtype=dtype, device=device, device_map=device_map, fsdp=fsdp
+    )
+    advise(model)
+    return model, processor
+
+
+def advise(model: Any) -> None:
+    """Say so where another dtype would be much faster."""
+    from hkvprof.cli.output import say
+    from hkvprof.models.load import emulates_bfloat16
+
+    if emulates_bfloat16(model):
+        say("note: this CPU has no instructions for bfloat16, which is some ten times slower than "
+            "float32 here: --dtype float32")  # fmt: skip
 
 
 Budget = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,16 +14,18 @@ from hkvprof.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
     from hkvprof.profile.budgets import Fetch
-    from hkvprof.profile.capacity import Fit, Room
+    from hkvprof.profile.capacity import Ask, Fit
     from hkvprof.profile.forecast import Forecast
     from hkvprof.profile.record import Profile
+    from hkvprof.report.measured import MeasuredQuality
 
 EXAMPLES = """\b
 Examples:
   hkvprof plan tinyvl.profile.safetensors
-  hkvprof plan p.safetensors --gpu 24GiB --weights 15.2GiB --context 32768 --batch 4
+  hkvprof plan p.safetensors --gpu 24GiB --context 32768 --batch 4
   hkvprof plan p.safetensors --budget 0.05,4096,2GiB --context 131072 --dtype float16
   hkvprof plan p.safetensors --budget 0.05 --fetch 0.5%
+  hkvprof plan p.safetensors --eval out/
   hkvprof plan p.safetensors --gpu 80GB --weights 15.2GiB --json | jq .fit.largest_budget.share"""
 
 _BUDGETS = "0.05,0.10,0.20,0.50"
@@ -34,16 +37,18 @@ def plan(
     profile: Annotated[
         Path, typer.Argument(metavar="PROFILE", help="A profile made by `hkvprof calibrate`.")
     ],
-    context: Annotated[
-        int, typer.Option("--context", min=1, help="Prompt tokens of every row.")
-    ] = 32768,
+    context: options.Context = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of equal length.")] = 1,
     gpu: Annotated[
         str | None, typer.Option("--gpu", metavar="SIZE", help="The device's memory: does it fit?")
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="SIZE", help="With --gpu: the model's weights."),
+        typer.Option(
+            "--weights",
+            metavar="SIZE",
+            help="With --gpu: the model's weights; default: as the profile tells.",
+        ),
     ] = None,
     reserve: Annotated[
         str | None,
@@ -62,38 +67,41 @@ def plan(
         ),
     ] = None,
     fetch: options.Fetch = None,
+    evaluation: options.Evaluation = None,
     dtype: Annotated[
         str,
         typer.Option(
             "--dtype",
             callback=options.full_dtype,
-            help="Of keys and values: bfloat16, float16 or float32.",
+            help="Of weights, keys and values: bfloat16, float16 or float32.",
         ),
     ] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ascii_only: Annotated[bool, typer.Option("--ascii", help="Draw with ASCII alone.")] = False,
 ) -> None:
-    """Foretell bytes, reads, loss and fit of budgets, without the model."""
+    """Foretell bytes, reads, quality and fit of budgets, without the model."""
     from hkvprof.cli.output import draws_ascii, stdout
     from hkvprof.profile.budgets import Fetch
-    from hkvprof.profile.capacity import find_fit
     from hkvprof.profile.record import load_profile
+    from hkvprof.profile.sizes import context_for
     from hkvprof.report import forecast
     from hkvprof.runtime.options import MIN_TOKENS
 
-    room = _room(gpu, weights, reserve)
+    given = _sizes(gpu, weights, reserve)
     itemsize = _item_bytes(dtype)
     asked, reads = _budgets(budget), Fetch.parse(fetch)
     loaded = load_profile(profile)
+    tokens = context_for(loaded.provenance, context)
+    quality = _quality(profile, loaded, evaluation)
 
     def ask(share: float, tokens: int, rows: int) -> Forecast:
         return loaded.plan(share, tokens, itemsize, rows, reads)
 
-    fit = None if room is None else find_fit(ask, context, batch, loaded.default_budget, room)
-    plans = {text: _plan(loaded, text, reads, (context, itemsize, batch)) for text in asked}
+    fit = None if given is None else _fit(ask, loaded, given, (tokens, itemsize, batch))
+    plans = {text: _plan(loaded, text, reads, (tokens, itemsize, batch)) for text in asked}
     if budget is not None and all(isinstance(found, str) for found in plans.values()):
-        loaded.plan(asked[0], context, itemsize, batch, reads)  # says what is wrong with it
-    dense = ask(1.0, context, batch)
+        loaded.plan(asked[0], tokens, itemsize, batch, reads)  # says what is wrong with it
+    dense = ask(1.0, tokens, batch)
     outlook = forecast.Outlook(
         dtype=dtype,
         dense=dense,
@@ -101,6 +109,8 @@ def plan(
         drawn=_drawn(loaded, reads, None if budget is None else plans[asked[0]], dense, fit),
         fit=fit,
         min_tokens=MIN_TOKENS,
+        quality=quality,
+        fetch=reads,
     )
     if as_json:
         typer.echo(json.dumps(forecast.to_json(outlook), indent=2, sort_keys=True))
@@ -132,25 +142,57 @@ def _drawn(
     return None if isinstance(first, str) else first
 
 
-def _room(gpu: str | None, weights: str | None, reserve: str | None) -> Room | None:
+def _quality(file: Path, profile: Profile, evaluation: Path | None) -> MeasuredQuality | None:
+    """What was measured of answers. Raises UsageError for another's folder."""
+    from hkvprof.report.measured import measured
+
+    if evaluation is not None:
+        from hkvprof.evaluate.belonging import check_belongs
+
+        check_belongs(evaluation, file, profile)
+    return measured(profile, evaluation)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of the device, of the weights (None: as the profile tells), and in reserve."""
+
+    gpu: int
+    weights: int | None
+    reserve: int
+
+
+def _sizes(gpu: str | None, weights: str | None, reserve: str | None) -> _Sizes | None:
+    """What --gpu and its companions say. Raises UsageError."""
     from hkvprof.profile.budgets import parse_size
-    from hkvprof.profile.capacity import Room
 
     if gpu is None:
         if weights is None and reserve is None:
             return None
         name = "--reserve" if weights is None else "--weights"
         raise UsageError(f"{name} without --gpu: give the device's memory too, such as --gpu 24GiB")
-    if weights is None:
-        raise UsageError(
-            "--gpu needs --weights SIZE, which a profile does not know: give the size of the "
-            "checkpoint's weight files, such as --weights 15.2GiB"
-        )
     size = parse_size(gpu, "--gpu")
     if size < 1:
         raise UsageError(f"--gpu {gpu} holds nothing: give the device's memory, such as 24GiB")
-    kept = parse_size(_RESERVE if reserve is None else reserve, "--reserve")
-    return Room(size, parse_size(weights, "--weights"), kept)
+    known = None if weights is None else parse_size(weights, "--weights")
+    return _Sizes(size, known, parse_size(_RESERVE if reserve is None else reserve, "--reserve"))
+
+
+def _fit(ask: Ask, profile: Profile, given: _Sizes, prompts: tuple[int, int, int]) -> Fit:
+    """What fits; `prompts`: their tokens, bytes per element, and how many. Raises UsageError."""
+    from hkvprof.profile.capacity import Room, find_fit
+
+    tokens, itemsize, batch = prompts
+    told = profile.sizes
+    if given.weights is None and told is None:
+        raise UsageError(
+            "--gpu needs --weights SIZE, which this profile does not tell: give the size of the "
+            "checkpoint's weight files, such as --weights 15.2GiB"
+        )
+    weights = told.weights(itemsize) if given.weights is None and told else given.weights
+    room = Room(given.gpu, weights or 0, given.reserve)
+    longest = {"longest": told.longest_context} if told and told.longest_context else {}
+    return find_fit(ask, tokens, batch, profile.default_budget, room, **longest)
 
 
 def _item_bytes(dtype: str) -> int:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hkvprof.cli import options
+
 INSPECT_EXAMPLES = """\b
 Examples:
   hkvprof inspect tinyvl.profile.safetensors
@@ -24,26 +26,26 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ascii_only: Annotated[bool, typer.Option("--ascii", help="Draw with ASCII alone.")] = False,
-    context: Annotated[
-        int, typer.Option("--context", min=1, help="Prompt tokens for the memory figures.")
-    ] = 32768,
+    context: options.Context = None,
 ) -> None:
     """Show a profile: head types, budgets, borderline heads, how sure it is, provenance."""
     from hkvprof.cli.output import draws_ascii, stdout
     from hkvprof.profile.record import load_profile
+    from hkvprof.profile.sizes import context_for
     from hkvprof.report import summary, terminal
 
     loaded = load_profile(profile)
+    tokens = context_for(loaded.provenance, context)
     if layer is not None:
         page = summary.summarise_layer(loaded, layer)
     elif as_json:
-        page = summary.summarise(loaded, context)
+        page = summary.summarise(loaded, tokens)
     if as_json:
         typer.echo(json.dumps(page, indent=2, sort_keys=True))
         return
     plain = draws_ascii(ascii_only)
     drawn = (
-        terminal.overview(loaded, context, plain)
+        terminal.overview(loaded, tokens, plain)
         if layer is None
         else terminal.layer_page(loaded, layer, plain)
     )

@@ -51,8 +51,8 @@ def serve(
     from hkvprof.lazy import require_extra
 
     uvicorn = require_extra("uvicorn", "serve")
-    from hkvprof.profile.budgets import Budget, Fetch
-    from hkvprof.runtime.handle import apply, open_profile
+    from hkvprof.profile.budgets import Fetch
+    from hkvprof.runtime.handle import apply, budget_for, open_profile
     from hkvprof.runtime.options import Options
     from hkvprof.serve.app import Address, make_app
     from hkvprof.serve.engine import Engine
@@ -60,15 +60,14 @@ def serve(
     if allowed_media is not None and not allowed_media.is_dir():
         raise UsageError(f"--allowed-media {allowed_media}: no such folder")
     chosen = Options(monitor=monitor)
-    sound, _ = open_profile(profile)
-    if budget is not None:
-        Budget.parse(budget)
+    sound = open_profile(profile)
+    budget_for(sound.profile, budget)
     Fetch.parse(fetch)
     with _listen(host, port) as listener:
         address = Address(host, listener.getsockname()[1], allowed_media)
-        options.open_empty(model, sound)
+        options.open_empty(model, sound.profile)
         loaded, processor = options.open_model(model, dtype, device, device_map)
-        handle = apply(loaded, profile, budget, chosen, fetch=fetch)
+        handle = apply(loaded, sound, budget, chosen, fetch=fetch)
         if not address.is_local:
             say(f"warning: whoever reaches {host} may use the model: there is no password")
         app = make_app(Engine(model, handle, processor), address)

@@ -102,6 +102,16 @@ def read_answers(folder: Path) -> list[Answer]:
     return found
 
 
+def read_conditions(folder: Path) -> dict[str, Any]:
+    """What the answers in a folder were made with. Raises UsageError where that is not told."""
+    path = folder / CONDITIONS
+    if not path.is_file():
+        raise UsageError(
+            f"no {CONDITIONS} in {folder}: expected a folder that `hkvprof eval -o` wrote"
+        )
+    return _read_conditions(path)
+
+
 def forget(folder: Path) -> None:
     """Remove what a Journal writes, and the folder if nothing else is in it."""
     for file in [*folder.glob("answers*.jsonl"), folder / CONDITIONS]:
@@ -119,12 +129,7 @@ def _agree(
         if any(folder.glob("answers*.jsonl")):
             raise UsageError(f"{folder} holds answers but no {CONDITIONS}: use another folder")
         return False
-    try:
-        theirs = strict_json.loads(read_limited(path, MAX_BYTES).decode("utf-8"), _MAX_MARKS)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): use another folder") from None
-    if not isinstance(theirs, dict):
-        raise UsageError(f"{path} is not a JSON object: use another folder")
+    theirs = _read_conditions(path)
     mine = json.loads(json.dumps(conditions))
     names = {*mine, *theirs} if only is None else only
     differing = [k for k in sorted(names) if mine.get(k) != theirs.get(k)]
@@ -135,6 +140,16 @@ def _agree(
             "options to go on"
         )
     return True
+
+
+def _read_conditions(path: Path) -> dict[str, Any]:
+    try:
+        found = strict_json.loads(read_limited(path, MAX_BYTES).decode("utf-8"), _MAX_MARKS)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): use another folder") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is not a JSON object: use another folder")
+    return found
 
 
 def _lines(answers: Iterable[Answer]) -> bytes:

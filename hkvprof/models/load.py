@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import platform
+import re
 import socket
 import urllib.request
 from pathlib import Path
@@ -49,8 +51,7 @@ def load_model(
     a process group (transformers' DistributedConfig).
     Raises ModelError when the weights cannot be had, UsageError on a wrong dtype or device.
     """
-    if device is not None and device_map is not None:
-        raise UsageError("give device or device_map, not both")
+    check_placing(dtype, device, device_map)
     if fsdp is not None and device_map is not None:
         raise UsageError("give fsdp or device_map, not both")
     options: dict[str, Any] = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
@@ -74,6 +75,7 @@ def load_model(
         model = model_class.from_pretrained(
             source, local_files_only=local, trust_remote_code=False, **options
         )
+        _note_commit(model.config, source)
         processor = load_processor(source, model.config, local)
     except HkvError:
         raise
@@ -84,6 +86,29 @@ def load_model(
     if target is not None:
         model = model.to(target)
     return model.eval(), processor
+
+
+def check_placing(
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    device_map: str | dict[str, Any] | None,
+) -> None:
+    """Raise UsageError for a dtype that is unknown, and for devices that are not here."""
+    _dtype(dtype)
+    if device is not None and device_map is not None:
+        raise UsageError("give device or device_map, not both")
+    if isinstance(device_map, str) and device_map not in _SPREADS:
+        try:
+            _device(device_map)
+        except UsageError as error:
+            known = ", ".join(_SPREADS)
+            raise UsageError(f"device map: expected one of {known}, or a device; {error}") from None
+    elif device is not None:
+        _device(device)
+
+
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways of accelerate to spread a model over devices."""
 
 
 def model_fingerprint(name_or_path: str | Path) -> ModelFingerprint:
@@ -121,6 +146,21 @@ def takes_pictures(name_or_path: str | Path) -> bool:
     except Exception as error:
         raise _unavailable(str(name_or_path), source, error) from error
     return getattr(config, "vision_config", None) is not None
+
+
+def emulates_bfloat16(model: Any) -> bool:
+    """Whether a model computes in bfloat16 on a CPU that is known to have no instructions for it:
+    some ten times slower than float32."""
+    if model.dtype != torch.bfloat16 or model.device.type != "cpu":
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    asked = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in _BFLOAT16]
+    return None not in asked and not any(ask() for ask in asked if ask)
+
+
+_BFLOAT16 = ("avx512_bf16", "amx_tile")
+"""Features of x86 that compute in bfloat16, as torch calls them."""
 
 
 def _empty_model(source: str, local: bool) -> Any:
@@ -189,6 +229,24 @@ def _model_class(source: str, local: bool) -> tuple[Any, Any]:
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return config, AutoModelForImageTextToText
     return config, AutoModelForCausalLM
+
+
+_SNAPSHOT = re.compile(r"snapshots[/\\]([0-9a-f]{40})[/\\]")
+
+
+def _note_commit(config: Any, source: str) -> None:
+    """Have the config tell the commit of a model of the hub, where transformers does not: newer
+    releases note it no more, and the cache's folders are called by it."""
+    from transformers.utils.hub import cached_file
+
+    if Path(source).is_dir() or getattr(config, "_commit_hash", None):
+        return
+    try:
+        file = cached_file(source, "config.json", local_files_only=True)
+    except OSError:  # it was loaded from elsewhere: nothing tells the commit
+        return
+    if found := _SNAPSHOT.search(str(file)):
+        config._commit_hash = found[1]
 
 
 def _dtype(dtype: str | torch.dtype) -> Any:

@@ -13,13 +13,21 @@ from hkvprof.heads import HeadGrid
 from hkvprof.models.adapter import view_model
 from hkvprof.models.load import DTYPES
 from hkvprof.models.quantised import bits_per_weight, is_converted
+from hkvprof.profile.sizes import ModelSizes
 
 
 def context_limit(model: Any) -> int | None:
     """The longest context in tokens that the model was made for; None where the config is mute."""
     text_config = model.config.get_text_config(decoder=True)
     limit = getattr(text_config, "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return max(int(limit), _stretched(text_config, int(limit))) if limit else None
+
+
+def _stretched(text_config: Any, limit: int) -> int:
+    """How far rotary embeddings are scaled, whichever of the two the config gives as its limit."""
+    found = getattr(text_config, "rope_parameters", None) or {}
+    factor, original = found.get("factor"), found.get("original_max_position_embeddings")
+    return round(float(factor) * int(original or limit)) if factor else limit
 
 
 def vocabulary(model: Any) -> int:
@@ -78,6 +86,21 @@ def outline(model: Any, dtype: str = "auto") -> Outline:
         intermediate=_intermediate(text),
         vocabulary=int(text.vocab_size),
     )
+
+
+def sizes_of(model: Any) -> ModelSizes:
+    """What a profile tells on of a model that is loaded, wherever its weights lie.
+
+    Numbers of 16 or 32 bits count as either; what is packed in fewer, as it lies.
+    """
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    elements = sum(t.numel() for t in held if _is_plain(t))
+    packed = sum(t.numel() * t.element_size() for t in held if not _is_plain(t))
+    return ModelSizes(2 * elements + packed, 4 * elements + packed, context_limit(model))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def _weight_bytes(model: Any, itemsize: int) -> int:

@@ -40,8 +40,8 @@ class Fit:
 
     `best` is the forecast of the largest budget that fits at its peak (of the dense cache, where
     that fits), None where none does; `smallest` that of the least budget that the profile can plan,
-    None where it can plan none. `context` and `batch` are the longest prompt at `rows` and the
-    largest batch at `tokens` that fit at `budget`; 0 where none does.
+    None where it can plan none. `context` and `batch` are the longest prompt at `rows`, up to the
+    model's `longest`, and the largest batch at `tokens` that fit at `budget`; 0 where none does.
     """
 
     room: Room
@@ -53,6 +53,7 @@ class Fit:
     budget: float
     context: int
     batch: int
+    longest: int = _MOST_CONTEXT
 
     @property
     def dense_fits(self) -> bool:
@@ -63,7 +64,7 @@ class Fit:
     def dense_context(self) -> int:
         """The longest prompt that fits uncompressed, in steps of CONTEXT_STEP."""
         longest = max(0, self.room.left) * self.tokens // self.dense_bytes
-        return min(_MOST_CONTEXT, longest // CONTEXT_STEP * CONTEXT_STEP)
+        return min(self.longest, longest // CONTEXT_STEP * CONTEXT_STEP)
 
     @property
     def dense_batch(self) -> int:
@@ -71,8 +72,12 @@ class Fit:
         return min(_MOST_ROWS, max(0, self.room.left) * self.rows // self.dense_bytes)
 
 
-def find_fit(ask: Ask, tokens: int, rows: int, budget: float, room: Room) -> Fit:
+def find_fit(
+    ask: Ask, tokens: int, rows: int, budget: float, room: Room, longest: int = _MOST_CONTEXT
+) -> Fit:
     """Search by bisection: a fixed share of more tokens, rows or bytes needs more.
+
+    `longest` is the model's longest context in tokens.
 
     Every forecast that is returned was made, and fits.
     """
@@ -82,7 +87,10 @@ def find_fit(ask: Ask, tokens: int, rows: int, budget: float, room: Room) -> Fit
         plan = _attempt(ask, share, tokens, rows) or ask(1.0, tokens, rows)  # short prompts: dense
         return plan.peak_bytes <= room.left
 
-    steps = _last(lambda n: holds(budget, n * CONTEXT_STEP, rows), _MOST_CONTEXT // CONTEXT_STEP)
+    def serves(steps: int) -> bool:
+        return holds(budget, min(longest, steps * CONTEXT_STEP), rows)
+
+    steps = _last(serves, -(-longest // CONTEXT_STEP))
     smallest, best = _budgets(ask, tokens, rows, room.left)
     return Fit(
         room=room,
@@ -92,8 +100,9 @@ def find_fit(ask: Ask, tokens: int, rows: int, budget: float, room: Room) -> Fit
         best=dense if dense.peak_bytes <= room.left else best,
         smallest=smallest,
         budget=budget,
-        context=steps * CONTEXT_STEP,
+        context=min(longest, steps * CONTEXT_STEP),
         batch=_last(lambda n: holds(budget, tokens, n), _MOST_ROWS),
+        longest=longest,
     )
 
 

@@ -44,6 +44,7 @@ from hkvprof.profile.bounds import (
 )
 from hkvprof.profile.certificate import Certificate, recorded
 from hkvprof.profile.queries import QueryTables
+from hkvprof.profile.sizes import ModelSizes, sizes_told
 from hkvprof.profile.tables import HeadStatistics, ProjectedIndexTables
 from hkvprof.profile.upgrade import mean_tokens, upgrade
 
@@ -145,6 +146,11 @@ class Profile:
         content."""
         found = recorded(self.provenance)
         return found if found is not None and found.content == self.content_digest else None
+
+    @property
+    def sizes(self) -> ModelSizes | None:
+        """How large the model is that was calibrated; None where that is not recorded."""
+        return sizes_told(self.provenance)
 
     @property
     def content_digest(self) -> str:
@@ -251,9 +257,11 @@ class Profile:
         return Fetch.parse(fetch).resolve(tokens * self.grid.token_bytes(itemsize))
 
     def _check_provenance(self) -> None:
-        """Raise ProfileError for a certificate that is damaged, or anything but an object."""
+        """Raise ProfileError for a certificate or sizes that are damaged, or anything but an
+        object."""
         require(isinstance(self.provenance, Mapping), "provenance must be an object")
         recorded(self.provenance)
+        sizes_told(self.provenance)
 
     def _check_curves(self) -> None:
         """Raise ProfileError unless what was measured has its shape, and values that can be."""

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from hkvprof.errors import BudgetError, UsageError
+from hkvprof.profile.budgets import Fetch
 from hkvprof.profile.hub import FILE
 from hkvprof.profile.record import SCHEMA_VERSION, Profile
 from hkvprof.report import certainty, summary
+from hkvprof.report.measured import covering
 
 CARD, PICTURE = "README.md", "curves.png"
 _BUDGETS = (0.05, 0.1, 0.2, 0.5)
@@ -67,7 +69,9 @@ def _what(profile: Profile) -> str:
 
 def _budgets(profile: Profile) -> str:
     tokens = profile.usual_tokens
-    rows = ["| budget | on the device | in host memory | expected loss |", "|---|---|---|---|"]
+    known = covering(profile, Fetch())
+    heading = "expected loss" if known is None else "quality"
+    rows = [f"| budget | on the device | in host memory | {heading} |", "|---|---|---|---|"]
     for budget in _BUDGETS:
         try:
             plan = profile.plan(budget, tokens, _ITEM_BYTES)
@@ -75,13 +79,19 @@ def _budgets(profile: Profile) -> str:
             rows.append(f"| {budget:.0%} | too small for this length | | |")
             continue
         loss = plan.expected_loss
-        said = "not measured" if loss is None else f"{loss:.3g}"
+        said = "not measured" if loss is None or known else f"{loss:.3g}"
+        said = (known.at(budget) if known else "") or said
         bytes_ = [summary.human(size) for size in (plan.resident_bytes, plan.host_bytes)]
         rows.append(f"| {budget:.0%} | {bytes_[0]} | {bytes_[1]} | {said} |")
     dense = summary.human(tokens * profile.grid.token_bytes(_ITEM_BYTES))
+    meaning = (
+        "the loss is what planning minimises, good for comparing budgets of this profile"
+        if known is None
+        else _plain(known.basis)
+    )
     return (
-        f"A prompt of {tokens:,} tokens in 16 bits, whose dense cache holds {dense}; the loss is "
-        "what planning minimises, good for comparing budgets of this profile:\n\n" + "\n".join(rows)
+        f"A prompt of {tokens:,} tokens in 16 bits, whose dense cache holds {dense}; {meaning}:\n\n"
+        + "\n".join(rows)
     )
 
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError
 from hkvprof.heads import HeadType
-from hkvprof.profile.budgets import INFEASIBLE
+from hkvprof.profile.budgets import INFEASIBLE, Fetch
 from hkvprof.profile.forecast import WHOLE, Forecast
 from hkvprof.profile.record import Profile
 from hkvprof.profile.tables import CLASSES, PAIRS
+from hkvprof.report.measured import covering
 from hkvprof.report.summary import ITEM_BYTES, kappa_index
 
 BUDGETS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)
@@ -93,7 +94,14 @@ def _plans(profile: Profile) -> dict[str, Any]:
     budgets = sorted({*BUDGETS, round(profile.default_budget, DIGITS)})
     fetches = [KNEE, *FETCHES]
     cells = [[_cell(profile, budget, fetch) for fetch in fetches] for budget in budgets]
-    return {"budgets": budgets, "fetches": fetches, "cells": cells}
+    found = [[_found(profile, budget, fetch) for fetch in fetches] for budget in budgets]
+    return {"budgets": budgets, "fetches": fetches, "cells": cells, "quality": found}
+
+
+def _found(profile: Profile, budget: float, fetch: str) -> str:
+    """What the certificate says of answers at a budget with these reads; empty without one."""
+    known = covering(profile, Fetch.parse(None if fetch == KNEE else fetch))
+    return known.at(budget) if known else ""
 
 
 def _cell(profile: Profile, budget: float, fetch: str) -> dict[str, Any]:

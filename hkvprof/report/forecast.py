@@ -10,9 +10,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hkvprof.calibration.estimate import Memory, Timing
+from hkvprof.profile.budgets import Fetch
 from hkvprof.profile.capacity import Fit
 from hkvprof.profile.forecast import WHOLE, Forecast
 from hkvprof.report.folding import FoldingTable, Grid
+from hkvprof.report.measured import MeasuredQuality
 from hkvprof.report.summary import human, percent
 from hkvprof.report.terminal import (
     BOUNDS,
@@ -24,6 +26,8 @@ from hkvprof.report.terminal import (
 )
 
 SCHEMA_VERSION = 1
+KNEE = Fetch()
+"""The reads of a plan that names none."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class Outlook:
     """All that `plan` says: budgets as asked, each with its forecast or why there is none.
 
     `dense` is the forecast of the whole cache, `drawn` the one whose layers are shown (None: there
-    is none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time.
+    is none), `fit` the answer to --gpu; prompts below `min_tokens` stay dense at run time;
+    `quality` is what was measured of answers, with the reads `fetch`: where it covers them, it is
+    spoken of in place of the expected loss.
     """
 
     dtype: str
@@ -40,6 +46,19 @@ class Outlook:
     drawn: Forecast | None
     fit: Fit | None
     min_tokens: int
+    quality: MeasuredQuality | None = None
+    fetch: Fetch = KNEE
+
+    @property
+    def speaks_of_quality(self) -> bool:
+        """Whether answers were judged with these reads."""
+        return self.quality is not None and self.quality.covers(self.fetch)
+
+    def found(self, plan: Forecast) -> str:
+        """The measured quality of a plan in words; empty where none is known."""
+        if self.quality is None or not self.speaks_of_quality:
+            return ""
+        return "dense" if plan.is_dense else self.quality.at(plan.share) or "not measured"
 
 
 def to_json(outlook: Outlook) -> dict[str, Any]:
@@ -55,9 +74,15 @@ def to_json(outlook: Outlook) -> dict[str, Any]:
         "budgets": [
             {"budget": asked, "error": plan}
             if isinstance(plan, str)
-            else {"budget": asked, **plan.to_json(with_layers=False), "fits": _fits(plan, fit)}
+            else {
+                "budget": asked,
+                **plan.to_json(with_layers=False),
+                "fits": _fits(plan, fit),
+                "quality": outlook.found(plan) or None,
+            }
             for asked, plan in outlook.budgets
         ],
+        "quality": outlook.quality and outlook.quality.to_json(),
         "fit": None if fit is None else _fit_json(fit),
         "plan": outlook.drawn and outlook.drawn.to_json(),
     }
@@ -117,7 +142,7 @@ def sentences(outlook: Outlook) -> list[str]:
             f"{first}; with {human(fit.room.weights)} of weights and {human(fit.room.reserve)} in "
             f"reserve that is {human(taken)} of {human(fit.room.gpu)}: it "
             f"{'fits' if fit.dense_fits else 'does not fit'}.",
-            *_fit_sentences(fit),
+            *_fit_sentences(fit, outlook),
         ]
     if dense.tokens < outlook.min_tokens:
         lines.append(
@@ -127,7 +152,7 @@ def sentences(outlook: Outlook) -> list[str]:
     return lines
 
 
-def _fit_sentences(fit: Fit) -> list[str]:
+def _fit_sentences(fit: Fit, outlook: Outlook) -> list[str]:
     room = fit.room
     if room.left <= 0:
         over = human(room.weights + room.reserve)
@@ -141,16 +166,16 @@ def _fit_sentences(fit: Fit) -> list[str]:
             f"{human(fit.smallest.peak_bytes)} at its peak, and {human(room.left)} are left."
         )
     elif fit.best is not None and not fit.dense_fits:
-        lines.append(_best(fit.best))
+        lines.append(_best(fit.best, outlook.found(fit.best)))
     return [*lines, _reach(fit)]
 
 
-def _best(best: Forecast) -> str:
+def _best(best: Forecast, found: str) -> str:
     host = f", {human(best.host_bytes)} in host memory" if best.host_bytes else ""
     return (
         f"The largest budget that fits is {_share(best.share)}: {human(best.resident_bytes)} "
         f"resident, {human(best.table_bytes)} of tables, {human(best.peak_bytes)} at the "
-        f"peak{host}; expected loss {_loss(best)}."
+        f"peak{host}; {f'quality: {found}' if found else f'expected loss {_loss(best)}'}."
     )
 
 
@@ -190,7 +215,7 @@ def _table(outlook: Outlook) -> FoldingTable:
         "reads",
         "at most",
         "static",
-        "expected loss",
+        "quality" if outlook.speaks_of_quality else "expected loss",
         *fits,
     )
     for asked, plan in outlook.budgets:
@@ -203,7 +228,8 @@ def _table(outlook: Outlook) -> FoldingTable:
         resident = (human(plan.resident_bytes), percent(plan.resident_share))
         reads = (percent(plan.read_share), percent(plan.most_read_share))
         types = percent(plan.static_share)
-        table.add_row(asked, *resident, *map(human, once), *reads, types, _loss(plan), *last)
+        table.add_row(asked, *resident, *map(human, once), *reads, types,
+                      outlook.found(plan) or _loss(plan), *last)  # fmt: skip
     return table
 
 
@@ -216,6 +242,9 @@ def _notes(outlook: Outlook) -> list[str]:
         "reads: from host memory per decoding step, over dense bytes: in the mean, and at most; "
         "static: heads that never read",
     ]
+    failed = [plan for _, plan in outlook.budgets if isinstance(plan, str)]
+    if outlook.quality is not None and outlook.speaks_of_quality:
+        return [*lines, outlook.quality.basis, *failed]
     if dense.reference_loss is None:
         lines.append("loss: unknown, this profile measured nothing to compare with")
     else:
@@ -226,7 +255,12 @@ def _notes(outlook: Outlook) -> list[str]:
     if any(not isinstance(plan, str) and plan.below_measured for _, plan in outlook.budgets):
         least = percent(dense.least_share)
         lines.append(f">=: some heads keep less than {least}, the least share measured")
-    return lines + [plan for _, plan in outlook.budgets if isinstance(plan, str)]
+    if outlook.quality is not None:
+        lines.append(
+            f"quality: measured with other reads than these ({outlook.fetch}): "
+            f"{outlook.quality.fetch}"
+        )
+    return lines + failed
 
 
 def _ratios(plan: Forecast) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError, UsageError
 from hkvprof.heads import HeadType
-from hkvprof.profile.budgets import INFEASIBLE
+from hkvprof.profile.budgets import INFEASIBLE, Fetch
 from hkvprof.profile.capacity import Reach, find_reach
 from hkvprof.profile.record import SCHEMA_VERSION, Profile
 from hkvprof.profile.upgrade import tokens_told
 from hkvprof.report import attention
 from hkvprof.report.certainty import certificate_json, recorded, type_agreements
+from hkvprof.report.measured import covering
 
 CLOSE = 0.10
 """Relative difference in loss below which the two types of a measured head are borderline."""
@@ -65,8 +66,15 @@ def sentence(profile: Profile, tokens: int) -> str:
     reads = f", and a step reads {read} from the host, at most {most}" if most != "0 B" else ""
     return (
         f"{types}; at {budget} a {tokens:,}-token prompt keeps {human(kept.kept_bytes)} instead of "
-        f"{human(kept.dense_bytes)}{reads}"
+        f"{human(kept.dense_bytes)}{reads}{_found(profile)}"
     )
+
+
+def _found(profile: Profile) -> str:
+    """What the certificate's samples say of answers at the default budget; empty without one."""
+    known = covering(profile, Fetch())
+    said = "" if known is None else known.at(profile.default_budget)
+    return f"; held-out samples, {said}" if said else ""
 
 
 def usage(profile: Profile, file: str) -> list[str]:

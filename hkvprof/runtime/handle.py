@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hkvprof.errors import BudgetError, CompressionError, ProfileError, UsageError
 from hkvprof.models.adapter import ModelView, view_model
@@ -29,7 +29,7 @@ from hkvprof.runtime.shown import html_table
 
 def apply(
     model: Any,
-    profile: Profile | str | Path,
+    profile: Profile | OpenedProfile | str | Path,
     budget: float | int | str | None = None,
     options: Options | None = None,
     fetch: FetchLike = None,
@@ -68,6 +68,20 @@ def apply(
         raise UsageError("this model already has a profile applied: call handle.detach() first")
     if options.prefetch is not None:
         queues_for(model.device)
+    parsed = budget_for(profile, budget)
+    return Handle(model, view, Planner(profile, parsed, options, origin, Fetch.parse(fetch)))
+
+
+class OpenedProfile(NamedTuple):
+    """A profile that is read, and where it came from, as receipts tell it."""
+
+    profile: Profile
+    origin: str
+
+
+def budget_for(profile: Profile, budget: float | int | str | None) -> Budget:
+    """The budget, by default the profile's own. Raises BudgetError for fewer tokens than a head of
+    the profile must keep."""
     parsed = Budget.parse(profile.default_budget if budget is None else budget)
     floor = profile.keep.floor_tokens
     if parsed.tokens is not None and parsed.tokens < floor:
@@ -75,20 +89,22 @@ def apply(
             f"a budget of {parsed.tokens} tokens is too small: sinks, recent tokens and the floor "
             f"need {floor}; raise the budget, or did you mean '{parsed.tokens}%'?"
         )
-    return Handle(model, view, Planner(profile, parsed, options, origin, Fetch.parse(fetch)))
+    return parsed
 
 
-def open_profile(profile: Profile | str | Path) -> tuple[Profile, str]:
-    """A profile, its file or `hf:owner/name[@revision]`, and where it came from for receipts.
+def open_profile(profile: Profile | OpenedProfile | str | Path) -> OpenedProfile:
+    """A profile, its file or `hf:owner/name[@revision]`; one that is open already, as it is.
 
     Raises ProfileError and UsageError.
     """
+    if isinstance(profile, OpenedProfile):
+        return profile
     if isinstance(profile, Profile):
-        return profile, ""
+        return OpenedProfile(profile, "")
     if on_hub(profile):
         fetched = fetch_profile(str(profile))
-        return load_profile(fetched.path), str(fetched)
-    return load_profile(profile), Path(profile).name
+        return OpenedProfile(load_profile(fetched.path), str(fetched))
+    return OpenedProfile(load_profile(profile), Path(profile).name)
 
 
 class Handle:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hkvprof.errors import SampleError
 from hkvprof.samples import images
 from hkvprof.samples.record import Message, Sample, frames_of
 
@@ -35,9 +37,19 @@ def _hashable(message: Message) -> dict[str, Any]:
 
 
 def _hashable_part(part: Message) -> Message:
+    if part["type"] == "video" and "path" in part:
+        return {"type": "video", "sha256": _file_digest(part["path"]), "fps": part["fps"]}
     if part["type"] == "video":
         frames = [_hashable_part(frame) for frame in frames_of(part)]
         return {"type": "video", "frames": frames, "fps": part["fps"]}
     if part["type"] == "image":
         return {"type": "image", "sha256": hashlib.sha256(images.image_bytes(part)).hexdigest()}
     return dict(part)
+
+
+def _file_digest(path: str) -> str:
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise SampleError(f"cannot read {path}: {error.strerror or error}") from None

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hkvprof.errors import SampleError
 from hkvprof.files import strict_json
 from hkvprof.samples.record import Sample, Turn
+from hkvprof.samples.videos import DEFAULT_FPS, MAX_FPS
 
 MAX_ID_CHARACTERS = 256
 MAX_PARTS = 4096
 """Most content parts and frames of all messages of a sample together; most messages; most
 followups."""
-MAX_FPS = 1000
 
 ImageCheck = Callable[[str], str]
 """Checks an image path as written and returns where the file is. Raises SampleError."""
+VideoCheck = Callable[[str, float], dict[str, Any]]
+"""Checks the path of a video file or a folder of frames, as written, and returns the part for it at
+so many frames per second. Raises SampleError."""
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """How paths are checked; without `video`, videos are given as frames."""
+
+    image: ImageCheck
+    video: VideoCheck | None
+
 
 _KEYS = ("id", "task", "messages", "reply", "followups")
 _ROLES = ("system", "user", "assistant")
 
 
-def parse_line(text: str, find_image: ImageCheck) -> Sample:
+def parse_line(text: str, find_image: ImageCheck, find_video: VideoCheck | None = None) -> Sample:
     """One line of samples.jsonl. Raises SampleError naming the field, or that it is no JSON."""
     try:
         record = strict_json.loads(text)
@@ -30,15 +43,21 @@ def parse_line(text: str, find_image: ImageCheck) -> Sample:
         raise SampleError(
             f"expected one JSON object per line, found invalid JSON ({error})"
         ) from None
-    return parse_record(record, find_image)
+    return parse_record(record, find_image, find_video)
 
 
-def parse_record(record: object, find_image: ImageCheck) -> Sample:
-    """A Sample from a decoded JSON object. Raises SampleError naming the field."""
+def parse_record(
+    record: object, find_image: ImageCheck, find_video: VideoCheck | None = None
+) -> Sample:
+    """A Sample from a decoded JSON object. Raises SampleError naming the field.
+
+    Without `find_video`, videos must be given as frames.
+    """
+    find = _Checks(find_image, find_video)
     fields = _object("sample", record, required=("id", "task", "messages"), allowed=_KEYS)
     messages = _list("messages", fields["messages"], at_least=1)
     _check_parts(messages)
-    parsed = tuple(_message(f"messages[{i}]", m, find_image) for i, m in enumerate(messages))
+    parsed = tuple(_message(f"messages[{i}]", m, find) for i, m in enumerate(messages))
     if parsed[-1]["role"] != "user":
         raise _wrong(
             f"messages[{len(parsed) - 1}].role",
@@ -66,7 +85,7 @@ def _check_parts(messages: list[object]) -> None:
         raise _wrong("messages", f"at most {MAX_PARTS} parts and frames in all", f"{count}")
 
 
-def _message(where: str, value: object, find_image: ImageCheck) -> dict[str, Any]:
+def _message(where: str, value: object, find: _Checks) -> dict[str, Any]:
     message = _object(where, value, required=("role", "content"), allowed=("role", "content"))
     role, content = message["role"], message["content"]
     if role not in _ROLES:
@@ -76,20 +95,18 @@ def _message(where: str, value: object, find_image: ImageCheck) -> dict[str, Any
     parts = _list(f"{where}.content", content, at_least=1)
     return {
         "role": role,
-        "content": [
-            _part(f"{where}.content[{i}]", part, find_image) for i, part in enumerate(parts)
-        ],
+        "content": [_part(f"{where}.content[{i}]", part, find) for i, part in enumerate(parts)],
     }
 
 
-def _part(where: str, value: object, find_image: ImageCheck) -> dict[str, Any]:
+def _part(where: str, value: object, find: _Checks) -> dict[str, Any]:
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "text":
         return _text_part(where, value)
     if kind == "image":
-        return _image_part(where, value, find_image)
+        return _image_part(where, value, find.image)
     if kind == "video":
-        return _video_part(where, value, find_image)
+        return _video_part(where, value, find)
     expected = 'a part of "type" "text", "image" or "video"'
     raise _wrong(where, expected, value if kind is None else kind)
 
@@ -112,15 +129,27 @@ def _image_part(where: str, value: object, find_image: ImageCheck) -> dict[str, 
     return {"type": "image", "path": _image_path(f"{where}.path", part["path"], find_image)}
 
 
-def _video_part(where: str, value: object, find_image: ImageCheck) -> dict[str, Any]:
-    keys = ("type", "frames", "fps")
-    part = _object(where, value, required=keys, allowed=keys)
-    rate = part["fps"]
+def _video_part(where: str, value: object, find: _Checks) -> dict[str, Any]:
+    given = "path" if isinstance(value, Mapping) and "path" in value else "frames"
+    part = _object(where, value, required=("type", given), allowed=("type", given, "fps"))
+    rate = part.get("fps", DEFAULT_FPS)
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= MAX_FPS:
         raise _wrong(f"{where}.fps", f"a number above 0, at most {MAX_FPS}", rate)
+    if given == "path":
+        return _film(f"{where}.path", part["path"], float(rate), find.video)
     frames = _list(f"{where}.frames", part["frames"], at_least=1)
-    paths = [_image_path(f"{where}.frames[{i}]", f, find_image) for i, f in enumerate(frames)]
+    paths = [_image_path(f"{where}.frames[{i}]", f, find.image) for i, f in enumerate(frames)]
     return {"type": "video", "frames": paths, "fps": float(rate)}
+
+
+def _film(where: str, value: object, rate: float, find: VideoCheck | None) -> dict[str, Any]:
+    written = _label(where, value, 4096)
+    if find is None:
+        raise _wrong(where, "a video as its frames", written)
+    try:
+        return find(written, rate)
+    except SampleError as error:
+        raise SampleError(f"field '{where}': {error}") from None
 
 
 def _image_path(where: str, value: object, find_image: ImageCheck) -> str:

@@ -6,14 +6,14 @@ The format is documented in docs/sample-format.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.samples import hub as sample_hub
-from hkvprof.samples import images
+from hkvprof.samples import images, recommended, videos
 from hkvprof.samples.digest import samples_digest
 from hkvprof.samples.layouts import places
 from hkvprof.samples.layouts import recognise as layouts
@@ -93,7 +93,8 @@ def load_samples(
     """Read samples from a folder with samples.jsonl, a .jsonl file, a dataset of Hugging Face, or
     any other of the layouts in docs/calibration.md; `reading` says what its looks do not.
 
-    What is here comes first; the hub is asked for `hf:NAME` and for `owner/name` alone (`on_hub`).
+    What is here comes first; the hub is asked for `hf:NAME`, for `owner/name` (`on_hub`) and for
+    `recommended:KIND` (samples.recommended) alone.
     Images are checked (present, inside the folder, readable header, at most 36 megapixels) but not
     decoded; see `open_images`. `max_samples` picks a subset balanced over tasks that depends on
     `seed`, tasks and ids alone, not on the order of lines. `on_error="skip"` leaves bad samples
@@ -138,6 +139,12 @@ def open_images(sample: Sample) -> tuple[Message, ...]:
 
 
 def _opened(sample_id: str, part: Message) -> Message:
+    if part["type"] == "video" and "path" in part:
+        try:
+            frames, rate = videos.decode_video(part["path"], part["fps"])
+        except SampleError as error:
+            raise SampleError(f"sample {sample_id!r}: {error}") from None
+        return {"type": "video", "frames": frames, "fps": rate}
     if part["type"] == "video":
         frames = [_opened(sample_id, frame)["image"] for frame in frames_of(part)]
         return {**part, "frames": frames}
@@ -156,6 +163,8 @@ def _entries(source: Source, reading: Reading, subset: _Subset) -> _Found:
     if not isinstance(source, str | Path):
         return _in_memory(source, reading, subset)
     source = str(source)
+    if (kinds := recommended.kinds_of(source)) is not None:
+        return _recommended(kinds, reading, subset)
     if (hub := on_hub(source)) is not None:
         return _dataset(sample_hub.open_hub(hub), hub.name, sample_hub.caches(), reading, subset)
     path = _path(source)
@@ -183,6 +192,24 @@ def _rows(opened: Opened, subset: _Subset) -> _Found:
     """Rows of a table; a subset is chosen first, so that no picture of another row is read."""
     names = opened.names()
     return opened.recognised, opened.entries(names, subset.of(names))
+
+
+def _recommended(kinds: Sequence[str], reading: Reading, subset: _Subset) -> _Found:
+    """Samples of several tables, as many of each task as there are; the subset is chosen first."""
+    reading.refuse_unused("public sets with questions")
+    tables = recommended.open_recommended(kinds)
+    named = [(table, name, row) for table in tables for row, name in enumerate(table.names())]
+    subset = replace(subset, count=subset.count or recommended.DEFAULT_SAMPLES)
+    chosen = [named[i] for i in subset.of([name for _, name, _ in named])]
+    notes = tuple(note for table in tables for note in table.notes)
+
+    def entries() -> Iterator[_Entry]:
+        for table in tables:
+            rows = {row: name for own, name, row in chosen if own is table}
+            names = [rows.get(row, ("", "")) for row in range(len(table.table))]
+            yield from table.entries(names, sorted(rows))
+
+    return Recognised(notes=notes), entries()
 
 
 def _in_memory(source: Any, reading: Reading, subset: _Subset) -> _Found:
@@ -240,7 +267,7 @@ def _dataset_rows(
 
 def _lines(path: Path) -> Iterator[_Entry]:
     """Every line that is not blank, each at most MAX_LINE_BYTES long."""
-    find = partial(images.find_image, path.parent)
+    find = _Finder(path.parent)
     try:
         with path.open("rb") as stream:
             for number in range(1, 2**31):
@@ -258,12 +285,25 @@ def _lines(path: Path) -> Iterator[_Entry]:
         raise SampleError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _parse_bytes(line: bytes, number: int, find: Callable[[str], str]) -> Sample:
+@dataclass(frozen=True)
+class _Finder:
+    """Finds what lines name, below the folder of their file."""
+
+    root: Path
+
+    def image(self, written: str) -> str:
+        return images.find_image(self.root, written)
+
+    def video(self, written: str, fps: float) -> dict[str, Any]:
+        return videos.find_video(self.root, written, fps)
+
+
+def _parse_bytes(line: bytes, number: int, find: _Finder) -> Sample:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise SampleError(f"expected UTF-8, found other bytes at byte {error.start + 1}") from None
-    return parse_line(text, find)
+    return parse_line(text, find.image, find.video)
 
 
 def _read(entries: Iterable[_Entry], on_error: OnError) -> tuple[list[Sample], list[str]]:

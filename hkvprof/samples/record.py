@@ -33,8 +33,9 @@ class Sample:
     `"modality": "context"` for long text that plays the part of vision tokens) and
     `{"type": "image", "path": ...}` or, in memory, `{"type": "image", "image": ...}` with a
     PIL.Image or the bytes of an image file; a video is `{"type": "video", "frames": [...], "fps":
-    ...}`, its frames what an image's `path` or `image` may be. `reply` is the expected answer;
-    without it the model's own greedy answer is used.
+    ...}`, its frames what an image's `path` or `image` may be, or has the `path` of a video file in
+    place of frames. `reply` is the expected answer; without it the model's own greedy answer is
+    used.
     """
 
     id: str
@@ -45,7 +46,12 @@ class Sample:
 
 
 def frames_of(part: Message) -> list[Message]:
-    """The frames of a video part as image parts."""
+    """The frames of a video part as image parts; a file is decoded. Raises SampleError."""
+    if "path" in part:
+        from hkvprof.samples.videos import decode_video
+
+        frames, _ = decode_video(part["path"], part["fps"])
+        return [{"type": "image", "image": frame} for frame in frames]
     return [
         {"type": "image", "path" if isinstance(frame, str) else "image": frame}
         for frame in part["frames"]

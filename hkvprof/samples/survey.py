@@ -11,6 +11,7 @@ from typing import Any
 from hkvprof.errors import counted
 from hkvprof.samples.digest import samples_digest
 from hkvprof.samples.record import Message, Sample
+from hkvprof.samples.videos import seen_frames
 
 _LEFT_OVER = re.compile(r"<image(?: [0-9]+)?>|<video>")
 
@@ -40,7 +41,9 @@ class Survey:
         texts = ["".join(part.get("text", "") for part in own) for own in parts]
         return cls(
             pictures=tuple(sum(part["type"] == "image" for part in own) for own in parts),
-            frames=tuple(sum(len(part.get("frames", ())) for part in own) for own in parts),
+            frames=tuple(
+                sum(seen_frames(part) for part in own if part["type"] == "video") for own in parts
+            ),
             characters=tuple(map(len, texts)),
             replies=sum(sample.reply is not None for sample in samples),
             followups=sum(bool(sample.followups) for sample in samples),

@@ -9,9 +9,10 @@ import pytest
 
 from hkvprof.calibration import kept
 from hkvprof.calibration.calibrate import Run
+from hkvprof.calibration.continuation import MAX_REPLY_TOKENS
 from hkvprof.calibration.probe import Probe, ProbedModel
 from hkvprof.calibration.recipe import MEASURED, Replies
-from hkvprof.samples.read import Sample, Turn
+from hkvprof.samples.read import Sample, Turn, open_images
 from tests.models.conversations import picture, user
 from tests.models.families import processor_of, words
 from tests.models.tiny import build_covered
@@ -42,8 +43,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "replies", "readings"),
-    [("qwen2.5-vl", "given", 1), ("qwen2.5-vl", "own", 1), ("gemma3", "given", 2)],
-)
+    [("qwen2.5-vl", "given", 1), ("qwen2.5-vl", "own", 1), ("gemma3", "given", 2),
+     ("gemma3", "own", 2)],
+)  # fmt: skip
 def test_a_prompt_is_read_once_where_it_can_be_kept(
     name: str, replies: Replies, readings: int, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,3 +81,19 @@ def test_no_more_is_kept_than_there_is_room_for(
     Run(probed).measure(samples, samples[1:])
     assert read.count("s0") == 1
     assert 4 < len(read) < 4 + 3
+
+
+def test_own_replies_are_those_of_generate() -> None:
+    """Also where layers cannot be cropped: full sliding windows."""
+    model = build_covered("gemma3")
+    processor, _ = processor_of("gemma3", model)
+    probed = ProbedModel.of(model, processor, replace(MEASURED, replies="own"))
+    sample = asked(0, 56)
+    Run(probed).measure([sample], [sample])
+    inputs = processor.encode([open_images(sample)]).to(model.device, model.dtype)
+    made = model.generate(
+        **inputs, max_new_tokens=MAX_REPLY_TOKENS, do_sample=False,
+        eos_token_id=processor.tokenizer.eos_token_id,
+    )  # fmt: skip
+    reply = made[0, inputs["input_ids"].shape[1] :]
+    assert probed.answered["s0"].reply == processor.decode(reply)

@@ -230,6 +230,17 @@ def test_conditions_come_back_as_they_were(folder: Path) -> None:
     ]
 
 
+def test_sizes_are_told_on_and_nothing_depends_on_them(folder: Path) -> None:
+    found = read_conditions(folder)
+    assert found.sizes is not None
+    assert found.sizes.full_weight_bytes == 2 * found.sizes.weight_bytes > 0
+    assert merge([folder]).sizes == found.sizes
+    older = replace(found, sizes=None)
+    assert found.differences(older) == []
+    assert found.digest == older.digest
+    assert Conditions.from_json(older.to_json()).sizes is None
+
+
 # -- what does not belong together ----------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from hkvprof.calibration.recipe import MEASURED
+from hkvprof.calibration.rows import CONDITIONS, Conditions
 from hkvprof.cli import app, run
 from hkvprof.errors import ProfileError
 from hkvprof.plugins.session import Arguments, Session
@@ -17,6 +19,7 @@ from hkvprof.profile.record import load_profile
 from tests.cli.runs import save_samples
 from tests.models_for_tests import random_llama
 from tests.plugins.checkpoints import CHAT, save_checkpoint
+from tests.samples.layouts.shown import paint, write
 
 
 class WeightsError(Exception):
@@ -39,6 +42,13 @@ class Place:
         other = replace(sound, fingerprint=replace(sound.fingerprint, grid=grid))
         other.save(folder / "other.safetensors")
         (folder / "bad.jsonl").write_text('{"id": 1}')
+        conditions = Conditions.of(sound.fingerprint, "float32", MEASURED)
+        (folder / "rows").mkdir()
+        (folder / "rows" / CONDITIONS).write_text(conditions.to_json())
+        parts = [{"type": "image", "path": "red.png"}, {"type": "text", "text": "?"}]
+        line = {"id": "a", "task": "t", "messages": [{"role": "user", "content": parts}]}
+        paint(folder / "pictures" / "red.png", "red")
+        write(folder / "pictures" / "samples.jsonl", [{**line, "reply": "red"}])
         (folder / "answers").mkdir()
         (folder / "answers" / "conditions.json").write_text(json.dumps({"steps": 7}))
 
@@ -50,7 +60,8 @@ class Place:
             "FOLDER": self.folder / "folder", "FILE": self.folder / "file",
             "UNDER": self.folder / "file" / "out", "BAD": self.folder / "bad.jsonl",
             "NONE": self.folder / "none" / "there", "OUT": self.folder / "new" / "out",
-            "ANSWERS": self.folder / "answers",
+            "ANSWERS": self.folder / "answers", "ROWS": self.folder / "rows",
+            "PICTURES": self.folder / "pictures",
         }  # fmt: skip
         return [str(names.get(word, word)) for word in line.split()]
 
@@ -137,10 +148,32 @@ def cases() -> Iterator[tuple[str, str]]:
     )
     yield "eval: a method", f"{SOUND['eval']} --baselines odd"
     yield "eval: a regime", f"{SOUND['eval']} --regimes odd"
+    yield "certify: a regime", f"{SOUND['certify']} --regimes odd"
+    yield "certify: a loss", f"{SOUND['certify']} --loss odd"
+    yield "certify: alpha", f"{SOUND['certify']} --alpha 1.5"
+    yield "certify: both kinds of samples", f"{SOUND['certify']} --tasks tinyvl"
+    yield "calibrate: rows of another recipe", f"{made} --rows ROWS --recipe paper"
+    yield "calibrate: rows of another dtype", f"{made} --rows ROWS --dtype float16"
+    yield "calibrate: pictures for a model of text", made.replace("DATA", "PICTURES")
+    yield "calibrate: a layout", f"{made} --data-format odd"
+    yield "calibrate: folder of pictures", f"{made} --image-folder NONE"
+    yield "calibrate: a shard", f"{SOUND['calibrate a shard']} --shard 3/2"
+    yield "calibrate: theta", f"{made} --theta 2"
+    yield "calibrate: fsdp alone", f"{made} --fsdp"
+    yield "eval: a shard", f"{SOUND['eval']} --shard 0/2"
+    yield "eval: pictures for a model of text", SOUND["eval"].replace("DATA", "PICTURES")
+    yield "bench: a method", f"{SOUND['bench']} --methods odd"
+    yield "bench: a shape and a model", f"{SOUND['bench']} --shape qwen2.5-vl-7b"
+    yield "serve: budget below the floor", f"{SOUND['serve']} --budget 3"
+    yield "serve: monitor", f"{SOUND['serve']} --monitor 2"
+    for verb in ("calibrate", "doctor", "serve"):
+        yield f"{verb}: device map", f"{SOUND[verb]} --device-map odd"
+        yield f"{verb}: device and map", f"{SOUND[verb]} --device cpu --device-map auto"
     yield "certify: too few samples", SOUND["certify"].replace("0.5", "0.01")
     for verb in ("calibrate", "eval", "certify", "bench", "doctor", "serve"):
         yield f"{verb}: dtype", f"{SOUND[verb]} --dtype int4"
         yield f"{verb}: device", f"{SOUND[verb]} --device nowhere"
+        yield f"{verb}: a device that is not here", f"{SOUND[verb]} --device cuda:77"
         yield f"{verb}: model", SOUND[verb].replace("MODEL", "NONE")
     for verb in ("eval", "certify", "bench", "serve"):
         yield f"{verb}: reads", f"{SOUND[verb]} --fetch much"

@@ -66,7 +66,7 @@ def test_the_users_lines(
 ) -> None:
     calib()
     hub.create(HUB_ID)
-    hub.commit(HUB_ID, files)
+    commit = hub.commit(HUB_ID, files)
     line = ["calibrate", "--model", NAME, "--data", "calib/"]
     more = ["--dtype", "fp32", "--device", "cpu", "-o", "profile.safetensors"]
 
@@ -85,7 +85,9 @@ def test_the_users_lines(
     assert f"hkvprof doctor {NAME} profile.safetensors" in out
 
     assert run(["inspect", "profile.safetensors"]) == 0
-    assert "model: Qwen2_5_VLForConditionalGeneration, 6 layers" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "model: Qwen2_5_VLForConditionalGeneration, 6 layers" in out
+    assert f"source: {HUB_ID} {commit}" in out
 
     hub.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from hkvprof import load_model
+from hkvprof.cli.options import advise
 from hkvprof.errors import ModelError, UsageError
 from hkvprof.models import load
 from hkvprof.models.load import resolve_source
@@ -233,3 +235,27 @@ def test_a_mistyped_folder_is_not_looked_up(
         return
     with pytest.raises(ModelError, match=f"no model '{name}': expected an alias"):
         load_model(name)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_without_instructions_is_advised_against(
+    native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for dtype, device in (
+        (torch.bfloat16, "cpu"),
+        (torch.float32, "cpu"),
+        (torch.bfloat16, "meta"),
+    ):
+        advise(SimpleNamespace(dtype=dtype, device=torch.device(device)))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (0 if native else 1)
+    assert native or said[0].endswith("than float32 here: --dtype float32")
+
+
+@pytest.mark.parametrize("spread", ["odd", "cuda:77"])
+def test_a_wrong_device_map_is_refused_before_loading(spread: str) -> None:
+    with pytest.raises(UsageError, match="device map: expected one of auto, balanced"):
+        load_model("tinyvl", device_map=spread)

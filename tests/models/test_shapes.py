@@ -9,7 +9,7 @@ import torch
 from hkvprof.errors import UsageError
 from hkvprof.models import shapes
 from hkvprof.models.adapter import view_model
-from hkvprof.models.outline import context_limit, vocabulary
+from hkvprof.models.outline import context_limit, sizes_of, vocabulary
 from hkvprof.models.shapes import SHAPES, VOCABULARY, build_shape
 from tests.models_for_tests import random_llama
 
@@ -58,5 +58,18 @@ def test_wrong_requests(name: str, layers: int, dtype: str, device: str, words: 
 def test_limits_of_a_model() -> None:
     model = random_llama()
     assert (context_limit(model), vocabulary(model)) == (4096, 64)
+    whole = sum(weight.numel() for weight in model.parameters())
+    sizes = sizes_of(model)
+    assert whole <= sizes.weight_bytes / 2 < whole + 1000, "and a few buffers"
+    assert (sizes.full_weight_bytes, sizes.longest_context) == (2 * sizes.weight_bytes, 4096)
+    for rope, longest in (
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}, 4096),
+        ({"rope_type": "default"}, 4096),
+    ):
+        model.config.rope_parameters = {**model.config.rope_parameters, **rope}
+        if "factor" not in rope:
+            model.config.rope_parameters.pop("factor")
+        assert context_limit(model) == longest
     mute = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace())
     assert context_limit(SimpleNamespace(config=mute)) is None

@@ -112,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self._note()
         if path[0] == "api":
             return self._listing(path, body)
+        if path[0] == "datasets":
+            path = path[1:]
         repository, verb, revision, file = f"{path[0]}/{path[1]}", path[2], path[3], path[4]
         assert verb == "resolve", path
         hidden = repository in self.hub.private and not self._knows_token()

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from hkvprof.errors import UsageError
-from hkvprof.evaluate.records import FULL, OURS, Answer
 from hkvprof.evaluate.shown import FILE, MOST_SAMPLES, keep_shown, read_shown
 from hkvprof.report.evaluated import evaluated
 from hkvprof.samples.record import Sample, Turn
+from tests.report.evaluations import write
 
 EVIL = "<img src=x onerror=alert(1)>'"
-
-
-def answer(sample: str, method: str, text: str, score: float) -> Answer:
-    return Answer(
-        sample=sample, task="colours", regime="inside", turn=0, method=method,
-        budget="" if method == FULL else "0.10", text=text, expected="red", metric="exact_match",
-        score=score, kl=0.1, agreement=0.9, nll=0.2, steps=4, prompt_tokens=100,
-        resident_bytes=100 if method == FULL else 10, storage_bytes=10, host_bytes=0,
-        dense_bytes=100, compress_seconds=0.0, hit_rate=None,
-    )  # fmt: skip
-
-
-def write(folder: Path, text: str = "blue") -> None:
-    told = [
-        one
-        for sample in ("a", "b")
-        for one in (answer(sample, FULL, "red", 1.0), answer(sample, OURS, text, 0.0))
-    ]
-    lines = [json.dumps(asdict(one)) + "\n" for one in told]
-    (folder / "answers.jsonl").write_text("".join(lines))
 
 
 def sample(name: str, task: str = "colours") -> Sample:

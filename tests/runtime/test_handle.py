@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hkvprof.calibration.uniform import uniform_profile
 from hkvprof.errors import BudgetError, CompressionError, ModelError, ProfileError, UsageError
 from hkvprof.models.calls import cache_keyword, cache_of, with_cache
 from hkvprof.runtime import CompressedCache, measure_storage
+from hkvprof.runtime.handle import open_profile
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, left_padded, random_llama, token_ids
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
@@ -401,3 +403,12 @@ def test_an_attention_that_loses_the_mark_is_noticed(
         pytest.raises(CompressionError, match="layer 0: attention got other keys"),
     ):
         llama(input_ids=token_ids(1, 100))
+
+
+def test_a_profile_that_is_open_is_not_read_again(llama: Any, tmp_path: Path) -> None:
+    path = profile_of(llama, "static").save(tmp_path / "p.safetensors")
+    opened = open_profile(path)
+    path.unlink()
+    with apply(llama, opened, 0.5) as handle:
+        assert handle.profile is opened.profile
+        assert "p.safetensors" in repr(handle)

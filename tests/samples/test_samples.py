@@ -169,7 +169,7 @@ BAD_LINES = [
     (record(messages=[{"role": "user", "content": "x", "name": "y"}]), "'messages[0].name' is not"),
     (record(**user("text")), f"field '{CONTENT}[0]': expected a part"),
     (record(**user({"type": "audio"})), f"field '{CONTENT}[0]': expected a part"),
-    (record(**user({"type": "video", "path": "v.mp4"})), f"'{CONTENT}[0].frames' is missing"),
+    (record(**user({"type": "video", "path": "v.mp4"})), f"'{CONTENT}[0].path': no video file and"),
     (record(**user(video([]))), f"field '{CONTENT}[0].frames': expected at least 1 entry"),
     (record(**user(video(["no.png"]))), f"field '{CONTENT}[0].frames[0]': no image file at"),
     (record(**user(video(["../a.png"]))), f"field '{CONTENT}[0].frames[0]': ../a.png leads out"),

@@ -161,7 +161,7 @@ function heads() {
 
 // The plan that the sliders choose, of those computed in advance.
 function showPlan() {
-  const { budgets, fetches, cells } = data.plans;
+  const { budgets, fetches, cells, quality } = data.plans;
   const b = +byId("budget").value, f = +byId("fetch").value, plan = cells[b][f];
   byId("budget-said").textContent = percent(budgets[b]);
   byId("fetch-said").textContent = fetches[f] === "0" ? "0 (no host memory)" : fetches[f];
@@ -173,8 +173,9 @@ function showPlan() {
     said.textContent = `${human(plan.resident)} of ${human(plan.dense)} on the device ` +
       `(${percent(plan.resident / plan.dense)}), tables ${human(plan.tables)} once per model, ` +
       `${human(plan.host)} in host memory; a step reads ${human(plan.read)}, at most ` +
-      `${human(plan.most)}; ${percent(plan.static)} of heads static; expected loss ` +
-      (plan.loss === null ? "not measured" : percent(plan.loss)) + ".";
+      `${human(plan.most)}; ${percent(plan.static)} of heads static; ` +
+      (quality[b][f] ? `held-out samples, ${quality[b][f]}.`
+        : `expected loss ${plan.loss === null ? "not measured" : percent(plan.loss)}.`);
     const rows = Array.from({ length: data.layers }, (_, l) =>
       Array.from({ length: data.kv_heads }, (_, h) => l * data.kv_heads + h));
     const about = (i, l, h) => `layer ${l}, head ${h}: ${kinds[plan.kinds[i]]}\n` +

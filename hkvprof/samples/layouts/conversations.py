@@ -58,7 +58,7 @@ LLAVA = RowLayout(
         ("system", "first message"),
         ("image", "picture in the place of <image>"),
         ("images", "pictures in the places of <image>"),
-        ("video", "folder of frames, in the place of <video>"),
-        ("videos", "folders of frames, in the places of <video>"),
+        ("video", "video file or folder of frames, in the place of <video>"),
+        ("videos", "video files or folders of frames, in the places of <video>"),
     ),
 )

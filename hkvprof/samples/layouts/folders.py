@@ -23,9 +23,9 @@ from hkvprof.samples.layouts.drafts import (
     text,
     text_part,
 )
-from hkvprof.samples.layouts.media import natural
 from hkvprof.samples.layouts.pictures import Part, Pictures, listed, wrong
 from hkvprof.samples.layouts.tables import ListTable, read_json, read_text
+from hkvprof.samples.videos import natural
 
 MAX_FILES = 100_000
 _REPLIES = ("multiple_choice_answer", "answers")
@@ -65,18 +65,21 @@ def _entries(folder: Path) -> list[Path]:
         raise UsageError(f"cannot read {folder}: {error.strerror or error}") from None
 
 
-def pictures_table(folder: Path, files: list[Path]) -> ListTable:
-    """One row per picture, called by its path below the folder."""
+def files_table(folder: Path, files: list[Path], column: str) -> ListTable:
+    """One row per picture or video, in the column that holds it, called by its path below the
+    folder."""
     names = [path.relative_to(folder).as_posix() for path in files]
-    return ListTable(folder.name, [{"id": name, "image": name} for name in names],
+    return ListTable(folder.name, [{"id": name, column: name} for name in names],
                      [str(path) for path in files])  # fmt: skip
 
 
-def videos_table(folder: Path) -> ListTable:
-    """One row per folder inside the folder, called by its name, whose pictures are frames."""
-    names = sorted((e.name for e in _entries(folder) if e.is_dir()), key=natural)
-    return ListTable(folder.name, [{"id": name, "video": name} for name in names],
-                     [str(folder / name) for name in names])  # fmt: skip
+def videos_table(folder: Path, files: list[Path]) -> ListTable:
+    """One row per video file, and per folder inside the folder whose pictures are frames, unless
+    video files lie in it."""
+    held = {part for path in files for part in path.relative_to(folder).parts[:-1]}
+    inside = {e for e in _entries(folder) if e.is_dir() and e.name not in held}
+    both = sorted((*files, *inside), key=lambda path: natural(path.relative_to(folder).as_posix()))
+    return files_table(folder, both, "video")
 
 
 def text_table(folder: Path, files: list[Path]) -> ListTable:

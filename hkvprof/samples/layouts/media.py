@@ -1,22 +1,14 @@
-"""What a row shows: pictures, and videos as frames listed or a folder of them; no video files."""
+"""What a row shows: pictures, and videos as files, frames listed or a folder of them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hkvprof.errors import SampleError
-from hkvprof.samples.layouts.pictures import PICTURE_SUFFIXES, Given, Part, Pictures, listed, wrong
-from hkvprof.samples.parse import MAX_PARTS
-
-DEFAULT_FPS = 2.0
-"""Frames per second of a video that does not say so: the default of qwen-vl-utils."""
-VIDEO_SUFFIXES = (
-    ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".gifv",
-)  # fmt: skip
+from hkvprof.samples.layouts.pictures import Given, Part, Pictures, listed, wrong
+from hkvprof.samples.videos import DEFAULT_FPS, MAX_FPS, frame_names, is_video
 
 
 @dataclass
@@ -66,10 +58,11 @@ class Media:
 
 
 def film(value: object, field: str, pictures: Pictures, fps: object = None) -> Part:
-    """The video part for a list of frames' paths, or for a folder of frames in natural order.
-
-    Raises SampleError naming the field; for a video file with what to do.
-    """
+    """The video part for a video file, a list of frames' paths, or a folder of frames in natural
+    order. Raises SampleError naming the field, UsageError for a file without the extra."""
+    rate = _rate(fps)
+    if isinstance(value, str) and is_video(value):
+        return pictures.film(value, field, rate)
     if isinstance(value, str):
         frames = list(_frames(value, field, pictures))
     elif isinstance(value, list) and value and all(isinstance(frame, str) for frame in value):
@@ -78,8 +71,8 @@ def film(value: object, field: str, pictures: Pictures, fps: object = None) -> P
             raise wrong(field, "the paths of frames", "pictures in the text itself")
         frames = [part["path"] for part in parts]
     else:
-        raise wrong(field, "a folder of frames, or a list of their paths", value)
-    return {"type": "video", "frames": frames, "fps": _rate(fps)}
+        raise wrong(field, "a video file, a folder of frames, or a list of their paths", value)
+    return {"type": "video", "frames": frames, "fps": rate}
 
 
 def _rate(fps: object) -> float:
@@ -87,29 +80,18 @@ def _rate(fps: object) -> float:
     if fps is None:
         return DEFAULT_FPS
     try:
-        if isinstance(fps, int | float | str) and not isinstance(fps, bool):
+        if isinstance(fps, int | float | str) and 0 < float(fps) <= MAX_FPS:
             return float(fps)
     except (ValueError, OverflowError):
         pass
-    raise wrong("fps", "a number", fps)
+    raise wrong("fps", f"a number above 0, at most {MAX_FPS}", fps)
 
 
 def _frames(written: str, field: str, pictures: Pictures) -> Iterator[str]:
-    if written.lower().endswith(VIDEO_SUFFIXES):
-        raise SampleError(
-            f"field '{field}': {written[:80]} is a video file, and frames are read: extract them, "
-            f"such as `ffmpeg -i {Path(written).name[:80]} -vf fps=2 FOLDER/%04d.png`, and give "
-            "the folder"
-        )
     folder = pictures.folder(written, field)
-    names = [p.name for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES]
-    if not 0 < len(names) <= MAX_PARTS:
-        raise wrong(field, f"a folder of 1 to {MAX_PARTS} frames", f"{len(names)} pictures")
-    for name in sorted(names, key=natural):
+    try:
+        names = frame_names(folder, written[:80])
+    except SampleError as error:
+        raise SampleError(f"field '{field}': {error}") from None
+    for name in names:
         yield pictures.located(str(folder / name), field)
-
-
-def natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts frame2 before frame10."""
-    pieces = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(p[0] in "0123456789", int(p) if p[0] in "0123456789" else 0, p) for p in pieces]

@@ -92,7 +92,12 @@ class Opened:
         if self.question:
             row = {**row, ALL: self.question}
         draft = self.layout.build(row, self.pictures)
-        return parse_record({**draft, "id": id_, "task": task}, str)
+        return parse_record({**draft, "id": id_, "task": task}, str, _film)
+
+
+def _film(path: str, fps: float) -> dict[str, Any]:
+    """A video file that its layout has found and checked."""
+    return {"type": "video", "path": path, "fps": fps}
 
 
 def _are_ids(values: Sequence[Any]) -> bool:

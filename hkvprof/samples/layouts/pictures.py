@@ -14,14 +14,12 @@ from urllib.parse import unquote
 from hkvprof.errors import SampleError
 from hkvprof.samples import images
 from hkvprof.samples.parse import MAX_PARTS
+from hkvprof.samples.videos import file_part
 
 Part = dict[str, Any]
 Given = tuple[str, object]
 """A field, as errors call it, and what stands there for a picture."""
 
-PICTURE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
-)  # fmt: skip
 MAX_PATH_CHARACTERS = 4096
 _ENCODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
 """How JPEG, PNG, GIF, WebP and BMP files begin in base64; a path of this length is none."""
@@ -90,6 +88,29 @@ class Pictures:
         except SampleError as error:
             raise SampleError(f"field '{field}': {error}") from None
         return str(found)
+
+    def film(self, written: str, field: str, fps: float) -> Part:
+        """The video part for a video file inside one of the folders. Raises SampleError naming the
+        field, UsageError where the extra that decodes it is not installed."""
+        if not written.isprintable() or not 0 < len(written) <= MAX_PATH_CHARACTERS:
+            raise wrong(field, "the path of a video", written)
+        if written.startswith(("http://", "https://")):
+            raise SampleError(
+                f"field '{field}': {written[:80]} is a web address, and videos are not fetched: "
+                "download them, and write their paths"
+            )
+        wanted = [written.removeprefix("file://"), unquote(written.removeprefix("file://"))]
+        try:
+            found = self._first(wanted)
+            if found is None:
+                raise SampleError(self._nowhere(wanted).replace("image", "video", 1))
+            return file_part(found, fps)
+        except OSError as error:
+            raise SampleError(
+                f"field '{field}': cannot read {written[:80]}: {error.strerror or error}"
+            ) from None
+        except SampleError as error:
+            raise SampleError(f"field '{field}': {error}") from None
 
     def folder(self, written: str, field: str) -> Path:
         """A folder inside one of the folders. Raises SampleError naming the field."""

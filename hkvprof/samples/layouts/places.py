@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hkvprof.errors import SampleError, UsageError
+from hkvprof.lazy import require_extra
 from hkvprof.samples.layouts import folders, tables
 from hkvprof.samples.layouts.folders import MILEBENCH, files_below, own_files
-from hkvprof.samples.layouts.media import VIDEO_SUFFIXES
 from hkvprof.samples.layouts.opened import NATIVE, Opened
 from hkvprof.samples.layouts.parquet import ParquetTable
-from hkvprof.samples.layouts.pictures import PICTURE_SUFFIXES
 from hkvprof.samples.layouts.questions import PICTURES, TEXT, VIDEOS
 from hkvprof.samples.layouts.recognise import (
     Reading,
@@ -21,6 +20,7 @@ from hkvprof.samples.layouts.recognise import (
     opened,
     recognise,
 )
+from hkvprof.samples.videos import PICTURE_SUFFIXES, VIDEO_SUFFIXES, is_video
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is looked at to recognise a .jsonl file: pictures in it may be base64."""
@@ -28,7 +28,7 @@ _FILES = (".jsonl", ".json", ".csv", ".tsv")
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 _DEPTH = 4
 """Levels of folders in which Parquet files and pictures are looked for."""
-_WHAT = "JSON, CSV or Parquet files, pictures or .txt files"
+_WHAT = "JSON, CSV or Parquet files, pictures, videos or .txt files"
 
 
 def open_file(path: Path, reading: Reading) -> Opened | None:
@@ -45,6 +45,8 @@ def open_file(path: Path, reading: Reading) -> Opened | None:
         return opened(tables.read_csv(path), reading, path.parent)
     if kind == ".txt":
         return _texts(path.parent, [path], reading)
+    if is_video(path):
+        return _videos(path.parent, [path], reading)
     if kind == ".json":
         return _json(path, reading)
     if reading.layout is None and is_native(tables.first_object(path, MAX_LINE_BYTES)):
@@ -60,7 +62,8 @@ def open_folder(folder: Path, reading: Reading) -> Opened:
     if wanted in (None, MILEBENCH.name) and (files := folders.milebench_files(folder)):
         return opened(folders.milebench_table(folder, files), reading, folder)
     if wanted == VIDEOS.name:
-        return opened(folders.videos_table(folder), reading, folder)
+        files = files_below(folder, VIDEO_SUFFIXES, _DEPTH)
+        return opened(folders.videos_table(folder, files), reading, folder)
     if wanted not in (PICTURES.name, TEXT.name) and (file := _data_file(folder)) is not None:
         if (found := open_file(file, reading)) is not None:
             return found
@@ -73,11 +76,7 @@ def open_folder(folder: Path, reading: Reading) -> Opened:
     if files := own_files(folder, (".txt",), _DEPTH):
         return _texts(folder, files, reading)
     if files := files_below(folder, VIDEO_SUFFIXES, _DEPTH):
-        raise UsageError(
-            f"{folder} holds {len(files)} video files, and frames are read: extract them into a "
-            f"folder per video, such as `ffmpeg -i {files[0].name} -vf fps=2 "
-            f"{files[0].stem}/%04d.png`, and give --data-format {VIDEOS.name} and a --question"
-        )
+        return _videos(folder, files, reading)
     raise UsageError(f"{_lacks(folder)}, and no {_WHAT} (docs/sample-format.md)")
 
 
@@ -105,7 +104,18 @@ def _pictures(folder: Path, files: list[Path], reading: Reading) -> Opened:
             "--question, such as --question 'What does this picture show?' (if they are frames, a "
             f"folder per video: --data-format {VIDEOS.name})"
         )
-    return opened(folders.pictures_table(folder, files), reading, folder)
+    return opened(folders.files_table(folder, files, "image"), reading, folder)
+
+
+def _videos(folder: Path, files: list[Path], reading: Reading) -> Opened:
+    """One row per video file, which is decoded by what the extra installs."""
+    if reading.layout in (None, VIDEOS.name) and not reading.question:
+        raise UsageError(
+            f"{folder} holds {len(files)} video files without questions: give one for all with "
+            "--question, such as --question 'What happens in this video?'"
+        )
+    require_extra("av", "video")
+    return opened(folders.files_table(folder, files, "video"), reading, folder)
 
 
 def _texts(folder: Path, files: list[Path], reading: Reading) -> Opened:

@@ -174,7 +174,7 @@ ALPACA = RowLayout(
 )
 VIDEOS = RowLayout(
     name="videos",
-    title="folders of frames, with one question for all",
+    title="video files or folders of frames, with one question for all",
     source="https://huggingface.co/docs/datasets/video_load",
     fits=lambda columns: _has(columns, "video", "videos"),
     build=_captioned,

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hkvprof.errors import SampleError, UsageError
 from hkvprof.evaluate.datasets.layouts import load_layout
-from hkvprof.samples.layouts import folders
 from hkvprof.samples.read import load_samples
 from tests.evaluate.datasets.disk import milebench
 from tests.samples.layouts.shown import load, paint, shown, write
@@ -106,78 +103,3 @@ def test_folders_of_frames(tmp_path: Path) -> None:
         load_samples(tmp_path)
     with pytest.raises(SampleError, match="videos without questions: give one for all"):
         load(tmp_path, "videos")
-    (tmp_path / "films").mkdir()
-    (tmp_path / "films" / "clip.mp4").touch()
-    with pytest.raises(UsageError, match=r"1 video files, and frames are read: .*ffmpeg -i clip"):
-        load_samples(tmp_path / "films")
-
-
-def test_links_out_of_a_folder_of_pictures(tmp_path: Path) -> None:
-    inner = tmp_path / "inner"
-    paint(inner / "a.png", "red")
-    paint(tmp_path / "out" / "b.png", "red")
-    (inner / "b.png").symlink_to(tmp_path / "out" / "b.png")
-    (inner / "out").symlink_to(tmp_path / "out")
-    loaded = load(inner, question="?", on_error="skip")
-    assert [sample.id for sample in loaded.samples] == ["a.png"]
-    assert "b.png leads out of" in loaded.skipped[0]
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.txt", "a.parquet", "T/T.json"])
-def test_files_of_data_that_lie_elsewhere(tmp_path: Path, name: str) -> None:
-    """Errors would quote them."""
-    secret = write(tmp_path / "secret", "root:x:0:0")
-    inner = tmp_path / "inner"
-    (inner / "T" / "images").mkdir(parents=True)
-    (inner / name).symlink_to(secret)
-    with pytest.raises(SampleError, match="leads out of") as caught:
-        load_samples(inner)
-    assert "root:x" not in str(caught.value)
-
-
-def test_a_folder_of_pictures_that_is_a_link_out(tmp_path: Path) -> None:
-    paint(tmp_path / "out" / "a.png", "red")
-    rows = [{"question": "?", "image": "a.png"}]
-    path = write(tmp_path / "data" / "a.json", rows)
-    (tmp_path / "data" / "images").symlink_to(tmp_path / "out")
-    with pytest.raises(SampleError, match=r"no image file a.png in \S+; --image-folder"):
-        load_samples(path)
-    assert len(load(path, image_folder=tmp_path / "data" / "images").samples) == 1
-
-
-def test_texts(tmp_path: Path) -> None:
-    write(tmp_path / "a.txt", "One line.\n")
-    write(tmp_path / "b.txt", "x" * (folders.PIECE + 1) + "\nend\n")
-    loaded = load(tmp_path, question="Sum up.")
-    assert [sample.id for sample in loaded.samples] == ["a.txt-00000", "b.txt-00000", "b.txt-00001"]
-    assert shown(loaded.samples[0]) == "user: One line.\nSum up."
-    assert "pieces of at most 8,000 characters" in loaded.recognised.lines()[-1]
-    assert shown(load_samples(tmp_path / "a.txt").samples[0]) == "user: One line.\n"
-    rows = write(tmp_path / "c4.jsonl", [{"text": "One."}, {"text": "Two.", "url": "x"}])
-    assert [shown(s) for s in load_samples(rows).samples] == ["user: One.", "user: Two."]
-    (tmp_path / "d.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(SampleError, match=r"d.txt: expected UTF-8"):
-        load_samples(tmp_path / "d.txt")
-    with pytest.raises(SampleError, match="has the fields none"):
-        load_samples(write(tmp_path / "e.txt", " \n"))
-
-
-@given(st.text("ab \n\r", max_size=60), st.integers(1, 9))
-@settings(max_examples=200, deadline=None)
-def test_pieces_are_the_text(content: str, most: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "PIECE", most)
-        made = list(folders.pieces(content))
-    assert all(0 < len(piece) <= most and piece.strip() for piece in made)
-    assert "".join("".join(made).split()) == "".join(content.split())
-
-
-def test_a_folder_without_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "notes.md", "x")
-    with pytest.raises(UsageError, match=r"holds no samples.jsonl, and no JSON, CSV or Parquet"):
-        load_samples(tmp_path)
-    paint(tmp_path / "a.png", "red")
-    paint(tmp_path / "b.png", "red")
-    monkeypatch.setattr(folders, "MAX_FILES", 1)
-    with pytest.raises(UsageError, match="holds more than 1 files"):
-        load(tmp_path, question="?")

@@ -130,7 +130,7 @@ def test_csv_and_tsv(tmp_path: Path) -> None:
         ('[{"question": "x"}, 7]', "record 1: expected an object, found '7'"),
         ('[{"question": "x <image> y"}]', "found 1 places <image> and 0 pictures"),
         ('[{"instruction": "x", "output": "y", "history": ["a"]}]', "field 'history[0]': expected"),
-        ('[{"question": "x", "video": "a.mp4"}]', "field 'video': a.mp4 is a video file"),
+        ('[{"question": "x", "video": "a.mp4"}]', "field 'video': no video file a.mp4 in"),
         ('[{"question": "\\ud800"}]', "half a character"),
         ("[" * 100_000, "nested too deeply"),
     ],
