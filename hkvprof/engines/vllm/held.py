@@ -68,9 +68,11 @@ class HeldPrompt:
         held = Residents.around(key[middle], value[middle], self.pages.bits)
         rows = held.append(key[few], value[few]).rows
         ends = torch.cat([chosen[:sinks], chosen[len(chosen) - recent :]])
-        exact = (torch.cat([mean[None], part[ends]])
-                 for mean, part in zip(held.mean, (key, value), strict=True))  # fmt: skip
-        return self._paged(rows), *exact
+        exact = [
+            torch.cat([mean[None], part[ends]])
+            for mean, part in zip(held.mean, (key, value), strict=True)
+        ]
+        return self._paged(rows), exact[0], exact[1]
 
     def _paged(self, rows: UInt8[Tensor, "rows row_bytes"]) -> Tensor:
         """Rows page by page, each page's bytes filled up with zeros."""

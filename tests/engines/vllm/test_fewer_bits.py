@@ -15,7 +15,8 @@ import torch
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.profile.blocks import plan_blocks
 from hkvprof.profile.record import Profile
-from tests.engines.vllm.lab import Lab, answered_by_transformers, assert_close, assert_tidy
+from hkvprof.selection.residents import rotate
+from tests.engines.vllm.lab import Lab, answered_by_transformers, assert_tidy
 from tests.engines.vllm.tiny import Told, profile, prompts, save_model
 
 pytestmark = [
@@ -68,9 +69,11 @@ def test_what_is_held_is_what_the_transformers_runtime_holds(
         assert len(wanted.kept) == len(stored[len(prompt)]) == 6
         for name, found in stored[len(prompt)].items():
             assert usual.kept[str(len(prompt))][name] == wanted.kept[name].tolist(), name
-            away = (found - wanted.stored[name]).abs()
-            # Both models compute in float32: here and there a code is the next one.
-            assert float((away > 1e-3).float().mean()) < 1e-3, name
+            # Both models compute in float32: here and there a code, or the scale of a row, is the
+            # next one; before it is turned back that is one number, or a few.
+            away = rotate(found - wanted.stored[name]).abs()
+            assert float((away > 1e-3).float().mean()) < 3e-3, name
+            assert float(away.max()) < 0.1 * float(found.abs().max()), name
         assert usual.tokens[number] == [wanted.tokens]
         own = torch.tensor(usual.logprobs[number][0])
         torch.testing.assert_close(own, torch.tensor(wanted.logprobs), rtol=2e-3, atol=2e-3)
@@ -88,17 +91,16 @@ def test_receipts_tell_bits_and_memory_comes_back(usual: Told) -> None:
 
 def test_chunks_preemption_and_prefix_hits_change_nothing(lab: Lab) -> None:
     """Replies long enough that blocks run out; rows are computed again with tokens after them."""
-    asked = {"prompts": prompts((520, 530, 40, 600), 3), "max_tokens": 70}
+    asked = {"prompts": prompts((520, 530, 40, 525, 515), 3), "max_tokens": 110}
     roomy = lab.run(BUDGET, **asked)
-    engine = {"num_gpu_blocks_override": 170, "enable_prefix_caching": True,
-              "max_model_len": 700, "max_num_batched_tokens": 123}  # fmt: skip
+    engine = {"num_gpu_blocks_override": 124, "enable_prefix_caching": True,
+              "max_model_len": 640, "max_num_batched_tokens": 123}  # fmt: skip
     tight = lab.run(BUDGET, **asked, engine=engine, waves=2)
     assert tight.preemptions > 0
     assert roomy.preemptions == 0
     assert sum(tight.cached) > 0
     assert tight.kept == roomy.kept
-    assert_close(replace(tight, tokens=tight.tokens[:4], logprobs=tight.logprobs[:4]), roomy)
-    assert tight.tokens[4:] == roomy.tokens
+    assert tight.tokens == roomy.tokens * 2
     assert_tidy(tight)
 
 
