@@ -24,6 +24,7 @@ from hkvprof.engines.vllm.seams import (
 )
 from hkvprof.engines.vllm.spec import PlannedHeadSpec
 from hkvprof.engines.vllm.windows import Windows
+from hkvprof.heads import EXACT_BITS
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,19 @@ def _builder(base: Any) -> Any:
 def _impl(base: Any) -> Any:
     class PlannedImpl(base):
         """Attends as the backend does; then prompts that ended give up what is not kept."""
+
+        def do_kv_cache_update(
+            self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+        ) -> None:
+            """See the backend's own; blocks that begin are cleared first.
+
+            Rows of bytes that a block held before may read as NaN, and vLLM's kernel multiplies
+            what lies behind a sequence by zero.
+            """
+            if any(bits < EXACT_BITS for bits in layer.plan.bits):
+                size = kv_cache.shape[2]
+                kv_cache[slot_mapping[slot_mapping % size == 0] // size] = 0
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
         def forward(
             self, layer: Any, query: Tensor, key: Any, value: Any, kv_cache: Tensor,

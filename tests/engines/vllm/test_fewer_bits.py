@@ -91,10 +91,10 @@ def test_receipts_tell_bits_and_memory_comes_back(usual: Told) -> None:
 
 def test_chunks_preemption_and_prefix_hits_change_nothing(lab: Lab) -> None:
     """Replies long enough that blocks run out; rows are computed again with tokens after them."""
-    asked = {"prompts": prompts((520, 530, 40, 525, 515), 3), "max_tokens": 110}
+    asked = {"prompts": prompts((520, 530, 40, 525, 515), 3), "max_tokens": 200}
     roomy = lab.run(BUDGET, **asked)
-    engine = {"num_gpu_blocks_override": 124, "enable_prefix_caching": True,
-              "max_model_len": 640, "max_num_batched_tokens": 123}  # fmt: skip
+    engine = {"num_gpu_blocks_override": 178, "enable_prefix_caching": True,
+              "max_model_len": 768, "max_num_batched_tokens": 123}  # fmt: skip
     tight = lab.run(BUDGET, **asked, engine=engine, waves=2)
     assert tight.preemptions > 0
     assert roomy.preemptions == 0
