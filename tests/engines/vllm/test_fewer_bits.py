@@ -93,7 +93,8 @@ def test_chunks_and_preemption_change_nothing(lab: Lab) -> None:
     """Replies long enough that blocks run out; rows are computed again with tokens after them."""
     asked = {"prompts": prompts((520, 530, 40, 525, 515), 3), "max_tokens": 200}
     roomy = lab.run(BUDGET, **asked)
-    engine = {"num_gpu_blocks_override": 178, "enable_prefix_caching": True,
+    groups = plan_blocks(three_kinds(), BUDGET, 32, 4).groups
+    engine = {"num_gpu_blocks_override": 29 * groups + 4, "enable_prefix_caching": True,
               "max_model_len": 768, "max_num_batched_tokens": 123}  # fmt: skip
     tight = lab.run(BUDGET, **asked, engine=engine, waves=2)
     assert tight.preemptions > 0
