@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hkvprof.errors import BudgetError
-from hkvprof.heads import EXACT_BITS, WINDOW, HeadGrid, HeadType, KeepRule, Strategy
-from hkvprof.profile.budgets import INFEASIBLE, Budget
-from hkvprof.profile.costs import Menu
+from hkvprof.heads import EXACT_BITS, HeadGrid, KeepRule, Strategy
+from hkvprof.profile.budgets import Budget
 from hkvprof.profile.dealing import allocate, losses_of
-from hkvprof.profile.planning import loss_between, plan_anew
+from hkvprof.profile.grouping import HeadGroups, LoneHeads
+from hkvprof.profile.pages import PageFormat
+from hkvprof.profile.planning import loss_between
 
 if TYPE_CHECKING:
     from hkvprof.profile.record import Profile
@@ -38,12 +39,15 @@ SLACK = 0.05
 class Blocks:
     """What the groups keep of one prompt: `dropped` whole blocks at its start are freed.
 
-    `kept_tokens` per group count the prompt's last, incomplete block; `kept_bytes` are those of all
-    heads, `dense_bytes` what they would be whole. `dense_reason` says why nothing is freed.
+    A group's heads hold `kept_tokens`, all but sinks and recent ones in `bits` bits, where its
+    blocks and the prompt's last, incomplete one have room for them; a group that frees nothing is
+    whole. `kept_bytes` are those of all heads, `dense_bytes` what they would be whole.
+    `dense_reason` says why nothing is freed.
     """
 
     tokens: int
     dropped: tuple[int, ...]
+    bits: tuple[int, ...]
     kept_tokens: tuple[int, ...]
     kept_bytes: int
     dense_bytes: int
@@ -65,13 +69,15 @@ class Blocks:
 class BlockPlan:
     """Heads in groups of equal size, and curves of what a group loses.
 
-    `group` and `strategy` are [layers, kv_heads]; `curves` float32 [lengths, groups, ratios] sum
-    the losses of a group's heads under their strategies. Plans of equal content are equal.
+    `group` and `strategy` are [layers, kv_heads]; heads of a group have residents in equal `bits`.
+    `curves` float32 [lengths, groups, ratios] sum the losses of a group's heads under their
+    strategies. Elements have `itemsize` bytes. Plans of equal content are equal.
     """
 
     grid: HeadGrid
     share: float
     block_size: int
+    itemsize: int
     even: float
     keep: KeepRule
     strategies: tuple[Strategy, ...]
@@ -89,8 +95,8 @@ class BlockPlan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides."""
-        told = (self.grid, self.share, self.block_size, self.even, self.keep, self.strategies)
-        total = hashlib.sha256(repr(told).encode())
+        told = (self.grid, self.share, self.block_size, self.itemsize, self.even, self.keep)
+        total = hashlib.sha256(repr((*told, self.strategies)).encode())
         for array in (self.group, self.strategy, self.lengths, self.ratios, self.curves):
             total.update(np.ascontiguousarray(array).tobytes())
         return total.hexdigest()
@@ -105,13 +111,26 @@ class BlockPlan:
         """The strategy of one head."""
         return self.strategies[int(self.strategy[layer, head])]
 
-    def at(self, tokens: int, itemsize: int = 2, share: float | None = None) -> Blocks:
-        """What a prompt of `tokens` tokens keeps; `itemsize` are bytes per element.
+    @cached_property
+    def bits(self) -> tuple[int, ...]:
+        """The bits of every group's residents."""
+        first = np.unique(self.group, return_index=True)[1]
+        own = self.strategy.reshape(-1)[first].tolist()
+        return tuple(self.strategies[number].resident_bits for number in own)
+
+    @cached_property
+    def pages(self) -> tuple[PageFormat, ...]:
+        """What the pages of every group hold."""
+        size, dim = self.block_size, self.grid.head_dim
+        return tuple(PageFormat(bits, size, dim, self.itemsize) for bits in self.bits)
+
+    def at(self, tokens: int, share: float | None = None) -> Blocks:
+        """What a prompt of `tokens` tokens keeps.
 
         A `share` of its own changes how many blocks the groups keep, not which heads are in them.
         """
         plan = self if share is None or share == self.share else _under(self, share)
-        return _blocks(plan, tokens, itemsize)
+        return _blocks(plan, tokens)
 
 
 @lru_cache(maxsize=256)
@@ -120,27 +139,45 @@ def _under(plan: BlockPlan, share: float) -> BlockPlan:
 
 
 @lru_cache(maxsize=4096)
-def _blocks(plan: BlockPlan, tokens: int, itemsize: int) -> Blocks:
-    size, groups = plan.block_size, plan.groups
+def _blocks(plan: BlockPlan, tokens: int) -> Blocks:
+    size, groups, pages = plan.block_size, plan.groups, plan.pages
     full, tail = divmod(tokens, size)
     kept, reason = np.full(groups, full), ""
     room = math.floor((plan.share * tokens - tail) * groups / size + 1e-6)
-    least = max(0, math.ceil((plan.keep.floor_tokens - tail) / size))
+    least = _blocks_for([page.least_slots(plan.keep) for page in pages], tail, size)
     if plan.share >= 1:
         reason = "the budget is 1.0"
     elif tokens < MIN_TOKENS:
         reason = f"prompt of {tokens} tokens is shorter than {MIN_TOKENS}"
-    elif room < groups * least:
+    elif room < least.sum():
         reason = f"{room} blocks for {groups} groups do not hold sinks and recent tokens"
     else:
-        kept = _rounded(_ratios(plan, tokens) * tokens - tail, size, least, full, room)
-    held = kept * size + tail
-    token_bytes = plan.grid.token_bytes(itemsize)
+        wanted = _ratios(plan, tokens) * tokens - tail
+        most = _blocks_for([page.enough(tokens, plan.keep) for page in pages], tail, size)
+        most = np.where(wanted < full * size, np.clip(most, least, full), full)
+        kept = _rounded(wanted, size, least, most, room)
+    return _told(plan, tokens, kept, reason)
+
+
+def _blocks_for(slots: list[int], tail: int, size: int) -> NDArray[np.int64]:
+    """Whole blocks that have so many slots with a prompt's last, incomplete one of `tail`."""
+    return np.maximum(0, -(-(np.array(slots, dtype=np.int64) - tail) // size))
+
+
+def _told(plan: BlockPlan, tokens: int, kept: NDArray[np.int64], reason: str) -> Blocks:
+    full, tail = divmod(tokens, plan.block_size)
+    held, token_bytes = kept * plan.block_size + tail, plan.grid.token_bytes(plan.itemsize)
+    frees = [
+        (page, slots, slots < tokens) for page, slots in zip(plan.pages, held.tolist(), strict=True)
+    ]
     return Blocks(
         tokens=tokens,
         dropped=tuple((full - kept).tolist()),
-        kept_tokens=tuple(held.tolist()),
-        kept_bytes=int(held.sum()) * token_bytes // groups,
+        bits=tuple(page.bits if less else EXACT_BITS for page, _, less in frees),
+        kept_tokens=tuple(
+            page.tokens(slots, tokens, plan.keep) if less else tokens for page, slots, less in frees
+        ),
+        kept_bytes=int(held.sum()) * token_bytes // plan.groups,
         dense_bytes=tokens * token_bytes,
         expected_loss=_loss(plan, tokens, held / max(1, tokens)),
         dense_reason=reason,
@@ -165,17 +202,22 @@ def _ratios(plan: BlockPlan, tokens: int) -> NDArray[np.float64]:
 
 
 def _rounded(
-    wanted: NDArray[np.float64], size: int, least: int, full: int, room: int
+    wanted: NDArray[np.float64],
+    size: int,
+    least: NDArray[np.int64],
+    most: NDArray[np.int64],
+    room: int,
 ) -> NDArray[np.int64]:
-    """Whole blocks, `room` of them at most: what is left over goes to the largest remainders."""
-    exact = np.clip(wanted / size, least, full)
+    """Whole blocks, `room` of them at most: what is left over goes to the largest remainders, then
+    to all alike."""
+    exact = np.clip(wanted / size, least, most)
     kept = np.floor(exact + 1e-6).astype(np.int64)
     while kept.sum() > room:
         kept[int(np.argmax(np.where(kept > least, kept - exact, -np.inf)))] -= 1
     order = np.argsort(-(exact - kept), kind="stable")
-    for group in order.tolist():
-        if kept.sum() < room and kept[group] < full:
-            kept[group] += 1
+    while kept.sum() < room and (kept < most).any():
+        more = order[kept[order] < most[order]][: room - kept.sum()]
+        kept[more] += 1
     return kept
 
 
@@ -185,13 +227,15 @@ def _loss(plan: BlockPlan, tokens: int, ratio: NDArray[np.float64]) -> float:
     return float(losses_of(_curves(plan, tokens), plan.ratios, none, at).sum())
 
 
-def plan_blocks(profile: Profile, budget: float | int | str | Budget, block_size: int) -> BlockPlan:
+def plan_blocks(
+    profile: Profile, budget: float | int | str | Budget, block_size: int, itemsize: int = 2
+) -> BlockPlan:
     """Group the heads of a profile for blocks of `block_size` tokens under a budget in shares.
 
-    Heads are static, scored by the window, with residents in 16 bits and without a text prior,
-    whatever else the menu has.
-    Groups are cut from heads in the order of what they would get by themselves; there are as few of
-    them as lose no more than SLACK. Raises BudgetError.
+    Heads are static, scored by the window and without a text prior, whatever else the menu has;
+    `itemsize` are bytes per element of what is not in fewer bits. Groups are cut from heads in the
+    order of what they would get by themselves, and each has the bits in which it then loses least;
+    there are as few of them as lose no more than SLACK. Raises BudgetError.
     """
     share = Budget.parse(budget).share
     if share is None:
@@ -199,10 +243,9 @@ def plan_blocks(profile: Profile, budget: float | int | str | Budget, block_size
             f"budget {budget!r} for blocks must be a share of dense bytes such as 0.2 or '20%': a "
             "block table is planned for requests of every length"
         )
-    loss = _static_losses(profile)
-    single = _singles(profile, loss, share)
+    heads = LoneHeads.of(profile, share)
     plans = [
-        _grouped(profile, loss, share, block_size, single, size)
+        _planned(profile, share, block_size, itemsize, heads.cut(size))
         for size in _sizes(profile.grid.total, share)
     ]
     lost = [sum(_loss_of_shares(plan, n) for n in plan.lengths.tolist()) for plan in plans]
@@ -217,61 +260,22 @@ def _sizes(heads: int, share: float) -> list[int]:
     return [heads // n for n in range(1, min(heads, MOST_GROUPS) + 1) if heads % n == 0]
 
 
-def _is_able(one: Strategy) -> bool:
-    exact = one.resident_bits == EXACT_BITS and one.score == WINDOW
-    return one.head_type is HeadType.STATIC and exact and not one.text_prior
-
-
-def _static_losses(profile: Profile) -> NDArray[np.float32]:
-    """Curves [A, S, L, Hkv, R], infeasible where the engine cannot do what the strategy says."""
-    able = [_is_able(one) for one in profile.strategies]
-    if not any(able) or profile.recipe == "paper":
-        raise BudgetError(
-            f"an engine with blocks needs measured curves of static strategies with residents in "
-            f"{EXACT_BITS} bits, scored by the window, found the recipe {profile.recipe!r} with "
-            f"{', '.join(one.name for one in profile.strategies)}: calibrate with --recipe measured"
-        )
-    return np.where(np.array(able)[:, None, None, None], profile.loss, INFEASIBLE)
-
-
-def _singles(
-    profile: Profile, loss: NDArray[np.float32], share: float
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Ratio and strategy of every head, planned one by one for a prompt of the usual length."""
-    tokens = profile.usual_tokens
-    menu = Menu(profile.strategies, profile.keep, profile.grid.head_dim, tokens, 2)
-    curves = loss_between(loss, profile.lengths, tokens)
-    share = max(share, menu.floor)
-    made = plan_anew(menu, curves, profile.ratios, share, profile.rules, None, math.inf)
-    return made.ratio, made.strategy.astype(np.int64)
-
-
-def _grouped(
-    profile: Profile,
-    loss: NDArray[np.float32],
-    share: float,
-    block_size: int,
-    single: tuple[NDArray[np.float32], NDArray[np.int64]],
-    size: int,
+def _planned(
+    profile: Profile, share: float, block_size: int, itemsize: int, groups: HeadGroups
 ) -> BlockPlan:
-    ratio, strategy = single
-    group = np.empty(ratio.size, dtype=np.int64)
-    group[np.argsort(-ratio.reshape(-1), kind="stable")] = np.arange(ratio.size) // size
-    own = np.take_along_axis(loss, strategy[None, None, :, :, None], axis=1)[:, 0]
-    own = own.reshape(len(profile.lengths), ratio.size, -1).astype(np.float64)
-    curves = np.stack([own[:, group == g].sum(axis=1) for g in range(ratio.size // size)], axis=1)
     return BlockPlan(
         grid=profile.grid,
         share=share,
         block_size=block_size,
+        itemsize=itemsize,
         even=profile.rules.even,
         keep=profile.keep,
         strategies=profile.strategies,
-        group=group.reshape(ratio.shape),
-        strategy=strategy,
+        group=groups.group,
+        strategy=groups.strategy,
         lengths=profile.lengths,
         ratios=profile.ratios,
-        curves=curves.astype(np.float32),
+        curves=groups.curves,
     )
 
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from hkvprof.errors import BudgetError
 from hkvprof.heads import EXACT_BITS, HeadGrid, HeadType, Strategy
-from hkvprof.profile.blocks import MIN_TOKENS, MOST_GROUPS, SLACK, BlockPlan, plan_blocks
+from hkvprof.profile.blocks import MIN_TOKENS, MOST_GROUPS, SLACK, BlockPlan, Blocks, plan_blocks
+from hkvprof.profile.costs import quantised_bytes
+from hkvprof.profile.grouping import LoneHeads
 from hkvprof.profile.record import Profile
 from tests.engines.curves import random_profile
 
@@ -27,37 +29,58 @@ GRIDS = st.builds(
 @given(
     grid=GRIDS, seed=st.integers(0, 999), share=st.floats(0.05, 1.0),
     size=st.sampled_from([16, 32, 128]), tokens=st.integers(1, 20_000),
+    itemsize=st.sampled_from([2, 4]),
 )  # fmt: skip
 def test_a_plan_keeps_within_its_budget_in_whole_blocks(
-    grid: HeadGrid, seed: int, share: float, size: int, tokens: int
+    grid: HeadGrid, seed: int, share: float, size: int, tokens: int, itemsize: int
 ) -> None:
-    plan = plan_blocks(random_profile(grid, seed), share, size)
+    plan = plan_blocks(random_profile(grid, seed), share, size, itemsize)
     each = np.bincount(plan.group.reshape(-1))
     assert len(each) == plan.groups <= MOST_GROUPS
     assert (each == grid.total // plan.groups).all()
-    for number in np.unique(plan.strategy):
+    for (layer, head), number in np.ndenumerate(plan.strategy):
         strategy = plan.strategies[number]
         assert strategy.head_type is HeadType.STATIC
-        assert strategy.resident_bits == EXACT_BITS
+        assert strategy.resident_bits == plan.bits[plan.group[layer, head]]
     made = plan.at(tokens)
-    for dropped, kept in zip(made.dropped, made.kept_tokens, strict=True):
+    for group, dropped in enumerate(made.dropped):
         assert 0 <= dropped <= tokens // size
-        assert kept == tokens - dropped * size
+        assert_held_in_equal_bytes(plan, made, group, tokens - dropped * size)
     if made.dense_reason:
         assert not any(made.dropped)
         assert made.share == 1
     else:
         assert made.kept_bytes <= share * made.dense_bytes + 1
         assert min(made.kept_tokens) >= plan.keep.floor_tokens
-        # What rounding leaves over is less than one block of one group.
-        room = share * made.dense_bytes - made.kept_bytes
-        assert room < size * grid.token_bytes(2) / plan.groups + grid.token_bytes(2)
+        # What rounding leaves over is less than one block of one group, or nobody can use it.
+        room, token = share * made.dense_bytes - made.kept_bytes, grid.token_bytes(itemsize)
+        full = all(kept == tokens for kept in made.kept_tokens)
+        assert full or room < size * token / plan.groups + token
+
+
+def assert_held_in_equal_bytes(plan: BlockPlan, made: Blocks, group: int, slots: int) -> None:
+    """A group's tokens, counted in bytes with scales and mean, fill its slots but for what pages
+    leave over at their ends; it holds no more blocks than its tokens need."""
+    kept, bits, size = made.kept_tokens[group], made.bits[group], plan.block_size
+    if bits == EXACT_BITS:
+        assert kept == slots
+        return
+    dim, itemsize = plan.grid.head_dim, plan.itemsize
+    slot, row = 2 * dim * itemsize, quantised_bytes(bits, dim)
+    ends = plan.keep.sinks + plan.keep.recent
+    taken = (1 + ends) * slot + (kept - ends) * row
+    assert taken <= slots * slot
+    unused = (slots // size + 2) * row
+    if kept < made.tokens:
+        assert taken + unused > slots * slot
+    elif slots > size:
+        assert taken + unused + size * slot > slots * slot or slots <= size + plan.keep.floor_tokens
 
 
 def test_what_is_kept_is_what_the_heads_of_the_groups_hold() -> None:
     grid = HeadGrid(4, 8, 4, 32)
     made = (plan := plan_blocks(random_profile(grid, 3), 0.2, 16)).at(3000)
-    by_head = np.array(made.kept_tokens)[plan.group]
+    by_head = 3000 - 16 * np.array(made.dropped)[plan.group]
     assert by_head.sum() * 2 * grid.head_dim * 2 == made.kept_bytes
     assert made.dense_bytes == 3000 * grid.token_bytes(2)
 
@@ -85,15 +108,48 @@ def with_menu(profile: Profile, *first: Strategy) -> Profile:
 
 def test_strategies_that_the_engine_cannot_follow_are_never_chosen() -> None:
     profile = random_profile(HeadGrid(4, 4, 2, 32), 2)
-    for other in ({"score": "calibrated"}, {"text_prior": 0.5}, {"resident_bits": 8}):
+    for other in ({"score": "calibrated"}, {"text_prior": 0.5}):
         strategies = (profile.strategies[0], replace(profile.strategies[1], **other))
         menu = with_menu(profile, *strategies)
         plan = plan_blocks(menu, 0.2, 32)
-        assert (plan.strategy == 0).all()
-        none = with_menu(profile, strategies[1], strategies[1])
+        assert set(plan.strategy.reshape(-1).tolist()) <= {0, 2}
+        none = with_menu(profile, *[strategies[1]] * 3)
         with pytest.raises(BudgetError, match="scored by the window"):
             plan_blocks(none, 0.2, 32)
-    assert (plan_blocks(profile, 0.2, 32).strategy == 1).any()
+    plan = plan_blocks(random_profile(HeadGrid(3, 4, 2, 32), 10), 0.3, 32)
+    assert (plan.strategy == 1).any()
+
+
+def test_every_group_has_the_bits_in_which_it_loses_least() -> None:
+    """4 bits lose next to nothing in the first half of the heads, and everything in the second."""
+    profile = random_profile(HeadGrid(4, 4, 2, 32), 2)
+    loss = profile.loss.copy()
+    loss[:, 2, :2] = loss[:, 0, :2] / 1000
+    loss[:, 2, 2:] = loss[:, 0, 2:] * 1000
+    heads = LoneHeads.of(replace(profile, loss=loss), 0.1)
+    for size in (1, 2, 4):
+        made = heads.cut(size)
+        for group in range(8 // size):
+            layers = made.group == group
+            kinds = {profile.strategies[n].resident_bits for n in made.strategy[layers].tolist()}
+            assert len(kinds) == 1
+            if layers[:2].any() != layers[2:].any():
+                assert kinds == {4 if layers[:2].any() else EXACT_BITS}
+    one = LoneHeads.of(replace(profile, loss=np.where(loss > -1, loss[:, :1], loss)), 0.1)
+    assert (one.cut(4).strategy == 0).all(), "of equals the more exact"
+
+
+def test_fewer_bits_lose_less_where_they_are_good() -> None:
+    """As measured: at a tenth of the bytes 4 bits hold three times as many tokens."""
+    profile = random_profile(HeadGrid(4, 4, 2, 64), 2)
+    loss = profile.loss.copy()
+    loss[:, 2] = loss[:, 0] / 10
+    few = plan_blocks(replace(profile, loss=loss), 0.1, 32).at(2048)
+    whole = plan_blocks(with_menu(profile, *[profile.strategies[0]] * 3), 0.1, 32).at(2048)
+    assert set(few.bits) == {4}
+    assert few.kept_bytes <= 0.1 * few.dense_bytes
+    assert few.expected_loss < whole.expected_loss
+    assert sum(few.kept_tokens) / len(few.bits) > 3 * sum(whole.kept_tokens) / len(whole.bits)
 
 
 def test_short_prompts_and_whole_budgets_stay_dense_with_a_reason() -> None:

@@ -1,7 +1,9 @@
 """vLLM's own attention backend, told of prompts that end: what stays is moved, tables are shifted.
 
-Decoding needs no kernel of its own. Past its prompt a row's block table begins at its first kept
-block, and its length is shorter by what was freed; positions stay those of the whole sequence.
+Decoding in 16 bits needs no kernel of its own. Past its prompt a row's block table begins at its
+first kept block, and its length is shorter by what was freed; positions stay those of the whole
+sequence. Rows whose blocks hold fewer bits are attended to by `held.attend`: for them vLLM's kernel
+is shown the last block alone, and what it makes of it is thrown away.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hkvprof.engines.vllm.compaction import HeadRule, Pages, compact
+from hkvprof.engines.vllm.held import HeldPrompt, attend
 from hkvprof.engines.vllm.requests import ROWS
 from hkvprof.engines.vllm.seams import (
     CommonAttentionMetadata,
@@ -21,6 +24,7 @@ from hkvprof.engines.vllm.seams import (
 )
 from hkvprof.engines.vllm.spec import PlannedHeadSpec
 from hkvprof.engines.vllm.windows import Windows
+from hkvprof.heads import EXACT_BITS
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,34 @@ def shifted(metadata: Any, dropped: Tensor, size: int) -> Any:
         rswa_prefix_lens=None,
         _num_computed_tokens_cache=None,
     )
+
+
+@dataclass(frozen=True)
+class HeldQueries:
+    """Queries `first` to `last` of the step, which follow a prompt that is held in fewer bits: they
+    stand at token `place` and after it, and `table` are the row's blocks."""
+
+    first: int
+    last: int
+    place: int
+    held: HeldPrompt
+    table: Tensor
+
+
+def held_queries(
+    spec: PlannedHeadSpec, common: Any, prompts: list[int], drops: list[int]
+) -> list[HeldQueries]:
+    """Of rows that free so many blocks of prompts of so many tokens."""
+    starts, seen = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+    page, found = spec.plan.pages[spec.group], []
+    for row, (tokens, dropped) in enumerate(zip(prompts, drops, strict=True)):
+        first = max(starts[row], starts[row + 1] - (seen[row] - tokens))
+        if dropped and first < starts[row + 1]:
+            held = HeldPrompt(page, spec.plan.keep, tokens, dropped)
+            place = seen[row] - (starts[row + 1] - first)
+            table = common.block_table_tensor[row]
+            found.append(HeldQueries(first, starts[row + 1], place, held, table))
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,15 +148,18 @@ def _builder(base: Any) -> Any:
             if not any(drops):
                 whole = common.replace(rswa_prefix_lens=None)
                 made = super().build(common_prefix_len, whole, fast_build)
-                made.hkvprof_chunks, made.hkvprof_rest = [], None
+                made.hkvprof_chunks, made.hkvprof_held, made.hkvprof_rest = [], [], None
                 return made
-            done = common.compute_num_computed_tokens() >= torch.tensor(prompts)
-            moved = shifted(common, torch.where(done, torch.tensor(drops), 0), spec.block_size)
+            computed, freed = common.compute_num_computed_tokens(), torch.tensor(drops)
+            is_exact, done = spec.plan.pages[spec.group].is_exact, computed >= torch.tensor(prompts)
+            away = freed if is_exact else torch.where(freed > 0, computed // spec.block_size, 0)
+            moved = shifted(common, torch.where(done, away, 0), spec.block_size)
             made = super().build(0, moved, fast_build)
             starts = common.query_start_loc_cpu.tolist()
             chunks = prompt_chunks(spec, starts, common.seq_lens.tolist(), prompts, drops)
-            rest = rest_of(common, spec, chunks)
             made.hkvprof_chunks, made.hkvprof_rest = chunks, None
+            made.hkvprof_held = [] if is_exact else held_queries(spec, common, prompts, drops)
+            rest = rest_of(common, spec, chunks) if is_exact else None
             if rest is not None:
                 made.hkvprof_rest = Rest(rest[0], super().build(0, rest[1], fast_build))
             return made
@@ -136,6 +171,19 @@ def _impl(base: Any) -> Any:
     class PlannedImpl(base):
         """Attends as the backend does; then prompts that ended give up what is not kept."""
 
+        def do_kv_cache_update(
+            self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+        ) -> None:
+            """See the backend's own; blocks that begin are cleared first.
+
+            Rows of bytes that a block held before may read as NaN, and vLLM's kernel multiplies
+            what lies behind a sequence by zero.
+            """
+            if any(bits < EXACT_BITS for bits in layer.plan.bits):
+                size = kv_cache.shape[2]
+                kv_cache[slot_mapping[slot_mapping % size == 0] // size] = 0
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
         def forward(
             self, layer: Any, query: Tensor, key: Any, value: Any, kv_cache: Tensor,
             attn_metadata: Any, output: Tensor, *args: Any, **rest: Any,
@@ -145,6 +193,8 @@ def _impl(base: Any) -> Any:
             made: Tensor = super().forward(*given, *args, **rest)
             for chunk in getattr(attn_metadata, "hkvprof_chunks", ()):
                 end_chunk(layer, chunk, query, kv_cache, attn_metadata.block_table[chunk.row])
+            for asked in getattr(attn_metadata, "hkvprof_held", ()):
+                output[asked.first : asked.last] = attend_held(layer, asked, query, kv_cache)
             after = getattr(attn_metadata, "hkvprof_rest", None)
             if after is not None:
                 own = torch.empty_like(output[after.queries])
@@ -154,6 +204,15 @@ def _impl(base: Any) -> Any:
             return made
 
     return PlannedImpl
+
+
+def attend_held(layer: Any, asked: HeldQueries, query: Tensor, kv_cache: Tensor) -> Tensor:
+    """Attention of queries to a prompt in fewer bits and what came after it."""
+    pages, held = Pages(kv_cache, layer.isa), asked.held
+    rows = query[asked.first : asked.last]
+    blocks = asked.table[held.dropped : -(-(asked.place + len(rows)) // pages.size)].long()
+    made = attend(held, pages.read, blocks, rows, asked.place, layer.hkvprof_rule.scaling)
+    return made.to(query.dtype)
 
 
 def end_chunk(

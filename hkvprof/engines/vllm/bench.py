@@ -41,9 +41,14 @@ class EngineSetup:
     dtype: str = "float32"
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def kv_gib(self) -> int:
         """Memory that vLLM is to have for the pool, in whole GiB."""
-        each = load_profile(self.profile).grid.token_bytes(4 if self.dtype == "float32" else 2)
+        each = load_profile(self.profile).grid.token_bytes(self.itemsize)
         return 1 + self.pool * (self.context + self.new_tokens + 2 * BLOCK) * each // 2**30
 
     def options(self, budget: str | None) -> dict[str, Any]:
@@ -52,7 +57,8 @@ class EngineSetup:
         extra = None if budget is None else {"profile": self.profile, "budget": budget}
         groups = 1
         if extra is not None:
-            groups = plan_blocks(load_profile(self.profile), str(budget), BLOCK).groups
+            profile = load_profile(self.profile)
+            groups = plan_blocks(profile, str(budget), BLOCK, self.itemsize).groups
         return {
             "model": self.model, "dtype": self.dtype, "block_size": BLOCK, "enforce_eager": True,
             "max_model_len": self.context + self.new_tokens, "skip_tokenizer_init": True,

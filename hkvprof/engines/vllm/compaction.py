@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from hkvprof.engines.vllm.held import HeldPrompt
 from hkvprof.engines.vllm.seams import ops
 from hkvprof.heads import KeepRule, Strategy
+from hkvprof.profile.pages import PageFormat
 from hkvprof.selection.static import rank_tokens, select_tokens, window_attention
+
+BITS = {2: torch.int16, 4: torch.int32}
+"""By its bytes, what stands for an element of pages whose bits are not to be touched."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,15 @@ class Pages:
         key, value = key[:, None].contiguous(), value[:, None].contiguous()
         ops.cpu_attn_reshape_and_cache(key, value, *self.halves, slots, self.isa)
 
+    def write_bytes(self, slots: Int[Tensor, " n"], data: UInt8[Tensor, "n bytes"]) -> None:
+        """Store any bytes where these slots' keys and values lie; `read` gives them back."""
+        dim = self.cache.shape[3] // 2
+        kind = BITS[self.cache.element_size()]
+        places = packing(self.size, dim, self.cache.dtype, self.isa)
+        for half, part, place in zip(self.halves, data.view(kind).chunk(2, 1), places, strict=True):
+            flat = half.view(kind).view(len(half), -1)
+            flat[slots[:, None] // self.size, place.view(self.size, dim)[slots % self.size]] = part
+
 
 @lru_cache
 def packing(size: int, dim: int, dtype: torch.dtype, isa: str) -> tuple[Tensor, Tensor]:
@@ -80,6 +94,7 @@ class HeadRule:
     strategy: Strategy
     keep: KeepRule
     scaling: float
+    pages: PageFormat
 
     def choose(
         self, query: Float[Tensor, "window group dim"], key: Float[Tensor, "tokens dim"], count: int
@@ -90,17 +105,39 @@ class HeadRule:
         return select_tokens(ranking, count, self.strategy, self.keep)
 
 
+@dataclass(frozen=True)
+class Compacted:
+    """A head's prompt that ended: the numbers of the `tokens` that were kept, ascending, and what
+    the blocks that stay hold now."""
+
+    tokens: Int[Tensor, " kept"]
+    held: HeldPrompt
+    blocks: Int[Tensor, " n"]
+    pages: Pages
+
+    def stored(self) -> tuple[Float[Tensor, "kept dim"], Float[Tensor, "kept dim"]]:
+        """Keys and values of the kept tokens as they are attended to from now on."""
+        if self.held.pages.is_exact:
+            key, value = self.pages.read(self.blocks)
+            return key[: len(self.tokens)], value[: len(self.tokens)]
+        return self.held.restore(self.pages.read, self.blocks)
+
+
 def compact(
     rule: HeadRule, pages: Pages, blocks: Tensor, query: Tensor, tokens: int, dropped: int
-) -> Int[Tensor, " kept"]:
-    """Move what a head keeps of a prompt of `tokens` tokens behind its first `dropped` blocks.
-
-    `blocks` are the prompt's. Returns the numbers of the tokens that were kept.
-    """
+) -> Compacted:
+    """Move what a head keeps of a prompt of `tokens` tokens behind its first `dropped` blocks, in
+    fewer bits where its pages have them. `blocks` are the prompt's."""
     size, blocks = pages.size, blocks.long()
+    held = HeldPrompt(rule.pages, rule.keep, tokens, dropped)
     key, value = (part[:tokens] for part in pages.read(blocks))
-    chosen = rule.choose(query, key, tokens - dropped * size)
+    chosen = rule.choose(query, key, held.kept)
     places = torch.arange(dropped * size, tokens)
     slots = blocks[places // size] * size + places % size
-    pages.write(slots, key[chosen], value[chosen])
-    return chosen
+    if rule.pages.is_exact:
+        pages.write(slots, key[chosen], value[chosen])
+    else:
+        data, *exact = held.pack(key, value, chosen)
+        pages.write_bytes(slots[: len(data)], data)
+        pages.write(slots[len(data) :], *exact)
+    return Compacted(chosen, held, blocks[dropped:], pages)

@@ -65,7 +65,8 @@ def plan_of(settings: EngineSettings, vllm_config: Any) -> BlockPlan:
             f"{settings.profile} is of {profile.fingerprint.architecture}, vLLM serves "
             f"{', '.join(serves)}: give the profile of this model"
         )
-    return plan_blocks(profile, settings.budget, vllm_config.cache_config.block_size)
+    model, size = vllm_config.model_config, vllm_config.cache_config.block_size
+    return plan_blocks(profile, settings.budget, size, model.dtype.itemsize)
 
 
 def described(plan: BlockPlan) -> str:
@@ -75,6 +76,7 @@ def described(plan: BlockPlan) -> str:
         f"{plan.at(tokens).share:.3f} of {tokens} tokens" for tokens in plan.lengths.tolist()
     )
     return (
-        f"hkvprof: planned anew among static strategies with residents in 16 bits; {plan.groups} "
-        f"groups of {each} KV heads, blocks of {plan.block_size} tokens; kept: {kept}"
+        f"hkvprof: planned anew among static strategies; {plan.groups} groups of {each} KV heads "
+        f"with residents in {', '.join(map(str, plan.bits))} bits, blocks of {plan.block_size} "
+        f"tokens; kept: {kept}"
     )

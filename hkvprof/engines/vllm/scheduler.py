@@ -24,6 +24,8 @@ def receipt(managers: list[PlannedBlocksManager], request: Any) -> dict[str, Any
         "budget": spec.plan.share if share is None else share,
         "prompt_tokens": request.num_prompt_tokens,
         "planned_share": round(planned.share, 6),
+        "kept_tokens": list(planned.kept_tokens),
+        "resident_bits": list(planned.bits),
         "dense_reason": planned.dense_reason,
         "blocks_held": sum(map(len, tables)) - sum(freed),
         "blocks_freed": sum(freed),

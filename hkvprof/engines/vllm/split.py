@@ -18,7 +18,7 @@ from hkvprof.errors import UsageError
 from hkvprof.profile.blocks import BlockPlan
 
 WATCHERS: list[Callable[..., None]] = []
-"""Called with a layer's name, the chunk and the tokens kept, whenever a head is compacted."""
+"""Called with a layer's name, the chunk and what was kept, whenever a head is compacted."""
 UNLIMITED = 1 << 30
 
 
@@ -39,7 +39,8 @@ class HeadAttention(Attention):
         )
         self.plan, self.group = plan, int(plan.group[layer, head])
         strategy = plan.head(layer, head)
-        self.hkvprof_rule = HeadRule(strategy, plan.keep, float(old.impl.scale))
+        pages = plan.pages[self.group]
+        self.hkvprof_rule = HeadRule(strategy, plan.keep, float(old.impl.scale), pages)
         self.hkvprof_windows = Windows()
         self.hkvprof_watchers = WATCHERS
 

@@ -6,6 +6,8 @@ import json
 import sys
 from typing import Any
 
+import torch
+
 
 def main(job: dict[str, Any]) -> None:
     """Serve the job's prompts step by step; `waves` times, one after another."""
@@ -16,14 +18,16 @@ def main(job: dict[str, Any]) -> None:
                "seed": 0, "disable_log_stats": True, "skip_tokenizer_init": True}  # fmt: skip
     engine = LLM(job["model"], **{**options, **job.get("engine", {})}).llm_engine
     kept: dict[str, dict[str, list[int]]] = {}
+    stored: dict[int, dict[str, torch.Tensor]] = {}
     if "additional_config" in job.get("engine", {}):
         from hkvprof.engines.vllm.split import WATCHERS
 
-        WATCHERS.append(
-            lambda name, chunk, tokens: kept.setdefault(str(chunk.tokens), {}).update(
-                {name: tokens.tolist()}
-            )
-        )
+        def watch(name: str, chunk: Any, made: Any) -> None:
+            kept.setdefault(str(chunk.tokens), {})[name] = made.tokens.tolist()
+            if job.get("values"):
+                stored.setdefault(chunk.tokens, {})[name] = torch.stack(made.stored())
+
+        WATCHERS.append(watch)
     kind = RequestOutputKind.DELTA if job.get("stream") else RequestOutputKind.FINAL_ONLY
     scheduler = engine.engine_core.engine_core.scheduler
     tokens: dict[str, list[list[int]]] = {}
@@ -59,6 +63,8 @@ def main(job: dict[str, Any]) -> None:
             steps += 1
             if steps == job.get("abort_at"):
                 engine.abort_request([f"{wave}-{one}" for one in job["abort"]])
+    if job.get("values"):
+        torch.save(stored, job["values"])
     names = [f"{w}-{n}" for w in range(job.get("waves", 1)) for n in range(len(job["prompts"]))]
     told = {
         "tokens": [tokens.get(name, []) for name in names],

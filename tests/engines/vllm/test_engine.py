@@ -5,19 +5,17 @@ Needs vLLM for CPUs (`make test-vllm`); every test starts an engine in a process
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from hkvprof.profile.blocks import plan_blocks
-from hkvprof.profile.budgets import Allocation
-from hkvprof.profile.record import Profile
-from tests.engines.vllm.tiny import GRID, Told, profile, prompts, run_engine, save_model
+from tests.engines.vllm.lab import Lab, answered_by_transformers, assert_close, assert_tidy
+from tests.engines.vllm.tiny import Told, profile, prompts, save_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,52 +25,16 @@ LENGTHS = (40, 300, 417, 700, 1000)
 BUDGET = 0.3
 
 
-@dataclass(frozen=True)
-class Lab:
-    """The model and profile on disk."""
-
-    model: Path
-    profile: Path
-
-    def run(self, budget: float | None, **job: Any) -> Told:
-        """An engine with this budget (None: plain vLLM); fails the test where it does not start."""
-        told = self.start(budget, **job)
-        assert not told.error, told.error
-        return told
-
-    def start(self, budget: float | None, **job: Any) -> Told:
-        """The same; what does not start tells its error."""
-        engine = {"enable_prefix_caching": False, **job.pop("engine", {})}
-        if budget is not None:
-            engine["additional_config"] = {
-                "hkvprof": {"profile": str(self.profile), "budget": budget}
-            }
-        job.setdefault("prompts", prompts(LENGTHS))
-        return run_engine({"model": str(self.model), "engine": engine, **job})
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp("engine")
-    return Lab(save_model(folder / "model"), profile().save(folder / "p.safetensors"))
+    return Lab(save_model(folder / "model"), profile().save(folder / "p.safetensors"), LENGTHS)
 
 
 @pytest.fixture(scope="module")
 def usual(lab: Lab) -> Told:
     """Whole prompts in one chunk, one after another in the batch, budget BUDGET."""
     return lab.run(BUDGET, engine={"max_num_batched_tokens": 4096})
-
-
-def assert_tidy(told: Told) -> None:
-    """All blocks came back (one is vLLM's own null block)."""
-    assert told.free == told.blocks - 1
-
-
-def assert_close(one: Told, other: Told) -> None:
-    """The same tokens, and log-probabilities up to the order of float32 sums."""
-    assert one.tokens == other.tokens
-    for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
-        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
 
 
 def test_the_whole_budget_is_plain_vllm_to_the_bit(lab: Lab) -> None:
@@ -86,47 +48,12 @@ def test_heads_keep_what_the_transformers_runtime_keeps(
     lab: Lab, usual: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for prompt in prompts(LENGTHS):
-        wanted = kept_by_transformers(lab, prompt, monkeypatch)
+        wanted = answered_by_transformers(lab, profile(), BUDGET, prompt, monkeypatch).kept
         found = usual.kept.get(str(len(prompt)), {})
         assert bool(found) == (len(prompt) >= 256)
         for name, tokens in found.items():
-            assert tokens == wanted[name], name
+            assert tokens == wanted[name].tolist(), name
     assert len({len(tokens) for tokens in usual.kept["1000"].values()}) > 1
-
-
-def kept_by_transformers(
-    lab: Lab, prompt: list[int], monkeypatch: pytest.MonkeyPatch
-) -> dict[str, list[int]]:
-    """By vLLM's name of each head, what `apply` keeps where it is given the engine's plan."""
-    from transformers import LlamaForCausalLM
-
-    import hkvprof
-    from hkvprof.runtime import ragged
-
-    plan = plan_blocks(profile(), BUDGET, 32)
-    ratio = np.array(plan.at(len(prompt)).kept_tokens)[plan.group] / len(prompt)
-    above = np.nextafter(ratio.astype(np.float32), np.float32(2))
-    given = Allocation(plan.strategy.astype(np.uint8), above, 0.0)
-    kept: list[list[int]] = []
-    pack = ragged.pack
-
-    def told(*args: Any) -> Any:
-        packed = pack(*args)
-        kept.append(packed.kept.tolist())
-        return packed
-
-    model = LlamaForCausalLM.from_pretrained(lab.model, dtype=torch.float32)
-    theirs = replace(profile(), fingerprint=hkvprof.uniform_profile(model).fingerprint)
-    with hkvprof.apply(model, theirs, budget=BUDGET), monkeypatch.context() as patch:
-        patch.setattr(Profile, "allocation", lambda *args, **rest: given)
-        patch.setattr(ragged, "pack", told)
-        model.generate(torch.tensor([prompt]), max_new_tokens=1, do_sample=False)
-    names = [
-        f"model.layers.{layer}.self_attn.attn.head{head}"
-        for layer in range(GRID.layers)
-        for head in range(GRID.kv_heads)
-    ]
-    return dict(zip(names, kept, strict=False)) if kept else {}
 
 
 def test_chunks_of_a_prompt_change_nothing(lab: Lab, usual: Told) -> None:
@@ -144,7 +71,7 @@ def test_prefix_caching_stays_exact(lab: Lab, usual: Told) -> None:
     assert cached.kept == usual.kept
     assert cached.cached[:count] == [0] * count
     # What the group with the largest share gives free bounds what others may take over.
-    plan = plan_blocks(profile(), BUDGET, 32)
+    plan = plan_blocks(profile(), BUDGET, 32, 4)
     given = [32 * min(n for n in plan.at(length).dropped if n) for length in LENGTHS[2:]]
     assert cached.cached[count + 2 : 2 * count] == given
     assert_tidy(cached)
@@ -184,19 +111,22 @@ def test_a_request_has_its_own_budget_and_gets_a_receipt(lab: Lab, usual: Told) 
     """Rows of different budgets in one batch; 1.0 opts out, and rows move as short ones end."""
     own: list[Any] = [None, None, {"hkvprof_budget": 1.0}, {"hkvprof_budget": "60%"}, None]
     told = lab.run(BUDGET, extra_args=own, engine={"max_num_batched_tokens": 512})
-    plan = plan_blocks(profile(), BUDGET, 32)
+    plan = plan_blocks(profile(), BUDGET, 32, 4)
     for number in (0, 1, 4):
         assert told.tokens[number] == usual.tokens[number]
     assert told.tokens[2] == lab.run(None, prompts=prompts(LENGTHS)[2:3]).tokens[0]
     assert "417" not in told.kept
     wanted = plan.at(700, share=0.6)
     sizes = {len(tokens) for tokens in told.kept["700"].values()}
-    assert sizes == set(wanted.kept_tokens) - {700}  # a group that keeps all moves nothing
+    moved = zip(wanted.dropped, wanted.kept_tokens, strict=True)
+    assert sizes == {kept for dropped, kept in moved if dropped}
     for length, args, found in zip(LENGTHS, own, told.receipts, strict=True):
         share = None if args is None else {1.0: 1.0, "60%": 0.6}[args["hkvprof_budget"]]
         planned = plan.at(length, share=share)
         assert found["blocks_freed"] == sum(planned.dropped)
         assert found["blocks_held"] == plan.groups * -(-(length + 7) // 32) - sum(planned.dropped)
+        assert found["kept_tokens"] == list(planned.kept_tokens)
+        assert found["resident_bits"] == list(planned.bits)
         assert found["budget"] == (BUDGET if share is None else share)
         assert found["dense_reason"] == planned.dense_reason
     assert_tidy(told)
@@ -226,7 +156,7 @@ def test_a_soak_leaves_nothing_behind(lab: Lab) -> None:
         "max_tokens": 40,
     }
     aborted = draw.choice(60, size=12, replace=False).tolist()
-    groups = plan_blocks(profile(), BUDGET, 32).groups
+    groups = plan_blocks(profile(), BUDGET, 32, 4).groups
     engine = {"enable_prefix_caching": True, "num_gpu_blocks_override": 50 * groups,
               "max_model_len": 512, "max_num_batched_tokens": 512}  # fmt: skip
     tight = lab.run(BUDGET, **asked, abort=aborted, abort_at=25, waves=2, engine=engine)
@@ -243,7 +173,7 @@ def test_a_soak_leaves_nothing_behind(lab: Lab) -> None:
 def test_more_requests_run_at_once_in_the_same_memory(lab: Lab) -> None:
     asked = {"prompts": prompts((512,) * 12, 5), "max_tokens": 32}
     # Blocks of plain vLLM span all six heads, those of groups a part: equal bytes.
-    groups = plan_blocks(profile(), 0.2, 32).groups
+    groups = plan_blocks(profile(), 0.2, 32, 4).groups
     runs = {}
     for budget, blocks in {None: 40, 0.2: 40 * groups}.items():
         engine = {"num_gpu_blocks_override": blocks, "max_model_len": 1024}
