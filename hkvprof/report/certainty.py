@@ -16,6 +16,8 @@ MOST_HEADS = 6
 """Least sure heads that are named; --layer and --json have all."""
 ENOUGH = 0.9
 """Share of heads on whose type profiles of two halves of the samples agree, where they suffice."""
+LEAST = 16
+"""Samples that are enough at least: what few of them agree on may be what they have in common."""
 FEW = 0.1
 """Share of heads of one type up to which kappa depends on a handful of them."""
 
@@ -115,6 +117,8 @@ def verdict(profile: Profile) -> str:
     halves = f"profiles of two halves of them agree on the type of {_whole(agreed)} of heads"
     if agreed < ENOUGH:
         return f"Too few samples: {halves}, {_whole(ENOUGH)} would do; {more}"
+    if record.samples < LEAST:
+        return f"Too few samples: {halves}, but fewer than {LEAST} miss kinds of prompts; {more}"
     return f"Enough samples ({record.samples:,}): {halves}"
 
 

@@ -108,6 +108,9 @@ def test_the_verdict_says_whether_samples_were_enough() -> None:
         told = verdict(having({**record, "halves": halves}))
         assert told.startswith(words)
         assert f"agree on the type of {value:.0%} of heads" in told
+    same = {**record, "halves": {**record["halves"], "types": [1.0, 0.5, 1.0]}}
+    assert verdict(having({**same, "samples": 15})).startswith("Too few samples: ")
+    assert verdict(having({**same, "samples": 16})).startswith("Enough samples (16): ")
     few = having({"samples": 2, "reason": "too few samples: 2, expected at least 4"})
     assert verdict(few).endswith("give more than these 2 samples, at best two to four times")
     assert verdict(make_profile("uniform")).startswith("Nothing says")
