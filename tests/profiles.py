@@ -14,7 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from hkvprof.heads import CALIBRATED, HeadGrid, HeadType, KeepRule, ModelFingerprint, Strategy
+from hkvprof.heads import (
+    CALIBRATED,
+    EXACT_BITS,
+    HeadGrid,
+    HeadType,
+    KeepRule,
+    ModelFingerprint,
+    Strategy,
+)
 from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.profile.certificate import KEY as CERTIFICATE
 from hkvprof.profile.certificate import Certificate, Level
@@ -225,6 +233,13 @@ def plain_profile(profile: Profile) -> Profile:
         loss=profile.loss[:, :3].copy(),
         output_error=profile.output_error[:, :3].copy(),
     )
+
+
+def in_16_bits(profile: Profile) -> Profile:
+    """The profile without strategies whose residents have fewer bits."""
+    loss = profile.loss.copy()
+    loss[:, [s.resident_bits < EXACT_BITS for s in profile.strategies]] = INFEASIBLE
+    return replace(profile, loss=loss)
 
 
 def one_length(profile: Profile) -> Profile:

@@ -96,7 +96,7 @@ def reproduce(
     from hkvprof.evaluate.reproduce.run import AnswersPlace
 
     if not data.is_dir():
-        raise UsageError(f"no folder {data}: expected one with {known.IMAGES}/, VATEX/, NExT-OE/ "
+        raise SampleError(f"no folder {data}: expected one with {known.IMAGES}/, VATEX/, NExT-OE/ "
                          "and Video-ChatGPT/")  # fmt: skip
     listed = known.all_benchmarks(data, options.listed(image_tasks))
     work = _Work(

@@ -197,6 +197,8 @@ def cases() -> Iterator[tuple[str, str]]:
     yield "diff: profile", "diff PROFILE DAMAGED"
     yield "validate: profile", "validate DAMAGED MODEL"
     yield "validate: another's", "validate OTHER MODEL"
+    yield "reproduce: data", "reproduce hybridkv NONE --model MODEL"
+    yield "reproduce: nothing there", "reproduce hybridkv FOLDER --model MODEL --profile PROFILE"
     yield "doctor: a check", "doctor MODEL --only odd"
 
 

@@ -136,6 +136,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
 
     monkeypatch.setattr(hkvprof.calibration.calibrate, "calibrate", calibrate)
     monkeypatch.setattr(hkvprof.models, "load_model", lambda name, **_: (name, "processor"))
+    monkeypatch.setattr("hkvprof.models.load.emulates_bfloat16", lambda _: False)
     monkeypatch.setattr("hkvprof.cli.output.quiet_transformers", lambda: None)
     monkeypatch.chdir(tmp_path)
     return made

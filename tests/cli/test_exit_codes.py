@@ -31,6 +31,7 @@ FAILS = {
     "eval": "eval --model tinyvl --profile NONE",
     "certify": "certify NONE --model tinyvl",
     "bench": "bench --model tinyvl --profile NONE",
+    "reproduce": "reproduce hybridkv NONE --model tinyvl",
     "serve": "serve tinyvl --profile NONE --port 0",
 }
 """What names a thing that is not there, or cannot be had."""

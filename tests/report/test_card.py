@@ -24,7 +24,7 @@ def test_a_card_of_a_certified_profile() -> None:
     assert not any(line.startswith("base_model") for line in front), "it has no hub id"
     plan = TINYVL.plan(0.1, TINYVL.usual_tokens)
     assert f"| 10% | {plan.resident_bytes / 1024:.3g} KiB |" in text
-    assert f"| {plan.expected_loss:.3g} |" in text
+    assert "| 0 of 150 worse |" in text
     told = certainty.section(TINYVL)
     assert told
     assert "\n".join(f"    {line}" for line in told) in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import hkvprof
-from hkvprof.heads import EXACT_BITS
 from hkvprof.models.adapter import view_model
 from hkvprof.models.calls import with_cache
-from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.runtime import apply, measure_storage
 from hkvprof.testbed.generator import make_sample
+from tests.profiles import in_16_bits
 from tests.runtime.reference import kept_positions, masked_cache, masked_step
 
 FOLDER = Path(__file__).parents[2] / "profiles"
@@ -60,10 +58,8 @@ def test_projected_index_equals_dense_attention_over_what_it_fetched(
     dense = model(**inputs, **with_cache(model, reference)).logits
     deltas = model.model.rope_deltas
     prompt = encoded.tokens
-    profile = hkvprof.load_profile(FOLDER / "tinyvl.hkv.safetensors")
-    loss = profile.loss.copy()
-    loss[:, [s.resident_bits < EXACT_BITS for s in profile.strategies]] = INFEASIBLE
-    with apply(model, replace(profile, loss=loss), budget=0.2) as handle:
+    profile = in_16_bits(hkvprof.load_profile(FOLDER / "tinyvl.hkv.safetensors"))
+    with apply(model, profile, budget=0.2) as handle:
         cache = handle.new_cache()
         out = model(**inputs, **with_cache(model, cache)).logits
         assert torch.equal(out, dense)

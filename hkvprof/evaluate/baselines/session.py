@@ -14,13 +14,14 @@ from hkvprof.evaluate.baselines.base import Baseline, Choice, Kept, PromptView, 
 from hkvprof.evaluate.counting import Widened, count_bytes
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.heads import HeadType, Strategy
+from hkvprof.profile.costs import QUANTISED_END_BYTES
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import CompressedCache, Handle, apply
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.plan import HeadPlan
 
-_SEGMENT_BYTES = 8
-"""Per head: the runtime's note of where its tokens lie."""
+_SEGMENT_BYTES = 8 + QUANTISED_END_BYTES
+"""Per head, at most: the runtime's notes of where its tokens lie."""
 _PRUNED = Strategy(HeadType.STATIC)
 
 

@@ -21,6 +21,7 @@ from hkvprof.runtime.kernels import Kernels
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.testbed.generator import make_sample
 from tests.models_for_tests import apply, random_llama, token_ids
+from tests.profiles import in_16_bits
 from tests.runtime.kernels.triton_cases import DEVICES, QUIET, triton_kernels
 from tests.runtime.test_quantised import in_bits
 
@@ -35,7 +36,7 @@ def tinyvl() -> tuple[Any, Any]:
 
 def profile_named(model: Any, name: str) -> Any:
     if name == "shipped":  # static heads and projected indexes with reranking
-        return hkvprof.load_profile(SHIPPED)
+        return in_16_bits(hkvprof.load_profile(SHIPPED))
     if name == "static":
         return uniform_profile(model, "static")
     return uniform_profile(model, "dynamic", index=name, chunk={"mean": 4, "minmax": 16}[name])
