@@ -1,6 +1,6 @@
 """Paired: what roots of losses, and dealing a part of budgets evenly, are worth at equal bytes.
 
-    python -m tools.studies.study_planning ROWS [--model tinyvl] [--count 40]
+    python -m tools.studies.study_planning ROWS [--model tinyvl] [--count 40] [--dtype auto]
                                 [--variants fourth,root75,...] [--budgets 0.2,0.1,0.05,0.03]
 
 ROWS is a folder of `hkvprof calibrate --rows`. Profiles are decided anew per variant, and prompts
@@ -59,12 +59,13 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--model", default="tinyvl")
     parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--dtype", default="auto", help="budgets count elements of it")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--budgets", default="0.2,0.1,0.05,0.03")
     options = parser.parse_args()
     budgets = [float(text) for text in options.budgets.split(",")]
     torch.set_num_threads(1)
-    model, processor = hkvprof.load_model(options.model, dtype="float32")
+    model, processor = hkvprof.load_model(options.model, dtype=options.dtype)
     profiles = {name: _decided(options.rows, name) for name in options.variants.split(",")}
     figures, tokens = [], []
     for prompt in _prompts(model, processor, options.model, options.count):
