@@ -103,18 +103,16 @@ def contestant(setup: EngineSetup, budget: str | None) -> Iterator[ServedEngine]
         "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": str(setup.kv_gib),
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
     }  # fmt: skip
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "hkvprof.engines.vllm.contestant"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    made = ServedEngine(process)
-    made._say(setup.options(budget))
-    try:
-        yield made
-    finally:
-        assert process.stdin is not None
-        process.kill()
-        process.wait()
+    ) as process:  # fmt: skip
+        made = ServedEngine(process)
+        made._say(setup.options(budget))
+        try:
+            yield made
+        finally:
+            process.kill()
 
 
 def measure(setup: EngineSetup, say: Any) -> dict[str, Any]:
