@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -192,6 +191,7 @@ def _run(
     """Answer, judge, and score what is there."""
     from hkvprof.cli.output import say
     from hkvprof.cli.progress import track
+    from hkvprof.evaluate.belonging import file_digest
     from hkvprof.evaluate.contest import ProfiledModel
     from hkvprof.evaluate.counting import SERVED_ITEMSIZE
     from hkvprof.evaluate.reproduce import run
@@ -204,7 +204,7 @@ def _run(
     asked = {one: load(one, work.data, work.choice) for one in work.benchmarks}
     _check_videos(work, asked, processor)
     comparison = run.plan(SERVED_ITEMSIZE if dtype == "float32" else None)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_digest(path)
     known: dict[Benchmark, dict[str, Any]] = {
         one: {"profile": digest, **run.conditions(one, work.choice, comparison)} for one in asked
     }

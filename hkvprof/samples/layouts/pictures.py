@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,22 @@ def listed(value: object, field: str) -> list[Given]:
     return [(f"{field}[{number}]", entry) for number, entry in enumerate(value)]
 
 
+@contextmanager
+def _path(written: str, field: str, kind: str) -> Iterator[None]:
+    """Within, a path that a field gives is looked for: what fails names the field. Raises
+    SampleError for what no path can be."""
+    if not written.isprintable() or not 0 < len(written) <= MAX_PATH_CHARACTERS:
+        raise wrong(field, f"the path of {kind}", written)
+    try:
+        yield
+    except OSError as error:
+        raise SampleError(
+            f"field '{field}': cannot read {written[:80]}: {error.strerror or error}"
+        ) from None
+    except SampleError as error:
+        raise SampleError(f"field '{field}': {error}") from None
+
+
 @dataclass(frozen=True)
 class Pictures:
     """The folders in which the pictures of a data set may lie, in the order in which they are
@@ -72,60 +89,39 @@ class Pictures:
 
         Raises SampleError naming the field where there is none, or none inside the folders.
         """
-        if not written.isprintable() or not 0 < len(written) <= MAX_PATH_CHARACTERS:
-            raise wrong(field, "the path of a picture", written)
         wanted = [written, *names]
-        try:
+        with _path(written, field, "a picture"):
             found = self._first(wanted)
             if found is None:
                 raise SampleError(self._nowhere(wanted))
             with found.open("rb") as stream:
                 images.check_header(stream, str(found))
-        except OSError as error:
-            raise SampleError(
-                f"field '{field}': cannot read {written[:80]}: {error.strerror or error}"
-            ) from None
-        except SampleError as error:
-            raise SampleError(f"field '{field}': {error}") from None
         return str(found)
 
     def film(self, written: str, field: str, fps: float) -> Part:
         """The video part for a video file inside one of the folders. Raises SampleError naming the
         field, UsageError where the extra that decodes it is not installed."""
-        if not written.isprintable() or not 0 < len(written) <= MAX_PATH_CHARACTERS:
-            raise wrong(field, "the path of a video", written)
-        if written.startswith(("http://", "https://")):
-            raise SampleError(
-                f"field '{field}': {written[:80]} is a web address, and videos are not fetched: "
-                "download them, and write their paths"
-            )
-        wanted = [written.removeprefix("file://"), unquote(written.removeprefix("file://"))]
-        try:
+        plain = written.removeprefix("file://")
+        wanted = [plain, unquote(plain)]
+        with _path(written, field, "a video"):
+            if written.startswith(("http://", "https://")):
+                raise SampleError(
+                    f"{written[:80]} is a web address, and videos are not fetched: download them, "
+                    "and write their paths"
+                )
             found = self._first(wanted)
             if found is None:
                 raise SampleError(self._nowhere(wanted).replace("image", "video", 1))
             return file_part(found, fps)
-        except OSError as error:
-            raise SampleError(
-                f"field '{field}': cannot read {written[:80]}: {error.strerror or error}"
-            ) from None
-        except SampleError as error:
-            raise SampleError(f"field '{field}': {error}") from None
 
     def folder(self, written: str, field: str) -> Path:
         """A folder inside one of the folders. Raises SampleError naming the field."""
-        if not written.isprintable() or not 0 < len(written) <= MAX_PATH_CHARACTERS:
-            raise wrong(field, "the path of a folder", written)
-        written = written.removeprefix("file://")
-        try:
+        plain = written.removeprefix("file://")
+        with _path(written, field, "a folder"):
             for root in self.roots:
-                if is_inside(root, written) and (root / written).is_dir():
-                    return images.inside(root, written)
-        except OSError as error:
-            raise SampleError(
-                f"field '{field}': cannot read {written[:80]}: {error.strerror}"
-            ) from None
-        raise SampleError(f"field '{field}': {self._nowhere([written])}")
+                if is_inside(root, plain) and (root / plain).is_dir():
+                    return images.inside(root, plain)
+            raise SampleError(self._nowhere([plain]))
 
     def _first(self, wanted: list[str]) -> Path | None:
         """The first file of these names that lies inside one of the folders."""
