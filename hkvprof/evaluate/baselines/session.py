@@ -13,15 +13,15 @@ from hkvprof.errors import CompressionError, UsageError
 from hkvprof.evaluate.baselines.base import Baseline, Choice, Kept, PromptView, Selection, find
 from hkvprof.evaluate.counting import Widened, count_bytes
 from hkvprof.evaluate.prefill import Prefill
-from hkvprof.heads import HeadType, Strategy
+from hkvprof.heads import EXACT_BITS, HeadType, Strategy
 from hkvprof.profile.costs import QUANTISED_END_BYTES
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import CompressedCache, Handle, apply
 from hkvprof.runtime.packing import Packed
 from hkvprof.runtime.plan import HeadPlan
 
-_SEGMENT_BYTES = 8 + QUANTISED_END_BYTES
-"""Per head, at most: the runtime's notes of where its tokens lie."""
+_SEGMENT_BYTES = 8
+"""Per head: the runtime's note of where its tokens lie; those in fewer bits have one more."""
 _PRUNED = Strategy(HeadType.STATIC)
 
 
@@ -87,8 +87,9 @@ def fill(cache: CompressedCache, prefill: Prefill, selected: TimedSelection) -> 
     ]
     prefill.fill_with(cache, plans, given)
     held = count_bytes(cache, selected.saved, selected.itemsize)
-    segments = sum(len(layer) for layer in selected.selection)
-    if held.resident > selected.share * held.dense + _SEGMENT_BYTES * segments:
+    few = [plan.strategy.resident_bits < EXACT_BITS for layer in plans for plan in layer]
+    notes = _SEGMENT_BYTES * len(few) + QUANTISED_END_BYTES * sum(few)
+    if held.resident > selected.share * held.dense + notes:
         raise CompressionError(
             f"{selected.method.name} keeps {held.resident} bytes of {held.dense}: more than its "
             f"share of {selected.share}"
