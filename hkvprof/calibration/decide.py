@@ -13,8 +13,8 @@ from hkvprof.profile.budgets import INFEASIBLE, Allocation
 from hkvprof.profile.dealing import scale_ratios
 
 REPLY_WEIGHT, OUTPUT_WEIGHT, POWER = 1.0, 0.5, 0.25
-"""Weights of the two terms (the reply knows what the answer depends on), and the root taken: of
-sizes, not of squares, as the losses of heads are less than the sum of them."""
+"""Weights of the two terms (the reply knows what the answer depends on), and the root taken of
+mean squares."""
 
 REFERENCE_RATIO = 0.05
 """Where the two loss terms are brought to one scale."""
@@ -44,9 +44,9 @@ def planning_loss(
     """What planning minimises: roots of the root mean squares of the reply's and output's change.
 
     Each mean square is divided by its `scales` (default: `loss_scales` of these curves), whatever
-    the model's scale. Twice the root, because a change that was measured while all other heads are
-    whole says less about a change beside theirs the larger it is (docs/experiments.md, "Budgets
-    dealt evenly").
+    the model's scale. One root makes squares sizes, since errors pull a margin the same way; the
+    other deals budgets less extremely, since losses of heads that are compressed together do not
+    add up (docs/experiments.md, "Budgets dealt evenly").
     """
     square, reply = loss_scales(curves, ratios) if scales is None else scales
     terms = ((curves.square, square, OUTPUT_WEIGHT), (curves.reply, reply, REPLY_WEIGHT))
