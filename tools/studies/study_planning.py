@@ -47,6 +47,8 @@ VARIANTS = {
     "fourth": ("fourth roots of mean squares", 0.25, 0.0),
     "root": ("square roots", 0.5, 0.0),
     "fourth50": ("fourth roots, half dealt evenly", 0.25, 0.5),
+    "fourth75": ("fourth roots, three quarters dealt evenly", 0.25, 0.75),
+    "root50": ("square roots, half dealt evenly", 0.5, 0.5),
     "root75": ("square roots, three quarters dealt evenly", 0.5, 0.75),
     "even": ("all dealt evenly", 0.5, 1.0),
 }
