@@ -14,8 +14,11 @@ from hkvprof.errors import BudgetError, UsageError
 from hkvprof.lazy import require_extra
 
 if TYPE_CHECKING:
+    from hkvprof.evaluate.compare import Track
     from hkvprof.evaluate.contest import MethodAtBudget
+    from hkvprof.evaluate.records import TaskSet
     from hkvprof.evaluate.statistics import Duel, MethodSummary
+    from hkvprof.profile.record import Profile
 
 EXAMPLES = """\b
 Examples:
@@ -145,6 +148,7 @@ def evaluate(
     }
     check_conditions(output, conditions)
     try_encoding(processor, task_set.samples)
+    _tell_shared(loaded, processor, task_set, track)
     network, processor = options.open_model(model, dtype, device)
     conditions |= {
         "model": view_model(network).fingerprint.weights_digest or model,
@@ -170,6 +174,15 @@ def evaluate(
         keep_content(output, loaded)
         _write(output, summary, model, plot)
     _print(summary, model, profile, as_json)
+
+
+def _tell_shared(profile: Profile, processor: Any, tasks: TaskSet, track: Track) -> None:
+    """Say which samples the calibration saw: their figures tell nothing of others."""
+    from hkvprof.cli.output import say
+    from hkvprof.evaluate.certify import calibrated_on, shared_samples
+
+    if shared := shared_samples(profile, processor, tasks.samples, track):
+        say(f"note: {calibrated_on(shared, tasks.samples)}: figures of those flatter it")
 
 
 def _budgets(text: str) -> tuple[str, ...]:

@@ -139,23 +139,37 @@ def check_contents(
     Returns False where the profile does not record its samples (nothing is compared then). Raises
     UsageError naming samples that both have.
     """
+    shared = shared_samples(profile, processor, samples, track)
+    if shared:
+        raise UsageError(f"{calibrated_on(shared, samples)}: give held-out ones alone")
+    return shared is not None
+
+
+def calibrated_on(shared: Sequence[str], samples: Sequence[Sample]) -> str:
+    """A sentence without its end: how many of the samples the calibration saw, and which."""
+    named = ", ".join(repr(name) for name in shared[:_NAMED])
+    more = f" and {len(shared) - _NAMED} more" if len(shared) > _NAMED else ""
+    return (
+        f"the profile was calibrated on {len(shared)} of these {len(samples)} samples "
+        f"({named}{more})"
+    )
+
+
+def shared_samples(
+    profile: Profile, processor: ChatProcessor, samples: Sequence[Sample], track: Track
+) -> list[str] | None:
+    """Ids of the samples that the calibration saw, by tokens, pixels and replies; None where the
+    profile does not record its samples."""
     known = profile.provenance.get(SAMPLES_KEY)
     if not isinstance(known, list):
-        return False
+        return None
     seen = {digest for digest in known if isinstance(digest, str)}
     shared = []
     for sample in track(samples, "comparing with the calibration", len(samples)):
         encoded = processor.encode([replace(sample, messages=tuple(open_images(sample))).messages])
         if short_digest(content_digest(sample, encoded)) in seen:
             shared.append(sample.id)
-    if shared:
-        named = ", ".join(repr(name) for name in shared[:_NAMED])
-        more = f" and {len(shared) - _NAMED} more" if len(shared) > _NAMED else ""
-        raise UsageError(
-            f"the profile was calibrated on {len(shared)} of these {len(samples)} samples "
-            f"({named}{more}): give held-out ones alone"
-        )
-    return True
+    return shared
 
 
 def judged(tasks: TaskSet, claim: Claim) -> TaskSet:

@@ -48,10 +48,10 @@ def compare(
     """Answers to every sample by every method, those already in the journal included.
 
     Entries are asked as long as `skip` does not say that no more of their answers are needed.
-    A baseline whose rule cannot meet a budget on a prompt has no answer to it; `refused` is filled
-    with the reason. hkvprof's own failure is an error. Raises CompressionError if a budget below 1
-    compressed nothing on any sample, and UsageError if no sample has a question in one of the
-    regimes.
+    A method that cannot meet a budget on a prompt has no answer to it; `refused` is filled with the
+    reason. Raises BudgetError where hkvprof cannot and no `refused` is given, or can at no budget,
+    CompressionError if a budget below 1 compressed nothing on any sample, and UsageError if no
+    sample has a question in one of the regimes.
     """
     journal = journal or Journal(None, {})
     track = track or (lambda items, description, total: items)
@@ -66,13 +66,22 @@ def compare(
         ]
         if missing or (sample.id, FULL, "") not in done:
             one_sample = _Round(profiled, sample, tasks, comparison, contest)
-            for entry, reason in one_sample.play(missing, journal).items():
+            for entry, error in one_sample.play(missing, journal).items():
+                if refused is None and entry.method == OURS:
+                    raise error
                 if refused is not None:
-                    refused.setdefault(entry, f"{sample.id}: {reason}")
+                    refused.setdefault(entry, f"{sample.id}: {error}")
             contest.forget()
     answers = comparison.select(journal.answers, tasks)
     _check(answers, comparison)
+    if answers and not any(answer.method == OURS for answer in answers):
+        raise BudgetError(_no_room(refused or {}))
     return answers
+
+
+def _no_room(refused: dict[MethodAtBudget, str]) -> str:
+    reasons = [reason for entry, reason in refused.items() if entry.method == OURS]
+    return f"no budget can be met on any of the samples, first on {reasons[0]}"
 
 
 @dataclass(frozen=True)
@@ -130,13 +139,13 @@ class _Round:
 
     def play(
         self, entries: Sequence[MethodAtBudget], journal: Journal
-    ) -> dict[MethodAtBudget, str]:
+    ) -> dict[MethodAtBudget, BudgetError]:
         """Answer with the full cache, then with every entry; each goes into the journal.
 
-        Returns the baselines that could not meet their budget, with the reason.
+        Returns the entries that could not meet their budget, with the reason.
         """
         asked = self._refer()
-        refused: dict[MethodAtBudget, str] = {}
+        refused: dict[MethodAtBudget, BudgetError] = {}
         if not asked:
             return refused
         if (self.sample.id, FULL, "") not in journal.done:
@@ -146,9 +155,7 @@ class _Round:
             try:
                 journal.add(self._compressed(entry, asked))
             except BudgetError as error:
-                if entry.method == OURS:
-                    raise
-                refused[entry] = str(error)
+                refused[entry] = error
         return refused
 
     def _refer(self) -> list[_Asked]:

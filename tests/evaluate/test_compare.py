@@ -420,6 +420,19 @@ def test_shards_fill_one_folder(tmp_path: Path, answers: list[Answer]) -> None:
     assert Journal(tmp_path, CONDITION).answers == [*answers[:6], *answers[-6:]]
 
 
+def test_a_budget_without_room_for_the_profile_is_told_beside_the_others(
+    tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile
+) -> None:
+    profiled = ProfiledModel(*tiny, hybrid)
+    refused: dict[MethodAtBudget, str] = {}
+    comparison = ComparisonPlan(("0.5", "0.005"), regimes=("inside",), steps=1)
+    found = compare(profiled, tasks, comparison, refused=refused)
+    assert {(a.method, a.budget) for a in found} == {("full", ""), ("hkvprof", "0.5")}
+    assert tasks.samples[0].id in refused[MethodAtBudget("hkvprof", "0.005")]
+    with pytest.raises(BudgetError, match="no budget can be met on any of the samples, first on"):
+        compare(profiled, tasks, replace(comparison, budgets=("0.005",)), refused={})
+
+
 def test_a_baseline_that_cannot_meet_a_budget_is_named(
     tiny: tuple[Any, Any], tasks: TaskSet, hybrid: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
