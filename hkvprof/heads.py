@@ -224,16 +224,20 @@ class KeepRule:
         return self.sinks + self.recent + 1
 
 
+EVEN = 0.75
+"""Part of the budget that all heads get alike (docs/experiments.md, "Budgets dealt evenly")."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """How a measured profile is planned with: from curves to the budgets and types of heads.
 
-    The part `even` of the budget is dealt evenly, the rest by loss; profiles are made with none of
-    it, those of earlier versions with EARLIER (profile.upgrade). Raises UsageError for a number out
-    of range.
+    The part `even` of the budget is dealt evenly, the rest by loss: losses are measured one head at
+    a time, and those of heads that are compressed together do not add up. Raises UsageError for a
+    number out of range.
     """
 
-    even: float = 0.0
+    even: float = EVEN
 
     def __post_init__(self) -> None:
         if not 0 <= self.even <= 1:

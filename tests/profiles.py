@@ -31,7 +31,6 @@ from hkvprof.profile.planning import Rules
 from hkvprof.profile.queries import QueryTables
 from hkvprof.profile.record import Profile, ProjectedIndexTables
 from hkvprof.profile.tables import HeadStatistics
-from hkvprof.profile.upgrade import EARLIER
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = FOLDER / "profile-v4.safetensors"
@@ -250,7 +249,7 @@ def one_length(profile: Profile) -> Profile:
         loss=profile.loss[:1].copy(),
         output_error=profile.output_error[:1].copy(),
         static_margin=None,
-        rules=EARLIER,
+        rules=Rules(),
     )
 
 

@@ -12,9 +12,8 @@ from hkvprof.heads import HeadGrid, HeadType
 from hkvprof.profile.budgets import INFEASIBLE, Allocation
 from hkvprof.profile.dealing import scale_ratios
 
-REPLY_WEIGHT, OUTPUT_WEIGHT, POWER = 1.0, 0.5, 0.25
-"""Weights of the two terms (the reply knows what the answer depends on), and the root taken of
-mean squares."""
+REPLY_WEIGHT, OUTPUT_WEIGHT = 1.0, 0.5
+"""Weights of the two terms: the reply knows what the answer depends on."""
 
 REFERENCE_RATIO = 0.05
 """Where the two loss terms are brought to one scale."""
@@ -41,18 +40,16 @@ def loss_scales(curves: Curves, ratios: NDArray[np.float32]) -> tuple[float, flo
 def planning_loss(
     curves: Curves, ratios: NDArray[np.float32], scales: tuple[float, float] | None = None
 ) -> NDArray[np.float32]:
-    """What planning minimises: roots of the root mean squares of the reply's and output's change.
+    """What planning minimises: roots of the mean squares of the reply's and output's change.
 
     Each mean square is divided by its `scales` (default: `loss_scales` of these curves), whatever
-    the model's scale. One root makes squares sizes, since errors pull a margin the same way; the
-    other deals budgets less extremely, since losses of heads that are compressed together do not
-    add up (docs/experiments.md, "Budgets dealt evenly").
+    the model's scale. Roots make sizes of squares, since errors pull a margin the same way.
     """
     square, reply = loss_scales(curves, ratios) if scales is None else scales
     terms = ((curves.square, square, OUTPUT_WEIGHT), (curves.reply, reply, REPLY_WEIGHT))
     total = np.zeros_like(curves.square)
     for term, scale, weight in terms:
-        total += weight * (term / max(scale, 1e-30)) ** POWER
+        total += weight * np.sqrt(term / max(scale, 1e-30))
     total = np.where(curves.output >= INFEASIBLE, float(INFEASIBLE), total)
     return np.minimum(total, float(INFEASIBLE)).astype(np.float32)
 
@@ -171,7 +168,7 @@ def _slope(
     `weight` and `unit` are the term's in `planning_loss`.
     """
     there = (mean > 0) & (mean < INFEASIBLE)
-    slope = weight * POWER * (np.where(there, mean, unit) / unit) ** (POWER - 1) / unit
+    slope = weight * 0.5 / np.sqrt(np.where(there, mean, unit) * unit)
     return np.where(there, slope, 0.0), np.where(there, mean, 0.0)
 
 

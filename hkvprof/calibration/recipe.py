@@ -46,7 +46,7 @@ REMOVED = {
     "risk": "the mean over samples is what is planned for (docs/experiments.md): leave it out",
     "risk_level": "the mean over samples is what is planned for: leave it out",
     "transfer_weight": "what a step reads is said where a budget is (fetch): leave it out",
-    "even": "budgets are dealt by loss alone (docs/experiments.md): leave it out",
+    "even": "three quarters of a budget are dealt evenly (docs/experiments.md): leave it out",
     "conservative": "types in doubt always have to be proven by the samples: leave it out",
 }
 """Fields of earlier versions, and what to do instead."""

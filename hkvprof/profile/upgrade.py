@@ -17,15 +17,13 @@ _OLD_INDEX = (
     "its index was quantised in a way that this hkvprof no longer reads (schema version 1): "
     "make the profile again with `hkvprof calibrate`"
 )
-EARLIER = Rules(even=0.75)
-"""How profiles were planned with that do not say how."""
 
 
 def upgrade(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
     """Change a file's content in place. Raises ProfileError, or KeyError and TypeError if damaged.
 
     Version 1 quantised its index otherwise; versions 1 and 2 have one curve for prompts of all
-    lengths and do not say how to plan with it: as EARLIER does. Up to version 3 all residents are
+    lengths and do not say how to plan with it: as is done today. Up to version 3 all residents are
     in the model's own dtype, scores are the window's, and reads from the host had a price
     (`planning.transfer_weight`) in place of a budget: it means nothing any more.
     """
@@ -48,7 +46,7 @@ def upgrade(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
             not any(key.startswith("statistics.") for key in tensors),
             f"statistics.* tensors in a file of schema version {schema}, which has none",
         )
-        metadata["planning"] = asdict(EARLIER)
+        metadata["planning"] = asdict(Rules())
         length = mean_tokens(metadata["provenance"]) or 1
         tensors["lengths"] = np.array([length], dtype=np.int64)
         for name in ("loss", "output_error"):

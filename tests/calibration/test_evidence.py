@@ -135,8 +135,8 @@ def test_single_samples_are_judged_by_their_own_curves_at_any_length() -> None:
         np.testing.assert_array_equal(found, kinds[chosen.strategy])
 
 
-def test_a_loss_of_sixteen_times_the_squares_counts_twice() -> None:
+def test_a_loss_of_four_times_the_squares_counts_twice() -> None:
     ratios = np.array([0.05, 1.0], dtype=np.float32)
-    square = np.array([1.0, 16.0]).reshape(1, 1, 2, 1) * np.ones((1, 1, 2, 2))
+    square = np.array([1.0, 4.0]).reshape(1, 1, 2, 1) * np.ones((1, 1, 2, 2))
     found = classify.planning_loss(classify.Curves(square, square, square), ratios, (1.0, 1.0))
     np.testing.assert_allclose(found[0, 0, 1], 2 * found[0, 0, 0])

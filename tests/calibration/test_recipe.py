@@ -38,7 +38,7 @@ def test_a_recipe_says_what_is_measured() -> None:
     [
         ({"theta": 0.8, "kappa": 0.2}, "kappa, theta belong to recipe 'paper'"),
         ({"name": "paper", "replies": "own"}, "judges no replies"),
-        ({"even": 0.5}, "budgets are dealt by loss alone"),
+        ({"even": 0.5}, "three quarters of a budget"),
         ({"transfer_weight": 1.0}, "what a step reads is said where a budget is"),
     ],
     ids=str,

@@ -49,7 +49,7 @@ def test_options_reach_the_profile_and_doubts_are_shown(
     code, text = merge(measured, "-o", path)
     assert code == 0
     profile = load_profile(path)
-    assert profile.rules == Rules(0.0)
+    assert profile.rules == Rules()
     assert profile.provenance["risk"] == "mean"
     count = profile.provenance["conservative"]
     assert count > 0
@@ -63,7 +63,7 @@ def test_options_reach_the_profile_and_doubts_are_shown(
     ("options", "words"),
     [
         (["--theta", "0.8"], "theta belong to recipe 'paper'"),
-        (["--even", "0.5"], "--even is gone: budgets are dealt by loss alone"),
+        (["--even", "0.5"], "--even is gone: three quarters of a budget"),
         (["--transfer-weight", "-1"], "--transfer-weight is gone: what a step reads"),
     ],
 )

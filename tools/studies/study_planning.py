@@ -1,7 +1,7 @@
-"""Paired: what roots of losses, and dealing a part of budgets evenly, are worth at equal bytes.
+"""Paired: what pooled curves, and dealing a part of budgets evenly, are worth at equal bytes.
 
     python -m tools.studies.study_planning ROWS [--model tinyvl] [--count 40] [--dtype auto]
-                                [--variants fourth,root75,...] [--budgets 0.2,0.1,0.05,0.03]
+                                [--variants pooled,own75,...] [--budgets 0.2,0.1,0.05,0.03]
 
 ROWS is a folder of `hkvprof calibrate --rows`. Profiles are decided anew per variant, and prompts
 of the calibration split (never the held-out one) are answered through the product's runtime: with
@@ -44,15 +44,13 @@ TOKENS = (1_200, 3_500)
 NOISE = 1e-5
 """Added to both sides of a ratio of KLs, in nats."""
 VARIANTS = {
-    "fourth": ("fourth roots of mean squares", 0.25, 0.0),
-    "root": ("square roots", 0.5, 0.0),
-    "fourth50": ("fourth roots, half dealt evenly", 0.25, 0.5),
-    "fourth75": ("fourth roots, three quarters dealt evenly", 0.25, 0.75),
-    "root50": ("square roots, half dealt evenly", 0.5, 0.5),
-    "root75": ("square roots, three quarters dealt evenly", 0.5, 0.75),
-    "even": ("all dealt evenly", 0.5, 1.0),
+    "pooled": ("the mean head's curve added three times", 3.0, 0.0),
+    "pooled1": ("the mean head's curve added once", 1.0, 0.0),
+    "own": ("own curves alone", 0.0, 0.0),
+    "own75": ("own curves, three quarters dealt evenly", 0.0, 0.75),
+    "even": ("all dealt evenly", 0.0, 1.0),
 }
-"""Name, the root that is taken (decide.POWER), and the part that is dealt evenly."""
+"""Name, how often the mean head's curve is added (decide.POOLED), and the part dealt evenly."""
 
 
 def main() -> None:
@@ -73,7 +71,8 @@ def main() -> None:
     for prompt in _prompts(model, processor, options.model, options.count):
         figures.append(_distances(model, processor, prompt, list(profiles.values()), budgets))
         tokens.append(prompt.tokens)
-        sys.stderr.write(f"{len(tokens)}/{options.count}\n")
+        cells = "; ".join(" ".join(f"{kl:.4f}" for kl in row) for row in figures[-1])
+        sys.stderr.write(f"{len(tokens)}/{options.count}: {prompt.tokens} tokens: {cells}\n")
     sys.stdout.write(f"{len(tokens)} prompts, {min(tokens)} to {max(tokens)} tokens; KL, ratio\n\n")
     sys.stdout.write("| variant | " + " | ".join(f"{b:.0%}" for b in budgets) + " |\n")
     sys.stdout.write("|---|" + "---|" * len(budgets) + "\n")
@@ -83,9 +82,9 @@ def main() -> None:
 
 def _decided(rows: Path, name: str) -> Profile:
     """The profile of a variant; how sure it is is not asked."""
-    _, power, even = VARIANTS[name]
+    _, pooled, even = VARIANTS[name]
     unsure = mock.patch.object(merging, "assess", lambda e, _: Confidence(e.samples, "a study"))
-    with mock.patch.object(decide, "POWER", power), unsure:
+    with mock.patch.object(decide, "POOLED", pooled), unsure:
         return replace(merging.merge([rows]), rules=Rules(even))
 
 
