@@ -183,5 +183,7 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with apply(model, in_bits(model, 8), budget=0.4) as handle:
         cache = handle.new_cache()
         model(input_ids=token_ids(1, 90), **with_cache(model, cache))
-        with pytest.raises(CompressionError, match="layer 0 keeps tokens in fewer .* of width 12,"):
+        with pytest.raises(
+            CompressionError, match=r"layer 0 keeps tokens in fewer .* of width 12,"
+        ):
             GraphDecoder(model, cache, recorder=HostTurnedBack(cache))
