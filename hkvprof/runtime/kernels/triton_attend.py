@@ -44,6 +44,8 @@ PROGRAMS = 512
 MAX_SPLITS = 64
 TILE_BYTES = 16384
 """Of one tile of keys, to fit two of keys and two of values in 96 KiB of shared memory."""
+FEW_TOKENS = 32
+"""In fewer bits, at a time: their codes are in registers, each by itself."""
 LOG2_E = 1.4426950408889634
 EMPTY = tl.constexpr(-float("inf"))
 
@@ -162,7 +164,8 @@ def _held(
 
 @triton.jit
 def _few_bits(
-    rows: tl.tensor,
+    eights: tl.tensor,
+    fours: tl.tensor,
     mean: tl.tensor,
     four: tl.tensor,
     q: tl.tensor,
@@ -172,7 +175,6 @@ def _few_bits(
     HAS_8: tl.constexpr,
     HAS_4: tl.constexpr,
     RUN: tl.constexpr,
-    ALIGN_4: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -180,29 +182,27 @@ def _few_bits(
     FLOAT: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """`_few_bit_tokens` of 8 or, where `four` says so, 4 bits; without code for bits nobody has."""
+    """`_few_bit_tokens` of 8 or, where `four` says so, 4 bits; without code for bits nobody has.
+
+    `eights` and `fours` are one address, told to be a multiple of what rows of those bits are.
+    """
     if HAS_8 and HAS_4:
         if four:
-            first = tl.multiple_of(rows, ALIGN_4)
             out, top, total = _few_bit_tokens(
-                first, mean, q, begin, end, scale, 4, RUN,
-                GROUP, DIM, WIDTH, BLOCK, FLOAT, UPCAST,
-            )  # fmt: skip
+                fours, mean, q, begin, end, scale, 4, RUN, GROUP, DIM, WIDTH, BLOCK, FLOAT, UPCAST
+            )
         else:
-            first = tl.multiple_of(rows, 4)
             out, top, total = _few_bit_tokens(
-                first, mean, q, begin, end, scale, 8, WIDTH,
+                eights, mean, q, begin, end, scale, 8, WIDTH,
                 GROUP, DIM, WIDTH, BLOCK, FLOAT, UPCAST,
             )  # fmt: skip
     elif HAS_4:
-        first = tl.multiple_of(rows, ALIGN_4)
         out, top, total = _few_bit_tokens(
-            first, mean, q, begin, end, scale, 4, RUN, GROUP, DIM, WIDTH, BLOCK, FLOAT, UPCAST
+            fours, mean, q, begin, end, scale, 4, RUN, GROUP, DIM, WIDTH, BLOCK, FLOAT, UPCAST
         )
     else:
-        first = tl.multiple_of(rows, 4)
         out, top, total = _few_bit_tokens(
-            first, mean, q, begin, end, scale, 8, WIDTH, GROUP, DIM, WIDTH, BLOCK, FLOAT, UPCAST
+            eights, mean, q, begin, end, scale, 8, WIDTH, GROUP, DIM, WIDTH, BLOCK, FLOAT, UPCAST
         )
     return out, top, total
 
@@ -238,6 +238,7 @@ def _split_kernel(
     HAS_4: tl.constexpr,
     RUN: tl.constexpr,
     ALIGN_4: tl.constexpr,
+    FEW_BLOCK: tl.constexpr,
     FLOAT: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
@@ -269,9 +270,12 @@ def _split_kernel(
     if ENTRIES > 0:
         if few:
             own_mean = mean + entry.to(tl.int64) * (2 * DIM)
+            # Said where the address is made: it would be lost with the argument of a function.
+            by_four = tl.multiple_of(rows + start, 4)
+            wide = tl.multiple_of(rows + start, ALIGN_4)
             out, top, total = _few_bits(
-                rows + start, own_mean, four, q, begin, end, scale, HAS_8, HAS_4, RUN, ALIGN_4,
-                GROUP, DIM, WIDTH, BLOCK, FLOAT, UPCAST,
+                by_four, wide, own_mean, four, q, begin, end, scale, HAS_8, HAS_4, RUN,
+                GROUP, DIM, WIDTH, FEW_BLOCK, FLOAT, UPCAST,
             )  # fmt: skip
         else:
             out, top, total = _exact_tokens(
@@ -435,6 +439,7 @@ def attend(
         key, value, query, *ends, rows, mean, places, entries, eights, *parts, scaling * LOG2_E,
         *counts, GROUP=padded(group), DIM=dim, WIDTH=width, BLOCK=block, ENTRIES=found,
         HAS_8=8 in bits, HAS_4=4 in bits, RUN=run, ALIGN_4=row_4 & -row_4,
+        FEW_BLOCK=max(LEAST_DOT, min(FEW_TOKENS, block)),
         FLOAT=tl.float32 if key.dtype == torch.float32 else tl.float16, UPCAST=INTERPRETED,
         num_warps=4, num_stages=2,
     )  # fmt: skip
