@@ -142,7 +142,7 @@ def test_replays_are_steps(
             )  # fmt: skip
             got = decoder(one)
             torch.testing.assert_close(got, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
-        assert decoder.replays >= steps / 4
+        assert decoder.replays >= steps / 6
         assert plain.get_seq_length() == replayed.get_seq_length() == rows[0] + steps
         for one, other in zip(replayed.covered, plain.covered, strict=True):
             if plain.receipt().query_bytes:
@@ -152,7 +152,7 @@ def test_replays_are_steps(
             assert (mine.steps, mine.dense_bytes) == (other.steps, other.dense_bytes)
             assert mine.compressions == other.compressions
     if recorder is not None:
-        assert recorder.recordings > 1
+        assert recorder.recordings > (types != "in 8 bits")
 
 
 def _stable(head: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _parts(block: int) -> Callable[[DynamicSegment], int]:
 
 
 @dataclass(frozen=True)
-class Fetch:
+class FetchKind:
     """How items come into hot slots: which of the two sides are rows of so many bits (0: none)."""
 
     chunk: int
@@ -111,8 +111,8 @@ class Fetch:
     bits: int
 
     @classmethod
-    def of(cls, head: DynamicSegment) -> Fetch:
-        """Of a head."""
+    def of(cls, head: DynamicSegment) -> FetchKind:
+        """How the items of this head come in."""
         rows = head.held or head.coder
         sides = head.coder is not None, head.held is not None
         return cls(head.chunk, *sides, 0 if rows is None else rows.format.bits)
@@ -207,7 +207,7 @@ class TritonRetrieval:
         self._everyone = self._launch(None, everyone)
         self._reranked = self._launch(None, reranked) if reranked else None
         self._indexes = list(self._launches(everyone, lambda head: kind_of(head.index)))
-        self._gathers = list(self._launches(everyone, Fetch.of))
+        self._gathers = list(self._launches(everyone, FetchKind.of))
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Expected attention of every item, per dynamic head."""
