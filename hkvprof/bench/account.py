@@ -28,9 +28,11 @@ from hkvprof.bench.methods import COMPRESSING, Kind, Method
 from hkvprof.bench.traffic import BITS, BLOCKS, DEVICE, LISTING, HeadStep
 from hkvprof.bench.watch import TritonLaunch, Watched, watched
 from hkvprof.errors import HkvError, UsageError
+from hkvprof.heads import EXACT_BITS, HeadType, Strategy
 from hkvprof.lazy import no_triton
 from hkvprof.models.attention import AttentionCall
 from hkvprof.models.shapes import SHAPES, Shape, make_shape
+from hkvprof.profile.costs import quantised_bytes
 from hkvprof.runtime import ragged
 
 HITS = 0.9
@@ -61,7 +63,8 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked: a shape, prompt tokens, batch rows, a share of dense, types, and hits."""
+    """What is asked: a shape, prompt tokens, batch rows, a share of dense, types, hits, and bits of
+    what is resident."""
 
     shape: str = "qwen2.5-vl-7b"
     tokens: int = 32768
@@ -69,11 +72,14 @@ class Plan:
     budget: str = "0.10"
     kind: Kind = Kind.PROFILE
     hits: float = HITS
+    bits: int = EXACT_BITS
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
         if self.shape not in SHAPES:
             raise UsageError(f"unknown shape {self.shape!r}: expected {' or '.join(SHAPES)}")
+        if self.bits not in (EXACT_BITS, 8, 4):
+            raise UsageError(f"{self.bits} bits: expected {EXACT_BITS}, 8 or 4")
         if self.tokens < 1024 or self.batch < 1 or not 0 <= self.hits <= 1:
             raise UsageError(
                 f"{self.tokens} tokens, batch {self.batch}, hits {self.hits}: expected at least "
@@ -112,6 +118,8 @@ def take_account(plan: Plan) -> Account:
     )
     keys = Keys(subject.view, torch.bfloat16, torch.device("cpu"))
     profile = filled_profiles(subject.model, subject.view, keys)[plan.kind]
+    menu = tuple(_in_bits(strategy, plan.bits) for strategy in profile.strategies)
+    profile = replace(profile, strategies=menu)
     forced = [torch.zeros(1, 1, dtype=torch.long)]
     method = Method(plan.kind, plan.budget, profile)
     one = FilledContestant(subject, method, plan.tokens, forced, keys)
@@ -127,6 +135,7 @@ def take_account(plan: Plan) -> Account:
     own = layer.ragged
     heads = tuple(_head_step(head, shape, plan.hits) for head in own.dynamic.values())
     resident = sum(own.storage.lengths) * own.storage.token_bytes
+    resident += 0 if own.quantised is None else own.quantised.rows.nbytes
     return Account(plan, seen, resident, plan.tokens * 4 * shape.kv_heads * shape.head_dim, heads)
 
 
@@ -148,18 +157,25 @@ def _triton_on_cpu() -> Iterator[None]:
     assert not kernels.notes, f"plain torch took over: {list(kernels.notes)}"
 
 
+def _in_bits(strategy: Strategy, bits: int) -> Strategy:
+    """With residents in so many bits; dynamic heads have 8 at least."""
+    least = 8 if strategy.head_type is HeadType.DYNAMIC else 4
+    return replace(strategy, resident_bits=max(bits, least))
+
+
 def _head_step(head: Any, shape: Shape, hits: float) -> HeadStep:
-    seen = head.described(0, 0)
+    seen, width = head.described(0, 0), shape.head_dim
     return HeadStep(
         items=seen.items,
         hot=seen.hot,
         picked=seen.picked,
         missed=min(round((1 - hits) * seen.hot), (seen.picked or seen.items) - seen.hot),
         group=shape.query_heads // shape.kv_heads,
-        dim=shape.head_dim,
+        dim=width,
         itemsize=2,
         codes=head.index.codes.shape[1],
         channels=head.index.tables.codebook.shape[1],
+        hot_bytes=4 * width if head.bits == EXACT_BITS else quantised_bytes(head.bits, width),
     )
 
 
@@ -231,7 +247,7 @@ def render(account: Account, codes: dict[int, dict[str, MachineCode]]) -> str:
     plan = account.plan
     title = (
         f"{plan.shape}, {plan.tokens:,} tokens, batch {plan.batch}, {plan.budget}, "
-        f"{plan.kind}, {plan.hits:.0%} of hot items stay"
+        f"{plan.kind}, {plan.hits:.0%} of hot items stay, {plan.bits} bits"
     )
     return "\n".join([title, "", *_launch_lines(account), "", *_code_lines(codes), "",
                       *_bound_lines(account, codes), ""])  # fmt: skip
@@ -285,13 +301,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--budget", default=usual.budget, help="share of dense; default %(default)s")
     add("--types", default="profile", choices=list(COMPRESSING), help="default: every other head")
     add("--hits", type=float, default=HITS, help="hot items that a step keeps; default %(default)s")
+    add("--bits", type=int, default=EXACT_BITS, help="of what is resident; default %(default)s")
     add("--compile", default="80,89,90", help="compute capabilities; empty: none")
     given = parser.parse_args(arguments)
     try:
         if reason := no_triton():
             raise UsageError(f"this account is of the Triton kernels, and {reason}")
         plan = Plan(given.shape, given.context, given.batch, given.budget,
-                    COMPRESSING[given.types], given.hits)  # fmt: skip
+                    COMPRESSING[given.types], given.hits, given.bits)  # fmt: skip
         account = take_account(plan)
         wanted = [int(part) for part in given.compile.split(",") if part]
         codes = {capability: code_of(account, capability) for capability in wanted}

@@ -17,7 +17,8 @@ TABLE = 256
 class HeadStep:
     """One dynamic head's step, in items of one token: `items` on the host, `hot` of them resident,
     `picked` compared by their own keys, `missed` fetched. `group` query heads of width `dim`,
-    `itemsize` bytes per number, `codes` bytes of index per item and its projection's `channels`."""
+    `itemsize` bytes per number, `codes` bytes of index per item and its projection's `channels`;
+    `hot_bytes` a hot token's key and value as they are kept."""
 
     items: int
     hot: int
@@ -28,6 +29,7 @@ class HeadStep:
     itemsize: int
     codes: int
     channels: int
+    hot_bytes: int
 
     @property
     def key_bytes(self) -> int:
@@ -66,7 +68,7 @@ def _table(s: HeadStep) -> int:
 
 
 def _exact(s: HeadStep) -> int:
-    hot, listed = s.hot * s.key_bytes, s.picked * 8
+    hot, listed = s.hot * s.hot_bytes // 2, s.picked * 8
     return s.items * 4 + hot + listed + s.picked * s.group * 4
 
 
@@ -84,13 +86,14 @@ DEVICE: dict[str, Callable[[HeadStep], int]] = {
     "due_kernel": lambda s: s.items * 9,
     "hold_kernel": lambda s: s.hot * 5,
     "select_kernel": _select,
-    "gather_kernel": lambda s: s.missed * (2 * s.key_bytes + 12),
+    "gather_kernel": lambda s: s.missed * (s.hot_bytes + 12),
+    "gather_rows_kernel": lambda s: s.missed * (s.hot_bytes + 12),
 }
 """Device bytes of a head in the launches of a kernel in one step."""
 DEVICE |= {
     "best_kernel": lambda s: s.items * (s.group * 4 + 1) + s.blocks * s.cold * 8,
     "candidate_kernel": lambda s: (
-        s.hot * s.key_bytes + s.far * s.blocks * s.cold * 8 + s.picked * s.group * 4
+        s.hot * s.hot_bytes // 2 + s.far * s.blocks * s.cold * 8 + s.picked * s.group * 4
     ),
     "choose_kernel": lambda s: s.picked * (s.group + 1) * 4 + s.missed * 8,
 }

@@ -171,12 +171,13 @@ class GraphDecoder:
                     f"layer {layer.account.layer} is not compressed ({reason}): expected a cache "
                     "whose prompt was compressed; call the model itself"
                 )
-            if layer.ragged.has_few_bits:
+            width = layer.ragged.storage.key.shape[1]
+            if layer.ragged.has_few_bits and width % 8:
                 raise CompressionError(
                     f"layer {layer.account.layer} keeps tokens in fewer bits, on the device or the "
-                    "host, which are read in plain torch on CUDA: such steps cannot be recorded; "
-                    'call the model itself, or use host_dtype="same" and a profile whose '
-                    "strategies keep 16 bits"
+                    f"host, of width {width}, which no CUDA kernel reads, and plain torch makes "
+                    'the host wait: call the model itself, or use host_dtype="same" and a profile '
+                    "whose strategies keep 16 bits"
                 )
             if layer.ragged.kernels.name == "torch":
                 raise CompressionError(

@@ -25,13 +25,19 @@ SELECTION = ["table_kernel", "coded_kernel", "best_kernel", "candidate_kernel", 
 ATTENTION = ["append_kernel", "_split_kernel", "_merge_kernel"]
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize(
     ("kind", "launches", "allocated"),
     [(Kind.STATIC, ATTENTION, 2), (Kind.PROFILE, SELECTION + ATTENTION, 3)],
 )
-def test_a_layers_launches_and_allocations(kind: Kind, launches: list[str], allocated: int) -> None:
-    """Nothing but Triton's kernels, once each; memory for scratch and for the result alone."""
-    seen = take_account(Plan("tiny", 16384, kind=kind)).watched
+def test_a_layers_launches_and_allocations(
+    kind: Kind, launches: list[str], allocated: int, bits: int
+) -> None:
+    """Nothing but Triton's kernels, once each; memory for scratch and for the result alone. As many
+    where tokens are in fewer bits."""
+    seen = take_account(Plan("tiny", 16384, kind=kind, bits=bits)).watched
+    if bits < 16:
+        launches = [{"gather_kernel": "gather_rows_kernel"}.get(name, name) for name in launches]
     assert Counter(one.name for one in seen.triton) == Counter(launches)
     assert not seen.operators
     assert len(seen.allocated) == allocated
@@ -70,7 +76,7 @@ def test_the_link_carries_what_the_kernels_count() -> None:
     bound = triton_kernels(torch.bfloat16).bind(layer.key, layer.value, layer.heads, 0.3)
     bound.step(layer.query)
     missed = int(bound.fetched)
-    step = account.HeadStep(120, 9, 16, missed, 1, 32, 2, 4, 32)
+    step = account.HeadStep(120, 9, 16, missed, 1, 32, 2, 4, 32, 128)
     counted = int(bound.reads) * 32 * 2 + missed * 2 * 32 * 2
     assert step.host_bytes == counted > 0
 
@@ -83,7 +89,9 @@ def test_loops_are_found_in_a_listing() -> None:
     assert _longest_loop("\n".join(lines)) == 6
 
 
-@pytest.mark.parametrize("wrong", [{"shape": "huge"}, {"tokens": 10}, {"batch": 0}, {"hits": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"shape": "huge"}, {"tokens": 10}, {"batch": 0}, {"hits": 1.5}, {"bits": 3}]
+)
 def test_what_cannot_be_asked_for(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected"):
         Plan(**wrong)

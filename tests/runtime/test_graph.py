@@ -95,6 +95,8 @@ def profile_of(model: Any, types: str) -> Any:
     kinds: Any = types
     if types == "mixed":
         kinds = np.arange(6).reshape(3, 2) % 2
+    if types == "in 8 bits":
+        return in_bits(model, 8, np.arange(6).reshape(3, 2) % 2, index="mean", chunk=8)
     return uniform_profile(model, kinds, index="mean", chunk=8)
 
 
@@ -105,6 +107,7 @@ def profile_of(model: Any, types: str) -> Any:
         ("static", 60, (220, 200), {"budget": 0.5, "compress_every": 40}),
         ("static", 40, (150, 131), {"budget": 0.3, "compress_every": 0}),
         ("mixed", 60, (220, 200), {"budget": 0.5, "compress_every": 40, "smoothing": 0.5}),
+        ("in 8 bits", 60, (220, 200), {"budget": 0.5, "compress_every": 40, "host_dtype": "int8"}),
         ("mixed", 60, (150, 150), {"budget": 0.3}),  # less room than queries are kept
     ],
 )
@@ -139,7 +142,7 @@ def test_replays_are_steps(
             )  # fmt: skip
             got = decoder(one)
             torch.testing.assert_close(got, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
-        assert decoder.replays >= steps / 4
+        assert decoder.replays >= steps / 6
         assert plain.get_seq_length() == replayed.get_seq_length() == rows[0] + steps
         for one, other in zip(replayed.covered, plain.covered, strict=True):
             if plain.receipt().query_bytes:
@@ -149,7 +152,7 @@ def test_replays_are_steps(
             assert (mine.steps, mine.dense_bytes) == (other.steps, other.dense_bytes)
             assert mine.compressions == other.compressions
     if recorder is not None:
-        assert recorder.recordings > 1
+        assert recorder.recordings > (types != "in 8 bits")
 
 
 def _stable(head: Any) -> dict[str, Any]:
@@ -176,8 +179,11 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(ragged, "for_device", lambda device, dtype: TorchKernels())
         with pytest.raises(CompressionError, match="plain torch make the host wait"):
             GraphDecoder(model, cache, recorder=recorder)
-    with apply(model, in_bits(model, 4), budget=0.3) as handle:
+    model = random_llama(hidden_size=48)
+    with apply(model, in_bits(model, 8), budget=0.4) as handle:
         cache = handle.new_cache()
         model(input_ids=token_ids(1, 90), **with_cache(model, cache))
-        with pytest.raises(CompressionError, match="layer 0 keeps tokens in fewer bits"):
+        with pytest.raises(
+            CompressionError, match=r"layer 0 keeps tokens in fewer .* of width 12,"
+        ):
             GraphDecoder(model, cache, recorder=HostTurnedBack(cache))

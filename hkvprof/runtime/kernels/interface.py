@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -58,10 +60,10 @@ class Extents:
 class QuantisedRows:
     """Tokens in fewer bits of a layer's segments, beside those in its flat storage.
 
-    `rows` holds one segment after the other, the tokens of a segment as selection.residents lays
-    them out, without padding; `mean` what was taken off keys and values, in the storage's dtype.
-    Entry i is about storage segment `segments[i]`: `counts[i]` tokens of `bits[i]` bits from byte
-    `starts[i]` on. `places` tells the device segment, start and count.
+    `rows` holds one segment after the other, those in 4 bits first, the tokens of a segment as
+    selection.residents lays them out, without padding; `mean` what was taken off keys and values,
+    in the storage's dtype. Entry i is about storage segment `segments[i]`: `counts[i]` tokens of
+    `bits[i]` bits from byte `starts[i]` on. `places` tells the device segment, start and count.
     """
 
     rows: UInt8[Tensor, " bytes"]
@@ -79,19 +81,36 @@ class QuantisedRows:
         if not held:
             return None
         parts = list(held.values())
-        sizes = [part.rows.nbytes for part in parts]
+        order = sorted(range(len(parts)), key=lambda number: parts[number].format.bits)
+        sizes = [parts[number].rows.nbytes for number in order]
         if sum(sizes) > MOST_BYTES:
             raise CompressionError(
                 f"a layer's tokens in fewer bits take {sum(sizes) / 2**30:.1f} GiB, expected less "
                 "than 2 GiB: lower the batch or the budget"
             )
-        starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        counts = [len(part.rows) for part in parts]
+        begins = dict(zip(order, accumulate(sizes, initial=0), strict=False))
+        starts = [begins[number] for number in range(len(parts))]
+        counts, bits = [len(part.rows) for part in parts], [part.format.bits for part in parts]
+        rows = torch.cat([parts[number].rows.flatten() for number in order])
         told = list(zip(held, starts, counts, strict=True))
-        rows = torch.cat([part.rows.flatten() for part in parts])
         places = device_integers(told, rows.device, torch.int32)
         mean = torch.stack([part.mean for part in parts])
-        return cls(rows, mean, list(held), starts, counts, [p.format.bits for p in parts], places)
+        return cls(rows, mean, list(held), starts, counts, bits, places)
+
+    @cached_property
+    def eights(self) -> int:
+        """The byte at which the rows in 8 bits begin, behind all others."""
+        starts = (s for s, bits in zip(self.starts, self.bits, strict=True) if bits == 8)
+        return min(starts, default=len(self.rows))
+
+    @cached_property
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Per number of bits: tokens of the segment that has most, and bytes of a token."""
+        most: dict[int, tuple[int, int]] = {}
+        for bits, count in zip(self.bits, self.counts, strict=True):
+            row = RowFormat(bits, self.mean.shape[2]).row_bytes
+            most[bits] = max(most.get(bits, (0, row)), (count, row))
+        return most
 
     def at(self, number: int) -> Residents:
         """What entry `number` is about; rows are views."""

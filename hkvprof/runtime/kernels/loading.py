@@ -59,6 +59,8 @@ def check_quantised(held: QuantisedRows, dim: int, segments: int) -> None:
         require(bits in (8, 4), "tokens of 8 or 4 bits")
         end = start + rows * quantised_bytes(bits, dim)
         require(start >= 0 <= rows and end <= len(held.rows), "rows within the bytes")
+        in_order = rows == 0 or (start < held.eights) == (bits == 4)
+        require(in_order, "rows in 4 bits before those in 8")
         last = segment
 
 

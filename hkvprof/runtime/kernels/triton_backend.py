@@ -7,6 +7,7 @@ so when it meets CUDA tensors.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from hkvprof.runtime.kernels.interface import (
     QuantisedRows,
     Retrieval,
 )
-from hkvprof.runtime.kernels.loading import require
+from hkvprof.runtime.kernels.loading import check_quantised, require
 from hkvprof.runtime.kernels.reference import TorchKernels
 from hkvprof.runtime.kernels.triton_common import DTYPES, INTERPRETED
 from hkvprof.runtime.kernels.triton_retrieval import TritonRetrieval
@@ -41,6 +42,7 @@ class TritonKernels:
         self.dtype = dtype
         self.torch = TorchKernels()
         self.notes: dict[str, None] = {}
+        self._sound: dict[int, weakref.ref[QuantisedRows]] = {}
 
     def attend(
         self,
@@ -52,18 +54,27 @@ class TritonKernels:
         quantised: QuantisedRows | None = None,
     ) -> Float[Tensor, "segments group dim"]:
         """Split-KV: products in the tensors' dtype, accumulation and softmax in float32."""
-        if quantised is not None:
-            self.notes["torch for tokens in fewer bits"] = None
-            return self.torch.attend(key, value, extents, query, scaling, quantised)
-        if reason := self._unfit_shape(key, value, query.shape[1]):
+        reason = self._unfit_shape(key, value, query.shape[1])
+        if reason := reason or self._unfit_rows(key, quantised):
             self.notes[f"torch for {reason}"] = None
-            return self.torch.attend(key, value, extents, query, scaling)
+            return self.torch.attend(key, value, extents, query, scaling, quantised)
         require(query.shape[2] == key.shape[1], "queries as wide as keys")
         require(len(query) == len(extents.device_starts), "a start and an end per segment")
+        if quantised is not None:
+            self._check(quantised, key.shape[1], len(query))
         own = query.to(self.dtype).contiguous()
-        starts, ends = extents.device_starts, extents.device_ends
         with at(key.device):
-            return triton_attend.attend(key, value, starts, ends, extents.longest, own, scaling)
+            return triton_attend.attend(key, value, extents, own, scaling, quantised)
+
+    def _check(self, held: QuantisedRows, dim: int, segments: int) -> None:
+        """Once, because a step has little time."""
+        number, told = id(held), self._sound.get(id(held))
+        if told is None or told() is not held:
+            check_quantised(held, dim, segments)
+            require(held.rows.is_contiguous(), "rows without gaps")
+            plain = held.mean.dtype == self.dtype and held.mean.is_contiguous()
+            require(plain, "means like keys")
+            self._sound[number] = weakref.ref(held, lambda _: self._sound.pop(number, None))
 
     def append(
         self,
@@ -119,17 +130,26 @@ class TritonKernels:
             return "CUDA tensors, whose addresses Triton's interpreter cannot read"
         return ""
 
+    def _unfit_rows(self, key: Tensor, held: QuantisedRows | None) -> str:
+        """Why these kernels cannot read these tokens in fewer bits, or an empty string."""
+        if held is None:
+            return ""
+        return f"tokens in fewer bits of width {key.shape[1]}" if key.shape[1] % 8 else ""
+
     def _unfit(self, head: DynamicSegment) -> str:
         """Why these kernels cannot work on this head, or an empty string."""
         host, index = head.host, head.index
         on_cuda = head.slots.is_cuda
-        if head.held is not None or head.coder is not None:
-            return "items in fewer bits"
+        rows = head.held or head.coder
+        if rows is not None and rows.mean.shape[-1] % 8:
+            return f"items in fewer bits of width {rows.mean.shape[-1]}"
+        if rows is not None and (rows.mean.dtype != self.dtype or not rows.mean.is_contiguous()):
+            return "items in fewer bits with means of another type"
         if not host.is_contiguous():
             return "host chunks that are not contiguous"
         if on_cuda and not (host.is_cuda or host.is_pinned()):
             return "host chunks that are not in pinned memory"
-        if host.dtype != self.dtype:
+        if host.dtype != (self.dtype if head.coder is None else torch.uint8):
             return f"host chunks of {host.dtype}"
         if isinstance(index, MeanIndex | MinMaxIndex):
             same = all(t.dtype == self.dtype and t.is_contiguous() for t in index.tensors())

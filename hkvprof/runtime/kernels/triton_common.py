@@ -44,7 +44,7 @@ def narrow(x: tl.tensor, DTYPE: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor
     return x.to(DTYPE)
 
 
-FIELDS = tl.constexpr(19)
+FIELDS = tl.constexpr(23)
 """Columns of a descriptor: what the kernels know about a dynamic head, as int64, addresses too."""
 SEGMENT = tl.constexpr(0)
 ITEMS = tl.constexpr(1)
@@ -74,6 +74,14 @@ ACTIVE = tl.constexpr(17)
 """0: this launch leaves the head as it is. Written on the device (Retrieval.step_some)."""
 FRESH = tl.constexpr(18)
 """Most items that become hot in a step."""
+ROWS = tl.constexpr(19)
+"""Address of hot slots in fewer bits."""
+MEAN = tl.constexpr(20)
+"""Of tokens in fewer bits."""
+HOT_BITS = tl.constexpr(21)
+"""Of hot slots; 0: they are exact, in the storage."""
+HOST_BITS = tl.constexpr(22)
+"""Of items on the host, likewise."""
 
 
 @triton.jit
@@ -100,6 +108,12 @@ def address(
 ) -> tl.tensor:
     """One address, of elements of this type; a multiple of 16, so that reads can be wide."""
     return tl.multiple_of(field(heads, head, NUMBER).to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def row_address(heads: tl.tensor, head: tl.tensor, NUMBER: tl.constexpr) -> tl.tensor:
+    """One address of rows of bytes; a multiple of 4."""
+    return tl.multiple_of(field(heads, head, NUMBER).to(tl.pointer_type(tl.uint8)), 4)
 
 
 INTERPRETED = not isinstance(dot, triton.runtime.JITFunction)

@@ -18,19 +18,24 @@ from hkvprof.runtime.kernels.triton_common import (
     BLOCK_ITEMS,
     FRESH,
     HOST,
+    HOST_BITS,
     HOT,
+    HOT_BITS,
     HOT_SCORE,
     HOT_START,
     ITEMS,
+    MEAN,
     PARTS,
     PICKED,
+    ROWS,
     SLOTS,
     address,
-    dot,
     field,
     idle,
+    row_address,
     small,
 )
+from hkvprof.runtime.kernels.triton_rows import key_logits
 from hkvprof.runtime.kernels.triton_scores import put, queries, softmax_parts
 
 NUMBERS = tl.constexpr(2**28)
@@ -150,6 +155,10 @@ def candidate_kernel(
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
     ENTRIES: tl.constexpr,
+    HAS_8: tl.constexpr,
+    HAS_4: tl.constexpr,
+    RUN: tl.constexpr,
+    FLOAT: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """Logits of candidates by their keys: first blocks of others, from the host, then of slots.
@@ -165,7 +174,8 @@ def candidate_kernel(
     far = tl.cdiv(count - hot, BLOCK)
     if block >= far + tl.cdiv(hot, BLOCK):
         return
-    d = tl.arange(0, WIDTH)
+    q = queries(query, heads, head, group, DIM, GROUP, WIDTH)
+    mean = address(heads, head, MEAN, query.dtype.element_ty)
     if block < far:
         list_cold(heads, head, best, cold, blocks, ROOM, ENTRIES)
         number = block * BLOCK + tl.arange(0, BLOCK)
@@ -173,16 +183,19 @@ def candidate_kernel(
         candidate = hot + number
         item = tl.load(cold + head * ROOM + number, mask=valid, other=0).to(tl.int64)
         host = address(heads, head, HOST, query.dtype.element_ty)
-        where = item[:, None] * (2 * DIM) + d[None, :]
-        k = tl.load(host + where, mask=valid[:, None] & (d[None, :] < DIM), other=0.0)
+        total = key_logits(
+            q, host, row_address(heads, head, HOST), mean, item, valid,
+            small(heads, head, HOST_BITS), scale, 2 * DIM, HAS_8, HAS_4, RUN, GROUP, DIM, WIDTH,
+            BLOCK, FLOAT, UPCAST,
+        )  # fmt: skip
     else:
         candidate = (block - far) * BLOCK + tl.arange(0, BLOCK)
         valid = candidate < hot
-        row = field(heads, head, HOT_START) + candidate
-        where = row[:, None] * DIM + d[None, :]
-        k = tl.load(key + where, mask=valid[:, None] & (d[None, :] < DIM), other=0.0)
-    q = queries(query, heads, head, group, DIM, GROUP, WIDTH)
-    total = dot(q, tl.trans(k), UPCAST) * scale
+        total = key_logits(
+            q, key + field(heads, head, HOT_START) * DIM, row_address(heads, head, ROWS), mean,
+            candidate, valid, small(heads, head, HOT_BITS), scale, DIM, HAS_8, HAS_4, RUN, GROUP,
+            DIM, WIDTH, BLOCK, FLOAT, UPCAST,
+        )  # fmt: skip
     total = tl.where(tl.abs(total) < float("inf"), total, -float("inf"))
     candidate = tl.where(valid, candidate, count)
     put(total, logits, tops, sums, heads, head, block, candidate, count, group, GROUP)

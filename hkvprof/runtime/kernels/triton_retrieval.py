@@ -11,6 +11,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hkvprof.profile.costs import scale_group
 from hkvprof.runtime.devices import at
 from hkvprof.runtime.kernels import triton_compact as compacted
 from hkvprof.runtime.kernels import triton_scores as scores_of
@@ -23,6 +24,7 @@ from hkvprof.runtime.kernels.triton_common import (
     ACTIVE,
     FIELDS,
     INTERPRETED,
+    LEAST_DOT,
     Launch,
     blocks,
     items_of,
@@ -30,7 +32,11 @@ from hkvprof.runtime.kernels.triton_common import (
     padded,
     picked_of,
 )
-from hkvprof.runtime.kernels.triton_items import exact_kernel, gather_kernel
+from hkvprof.runtime.kernels.triton_items import (
+    exact_kernel,
+    gather_kernel,
+    gather_rows_kernel,
+)
 from hkvprof.selection.index import ProjectedIndex
 
 CODED_ITEMS = 512
@@ -47,6 +53,8 @@ MARK_ITEMS = 4096
 """Items that a program marks at a time."""
 MOST_CANDIDATES = 16384
 """Of a head; more do not fit into the registers of one program."""
+ROW_TOKENS = 16
+"""Tokens that a program brings where they are rows of bytes."""
 GATHER_ELEMENTS = 2048
 """Numbers that a program copies at a time."""
 WORDS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
@@ -91,6 +99,28 @@ def _parts(block: int) -> Callable[[DynamicSegment], int]:
         return -(-head.hot // block) + -(-(picked_of(head) - head.hot) // block)
 
     return count
+
+
+@dataclass(frozen=True)
+class FetchKind:
+    """How items come into hot slots: which of the two sides are rows of so many bits (0: none)."""
+
+    chunk: int
+    from_rows: bool
+    to_rows: bool
+    bits: int
+
+    @classmethod
+    def of(cls, head: DynamicSegment) -> FetchKind:
+        """How the items of this head come in."""
+        rows = head.held or head.coder
+        sides = head.coder is not None, head.held is not None
+        return cls(head.chunk, *sides, 0 if rows is None else rows.format.bits)
+
+
+def _comes(most: int, tokens: int) -> Callable[[DynamicSegment], int]:
+    """How many items of a head come in a step at most, times `tokens`."""
+    return lambda head: min(head.hot, head.fresh, most) * tokens
 
 
 @dataclass(frozen=True)
@@ -153,7 +183,15 @@ class TritonRetrieval:
         self.key, self.value, self.heads = key, value, tuple(heads)
         self._scale, self._smoothing = scaling * LOG2_E, smoothing
         self._dim = key.shape[1]
-        self._width = padded(self._dim)
+        few = {one.format.bits for head in heads if (one := head.held or head.coder)}
+        self._width = padded(self._dim, 2 * LEAST_DOT if few else LEAST_DOT)
+        self._rows = {
+            "HAS_8": 8 in few,
+            "HAS_4": 4 in few,
+            "RUN": scale_group(4, self._dim),
+            "FLOAT": tl.float32 if key.dtype == torch.float32 else tl.float16,
+            "UPCAST": INTERPRETED,
+        }
         self._block = min(128, max(16, TILE_BYTES // (self._width * key.element_size())))
         self._alive: list[Tensor] = []
         self.tensors: Sequence[Tensor] = self._alive
@@ -169,7 +207,7 @@ class TritonRetrieval:
         self._everyone = self._launch(None, everyone)
         self._reranked = self._launch(None, reranked) if reranked else None
         self._indexes = list(self._launches(everyone, lambda head: kind_of(head.index)))
-        self._gathers = list(self._launches(everyone, lambda head: head.chunk))
+        self._gathers = list(self._launches(everyone, FetchKind.of))
 
     def score(self, query: Float[Tensor, "segments group dim"]) -> list[Float[Tensor, " items"]]:
         """Expected attention of every item, per dynamic head."""
@@ -232,8 +270,7 @@ class TritonRetrieval:
         )  # fmt: skip
         compacted.candidate_kernel[(count, compact.parts)](
             self._table, query, self.key, *chosen, *partial, self._scale, group, compact.blocks,
-            **sizes, BLOCK=self._block, ROOM=compact.room, ENTRIES=compact.entries,
-            UPCAST=INTERPRETED,
+            **sizes, BLOCK=self._block, ROOM=compact.room, ENTRIES=compact.entries, **self._rows,
         )  # fmt: skip
         smooth = self._smoothing > 0
         compacted.choose_kernel[(count,)](
@@ -279,7 +316,7 @@ class TritonRetrieval:
         picks = self._reranked.grid(picked_of, self._block)
         exact_kernel[max(picks, self._reranked.grid(items_of, reset))](
             self._table, which, query, self.key, picked, places, scores, *partial, self._scale,
-            group, **sizes, BLOCK=self._block, RESET=reset, UPCAST=INTERPRETED,
+            group, **sizes, BLOCK=self._block, RESET=reset, **self._rows,
         )  # fmt: skip
         grid = self._reranked.grid(picked_of, SHARE_ITEMS)
         scores_of.share_kernel[grid](self._table, which, *shared, EXACT=True, **share)
@@ -341,13 +378,21 @@ class TritonRetrieval:
         """Fetch what is missing, at most `most` items of a head."""
         smooth = self._smoothing > 0
         for launch in self._gathers:
-            chunk = launch.kind
-            block = min(GATHER_ELEMENTS, padded(2 * chunk * self._dim))
+            fetch, given = launch.kind, (due, missing, free, counts)
+            args = (self._table, launch.which, self.key, self.value, *given)
+            if fetch.bits:
+                gather_rows_kernel[launch.grid(_comes(most, fetch.chunk), ROW_TOKENS)](
+                    *args, CHUNK=fetch.chunk, FROM_ROWS=fetch.from_rows, TO_ROWS=fetch.to_rows,
+                    BITS=fetch.bits, RUN=self._width if fetch.bits == 8 else self._rows["RUN"],
+                    DIM=self._dim, WIDTH=self._width, BLOCK=ROW_TOKENS, SMOOTH=smooth,
+                    UPCAST=INTERPRETED,
+                )  # fmt: skip
+                continue
+            block = min(GATHER_ELEMENTS, padded(2 * fetch.chunk * self._dim))
             rows = GATHER_ELEMENTS // block
-            gather_kernel[launch.grid(lambda head: min(head.hot, head.fresh, most), rows)](
-                self._table, launch.which, self.key, self.value, due, missing, free, counts,
-                CHUNK=chunk, DIM=self._dim, ROWS=rows, BLOCK=block, SMOOTH=smooth,
-            )  # fmt: skip
+            gather_kernel[launch.grid(_comes(most, 1), rows)](
+                *args, CHUNK=fetch.chunk, DIM=self._dim, ROWS=rows, BLOCK=block, SMOOTH=smooth
+            )
 
     def _floats(self, count: int) -> Float[Tensor, " count"]:
         return torch.empty(count, dtype=torch.float32, device=self.key.device)
@@ -423,15 +468,30 @@ class TritonRetrieval:
             bounds,
             1,
             head.fresh,
+            *self._describe_rows(head),
         ]
         assert len(row) == FIELDS.value
         return row
 
-    def _hold(self, tensor: Tensor | None) -> int:
+    def _describe_rows(self, head: DynamicSegment) -> list[int]:
+        """ROWS, MEAN, HOT_BITS and HOST_BITS; the mean of host items comes to the device."""
+        one = head.held or head.coder
+        if one is None:
+            return [0, 0, 0, 0]
+        mean = one.mean
+        if mean.device != self.key.device:
+            mean = (mean.pin_memory() if self.key.is_cuda else mean).to(
+                self.key.device, non_blocking=True
+            )
+        bits = one.format.bits
+        rows = 0 if head.held is None else self._hold(head.held.rows, 4)
+        return [rows, self._hold(mean), bits if rows else 0, bits if head.coder else 0]
+
+    def _hold(self, tensor: Tensor | None, unit: int = 16) -> int:
         """Address of a contiguous tensor, which is kept alive."""
         if tensor is None:
             return 0
         self._alive.append(tensor.contiguous())
         place = self._alive[-1].data_ptr()
-        require(place % 16 == 0, "tensors at multiples of the 16 bytes that are read at a time")
+        require(place % unit == 0, f"tensors at multiples of {unit} bytes, to be read wide")
         return place

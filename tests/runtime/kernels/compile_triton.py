@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from hkvprof.runtime.kernels import Extents
+from hkvprof.runtime.kernels import Extents, QuantisedRows
 from hkvprof.runtime.kernels.triton_backend import TritonKernels
+from hkvprof.selection.residents import Residents
 from hkvprof.selection.triton_mass import top_mass
 from tests.runtime.kernels.cases import make_layer
 
@@ -28,6 +29,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -78,12 +80,26 @@ def layers(dtype: torch.dtype) -> Iterator[Any]:
         {"kind": "projected", "dim": 128, "codes": 2, "rerank": 64, "hot": [500, 60]},
         {"kind": "projected", "dim": 80, "codes": 4, "group": 8},
         {"kind": "projected", "dim": 256, "codes": 8, "rerank": 64, "group": 4},
+        {"kind": "projected", "dim": 128, "codes": 2, "rerank": 64, "bits": (8, 16)},
+        {"kind": "projected", "dim": 80, "codes": 2, "rerank": 64, "bits": (4, 16)},
+        {"kind": "mean", "dim": 64, "chunk": 16, "bits": (16, 8)},
+        {"kind": "mean", "dim": 128, "chunk": 3, "bits": (8, 8)},
     ]
     for setting in settings:
         setting = {"group": 7, "smoothing": True, "dtype": dtype, **setting}
         yield make_layer(
             0, setting.pop("kind"), [5000, 70], setting.pop("hot", [500, 70]), **setting
         )
+
+
+def few_bits(key: torch.Tensor) -> Iterator[QuantisedRows | None]:
+    """What segments may hold in fewer bits beside these keys."""
+    if len(key) < 560:
+        return
+    own = [Residents.around(key, key, bits).append(key, key) for bits in (8, 4)]
+    yield QuantisedRows.of({0: own[0]})
+    yield QuantisedRows.of({1: own[1]})
+    yield QuantisedRows.of(dict(enumerate(own)))
 
 
 def main() -> None:
@@ -101,6 +117,8 @@ def main() -> None:
             kernels.append(layer.key, layer.value, ends, new, new)
             extents = Extents.of([0, 500], [500, 60])
             kernels.attend(layer.key, layer.value, extents, layer.query, 0.1)
+            for held in few_bits(layer.key):
+                kernels.attend(layer.key, layer.value, extents, layer.query, 0.1, held)
         assert not kernels.notes
         for dim in (64, 80, 256):
             key, rows = torch.zeros(2, 5000, dim, dtype=dtype), torch.arange(0, 5000, 100)

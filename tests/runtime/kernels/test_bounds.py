@@ -15,8 +15,6 @@ from hkvprof.runtime.kernels import Kernels
 from tests.runtime.kernels.bad_inputs import (
     BAD,
     DTYPE,
-    ITEMS_IN_FEWER_BITS,
-    QUANTISED,
 )
 from tests.runtime.kernels.cases import compiler
 
@@ -44,8 +42,6 @@ ELSEWHERE = {
     "a subspace past the channels",
     "a subspace that ends before it begins",
     "no subspace",
-    *QUANTISED,
-    *ITEMS_IN_FEWER_BITS,  # in torch too
 }
 
 

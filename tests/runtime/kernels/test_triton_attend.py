@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,12 +56,10 @@ def test_ragged_segments(
     got = attend(
         key.to(device),
         value.to(device),
-        extents.device_starts,
-        extents.device_ends,
-        extents.longest + slack,
+        replace(extents, longest=extents.longest + slack),
         query.to(device),
         dim**-0.5,
-        programs,
+        programs=programs,
     )
     assert got.dtype == dtype
     assert got.shape == query.shape

@@ -27,6 +27,7 @@ KERNELS = {
     "hold_kernel",
     "select_kernel",
     "gather_kernel",
+    "gather_rows_kernel",
     "append_kernel",
     "best_kernel",
     "candidate_kernel",

@@ -95,15 +95,16 @@ def test_a_model_decodes_as_with_the_reference_kernels(
 
 @QUIET
 @torch.no_grad()
-def test_tokens_in_fewer_bits_fall_back_by_name() -> None:
+@pytest.mark.parametrize("options", [{}, {"host_dtype": "int8"}], ids=str)
+def test_tokens_in_fewer_bits_decode_as_with_the_reference(options: dict[str, Any]) -> None:
     model, fast = random_llama(2), triton_kernels(torch.float32)
     inputs = {"input_ids": token_ids(1, 150)}
     profile = in_bits(model, 8, np.array([[0, 1], [1, 0]]), chunk=8)
-    for options in ({}, {"host_dtype": "int8"}):
-        expected, _ = decode(model, profile, inputs, TorchKernels(), [7, 9], **options)
-        got, _ = decode(model, profile, inputs, fast, [7, 9], **options)
-        assert all(torch.equal(a, b) for a, b in zip(got[1:], expected[1:], strict=True))
-    assert set(fast.notes) == {"torch for tokens in fewer bits", "torch for items in fewer bits"}
+    expected, _ = decode(model, profile, inputs, TorchKernels(), [7, 9], **options)
+    got, _ = decode(model, profile, inputs, fast, [7, 9], **options)
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+    assert not set(fast.notes)
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:

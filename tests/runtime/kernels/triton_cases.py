@@ -77,9 +77,13 @@ def _moved(head: DynamicSegment, device: str) -> DynamicSegment:
     def hosted(tensor: Tensor) -> Tensor:
         return tensor.cpu() if device == "cpu" else tensor.pin_memory()
 
+    rows = head.held
+    if rows is not None:
+        rows = replace(rows.on(torch.device(device)), rows=rows.rows.to(device))
     return replace(
         head,
         index=index,
+        held=rows,
         slots=head.slots.to(device),
         host=hosted(head.host),
         hot_score=None if head.hot_score is None else head.hot_score.to(device),
