@@ -32,8 +32,34 @@ def receipt(managers: list[PlannedBlocksManager], request: Any) -> dict[str, Any
     }
 
 
+def only_free_blocks(managers: list[PlannedBlocksManager], request: Any, found: Any) -> Any:
+    """Of cached blocks that were `found` (KVCacheManager.get_computed_blocks), those that this
+    prompt frees at its end.
+
+    The others are where its kept tokens go, in place of what the cache, and perhaps another request
+    that runs, holds there: blocks of a longer prompt that begins alike, or of a smaller budget.
+    """
+    blocks, tokens, boundary = found
+    drops = [one.dropped(request.request_id, request.num_prompt_tokens) for one in managers]
+    size = managers[0].block_size
+    limit = min((size * count for count in drops if count), default=tokens)
+    if tokens <= limit:
+        return found
+    taken = tuple(list(group)[: limit // size] for group in blocks.blocks)
+    return type(blocks)(taken), limit, boundary
+
+
 class _Planned:
     kv_cache_manager: Any
+
+    def __init__(self, *args: Any, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        manager = self.kv_cache_manager
+        ask, managers = manager.get_computed_blocks, self._managers
+        if managers:
+            manager.get_computed_blocks = lambda request: only_free_blocks(
+                managers, request, ask(request)
+            )
 
     @property
     def _managers(self) -> list[PlannedBlocksManager]:

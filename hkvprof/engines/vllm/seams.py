@@ -27,6 +27,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     subclass_attention_backend_with_overrides,
 )
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -103,6 +104,8 @@ def problems() -> list[str]:
         *_has(FullAttentionSpec, "num_kv_heads", "head_size", "head_size_v", "kv_quant_mode"),
         *_has(FullAttentionSpec, "is_uniform_with_collection", "merge"),
         *_takes(Scheduler.add_request, "request"),
+        *_takes(KVCacheManager.get_computed_blocks, "request"),
+        *_has(KVCacheBlocks, "blocks"),
         *_takes(Scheduler._free_request, "request", "delay_free_blocks"),
         *_takes(process_dict_updates, "req_entries", "batch_update", "new_state"),
         *_takes(LogitsProcessor.validate_params, "sampling_params"),

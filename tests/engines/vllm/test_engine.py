@@ -77,6 +77,24 @@ def test_prefix_caching_stays_exact(lab: Lab, usual: Told) -> None:
     assert_tidy(cached)
 
 
+def test_a_prompt_leaves_cached_blocks_of_a_longer_one_alone(lab: Lab) -> None:
+    """A group frees a block less of the shorter prompt: what it keeps goes where the longer one's
+    block would be read, and a third request would read that."""
+    plan, longest = plan_blocks(profile(), BUDGET, 32, 4), 460
+    drops = {n: plan.at(n).dropped for n in range(380, longest + 1)}
+    length = max(n for n in drops if 0 < min(drops[n]) < min(drops[longest]))
+    long = prompts((longest,))[0]
+    asked = [long, long[:length], long[:length], long]
+    engine = {"max_num_seqs": 1}
+    cached = lab.run(BUDGET, prompts=asked, engine=engine | {"enable_prefix_caching": True})
+    alone = lab.run(BUDGET, prompts=asked, engine=engine | {"enable_prefix_caching": False})
+    assert cached.cached[1:] == [32 * min(drops[n]) for n in (length, length, longest)]
+    assert_close(cached, alone)
+    together = lab.run(BUDGET, prompts=asked, waves=2, engine={"enable_prefix_caching": True})
+    assert together.tokens == alone.tokens * 2
+    assert_tidy(cached)
+
+
 def test_preempted_requests_answer_the_same(lab: Lab) -> None:
     """A pool for little more than one prompt; replies long enough that blocks run out."""
     asked = {"prompts": prompts((300, 310, 320, 330), 3), "max_tokens": 150}
