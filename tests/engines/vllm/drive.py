@@ -39,7 +39,8 @@ def main(job: dict[str, Any]) -> None:
     for wave in range(job.get("waves", 1)):
         for number, prompt in enumerate(job["prompts"]):
             params = SamplingParams(
-                temperature=job.get("temperature", 0), max_tokens=job.get("max_tokens", 8),
+                temperature=job.get("temperature", 0), top_k=job.get("top_k", 0),
+                max_tokens=job.get("max_tokens", 8),
                 ignore_eos=True, logprobs=1, n=job.get("n", 1), detokenize=False, output_kind=kind,
                 extra_args=job["extra_args"][number] if "extra_args" in job else None,
             )  # fmt: skip
