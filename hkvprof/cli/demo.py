@@ -36,6 +36,7 @@ Examples:
   hkvprof demo
   hkvprof demo --quick -o /tmp/demo
   hkvprof demo --long-text profiles/smollm2.hkv.safetensors
+  hkvprof demo --long-text profiles/smollm2.hkv.safetensors --engine vllm
 Nothing is downloaded. What is made stays in the folder: samples, profile, answers, report.html."""
 
 SAMPLES, HELDOUT, PROFILE = "samples", "heldout", "tinyvl.profile.safetensors"
@@ -89,10 +90,17 @@ def demo(
             help="Instead: SmolLM2 on long text, with this profile of it (minutes).",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="vllm, with --long-text: inside it, beside plain vLLM."),
+    ] = None,
 ) -> None:  # fmt: skip
     """Answers of the full cache, hkvprof and SnapKV side by side, on the embedded model."""
     from hkvprof.evaluate.journal import forget
 
+    if engine is not None:
+        _demonstrate_engine(engine, long_text)
+        return
     _check(output)
     forget(output / ANSWERS)
     began = time.perf_counter()
@@ -164,6 +172,17 @@ def _demonstrate_long_text(steps: _Steps, profile: Path) -> None:
     _show(steps.folder, (), None)
     steps.run("report", profile, "--eval", answers, "-o", report)
     typer.echo(f"\nThe report: {report}")
+
+
+def _demonstrate_engine(engine: str, profile: Path | None) -> None:
+    from hkvprof.cli.demo_engine import demonstrate
+    from hkvprof.errors import UsageError
+
+    if engine != "vllm":
+        raise UsageError(f"--engine {engine}: expected vllm")
+    if profile is None:
+        raise UsageError("--engine vllm needs --long-text with a profile of SmolLM2")
+    demonstrate(profile)
 
 
 def heldout_samples(count: int) -> tuple[Sample, ...]:

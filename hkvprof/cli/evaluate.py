@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,8 @@ Examples:
   hkvprof eval --model tinyvl --profile tinyvl.profile.safetensors --budget 0.10,0.20
   hkvprof eval --model smollm2 --profile p.safetensors --tokens 2000-8000 --baselines public -o out/
   hkvprof eval --model ./vlm --profile p.safetensors --tasks my-samples --regimes inside --json
-  hkvprof eval --model ./vlm --profile p.safetensors --tasks docvqa:/data/docvqa"""
+  hkvprof eval --model ./vlm --profile p.safetensors --tasks docvqa:/data/docvqa
+  hkvprof eval --engine vllm --model smollm2 --profile p.safetensors --budget 0.2 --dtype float32"""
 
 LADDERS = {
     "halves": ("0.5", "0.25", "0.125", "0.0625"),
@@ -58,6 +60,10 @@ class EvaluationSummary:
 def evaluate(
     model: options.Model,
     profile: Annotated[Path, typer.Option("--profile", help="Profile of this model.")],
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="vllm: asked beside hkvprof, which follows its plan."),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -109,6 +115,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Compare the full cache with a profile, and with other methods, at several budgets."""
+    from hkvprof.cli.asked import asked_engines, check_asked
     from hkvprof.cli.data import try_encoding
     from hkvprof.cli.output import check_folder, say
     from hkvprof.cli.progress import track
@@ -129,15 +136,21 @@ def evaluate(
         check_folder(output)
         if plot:
             require_extra("matplotlib", "report")
-    itemsize = SERVED_ITEMSIZE if dtype == "float32" else None
+    # Pages of an engine have the bytes of its dtype.
+    itemsize = SERVED_ITEMSIZE if dtype == "float32" and engine is None else None
     comparison = ComparisonPlan(
-        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed, itemsize
-    )
+        _budgets(budget), _baselines(baselines), _regimes(regimes), steps, seed, itemsize,
+        engine or "",
+    )  # fmt: skip
     loaded = load_profile(profile)
     task_name = tasks or default_tasks(model)
     _, processor = options.open_empty(model, loaded)
     task_set = load_tasks(task_name, processor, per_task, tokens, max_samples, max_frames)
     comparison = comparison.fitting(task_set, given=regimes is not None)
+    if engine is not None:
+        beside = None if baselines == "none" else baselines
+        given = {"--baselines": beside, "--fetch": fetch, "--device": device}
+        check_asked(comparison, loaded, processor, given)
     conditions = {
         "profile": file_digest(profile),
         "tasks": task_name,
@@ -158,7 +171,10 @@ def evaluate(
     own_part = dataclasses.replace(task_set, samples=task_set.samples[part - 1 :: parts])
     refused: dict[MethodAtBudget, str] = {}
     profiled = ProfiledModel(network, processor, loaded, fetch)
-    with journal.kept():
+    with ExitStack() as stack, journal.kept():
+        if engine is not None:
+            asked = asked_engines((model, profile), profiled, own_part, comparison)
+            profiled = dataclasses.replace(profiled, engines=stack.enter_context(asked))
         compare(profiled, own_part, comparison, journal, track, refused)
     for entry, reason in refused.items():
         say(f"{entry.method} at {entry.budget} has no answer to some prompts: {reason}")
@@ -241,7 +257,13 @@ def _picture(summary: EvaluationSummary, model: str) -> str:
 
 def _print(summary: EvaluationSummary, model: str, profile: Path, as_json: bool) -> None:
     from hkvprof.cli.output import stdout
-    from hkvprof.report.comparison import comparison_table, duel_lines, next_steps, task_table
+    from hkvprof.report.comparison import (
+        comparison_table,
+        duel_lines,
+        engine_lines,
+        next_steps,
+        task_table,
+    )
 
     if as_json:
         typer.echo(summary.to_json(), nl=False)
@@ -249,5 +271,6 @@ def _print(summary: EvaluationSummary, model: str, profile: Path, as_json: bool)
     console = stdout()
     console.print(comparison_table(summary.summaries))
     console.print(task_table(summary.summaries))
-    for line in [*duel_lines(summary.duels), *next_steps(model, str(profile))]:
+    lines = [*duel_lines(summary.duels), *engine_lines(summary.summaries)]
+    for line in [*lines, *next_steps(model, str(profile))]:
         typer.echo(line)

@@ -24,9 +24,15 @@ def keep_content(folder: Path, profile: Profile) -> None:
 
 
 def check_belongs(folder: Path, file: Path, profile: Profile) -> None:
-    """Raise UsageError for a folder of another profile, and for none of an evaluation."""
-    known = read_conditions(folder).get("profile")
-    if known == file_digest(file) or _content(folder) == profile.content_digest:
+    """Raise UsageError for a folder of another profile or of an engine's own plan, and for none of
+    an evaluation."""
+    known = read_conditions(folder)
+    if "engine" in known:
+        raise UsageError(
+            f"{folder} holds an evaluation inside {known['engine']}, which plans anew: give --eval "
+            "a folder of `hkvprof eval` without --engine"
+        )
+    if known.get("profile") == file_digest(file) or _content(folder) == profile.content_digest:
         return
     raise UsageError(
         f"{folder} holds an evaluation of another profile than {file}: give --eval the folder that "

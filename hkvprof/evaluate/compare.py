@@ -20,6 +20,7 @@ from hkvprof.evaluate.contest import (
     ProfiledModel,
 )
 from hkvprof.evaluate.journal import Journal
+from hkvprof.evaluate.outside import OutsideEngine, divergence, until
 from hkvprof.evaluate.questions import AskedPrompt, Question, Stage, stepwise
 from hkvprof.evaluate.records import FULL, OURS, REGIMES, Answer, TaskSet
 from hkvprof.evaluate.replay import (
@@ -27,6 +28,7 @@ from hkvprof.evaluate.replay import (
     Reference,
     answer,
     end_tokens,
+    force,
     refer,
     refer_to,
     replay,
@@ -120,6 +122,7 @@ class _Said:
     hit_rate: float | None
     read_share: float = 0.0
     limit_share: float = 0.0
+    runtime_kl: float | None = None
 
 
 class _Round:
@@ -224,15 +227,38 @@ class _Round:
 
     def _compressed(self, entry: MethodAtBudget, asked: list[_Asked]) -> list[Answer]:
         """One method's answers; every prompt is compressed once. Raises BudgetError."""
+        ours, say = entry, self._say
+        if entry.method == self.comparison.engine:
+            ours = replace(entry, method=OURS)
+            say = partial(self._say_outside, self.contest.engines[entry.budget])
         answers = []
         for prompt in {id(one.prompt): one.prompt for one in asked}.values():
-            with self.contest.open(entry, prompt.prefill) as caches:
+            with self.contest.open(ours, prompt.prefill) as caches:
                 answers += [
-                    self._answer(one, entry, self._say(caches, one), len(asked))
+                    self._answer(one, entry, say(caches, one), len(asked))
                     for one in asked
                     if one.prompt is prompt
                 ]
         return answers
+
+    def _say_outside(self, engine: OutsideEngine, caches: Caches, one: _Asked) -> _Said:
+        """What an engine says; `caches` are hkvprof's under its plan, which it is compared with."""
+        prompt, lead = one.prompt.prefill.ids[0].tolist(), one.question.lead
+        forced = one.reference.forced.tolist()
+        told = engine.force(prompt, lead.ids, forced)
+        ours = force(self.model, caches(), one.first, lead, forced, stepwise=False)
+        truth, left = None, one.reference.left_by(told.log_probs)
+        if one.truth is not None:
+            again = engine.force(prompt, lead.ids, one.truth.forced.tolist())
+            truth = one.truth.distance(again.log_probs, one.begin)
+        text, limit = self._text(one.reference), self.tasks.max_new_tokens
+        if left is not None and left < limit:
+            text = self.processor.decode(until(self.ends, engine.answer(prompt, lead.ids, limit)))
+        return _Said(
+            text, one.reference.distance(told.log_probs, one.begin), truth, told.resident_bytes,
+            told.storage_bytes, 0, one.prompt.prefill.dense_bytes(), told.compress_seconds, None,
+            runtime_kl=divergence(ours[one.begin :], told.log_probs[one.begin :]),
+        )  # fmt: skip
 
     def _say(self, caches: Caches, one: _Asked) -> _Said:
         cache = caches()
@@ -294,6 +320,7 @@ class _Round:
             questions=questions,
             read_share=said.read_share,
             limit_share=said.limit_share,
+            runtime_kl=said.runtime_kl,
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -13,12 +13,13 @@ from hkvprof.errors import UsageError
 from hkvprof.evaluate.baselines.base import PromptView, baselines, find
 from hkvprof.evaluate.baselines.session import applied, decide, fill
 from hkvprof.evaluate.counting import CountedBytes, Widened, count_bytes
+from hkvprof.evaluate.outside import OutsideEngine
 from hkvprof.evaluate.prefill import Prefill
 from hkvprof.evaluate.records import FULL, OURS, REGIMES, USUAL_REGIMES, Answer, TaskSet
 from hkvprof.evaluate.replay import STEPS
 from hkvprof.heads import HeadType, Strategy
 from hkvprof.models.processing import ChatProcessor
-from hkvprof.profile.budgets import Budget
+from hkvprof.profile.budgets import Allocation, Budget
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import CompressedCache, apply
 from hkvprof.runtime.options import Options
@@ -27,17 +28,20 @@ from hkvprof.runtime.plan import HeadPlan, head_plans
 
 MIN_TOKENS = 64
 """Fewer than `apply` asks for: here it is quality that counts, not time."""
+_ANY_SHARE = 0.5
+"""A budget below 1 where heads have plans of their own."""
 
 
 @dataclass(frozen=True)
 class ProfiledModel:
     """A loaded model with its processor, a profile of it, and what a step may read under it
-    (budgets.Fetch)."""
+    (budgets.Fetch). With `engines`, by budget, hkvprof follows their plans."""
 
     model: Any
     processor: ChatProcessor
     profile: Profile
     fetch: str | None = None
+    engines: Mapping[str, OutsideEngine] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class ComparisonPlan:
 
     `steps` tokens of the full cache's continuation are forced per question; `seed` is for methods
     that draw. `itemsize`: bytes that an element of keys and values counts, for budgets, shares and
-    indexes alike (None: those it has). Raises UsageError, BudgetError.
+    indexes alike (None: those it has). `engine` is the name of what is asked beside hkvprof at
+    every budget, in processes of its own. Raises UsageError, BudgetError.
     """
 
     budgets: tuple[str, ...]
@@ -68,6 +73,7 @@ class ComparisonPlan:
     steps: int = STEPS
     seed: int = 0
     itemsize: int | None = None
+    engine: str = ""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.regimes if name not in REGIMES]
@@ -90,7 +96,8 @@ class ComparisonPlan:
         theirs = [
             MethodAtBudget(name, budget) for name in self.baselines for budget in self.budgets
         ]
-        return (*ours, *(entry for entry in theirs if not entry.is_whole))
+        engine = [MethodAtBudget(self.engine, budget) for budget in self.budgets if self.engine]
+        return (*ours, *engine, *(entry for entry in theirs if not entry.is_whole))
 
     @property
     def public(self) -> set[str]:
@@ -100,7 +107,8 @@ class ComparisonPlan:
     def conditions(self) -> dict[str, Any]:
         """What answers depend on, whatever rows are asked for."""
         known = {"regimes": list(self.regimes), "steps": self.steps, "seed": self.seed}
-        return known | {"itemsize": self.itemsize}
+        asked = {"engine": self.engine} if self.engine else {}
+        return known | {"itemsize": self.itemsize} | asked
 
     def fitting(self, tasks: TaskSet, given: bool) -> ComparisonPlan:
         """Without `later` where no sample has a follow-up, unless the regimes were given."""
@@ -147,7 +155,7 @@ class Contest:
         calibration: Callable[[], Sequence[Prefill]] | None = None,
     ) -> None:
         self.model, self.profile, self.seed = profiled.model, profiled.profile, seed
-        self.fetch = profiled.fetch
+        self.fetch, self.engines = profiled.fetch, profiled.engines
         self.itemsize, self.calibration = itemsize, calibration
         self._memos: dict[int, dict[str, tuple[Any, float]]] = {}
 
@@ -188,7 +196,7 @@ class Contest:
             }
             for call in prefill.calls
         ]
-        with apply(self.model, self.profile, 0.5, min_tokens=1, compress_every=0) as handle:
+        with apply(self.model, self.profile, _ANY_SHARE, min_tokens=1, compress_every=0) as handle:
             cache = handle.new_cache(prefill.tokens)
             prefill.fill_with(cache, plans, given)
             yield cache
@@ -199,6 +207,11 @@ class Contest:
         those bytes hold the same tokens."""
         wide = prefill.calls[0].key.element_size()
         itemsize = self.itemsize or wide
+        if budget in self.engines:
+            given = self.engines[budget].allocation(prefill.tokens)
+            with self._as_engine(given, prefill) as caches:
+                yield caches
+            return
         if itemsize == wide or prefill.tokens < MIN_TOKENS or Budget.parse(budget).share == 1:
             with apply(
                 self.model, self.profile, budget, min_tokens=MIN_TOKENS, fetch=self.fetch
@@ -225,6 +238,21 @@ class Contest:
                 return cache
 
             yield Caches(planned, 0.0, 0, itemsize)
+
+    @contextmanager
+    def _as_engine(self, given: Allocation, prefill: Prefill) -> Iterator[Caches]:
+        """hkvprof under an engine's plan, replies whole as they are there."""
+        plans = head_plans(self.profile.strategies, given)
+        with apply(
+            self.model, self.profile, _ANY_SHARE, min_tokens=MIN_TOKENS, compress_every=0
+        ) as handle:
+
+            def made() -> CompressedCache:
+                cache = handle.new_cache(prefill.tokens)
+                prefill.fill_with(cache, plans, [{}] * len(plans), _ANY_SHARE)
+                return cache
+
+            yield Caches(made, 0.0, 0, prefill.calls[0].key.element_size())
 
     def _prompt(self, entry: MethodAtBudget, prefill: Prefill) -> PromptView:
         dense = prefill.dense_bytes(self.itemsize)

@@ -24,6 +24,8 @@ _MAX_MARKS = 100_000
 _KINDS = {"str": (str,), "int": (int,), "float": (int, float),
           "float | None": (int, float, NoneType)}  # fmt: skip
 _FIELDS = {field.name: _KINDS[str(field.type)] for field in fields(Answer)}
+_NEEDED = set(_FIELDS) - {"runtime_kl"}
+"""Answers of before there were engines lack the last one."""
 Unit = tuple[str, str, str]
 """Sample, method, budget: what is done at one go."""
 
@@ -185,7 +187,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = strict_json.loads_foreign(line.decode("utf-8"), _MAX_MARKS)
     except ValueError:
         return None
-    if not isinstance(record, dict) or set(record) != set(_FIELDS):
+    if not isinstance(record, dict) or not _NEEDED <= set(record) <= set(_FIELDS):
         return None
     sound = all(type(value) in _FIELDS[name] for name, value in record.items())
     return record if sound else None

@@ -36,6 +36,8 @@ class Answer:
       token; `nll` the mean negative log-likelihood, in nats per token, of the full cache's reply.
     - `true_kl` and `true_nll` are the same of what really follows a text, forced in place of the
       full cache's own continuation; None for questions.
+    - `runtime_kl`: of an engine, KL(hkvprof || this) over the same distributions, where hkvprof
+      runs in transformers under the engine's own plan.
     - the full cache's own `kl` is the noise of its dtype: dense against dense computed another way.
     - bytes are those when the prompt has been compressed; `storage_bytes` sums the cache's tensors
       (resident), independent of the receipt's `resident_bytes`.
@@ -71,6 +73,7 @@ class Answer:
     true_nll: float | None = None
     read_share: float = 0.0
     limit_share: float = 0.0
+    runtime_kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,15 @@ class Reference:
             float(kl.mean()), float(agreement.float().mean()), float(nll.mean()), len(kl)
         )
 
+    def left_by(self, log_probs: Float[Tensor, "rows vocabulary"]) -> int | None:
+        """The row at which a method's greedy reply leaves the full cache's; None if it never does
+        within the forced tokens, and these hold the whole reply."""
+        said = [int(token) for token in log_probs.argmax(-1)]
+        left = next((i for i, token in enumerate(self.judged) if said[i] != token), None)
+        if left is None and len(self.reply) > len(self.forced):
+            return len(self.forced)  # what comes after was not forced
+        return left
+
 
 def end_tokens(model: Any, processor: Any) -> frozenset[int]:
     """Tokens that end a turn."""
@@ -128,19 +137,14 @@ def replay(
     stepwise: bool,
 ) -> tuple[Distance, int | None]:
     """Force the reference on a cache: the distance, and the row at which its own greedy reply would
-    leave the full cache's (None if it never does within the forced tokens).
+    leave the full cache's (`Reference.left_by`).
 
     `stepwise` feeds single tokens, as decoding does; caches that fetch nothing give the same in
     one pass.
     """
     forced = [int(token) for token in reference.forced]
-    log_probs = _force(model, cache, first, lead, forced, stepwise)
-    distance = reference.distance(log_probs, 0 if lead else 1)
-    said = [int(token) for token in log_probs.argmax(-1)]
-    left = next((i for i, token in enumerate(reference.judged) if said[i] != token), None)
-    if left is None and len(reference.reply) > len(forced):
-        left = len(forced)  # what comes after was not forced
-    return distance, left
+    log_probs = force(model, cache, first, lead, forced, stepwise)
+    return reference.distance(log_probs, 0 if lead else 1), reference.left_by(log_probs)
 
 
 @torch.no_grad()
@@ -152,11 +156,12 @@ def refer_to(
     tokens: Sequence[int],
 ) -> Reference:
     """The full cache's distributions while given tokens, which it need not have chosen, follow."""
-    log_probs = _force(model, cache, first, lead, list(tokens), stepwise=False)
+    log_probs = force(model, cache, first, lead, list(tokens), stepwise=False)
     return Reference(torch.tensor(tokens, device=log_probs.device), log_probs, tuple(tokens), None)
 
 
-def _force(
+@torch.no_grad()
+def force(
     model: Any, cache: Any, first: Tensor | None, lead: Lead, forced: list[int], stepwise: bool
 ) -> Float[Tensor, "rows vocabulary"]:
     """Distributions before the first of the forced tokens and after each."""

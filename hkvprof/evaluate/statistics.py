@@ -67,6 +67,7 @@ class MethodSummary:
     - `kl`, `nll` and `nll_difference` (to the full cache, same questions) in nats per token;
       `true_kl` and `true_nll_difference` where what really follows was forced. The full cache's
       `kl` is noise.
+    - `runtime_kl`: of an engine, to hkvprof in transformers under the engine's plan.
     - `all_kept`: share of samples all of whose scored questions score no less than with the full
       cache.
     - `share` and `storage_share`: resident over dense bytes, by the receipt and by the tensors.
@@ -99,6 +100,7 @@ class MethodSummary:
     all_kept: float | None = None
     read_share: float = 0.0
     limit_share: float = 0.0
+    runtime_kl: BootstrapInterval | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; figures that are not finite become null."""
@@ -274,6 +276,7 @@ def _summary(key: Key, group: Group, full: Group, seed: int) -> MethodSummary:
         hit_rate=_mean(_figures(group, "hit_rate").values()),
         read_share=fmean(a.read_share for a in answers),
         limit_share=max(a.limit_share for a in answers),
+        runtime_kl=bootstrap(_figures(group, "runtime_kl"), seed=seed),
     )
 
 

@@ -49,6 +49,18 @@ def duel_lines(duels: Sequence[Duel]) -> list[str]:
     return [_sentence(duel) for duel in duels]
 
 
+def engine_lines(summaries: Sequence[MethodSummary]) -> list[str]:
+    """How far an engine is from hkvprof in transformers under its own plan, as sentences."""
+    ours = {(s.regime, s.budget): s.kl.value for s in summaries if s.method == OURS}
+    return [
+        f"{one.regime}, budget {one.budget}: KL({OURS} || {one.method}) "
+        f"{_span(one.runtime_kl, _nats)} nats, both under the engine's plan; to the full cache "
+        f"{one.method}'s is {_signed(one.kl.value - ours[one.regime, one.budget])} from {OURS}'s"
+        for one in summaries
+        if one.runtime_kl is not None
+    ]
+
+
 def order(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
     """Budgets descend (full is the whole); hkvprof, then full, then the others by score."""
 

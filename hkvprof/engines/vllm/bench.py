@@ -12,10 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from hkvprof.engines.vllm.crowd import MARK, Crowd, Served
+from hkvprof.engines.vllm.script import ReplyScript, Spoken
 from hkvprof.errors import UsageError
+from hkvprof.lazy import missing_extra
 from hkvprof.profile.blocks import plan_blocks
 from hkvprof.profile.record import load_profile
 
@@ -51,21 +54,29 @@ class EngineSetup:
         each = load_profile(self.profile).grid.token_bytes(self.itemsize)
         return 1 + self.pool * (self.context + self.new_tokens + 2 * BLOCK) * each // 2**30
 
+    def groups(self, budget: str | None) -> int:
+        """Groups of heads with block tables of their own; without hkvprof all heads share one."""
+        if budget is None:
+            return 1
+        return plan_blocks(load_profile(self.profile), budget, BLOCK, self.itemsize).groups
+
     def options(self, budget: str | None) -> dict[str, Any]:
         """Of vLLM, for an engine with this budget, or without hkvprof."""
         each = -(-(self.context + self.new_tokens) // BLOCK)
         extra = None if budget is None else {"profile": self.profile, "budget": budget}
-        groups = 1
-        if extra is not None:
-            profile = load_profile(self.profile)
-            groups = plan_blocks(profile, str(budget), BLOCK, self.itemsize).groups
         return {
             "model": self.model, "dtype": self.dtype, "block_size": BLOCK, "enforce_eager": True,
             "max_model_len": self.context + self.new_tokens, "skip_tokenizer_init": True,
             "disable_log_stats": True, "enable_prefix_caching": True, "max_num_seqs": 256,
-            "num_gpu_blocks_override": groups * each * self.pool + 1,
+            "num_gpu_blocks_override": self.groups(budget) * each * self.pool + 1,
             "additional_config": {} if extra is None else {"hkvprof": extra},
         }  # fmt: skip
+
+
+def require_engine() -> None:
+    """Raise UsageError where vLLM is not installed. It is not imported: it changes the process."""
+    if find_spec("vllm") is None:
+        raise missing_extra("vllm", "vllm")
 
 
 class ServedEngine:
@@ -75,12 +86,20 @@ class ServedEngine:
         self.process = process
 
     def serve(self, crowd: Crowd) -> Served:
-        """Have it serve a crowd. Raises UsageError with what it wrote where it ends instead."""
-        self._say(asdict(crowd))
+        """Have it serve a crowd. Raises UsageError where it ends instead."""
+        return Served(**self._ask(crowd))
+
+    def recite(self, script: ReplyScript) -> Spoken:
+        """Have it serve one request that follows a script. Raises UsageError as `serve` does."""
+        return Spoken(**self._ask(script))
+
+    def _ask(self, told: Crowd | ReplyScript) -> dict[str, Any]:
+        self._say({type(told).__name__: asdict(told)})
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(MARK):
-                return Served(**json.loads(line.removeprefix(MARK)))
+                made: dict[str, Any] = json.loads(line.removeprefix(MARK))
+                return made
         raise UsageError(
             "vLLM ended instead of serving (what it wrote is above): start it by `vllm serve` "
             "with the same model and profile to see why"
@@ -96,8 +115,9 @@ class ServedEngine:
 
 
 @contextmanager
-def contestant(setup: EngineSetup, budget: str | None) -> Iterator[ServedEngine]:
-    """Start an engine, and end it."""
+def contestant(setup: EngineSetup, budget: str | None, **more: Any) -> Iterator[ServedEngine]:
+    """Start an engine, with `more` options of vLLM, and end it. Raises as `require_engine`."""
+    require_engine()
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": str(setup.kv_gib),
@@ -108,7 +128,7 @@ def contestant(setup: EngineSetup, budget: str | None) -> Iterator[ServedEngine]
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
     ) as process:  # fmt: skip
         made = ServedEngine(process)
-        made._say(setup.options(budget))
+        made._say(setup.options(budget) | more)
         try:
             yield made
         finally:

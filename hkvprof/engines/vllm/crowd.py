@@ -14,7 +14,8 @@ class Crowd:
     """Requests that are all there from the beginning: `shared` of the `tokens` tokens of each
     prompt are the same in all, and in crowds of other seeds.
 
-    Tokens are random: what is measured does not depend on what prompts say.
+    Tokens are random, where no prompts are `given`: what is measured does not depend on what they
+    say.
     """
 
     requests: int
@@ -22,9 +23,12 @@ class Crowd:
     new_tokens: int
     shared: int = 0
     seed: int = 1
+    given: tuple[tuple[int, ...], ...] = ()
 
     def prompts(self, vocabulary: int) -> list[list[int]]:
-        """Random token numbers, the shared ones first."""
+        """The given ones, or random token numbers, the shared ones first."""
+        if self.given:
+            return [list(one) for one in self.given]
         common, draw = random.Random(0), random.Random(self.seed)
         numbers = [common.randrange(vocabulary) for _ in range(self.shared)]
         own = self.tokens - self.shared
@@ -35,8 +39,9 @@ class Crowd:
 
 @dataclass(frozen=True)
 class Served:
-    """What serving a crowd took; `most` and `mean` requests ran at once, `cached` of the prompts'
-    tokens came from the prefix cache. CPU seconds are those of the process."""
+    """What serving a crowd took; `most` and `mean` requests ran at once, each of which `held` so
+    many blocks in the mean of all steps; `cached` of the prompts' tokens came from the prefix
+    cache. CPU seconds are those of the process. `said` are replies to prompts that were given."""
 
     steps: int
     most: int
@@ -47,3 +52,5 @@ class Served:
     wall_seconds: float
     compaction_seconds: float
     preemptions: int
+    held: float
+    said: list[list[int]]

@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from hkvprof.profile.block_ratios import as_allocation
 from hkvprof.profile.blocks import plan_blocks
-from hkvprof.profile.budgets import Allocation
-from hkvprof.profile.costs import quantised_bytes
 from hkvprof.profile.record import Profile
 from tests.engines.vllm.tiny import GRID, Told, prompts, run_engine
 
@@ -66,20 +64,6 @@ class Answer:
     logprobs: list[float]
 
 
-def engine_ratios(own: Profile, budget: float, tokens: int) -> Allocation:
-    """The engine's plan as ratios that make the transformers runtime keep as many tokens."""
-    plan = plan_blocks(own, budget, 32, 4)
-    made, slot = plan.at(tokens), 2 * GRID.head_dim * 4
-    ratio = []
-    for bits, kept in zip(made.bits, made.kept_tokens, strict=True):
-        taken = kept * slot
-        if bits < 16:
-            taken = 13 * slot + (kept - 12) * quantised_bytes(bits, GRID.head_dim)
-        ratio.append(taken / slot / tokens)
-    above = np.nextafter(np.array(ratio)[plan.group].astype(np.float32), np.float32(2))
-    return Allocation(plan.strategy.astype(np.uint8), above, 0.0)
-
-
 def answered_by_transformers(
     lab: Lab, own: Profile, budget: float, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> Answer:
@@ -89,7 +73,7 @@ def answered_by_transformers(
     import hkvprof
     from hkvprof.runtime import ragged
 
-    given = engine_ratios(own, budget, len(prompt))
+    given = as_allocation(plan_blocks(own, budget, 32, 4), len(prompt))
     kept: list[Tensor] = []
     stored: list[Tensor] = []
     pack = ragged.pack

@@ -73,6 +73,7 @@ def test_what_is_wrong_is_told_before_an_engine_starts(arguments: list[str], tol
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed: make test-vllm")
 def test_an_engine_is_measured(setup: EngineSetup, tmp_path: Path) -> None:
     setup = EngineSetup(str(save_model(tmp_path / "model")), setup.profile, ("0.3",), 500, 12)
+    assert plan_blocks(profile(), "0.3", BLOCK, 4).at(500).frees, "there is nothing to compact"
     with contestant(setup, "0.3") as engine:
         made = engine.serve(Crowd(requests=4, tokens=500, new_tokens=12))
         assert made.tokens_out == 48
