@@ -34,21 +34,21 @@ def test_budgets_by_default(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_issues_question(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["--gpu", "24GiB", "--weights", "15.2GiB", "--context", "32768", "--batch", "4"]
+    line = ["--gpu", "24GiB", "--weights", "15.2GiB", "--context", "8192", "--batch", "16"]
     out = ask(capsys, *line, profile=SMOLLM2)
     assert out.startswith(
-        "4 prompts of 32,768 tokens need 2.81 GiB of dense keys and values in bfloat16; with 15.2 "
+        "16 prompts of 8,192 tokens need 2.81 GiB of dense keys and values in bfloat16; with 15.2 "
         "GiB of weights and 1 GiB in reserve that is 19 GiB of 24 GiB: it fits."
     )
     record = json.loads(ask(capsys, *line, "--json", profile=SMOLLM2))
-    assert record["dense_bytes"] == 4 * 32768 * 23040
+    assert record["dense_bytes"] == 16 * 8192 * 23040
     assert record["fit"]["dense_fits"] is True
     assert record["fit"]["left_bytes"] == 24 * 2**30 - int(15.2 * 2**30) - 2**30
     assert len(record["plan"]["layers"]) == 30
 
 
 def test_the_largest_budget_that_fits_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["--gpu", "3GiB", "--weights", "257MiB", "--batch", "4"]
+    line = ["--gpu", "3GiB", "--weights", "257MiB", "--batch", "16"]
     record = json.loads(ask(capsys, *line, "--json", profile=SMOLLM2))
     best = record["fit"]["largest_budget"]
     assert best["peak_bytes"] <= record["fit"]["left_bytes"] < record["dense_bytes"]
