@@ -30,7 +30,7 @@ help:
 	@echo "make setup          install into $(VENV), pinned by constraints.txt"
 	@echo "make demo           the embedded model: answers side by side, a table, a report (3 minutes)"
 	@echo "make demo-smollm2   SmolLM2-135M on long text, with the profile in profiles/"
-	@echo "make demo-vllm      the same inside vLLM on the CPU, beside plain vLLM (2 minutes), in an environment of its own"
+	@echo "make demo-vllm      the same inside vLLM on the CPU, beside plain vLLM (some minutes), in an environment of its own"
 	@echo "make bench-gpu      the benchmark on a GPU; needs torch, triton, transformers, no setup"
 	@echo "make gpu-report     tests, pinning, figures and account on a GPU in ten minutes; no setup"
 	@echo "make test           style, types, test-pinned, test-oldest, test-newest: what CI runs"

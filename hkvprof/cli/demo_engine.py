@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MODEL, BUDGETS = "smollm2", (None, "0.2", "0.1")
 _TOKENS, _PER_TASK, _NEW_TOKENS, _POOL = "1000", 2, 24, 3
-_OPENING = """SmolLM2-135M inside vLLM, on the CPU: about two minutes on two idle cores.
+_OPENING = """SmolLM2-135M inside vLLM, on the CPU: some minutes on two cores.
 {count} questions, each about a text of some {tokens} tokens, are there at once; without hkvprof
 memory is enough for {pool} of them.
 """
