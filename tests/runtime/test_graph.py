@@ -107,7 +107,7 @@ def profile_of(model: Any, types: str) -> Any:
         ("static", 60, (220, 200), {"budget": 0.5, "compress_every": 40}),
         ("static", 40, (150, 131), {"budget": 0.3, "compress_every": 0}),
         ("mixed", 60, (220, 200), {"budget": 0.5, "compress_every": 40, "smoothing": 0.5}),
-        ("in 8 bits", 60, (220, 200), {"budget": 0.5, "compress_every": 40, "host_dtype": "int8"}),
+        ("in 8 bits", 90, (220, 200), {"budget": 0.5, "compress_every": 60, "host_dtype": "int8"}),
         ("mixed", 60, (150, 150), {"budget": 0.3}),  # less room than queries are kept
     ],
 )
@@ -142,7 +142,7 @@ def test_replays_are_steps(
             )  # fmt: skip
             got = decoder(one)
             torch.testing.assert_close(got, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
-        assert decoder.replays >= steps / 6
+        assert decoder.replays >= steps / 4
         assert plain.get_seq_length() == replayed.get_seq_length() == rows[0] + steps
         for one, other in zip(replayed.covered, plain.covered, strict=True):
             if plain.receipt().query_bytes:
@@ -152,7 +152,7 @@ def test_replays_are_steps(
             assert (mine.steps, mine.dense_bytes) == (other.steps, other.dense_bytes)
             assert mine.compressions == other.compressions
     if recorder is not None:
-        assert recorder.recordings > (types != "in 8 bits")
+        assert recorder.recordings > 1
 
 
 def _stable(head: Any) -> dict[str, Any]:
