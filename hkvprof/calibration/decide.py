@@ -12,8 +12,8 @@ from hkvprof.heads import HeadGrid, HeadType
 from hkvprof.profile.budgets import INFEASIBLE, Allocation
 from hkvprof.profile.dealing import scale_ratios
 
-REPLY_WEIGHT, OUTPUT_WEIGHT = 1.0, 0.5
-"""Weights of the two terms: the reply knows what the answer depends on."""
+REPLY_WEIGHT, OUTPUT_WEIGHT, POWER = 1.0, 0.5, 0.5
+"""Weights of the two terms (the reply knows what the answer depends on), and the root taken."""
 
 REFERENCE_RATIO = 0.05
 """Where the two loss terms are brought to one scale."""
@@ -49,7 +49,7 @@ def planning_loss(
     terms = ((curves.square, square, OUTPUT_WEIGHT), (curves.reply, reply, REPLY_WEIGHT))
     total = np.zeros_like(curves.square)
     for term, scale, weight in terms:
-        total += weight * np.sqrt(term / max(scale, 1e-30))
+        total += weight * (term / max(scale, 1e-30)) ** POWER
     total = np.where(curves.output >= INFEASIBLE, float(INFEASIBLE), total)
     return np.minimum(total, float(INFEASIBLE)).astype(np.float32)
 
@@ -168,7 +168,7 @@ def _slope(
     `weight` and `unit` are the term's in `planning_loss`.
     """
     there = (mean > 0) & (mean < INFEASIBLE)
-    slope = weight * 0.5 / np.sqrt(np.where(there, mean, unit) * unit)
+    slope = weight * POWER * (np.where(there, mean, unit) / unit) ** (POWER - 1) / unit
     return np.where(there, slope, 0.0), np.where(there, mean, 0.0)
 
 

@@ -99,11 +99,11 @@ def _shrunk(level: Array, variance: Array) -> Array:
 Estimate = Callable[[Evidence, Array], Curves]
 VARIANTS: dict[str, tuple[Estimate, float, float]] = {
     "means": (raw, SIZES, 0.0),
-    "three quarters evenly": (raw, SIZES, 0.75),
+    "three quarters evenly (as shipped)": (raw, SIZES, 0.75),
     "all evenly": (raw, SIZES, 1.0),
     "shrunk logarithms": (logarithmic, SIZES, 0.0),
     "a pseudo-sample of the layer": (pseudo, SIZES, 0.0),
-    "roots (as shipped)": (raw, SIZES / 2, 0.0),
+    "fourth roots": (raw, SIZES / 2, 0.0),
 }
 
 

@@ -1,7 +1,7 @@
-"""Paired: what pooled curves, and dealing a part of budgets evenly, are worth at equal bytes.
+"""Paired: what roots, pooled curves and dealing a part of budgets evenly are worth at equal bytes.
 
     python -m tools.studies.study_planning ROWS [--model tinyvl] [--count 40] [--dtype auto]
-                                [--variants pooled,own75,...] [--budgets 0.2,0.1,0.05,0.03]
+                                [--variants own75,pooled1,...] [--budgets 0.2,0.1,0.05,0.03]
 
 ROWS is a folder of `hkvprof calibrate --rows`. Profiles are decided anew per variant, and prompts
 of the calibration split (never the held-out one) are answered through the product's runtime: with
@@ -32,6 +32,7 @@ from hkvprof.calibration.confidence import Confidence
 from hkvprof.evaluate.prefill import Prefill, capture
 from hkvprof.evaluate.replay import Lead, end_tokens, refer, replay
 from hkvprof.heads import Rules
+from hkvprof.profile.budgets import INFEASIBLE
 from hkvprof.profile.record import Profile
 from hkvprof.runtime import apply
 from hkvprof.samples.read import load_samples
@@ -44,13 +45,17 @@ TOKENS = (1_200, 3_500)
 NOISE = 1e-5
 """Added to both sides of a ratio of KLs, in nats."""
 VARIANTS = {
-    "pooled": ("the mean head's curve added three times", 3.0, 0.0),
-    "pooled1": ("the mean head's curve added once", 1.0, 0.0),
-    "own": ("own curves alone", 0.0, 0.0),
-    "own75": ("own curves, three quarters dealt evenly", 0.0, 0.75),
-    "even": ("all dealt evenly", 0.0, 1.0),
+    "own75": ("square roots, three quarters dealt evenly", 0.5, 0.0, 0.75),
+    "own": ("square roots, nothing evenly", 0.5, 0.0, 0.0),
+    "fourth": ("fourth roots, nothing evenly", 0.25, 0.0, 0.0),
+    "fourth75": ("fourth roots, three quarters evenly", 0.25, 0.0, 0.75),
+    "pooled1": ("square roots, the mean head's curve added once", 0.5, 1.0, 0.0),
+    "pooled3": ("the same, added three times", 0.5, 3.0, 0.0),
+    "fourthpooled1": ("fourth roots, the mean head's curve added once", 0.25, 1.0, 0.0),
+    "even": ("all evenly", 0.5, 0.0, 1.0),
 }
-"""Name, how often the mean head's curve is added (decide.POOLED), and the part dealt evenly."""
+"""Name, the root that is taken (decide.POWER), how often the mean head's curve is added to each
+head's own, and the part dealt evenly."""
 
 
 def main() -> None:
@@ -66,7 +71,7 @@ def main() -> None:
     budgets = [float(text) for text in options.budgets.split(",")]
     torch.set_num_threads(1)
     model, processor = hkvprof.load_model(options.model, dtype=options.dtype)
-    profiles = {name: _decided(options.rows, name) for name in options.variants.split(",")}
+    profiles = {name: decided(options.rows, name) for name in options.variants.split(",")}
     figures, tokens = [], []
     for prompt in _prompts(model, processor, options.model, options.count):
         figures.append(_distances(model, processor, prompt, list(profiles.values()), budgets))
@@ -80,12 +85,15 @@ def main() -> None:
         sys.stdout.write(f"| {VARIANTS[name][0]} | " + " | ".join(row) + " |\n")
 
 
-def _decided(rows: Path, name: str) -> Profile:
+def decided(rows: Path, name: str) -> Profile:
     """The profile of a variant; how sure it is is not asked."""
-    _, pooled, even = VARIANTS[name]
+    _, power, pooled, even = VARIANTS[name]
     unsure = mock.patch.object(merging, "assess", lambda e, _: Confidence(e.samples, "a study"))
-    with mock.patch.object(decide, "POOLED", pooled), unsure:
-        return replace(merging.merge([rows]), rules=Rules(even))
+    with mock.patch.object(decide, "POWER", power), unsure:
+        profile = merging.merge([rows])
+    own = np.ma.masked_greater_equal(profile.loss, INFEASIBLE)
+    loss = (own + pooled * own.mean(axis=(2, 3), keepdims=True)).filled(INFEASIBLE)
+    return replace(profile, loss=loss.astype(np.float32), rules=Rules(even))
 
 
 @torch.no_grad()
